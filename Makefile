@@ -1,0 +1,57 @@
+# Each target first brings .venv up to date (instantly if it is); see scripts/bootstrap.py.
+#   make PYTHON=python3.12 demo          another Python than `python3`
+#   make demo ARGS="--n 4 --json"        arguments for the command behind a target
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick lint format bench clean
+
+help:
+	@echo "make demo        roll out 64 requests on two vLLM engines on this CPU"
+	@echo "make test        all tests that need no GPU, real engines included (minutes)"
+	@echo "make test-quick  unit and property tests (under a minute)"
+	@echo "make lint        ruff, mypy, clang-format, codespell; changes nothing"
+	@echo "make format      let ruff and clang-format change what they can"
+	@echo "make bench       every benchmark's smoke run"
+	@echo "make setup       only make or update .venv"
+	@echo "make clean       remove build outputs and caches, but not .venv"
+
+setup:
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "$(PYTHON) is not found; install Python 3.11 to 3.13, or name one:" \
+	         "make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) scripts/bootstrap.py
+
+demo: setup
+	@$(BIN)/aseer demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-quick: setup
+	$(BIN)/python -m pytest tests/unit tests/property $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$($(CPP_FILES))
+	$(BIN)/codespell
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $$($(CPP_FILES))
+
+bench: setup
+	@for file in bench/bench_*.py; do \
+	    echo "$$file --smoke"; $(BIN)/python $$file --smoke || exit 1; \
+	done
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find aseer bench scripts tests -name __pycache__ -prune -exec rm -rf {} +

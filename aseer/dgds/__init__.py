@@ -1,0 +1,1 @@
+"""The grouped draft server: what a group has generated drafts for its members."""

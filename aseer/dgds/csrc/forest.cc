@@ -1,0 +1,338 @@
+#include "forest.h"
+
+#include <algorithm>
+#include <iterator>
+#include <stdexcept>
+#include <utility>
+
+namespace aseer::dgds {
+namespace {
+
+constexpr int kWarmRounds = 4;
+
+void Require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void CheckOffsets(std::span<const int64_t> offsets, size_t rows, size_t size) {
+  Require(offsets.size() == rows + 1, "offsets must be one longer than requests");
+  Require(offsets.front() == 0 && offsets.back() == static_cast<int64_t>(size),
+          "offsets must start at 0 and end at the number of tokens");
+  Require(std::ranges::is_sorted(offsets), "offsets must not decrease");
+}
+
+void CheckLimits(std::span<const int32_t> max_tokens, size_t rows) {
+  Require(max_tokens.size() == rows, "max_draft_tokens must be as long as requests");
+  Require(std::ranges::all_of(max_tokens, [](int32_t n) { return n >= 0; }),
+          "max_draft_tokens must not be negative");
+}
+
+}  // namespace
+
+SuffixForest::SuffixForest(uint32_t max_match) : max_match_(max_match) {
+  SuffixTree({}, max_match);  // Checks it.
+}
+
+const SuffixForest::Group& SuffixForest::group(Handle handle) const {
+  const auto found = groups_.find(handle);
+  if (found == groups_.end()) throw std::out_of_range("no such group");
+  return found->second;
+}
+
+const SuffixForest::Request& SuffixForest::request(Handle handle) const {
+  const auto found = requests_.find(handle);
+  if (found == requests_.end()) throw std::out_of_range("no such request");
+  return found->second;
+}
+
+SuffixForest::Group& SuffixForest::group(Handle handle) {
+  return const_cast<Group&>(std::as_const(*this).group(handle));
+}
+
+SuffixForest::Request& SuffixForest::request(Handle handle) {
+  return const_cast<Request&>(std::as_const(*this).request(handle));
+}
+
+std::vector<SuffixForest::Request*> SuffixForest::Rows(
+    std::span<const Handle> requests) {
+  std::vector<Request*> rows;
+  rows.reserve(requests.size());
+  for (const Handle handle : requests) rows.push_back(&request(handle));
+  for (const Request* row : rows) {
+    __builtin_prefetch(&row->group->tree);
+    __builtin_prefetch(row->forecasts.data());
+  }
+  for (const Request* row : rows) row->group->tree.PrefetchRequest(row->slot);
+  return rows;
+}
+
+Handle SuffixForest::OpenGroup(std::span<const Token> prompt) {
+  const std::lock_guard lock(mutex_);
+  groups_.try_emplace(next_handle_, prompt, max_match_);
+  return next_handle_++;
+}
+
+Handle SuffixForest::OpenRequest(Handle group_handle) {
+  const std::lock_guard lock(mutex_);
+  Group& owner = group(group_handle);
+  const uint32_t slot = owner.tree.Open();
+  requests_.emplace(next_handle_, Request{&owner, slot, {WriterOf(slot)}, {}});
+  owner.requests.push_back(next_handle_);
+  return next_handle_++;
+}
+
+void SuffixForest::CloseGroup(Handle handle) {
+  const std::lock_guard lock(mutex_);
+  for (const Handle member : group(handle).requests) requests_.erase(member);
+  groups_.erase(handle);
+}
+
+void SuffixForest::CloseRequests(std::span<const Handle> requests) {
+  const std::lock_guard lock(mutex_);
+  std::vector<Handle> once(requests.begin(), requests.end());
+  std::ranges::sort(once);
+  Require(std::ranges::adjacent_find(once) == once.end(), "requests repeat");
+  std::unordered_map<Group*, std::vector<uint32_t>> slots;
+  for (const Request* row : Rows(requests)) slots[row->group].push_back(row->slot);
+  for (const Handle handle : requests) {
+    std::erase(request(handle).group->requests, handle);
+    requests_.erase(handle);
+  }
+  for (const auto& [owner, removed] : slots) owner->tree.Remove(removed);
+}
+
+// The states that a path is at are mostly out of cache, and each is found by way of
+// the one before: what one path waits for, all others can ask for meanwhile.
+void SuffixForest::Warm(std::span<Path> paths) {
+  for (Path& path : paths) path.request->group->tree.Prefetch(path.warm);
+  for (int round = 0; round < kWarmRounds; ++round) {
+    for (Path& path : paths) {
+      path.warm = path.request->group->tree.PrefetchNext(path.warm);
+    }
+  }
+}
+
+std::vector<int64_t> SuffixForest::Append(std::span<const Handle> requests,
+                                          std::span<const Token> tokens,
+                                          std::span<const int64_t> offsets,
+                                          std::span<const int64_t> starts) {
+  CheckOffsets(offsets, requests.size(), tokens.size());
+  Require(starts.empty() || starts.size() == requests.size(),
+          "starts must be as long as requests");
+  Require(std::ranges::all_of(starts, [](int64_t start) { return start >= 0; }),
+          "starts must not be negative");
+  Require(std::ranges::all_of(tokens, [](Token token) { return token >= 0; }),
+          "tokens must not be negative");
+  const std::lock_guard lock(mutex_);
+  const std::vector<Request*> rows = Rows(requests);
+  std::vector<Path> paths;
+  paths.reserve(rows.size());
+  for (Request* row : rows) {
+    paths.push_back({row, row->group->tree.tip(row->slot)});
+  }
+  Warm(paths);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    SuffixTree& tree = rows[i]->group->tree;
+    const auto known = static_cast<int64_t>(tree.log(rows[i]->slot).size());
+    const int64_t skip = starts.empty() ? 0 : known - starts[i];
+    const int64_t size = offsets[i + 1] - offsets[i];
+    if (skip < 0 || skip >= size) continue;
+    const auto fresh = tokens.subspan(offsets[i] + skip, size - skip);
+    Learn(*rows[i], fresh);
+    tree.Append(rows[i]->slot, fresh);
+  }
+  std::vector<int64_t> lengths;
+  for (const Request* row : rows) {
+    lengths.push_back(static_cast<int64_t>(row->group->tree.log(row->slot).size()));
+  }
+  return lengths;
+}
+
+// What was forecast after a wrong token is about another text: it teaches nothing.
+void SuffixForest::Learn(Request& request, std::span<const Token> tokens) {
+  const size_t size = std::min(tokens.size(), request.forecasts.size());
+  for (size_t i = 0; i < size; ++i) {
+    const Prediction& forecast = request.forecasts[i];
+    const bool right = forecast.token == tokens[i];
+    blend_.Learn(forecast, right, request.reader);
+    if (!right) break;
+  }
+  request.forecasts.clear();
+}
+
+Drafts SuffixForest::Draft(std::span<const Handle> requests,
+                           std::span<const int32_t> max_tokens, float min_confidence) {
+  CheckLimits(max_tokens, requests.size());
+  const std::lock_guard lock(mutex_);
+  const std::vector<Request*> rows = Rows(requests);
+  ++num_batches_;
+  for (Request* row : rows) {
+    Require(row->batch != num_batches_, "requests repeat");
+    row->batch = num_batches_;
+  }
+  std::vector<Path> paths;
+  paths.reserve(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    rows[i]->forecasts.clear();
+    if (max_tokens[i] == 0) continue;
+    const Context context = rows[i]->group->tree.Cursor(rows[i]->slot);
+    const auto tokens_left = static_cast<uint32_t>(max_tokens[i]);
+    paths.push_back({rows[i], context.state, tokens_left, context});
+  }
+  while (!paths.empty()) {
+    Warm(paths);
+    std::erase_if(paths, [&](Path& path) { return !Extend(path, min_confidence); });
+  }
+  return Collect(rows, min_confidence);
+}
+
+// Forecasts one token more; false if the path ends. A token that is too doubtful to
+// be drafted is forecast too, so that doubt is put right as readily as confidence.
+bool SuffixForest::Extend(Path& path, double min_confidence) const {
+  Request& request = *path.request;
+  Prediction best;
+  const SuffixTree& tree = request.group->tree;
+  if (blend_.Predict(tree, path.context, request.reader, {&best, 1}) == 0) return false;
+  request.forecasts.push_back(best);
+  path.confidence *= best.probability;
+  if (path.confidence < min_confidence || --path.tokens_left == 0) return false;
+  path.context = tree.Advance(*best.edge, best.match_length);
+  path.warm = path.context.state;
+  return true;
+}
+
+Drafts SuffixForest::Collect(std::span<Request* const> rows, double min_confidence) {
+  Drafts drafts;
+  drafts.offsets.push_back(0);
+  for (const Request* row : rows) {
+    double confidence = 1;
+    for (const Prediction& forecast : row->forecasts) {
+      confidence *= forecast.probability;
+      if (confidence < min_confidence) break;
+      drafts.tokens.push_back(forecast.token);
+      drafts.confidences.push_back(static_cast<float>(confidence));
+    }
+    drafts.offsets.push_back(static_cast<int64_t>(drafts.tokens.size()));
+  }
+  return drafts;
+}
+
+Drafts SuffixForest::DraftTree(std::span<const Handle> requests,
+                               std::span<const int32_t> max_tokens, uint32_t top_k,
+                               float min_confidence) const {
+  CheckLimits(max_tokens, requests.size());
+  Require(top_k > 0, "top_k must be positive");
+  const std::lock_guard lock(mutex_);
+  std::vector<const Request*> rows;
+  for (const Handle handle : requests) rows.push_back(&request(handle));
+  Drafts drafts;
+  drafts.offsets.push_back(0);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    DraftTreeRow(*rows[i], max_tokens[i], top_k, min_confidence, drafts);
+    drafts.offsets.push_back(static_cast<int64_t>(drafts.tokens.size()));
+  }
+  return drafts;
+}
+
+void SuffixForest::DraftTreeRow(const Request& request, uint32_t max_tokens,
+                                uint32_t top_k, double min_confidence,
+                                Drafts& drafts) const {
+  struct Branch {
+    Context context;
+    int32_t node;
+    double confidence;
+    Token token = 0;
+  };
+  const SuffixTree& tree = request.group->tree;
+  const auto first = static_cast<int32_t>(drafts.tokens.size());
+  std::vector<Branch> beam{{tree.Cursor(request.slot), -1, 1.0}};
+  std::vector<Prediction> predictions(top_k);
+  for (uint32_t depth = 0; depth < max_tokens && !beam.empty(); ++depth) {
+    std::vector<Branch> wider;
+    for (const Branch& branch : beam) {
+      const size_t size =
+          blend_.Predict(tree, branch.context, request.reader, predictions);
+      for (const Prediction& next : std::span(predictions).first(size)) {
+        const double confidence = branch.confidence * next.probability;
+        if (confidence < min_confidence) continue;
+        wider.push_back({tree.Advance(*next.edge, next.match_length), branch.node,
+                         confidence, next.token});
+      }
+    }
+    std::ranges::stable_sort(wider, std::ranges::greater{}, &Branch::confidence);
+    if (wider.size() > top_k) wider.resize(top_k);
+    for (Branch& branch : wider) {
+      drafts.tokens.push_back(branch.token);
+      drafts.parents.push_back(branch.node);
+      drafts.confidences.push_back(static_cast<float>(branch.confidence));
+      branch.node = static_cast<int32_t>(drafts.tokens.size()) - 1 - first;
+    }
+    beam = std::move(wider);
+  }
+}
+
+std::vector<Continuations> SuffixForest::Inspect(Handle handle) const {
+  const std::lock_guard lock(mutex_);
+  const Request& row = request(handle);
+  const SuffixTree& tree = row.group->tree;
+  const Context context = tree.Locate(tree.Cursor(row.slot));
+  std::vector<Continuations> orders;
+  for (StateId id = context.state; id != kRoot; id = tree.state(id).link) {
+    const State& state = tree.state(id);
+    if (state.total == 0) continue;
+    Continuations& order = orders.emplace_back();
+    order.match_length = std::min(state.length, context.length);
+    order.edges.push_back(state.best);
+    std::ranges::copy(tree.further_edges(state), std::back_inserter(order.edges));
+    std::ranges::sort(order.edges, Precedes);
+  }
+  return orders;
+}
+
+std::vector<Token> SuffixForest::Tokens(Handle handle, int64_t start) const {
+  const std::lock_guard lock(mutex_);
+  const Request& row = request(handle);
+  const std::vector<Token>& log = row.group->tree.log(row.slot);
+  Require(start >= 0 && start <= static_cast<int64_t>(log.size()),
+          "start is outside the request");
+  return {log.begin() + start, log.end()};
+}
+
+std::vector<Handle> SuffixForest::Requests(Handle handle) const {
+  const std::lock_guard lock(mutex_);
+  return group(handle).requests;
+}
+
+std::vector<double> SuffixForest::weights() const {
+  const std::lock_guard lock(mutex_);
+  return blend_.weights();
+}
+
+void SuffixForest::set_weights(std::span<const double> weights) {
+  const std::lock_guard lock(mutex_);
+  blend_.set_weights(weights);
+}
+
+size_t SuffixForest::num_groups() const {
+  const std::lock_guard lock(mutex_);
+  return groups_.size();
+}
+
+size_t SuffixForest::num_tokens() const {
+  const std::lock_guard lock(mutex_);
+  size_t size = 0;
+  for (const auto& [handle, owner] : groups_) size += owner.tree.num_tokens();
+  return size;
+}
+
+size_t SuffixForest::memory_bytes() const {
+  const std::lock_guard lock(mutex_);
+  size_t bytes = 0;
+  for (const auto& [handle, owner] : groups_) bytes += owner.tree.memory_bytes();
+  for (const auto& [handle, row] : requests_) {
+    bytes += sizeof(row) + row.forecasts.capacity() * sizeof(Prediction);
+  }
+  return bytes;
+}
+
+}  // namespace aseer::dgds

@@ -1,0 +1,241 @@
+"""The suffix forest: what it answers, forgets, refuses and learns."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+
+from aseer.dgds.cst import PROMPT_WRITER, RequestHandle, SuffixForest, SuffixTree
+
+
+def handles(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.array(values, np.int64)
+
+
+def limits(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.array(values, np.int32)
+
+
+def drafted(tree: SuffixTree, request: RequestHandle, size: int = 8) -> list[int]:
+    return [token for token, _ in tree.draft(request, size)]
+
+
+def test_draft_copies_from_the_prompt() -> None:
+    tree = SuffixTree([1, 2, 3, 4, 5, 6])
+    request = tree.open()
+    tree.append(request, [2, 3])
+    assert drafted(tree, request, 3) == [4, 5, 6]
+
+
+def test_context_spans_the_end_of_the_prompt() -> None:
+    tree = SuffixTree([7, 8])
+    first, second = tree.open(), tree.open()
+    tree.append(first, [9, 10])
+    assert tree.orders(second)[0].match_length == 2
+    assert drafted(tree, second, 2) == [9, 10]
+
+
+def test_prompt_counts_once_however_many_requests_share_it() -> None:
+    tree = SuffixTree([1, 2, 1])
+    requests = [tree.open() for _ in range(5)]
+    (order,) = tree.orders(requests[0])
+    assert order.continuations == [(2, 1, PROMPT_WRITER)]
+    assert tree.forest.num_tokens == 3
+
+
+def test_no_context_spans_two_requests() -> None:
+    tree = SuffixTree()
+    first, second, third = (tree.open() for _ in range(3))
+    tree.append(first, [1, 2])
+    tree.append(second, [3, 4])
+    tree.append(third, [2])
+    assert tree.orders(third) == []
+    assert tree.draft(third, 4) == []
+
+
+def test_siblings_history_is_followed_and_writers_are_told_apart() -> None:
+    tree = SuffixTree()
+    first, second, third = (tree.open() for _ in range(3))
+    for writer in (first, second):
+        tree.append(writer, [5, 6, 7])
+    tree.append(third, [5, 6])
+    assert tree.orders(third)[0].continuations == [(7, 2, 0b011)]
+
+
+def test_interleaving_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    texts = rng.integers(0, 3, (4, 60))
+    whole, stepwise = SuffixTree([1, 2]), SuffixTree([1, 2])
+    a = [whole.open() for _ in texts]
+    b = [stepwise.open() for _ in texts]
+    for request, text in zip(a, texts, strict=True):
+        whole.append(request, text.tolist())
+    for column in texts.T:
+        for request, token in zip(b, column.tolist(), strict=True):
+            stepwise.append(request, [token])
+    for left, right in zip(a, b, strict=True):
+        assert whole.orders(left) == stepwise.orders(right)
+        assert whole.draft(left, 8) == stepwise.draft(right, 8)
+
+
+def test_closing_a_request_undoes_it() -> None:
+    kept, mixed = SuffixTree([1]), SuffixTree([1])
+    a, b, gone = kept.open(), mixed.open(), mixed.open()
+    for chunk in ([2, 3], [1, 2], [4, 1]):
+        kept.append(a, chunk)
+        mixed.append(gone, [2, 9, 2])
+        mixed.append(b, chunk)
+    mixed.close(gone)
+    assert mixed.orders(b) == kept.orders(a)
+    with pytest.raises(KeyError):
+        mixed.append(gone, [1])
+    again = mixed.open()
+    mixed.append(again, [2])
+    assert drafted(mixed, again, 1) == [3]
+
+
+def test_closing_a_group_frees_its_memory_and_requests() -> None:
+    forest = SuffixForest()
+    assert forest.memory_bytes == 0
+    group = forest.open_group(limits(1, 2, 3))
+    request = forest.open_request(group)
+    forest.append(handles(request), np.arange(1000, dtype=np.int32), handles(0, 1000))
+    assert forest.memory_bytes > 1000
+    forest.close_group(group)
+    assert (forest.memory_bytes, forest.num_tokens, forest.num_groups) == (0, 0, 0)
+    with pytest.raises(KeyError):
+        forest.tokens(request)
+
+
+def test_rows_that_come_twice_late_or_with_a_gap_change_nothing() -> None:
+    forest = SuffixForest()
+    request = forest.open_request(forest.open_group(limits()))
+    row = handles(request)
+
+    def append(tokens: list[int], start: int) -> int:
+        offsets = handles(0, len(tokens))
+        return int(forest.append(row, limits(*tokens), offsets, handles(start))[0])
+
+    assert append([1, 2, 3], 0) == 3
+    assert append([2, 3], 1) == 3
+    assert append([9], 5) == 3
+    assert append([3, 4], 2) == 4
+    assert forest.tokens(request).tolist() == [1, 2, 3, 4]
+    assert forest.tokens(request, 2).tolist() == [3, 4]
+
+
+def test_batch_rows_are_independent() -> None:
+    forest = SuffixForest()
+    groups = [forest.open_group(limits(base, base + 1, base)) for base in (10, 20)]
+    rows = handles(*(forest.open_request(group) for group in groups))
+    drafts = forest.draft(rows, limits(0, 2))
+    assert drafts.offsets.tolist() == [0, 0, 2]
+    assert drafts.tokens.tolist() == [21, 20]
+
+
+def test_confidence_falls_along_a_path_and_cuts_it() -> None:
+    tree = SuffixTree([1, 2, 3, 4] * 5)
+    request = tree.open()
+    confidences = [confidence for _, confidence in tree.draft(request, 8)]
+    assert len(confidences) == 8
+    assert all(0 < x <= 1 for x in confidences)
+    assert confidences == sorted(confidences, reverse=True)
+    bar = confidences[3] - 1e-6
+    assert len(tree.draft(request, 8, min_confidence=bar)) == 4
+
+
+def test_confidence_learns_what_is_accepted() -> None:
+    tree = SuffixTree([1, 2, 3, 4])
+    deceived = tree.open()
+    before = tree.open()
+    tree.append(before, [1])
+    trusting = tree.draft(before, 1)[0][1]
+    for i in range(200):
+        tree.append(deceived, [1])
+        tree.draft(deceived, 1)
+        tree.append(deceived, [100 + i])
+    other = SuffixTree([1, 2, 3, 4])
+    other.forest.weights = tree.forest.weights
+    request = other.open()
+    other.append(request, [1])
+    assert other.draft(request, 1)[0][1] < trusting
+
+
+def test_tree_of_paths_holds_the_branches_and_the_best_path() -> None:
+    tree = SuffixTree()
+    writers = [tree.open() for _ in range(3)]
+    for writer, text in zip(writers, ([1, 2, 3], [1, 2, 4], [1, 5, 6]), strict=True):
+        tree.append(writer, text)
+    reader = tree.open()
+    tree.append(reader, [1])
+    paths = tree.forest.draft_tree(handles(reader), limits(2), top_k=3)
+    nodes = list(zip(paths.tokens.tolist(), paths.parents.tolist(), strict=True))
+    assert nodes[:2] == [(2, -1), (5, -1)]
+    assert {(3, 0), (4, 0), (6, 1)} == set(nodes[2:])
+    assert drafted(tree, reader, 2) == [2, 3]
+
+
+def test_repetition_costs_no_more_than_text() -> None:
+    tree = SuffixTree()
+    request = tree.open()
+    tree.append(request, [1] * 200_000)
+    assert drafted(tree, request, 4) == [1] * 4
+    assert tree.forest.memory_bytes < 200_000 * 200
+
+
+@pytest.mark.parametrize("max_match", [0, 256])
+def test_max_match_is_bounded(max_match: int) -> None:
+    with pytest.raises(ValueError, match="max_match"):
+        SuffixForest(max_match=max_match)
+
+
+def test_bad_arguments_raise_and_change_nothing() -> None:
+    forest = SuffixForest()
+    request = forest.open_request(forest.open_group(limits(1)))
+    rows = handles(request)
+    with pytest.raises(ValueError, match="negative"):
+        forest.append(rows, limits(1, -1), handles(0, 2))
+    with pytest.raises(ValueError, match="offsets"):
+        forest.append(rows, limits(1), handles(0, 2))
+    with pytest.raises(ValueError, match="decrease"):
+        forest.append(handles(request, request), limits(1), handles(0, 2, 1))
+    with pytest.raises(KeyError):
+        forest.append(handles(request, 99), limits(1, 1), handles(0, 1, 2))
+    with pytest.raises(ValueError, match="negative"):
+        forest.draft(rows, limits(-1))
+    with pytest.raises(ValueError, match="top_k"):
+        forest.draft_tree(rows, limits(1), top_k=0)
+    with pytest.raises(ValueError, match="repeat"):
+        forest.close_requests(handles(request, request))
+    assert forest.tokens(request).tolist() == []
+
+
+def test_returned_arrays_outlive_the_forest() -> None:
+    forest = SuffixForest()
+    request = forest.open_request(forest.open_group(limits(1, 2, 3, 1)))
+    drafts = forest.draft(handles(request), limits(2))
+    del forest
+    gc.collect()
+    assert drafts.tokens.tolist() == [2, 3]
+
+
+def test_threads_may_share_a_forest() -> None:
+    forest = SuffixForest()
+    group = forest.open_group(limits(1, 2, 3))
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        request = handles(forest.open_request(group))
+        for _ in range(200):
+            forest.append(request, rng.integers(0, 5, 3, np.int32), handles(0, 3))
+            forest.draft(request, limits(4))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert forest.num_tokens == 3 + 4 * 200 * 3
