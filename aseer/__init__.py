@@ -1,0 +1,57 @@
+"""aseer: the rollout phase of synchronous, group-based RL on vLLM, fast and exact.
+
+    async with aseer.Engine(aseer.EngineConfig(model="Qwen/Qwen3-8B")) as engine:
+        async for response in engine.rollout(groups):
+            ...
+
+Importing this package imports neither vllm nor torch.
+"""
+
+from aseer.config import EngineConfig, SpeculationConfig
+from aseer.engine import Engine
+from aseer.errors import (
+    AseerError,
+    ConfigError,
+    EngineClosedError,
+    EngineError,
+    InstanceLostError,
+    InstanceStartError,
+    InvalidTransition,
+    ProtocolError,
+    RolloutError,
+    RolloutInProgressError,
+)
+from aseer.groups import Group
+from aseer.report import InstanceReport, Progress, RolloutReport
+from aseer.rollout import Rollout, SyncRollout, rollout
+from aseer.sampling import SamplingParams
+from aseer.types import RequestMetrics, Response
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AseerError",
+    "ConfigError",
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineError",
+    "Group",
+    "InstanceLostError",
+    "InstanceReport",
+    "InstanceStartError",
+    "InvalidTransition",
+    "Progress",
+    "ProtocolError",
+    "RequestMetrics",
+    "Response",
+    "Rollout",
+    "RolloutError",
+    "RolloutInProgressError",
+    "RolloutReport",
+    "SamplingParams",
+    "SpeculationConfig",
+    "SyncRollout",
+    "__version__",
+    "rollout",
+]

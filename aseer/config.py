@@ -1,0 +1,250 @@
+"""The engine's settings: frozen, checked when made, each with a default and a unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from aseer.errors import ConfigError
+from aseer.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PolicyName = Literal[
+    "context-aware",
+    "fcfs",
+    "group-round-robin",
+    "least-loaded",
+    "group-least-unfinished",
+    "longest-first",
+]
+POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
+
+SpeculationMethod = Literal["off", "dgds", "suffix", "ngram"]
+BudgetPolicy = Literal["adaptive", "fixed", "paper"]
+
+# What aseer sets itself in vLLM's engine arguments, and the setting to use instead.
+_OWN_ENGINE_ARGS: Mapping[str, str] = {
+    "model": "model",
+    "tokenizer": "tokenizer",
+    "dtype": "dtype",
+    "max_model_len": "max_model_len",
+    "max_num_seqs": "max_num_seqs",
+    "tensor_parallel_size": "gpus_per_instance",
+    "enable_prefix_caching": "nothing: resumed chunks need it",
+    "logprobs_mode": "nothing: responses carry processed logprobs",
+    "disable_log_stats": "nothing: reports need the statistics",
+    "seed": "seed",
+    "kv_cache_memory_bytes": "kv_cache_bytes",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationConfig:
+    """How engines draft tokens that the model then verifies, several a step.
+
+    Samples keep their distribution whatever is drafted: an engine whose verified
+    sampler fails its test at the start says so and does not speculate.
+
+    Attributes:
+        method: "dgds" drafts from what the whole group has generated so far, on every
+            engine; "suffix" and "ngram" are vLLM's own, with drafts of up to
+            `max_draft_tokens`; "off" drafts nothing. The rest is for "dgds".
+        max_draft_tokens: the most tokens drafted for a request in a step.
+        tail_draft_tokens: the same when few requests are left, whose steps have room.
+        budget: how many tokens a step drafts. "adaptive" spends on the likeliest tokens
+            while the gain pays for the time a longer step takes, as measured; "fixed"
+            drafts all it can; "paper" is the rule of Seer's Algorithm 1.
+        probe_weight: how much more a token of a group's first request is worth.
+        after_weight_update: "keep" lets responses of older weights serve as drafts for
+            later groups with the same prompt; "drop" forgets them.
+        group_ttl_s: a group that nobody has asked for so long is forgotten.
+    """
+
+    method: SpeculationMethod = "dgds"
+    max_draft_tokens: int = 8
+    tail_draft_tokens: int = 16
+    budget: BudgetPolicy = "adaptive"
+    probe_weight: float = 2.0
+    after_weight_update: Literal["drop", "keep"] = "drop"
+    group_ttl_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(SpeculationMethod):
+            raise _bad("speculation", self.method, "one of off, dgds, suffix, ngram")
+        if self.budget not in get_args(BudgetPolicy):
+            raise _bad("budget", self.budget, "one of adaptive, fixed, paper")
+        if self.after_weight_update not in ("drop", "keep"):
+            raise _bad("after_weight_update", self.after_weight_update, "drop or keep")
+        _int(self, "max_draft_tokens", 1)
+        _int(self, "tail_draft_tokens", self.max_draft_tokens)
+        _positive(self, "group_ttl_s")
+        if not self.probe_weight >= 1:
+            raise _bad("probe_weight", self.probe_weight, "a number >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of an `aseer.Engine`.
+
+    Attributes:
+        model: a Hugging Face model name or a directory, as vLLM takes it.
+        tokenizer: name or directory; None = the model's.
+        num_instances: vLLM engines to start; None = one for every `gpus_per_instance`
+            visible GPUs, or on a CPU one a core, at most 2.
+        gpus_per_instance: GPUs of one engine (tensor parallel); unused on a CPU.
+        device: "auto" (GPUs if this machine has any and vLLM is built for them),
+            "cuda", "cpu"; "sim" starts simulated instances without vLLM (for tests).
+        dtype: weights and KV, as vLLM names it; "auto" = the checkpoint's.
+        max_model_len: the most tokens of prompt and response together; None = the
+            model's.
+        max_num_seqs: requests an engine runs at once; None = vLLM's default.
+        kv_cache_bytes: KV cache of one engine; None = what vLLM takes of a GPU, or on a
+            CPU a share of the free memory, at most 4 GiB.
+        seed: of the engines' random streams (each engine has its own, derived from it);
+            None = fresh ones. To repeat samples exactly give groups a `seed` instead.
+        sampling: settings of groups that bring none.
+        chunk_size: the most tokens a request generates before it is scheduled anew; 0 =
+            undivided. Chunks end just past a KV block's end, where a resume computes
+            one token.
+        policy: who runs next, and where; one of `POLICY_NAMES`.
+        speculation: how tokens are drafted: a method's name ("off", "dgds", "suffix",
+            "ngram") or a `SpeculationConfig`, which it is turned into.
+        starvation_interval: every so many decisions the longest waiting request goes
+            first, whatever the policy; 0 = never.
+        max_pending_requests: groups are taken from an iterator only while fewer
+            requests than this are unfinished (a list is taken whole).
+        report_interval_s: how often an engine reports the progress of running chunks.
+        start_timeout_s: for an engine to come up, model loading included.
+        heartbeat_timeout_s: an engine process silent that long is taken for dead.
+        stall_timeout_s: an engine that has work but makes no token that long is killed.
+        shutdown_timeout_s: for an orderly end; what is left then is killed.
+        max_restarts: times a dead instance is started again, over the engine's life.
+        max_request_retries: a request that was running on so many dying instances ends
+            as an error.
+        engine_args: further arguments of vLLM's AsyncEngineArgs, as they are.
+        env: environment variables of the engine processes.
+        log_dir: where engine logs go and stay; None = with the socket directory,
+            removed at close.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    num_instances: int | None = None
+    gpus_per_instance: int = 1
+    device: Literal["auto", "cuda", "cpu", "sim"] = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    kv_cache_bytes: int | None = None
+    seed: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    chunk_size: int = 2048
+    policy: PolicyName = "context-aware"
+    speculation: SpeculationConfig | SpeculationMethod = "off"
+    starvation_interval: int = 32
+    max_pending_requests: int = 65_536
+    report_interval_s: float = 0.25
+    start_timeout_s: float = 1200.0
+    heartbeat_timeout_s: float = 60.0
+    stall_timeout_s: float = 300.0
+    shutdown_timeout_s: float = 20.0
+    max_restarts: int = 3
+    max_request_retries: int = 3
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    log_dir: Path | str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str | Path) or not str(self.model):
+            raise _bad("model", self.model, "a model name or a directory")
+        object.__setattr__(self, "model", str(self.model))
+        for name in ("num_instances", "max_model_len", "max_num_seqs"):
+            _int(self, name, 1, optional=True)
+        _int(self, "kv_cache_bytes", 1, optional=True)
+        _int(self, "seed", 0, optional=True)
+        _int(self, "gpus_per_instance", 1)
+        _int(self, "chunk_size", 0)
+        _int(self, "starvation_interval", 0)
+        _int(self, "max_pending_requests", 1)
+        _int(self, "max_restarts", 0)
+        _int(self, "max_request_retries", 0)
+        for name in ("report_interval_s", "start_timeout_s", "heartbeat_timeout_s"):
+            _positive(self, name)
+        for name in ("stall_timeout_s", "shutdown_timeout_s"):
+            _positive(self, name)
+        if self.heartbeat_timeout_s < 4 * self.report_interval_s:
+            raise _bad(
+                "heartbeat_timeout_s", self.heartbeat_timeout_s, "at least 4 reports"
+            )
+        if self.device not in ("auto", "cuda", "cpu", "sim"):
+            raise _bad("device", self.device, "one of auto, cuda, cpu, sim")
+        check_policy(self.policy)
+        object.__setattr__(self, "speculation", check_speculation(self.speculation))
+        if not isinstance(self.sampling, SamplingParams):
+            raise _bad("sampling", self.sampling, "an aseer.SamplingParams")
+        for name in sorted(set(self.engine_args) & set(_OWN_ENGINE_ARGS)):
+            raise ConfigError(
+                f"engine_args has {name!r}; use instead: {_OWN_ENGINE_ARGS[name]}"
+            )
+
+
+def check_policy(policy: object) -> PolicyName:
+    """The policy's name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    for name in POLICY_NAMES:
+        if policy == name:
+            return name
+    raise _bad("policy", policy, f"one of {', '.join(POLICY_NAMES)}")
+
+
+def check_speculation(
+    speculation: SpeculationConfig | SpeculationMethod,
+) -> SpeculationConfig:
+    """The settings that a method's name stands for; settings are returned as they are.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    if isinstance(speculation, SpeculationConfig):
+        return speculation
+    return SpeculationConfig(method=speculation)
+
+
+def check_chunk_size(chunk_size: object) -> int:
+    """The chunk size in tokens.
+
+    Raises:
+        ConfigError: it is not an int >= 0.
+    """
+    if (
+        isinstance(chunk_size, bool)
+        or not isinstance(chunk_size, int)
+        or chunk_size < 0
+    ):
+        raise _bad("chunk_size", chunk_size, "an int >= 1, or 0 for undivided")
+    return chunk_size
+
+
+def _bad(name: str, value: object, allowed: str) -> ConfigError:
+    return ConfigError(f"{name}={value!r} is not allowed; give {allowed}")
+
+
+def _int(config: object, name: str, low: int, *, optional: bool = False) -> None:
+    value = getattr(config, name)
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        rest = ", or None for the default" if optional else ""
+        raise _bad(name, value, f"an int >= {low}{rest}")
+
+
+def _positive(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise _bad(name, value, "a number of seconds above 0")

@@ -1,0 +1,356 @@
+"""One rollout's decisions: events in, commands out.
+
+The controller joins the core: the buffer's request states, the context manager's length
+estimates, the scheduler's choices and the KV residency estimate. It is pure (no clock,
+no I/O), so the engine and the simulator drive the same one, and a log of its calls
+replays.
+
+    add_group, cancel ----------+
+    instance_up, instance_down -+--> Controller --> Dispatch, Abort, Finished
+    progress -------------------+
+
+Every call returns the commands it causes, in order. Invariants: I1 (one `Finished` a
+request) by the buffer, I3 (reservations fit) by the fleet.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from aseer.buffer import Request, RequestBuffer
+from aseer.context import ContextManager
+from aseer.kv.residency import KvResidency
+from aseer.scheduler import POLICIES, Scheduler
+from aseer.types import (
+    Chunk,
+    ChunkId,
+    GroupId,
+    InstanceId,
+    RequestState,
+    Response,
+    Task,
+)
+from aseer.waiting import Waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from aseer.config import PolicyName
+    from aseer.types import ChunkProgress, InstanceInfo
+
+
+class Dispatch(NamedTuple):
+    """Run this chunk on its instance."""
+
+    chunk: Chunk
+
+
+class Abort(NamedTuple):
+    """Stop this chunk; its end is still to be reported."""
+
+    instance_id: InstanceId
+    chunk_id: ChunkId
+
+
+class Finished(NamedTuple):
+    """A request is over; the user gets this."""
+
+    response: Response
+
+
+Command = Dispatch | Abort | Finished
+
+
+class Counters:
+    """Sums over a rollout, for its report."""
+
+    def __init__(self) -> None:
+        self.num_output_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_chunks = 0
+        self.num_migrations = 0
+        self.num_recomputed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_retries = 0
+        self.num_finished = 0
+        self.num_groups = 0
+        self.num_groups_finished = 0
+
+
+class Controller:
+    """The decisions of one rollout."""
+
+    def __init__(
+        self,
+        *,
+        policy: PolicyName,
+        chunk_size: int,
+        starvation_interval: int = 0,
+        max_request_retries: int = 3,
+        weight_version: int = 0,
+        first_chunk_id: int = 0,
+        granularity: int | None = None,
+    ) -> None:
+        """Start with no groups and no instances; `EngineConfig` has the settings."""
+        self.buffer = RequestBuffer(
+            max_request_retries=max_request_retries, first_chunk_id=first_chunk_id
+        )
+        self.context = ContextManager()
+        self.residency = KvResidency()
+        self.scheduler = Scheduler(
+            POLICIES[policy],
+            chunk_size=chunk_size,
+            granularity=granularity,
+            starvation_interval=starvation_interval,
+        )
+        self.counters = Counters()
+        self._weight_version = weight_version
+        self._num_arrived = 0
+        self._arrivals: dict[GroupId, int] = {}
+        self._running: dict[InstanceId, dict[ChunkId, Chunk]] = {}
+        self._unfinished_in_group: dict[GroupId, int] = {}
+
+    @property
+    def num_unfinished(self) -> int:
+        return self.buffer.num_unfinished
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler)
+
+    def is_group_finished(self, group_id: GroupId) -> bool:
+        """Whether all its requests are over."""
+        return not self._unfinished_in_group[group_id]
+
+    def num_running(self, instance_id: InstanceId) -> int:
+        """Chunks that run on an instance."""
+        return len(self._running.get(instance_id, ()))
+
+    def longest_running(self) -> tuple[str, int] | None:
+        """The running request with the most tokens so far, and how many."""
+        owners = (self.buffer.chunk_owner(c) for r in self._running.values() for c in r)
+        longest = max(
+            (r for r in owners if r is not None),
+            key=lambda r: len(r.tokens),
+            default=None,
+        )
+        return None if longest is None else (longest.request_id, len(longest.tokens))
+
+    def add_group(self, task: Task, now: float) -> list[Command]:
+        """Take a validated group.
+
+        Raises:
+            ValueError: its id is taken.
+        """
+        return self.add_groups([task], now)
+
+    def add_groups(self, tasks: Iterable[Task], now: float) -> list[Command]:
+        """Take several groups and only then decide, so that all probes are seen."""
+        for task in tasks:
+            if self.buffer.has_group(task.group_id):
+                raise ValueError(f"group {task.group_id!r} is in this rollout already")
+            self.context.add_group(task.group_id, task.max_tokens, task.num_requests)
+            self.counters.num_groups += 1
+            self._arrivals[task.group_id] = self._num_arrived
+            self._num_arrived += task.num_requests
+            self._unfinished_in_group[task.group_id] = task.num_requests
+            for request in self.buffer.add_group(task, now):
+                self._enqueue(request)
+        return self.schedule(now)
+
+    def instance_up(self, info: InstanceInfo, now: float) -> list[Command]:
+        """An instance can take work, with empty caches."""
+        self.scheduler.fleet.add(info)
+        self.residency.add_instance(
+            info.instance_id, info.num_kv_blocks, info.block_size
+        )
+        self._running[info.instance_id] = {}
+        return self.schedule(now)
+
+    def instance_down(
+        self, instance_id: InstanceId, now: float, why: str
+    ) -> list[Command]:
+        """An instance is gone; its chunks' requests wait again with what they have."""
+        return self._lose_instance(instance_id, now, why) + self.schedule(now)
+
+    def progress(self, reports: Iterable[ChunkProgress], now: float) -> list[Command]:
+        """Take what an instance reports of its chunks."""
+        commands: list[Command] = []
+        ended = False
+        for report in reports:
+            request = self.buffer.chunk_owner(report.chunk_id)
+            if request is None:
+                continue
+            chunk = request.chunk
+            assert chunk is not None
+            num_before = len(request.tokens)
+            outcome = self.buffer.progress(report, now)
+            self._count_tokens(request, num_before)
+            if outcome == "running":
+                continue
+            ended = True
+            self._release(chunk, request)
+            if outcome == "finished":
+                commands += self._finish(request)
+            else:
+                self._enqueue(request)
+        return commands + self.schedule(now) if ended else commands
+
+    def cancel_group(self, group_id: GroupId, now: float) -> list[Command]:
+        """End a group early: what waits finishes now, what runs is aborted.
+
+        Raises:
+            KeyError: no such group.
+        """
+        # What it kept others from (an instance may have been held for it) can go on.
+        return self._cancel(group_id, now) + self.schedule(now)
+
+    def cancel_all(self, now: float) -> list[Command]:
+        """End every group early."""
+        commands: list[Command] = []
+        for group_id, num_unfinished in list(self._unfinished_in_group.items()):
+            if num_unfinished:
+                commands += self._cancel(group_id, now)
+        return commands
+
+    def fail_all(self, now: float, why: str) -> list[Command]:
+        """Nothing can run any more: every unfinished request ends as an error."""
+        commands: list[Command] = []
+        for instance_id in list(self._running):
+            commands += self._lose_instance(instance_id, now, why)
+        for request in self.buffer.requests():
+            if request.state is RequestState.WAITING:
+                self.scheduler.remove_group(request.group.group_id)
+                commands += self._end_waiting(
+                    request, RequestState.FINISHED_ERROR, now, why
+                )
+        return commands
+
+    def schedule(self, now: float) -> list[Command]:
+        """Turn free capacity into dispatches."""
+        commands: list[Command] = []
+        for assignment in self.scheduler.schedule(self.residency.holders):
+            request = self.buffer[assignment.request_id]
+            before = request.instances[-1] if request.instances else None
+            chunk = self.buffer.start_chunk(assignment, now)
+            where = chunk.instance_id
+            self.residency.reserve(
+                where, chunk.request_id, assignment.num_reserved_blocks
+            )
+            self._running[where][chunk.chunk_id] = chunk
+            self.counters.num_chunks += 1
+            self.counters.num_migrations += before is not None and before != where
+            commands.append(Dispatch(chunk))
+        return commands
+
+    def check_integrity(self) -> None:
+        """Assert that the parts agree; changes nothing."""
+        self.buffer.check_integrity()
+        waiting = {
+            r.request_id
+            for r in self.buffer.requests()
+            if r.state is RequestState.WAITING
+        }
+        assert waiting == {i for i in waiting if i in self.scheduler}
+        assert len(waiting) == len(self.scheduler)
+        fleet = self.scheduler.fleet
+        for instance_id, chunks in self._running.items():
+            reserved = sum(c.num_reserved_blocks for c in chunks.values())
+            total = fleet.info(instance_id).num_kv_blocks
+            assert reserved + fleet.num_free_blocks(instance_id) == total
+            assert len(chunks) == fleet.num_running(instance_id)
+            assert reserved <= total
+
+    def _lose_instance(
+        self, instance_id: InstanceId, now: float, why: str
+    ) -> list[Command]:
+        chunks = self._running.pop(instance_id, None)
+        if chunks is None:
+            return []
+        self.scheduler.fleet.remove(instance_id)
+        self.residency.drop_instance(instance_id)
+        commands: list[Command] = []
+        for chunk_id in chunks:
+            request = self.buffer.chunk_owner(chunk_id)
+            assert request is not None
+            num_before = len(request.tokens)
+            outcome = self.buffer.lose_chunk(chunk_id, now, why)
+            self._count_tokens(request, num_before)
+            if outcome == "finished":
+                commands += self._finish(request)
+            else:
+                self._enqueue(request)
+        return commands
+
+    def _cancel(self, group_id: GroupId, now: float) -> list[Command]:
+        commands: list[Command] = []
+        self.scheduler.remove_group(group_id)
+        for request in self.buffer.group(group_id):
+            request.cancelled = True
+            if request.state is RequestState.WAITING:
+                commands += self._end_waiting(
+                    request, RequestState.FINISHED_ABORTED, now, "cancelled"
+                )
+            elif request.chunk is not None:
+                chunk = request.chunk
+                commands.append(Abort(chunk.instance_id, chunk.chunk_id))
+        return commands
+
+    def _count_tokens(self, request: Request, num_before: int) -> None:
+        num_new = len(request.tokens) - num_before
+        self.counters.num_output_tokens += num_new
+        self.context.record_tokens(request.group.group_id, num_new)
+
+    def _enqueue(self, request: Request) -> None:
+        task = request.group
+        lengths = task.known_lengths
+        waiting = Waiting(
+            request_id=request.request_id,
+            group_id=task.group_id,
+            group_size=task.num_requests,
+            arrival=self._arrivals[task.group_id] + request.index,
+            is_probe=request.is_probe,
+            num_tokens=request.num_tokens,
+            num_generated=len(request.tokens),
+            remaining=request.remaining,
+            divisible=task.undivided_because is None,
+            known_length=lengths[request.index] if lengths is not None else None,
+        )
+        self.scheduler.add(waiting, self.context.length_estimate(task.group_id))
+
+    def _release(self, chunk: Chunk, request: Request) -> None:
+        where = chunk.instance_id
+        del self._running[where][chunk.chunk_id]
+        self.scheduler.fleet.release(where, chunk.num_reserved_blocks)
+        # The last token's KV is not computed until the next step.
+        computed = 0 if request.state.is_finished else request.num_tokens - 1
+        self.residency.release(
+            where, chunk.request_id, chunk.num_reserved_blocks, computed
+        )
+
+    def _end_waiting(
+        self, request: Request, state: RequestState, now: float, why: str
+    ) -> list[Command]:
+        self.buffer.finish_waiting(request, state, now, why)
+        return self._finish(request)
+
+    def _finish(self, request: Request) -> list[Command]:
+        group_id = request.group.group_id
+        self.residency.forget(request.request_id)
+        learns = request.state in (
+            RequestState.FINISHED_STOPPED,
+            RequestState.FINISHED_LENGTH_CAPPED,
+        )
+        if learns and self.context.record_finished(group_id, len(request.tokens)):
+            self.scheduler.set_length_estimate(
+                group_id, self.context.length_estimate(group_id)
+            )
+        counters = self.counters
+        counters.num_finished += 1
+        counters.num_cached_tokens += request.num_cached_tokens
+        counters.num_recomputed_tokens += request.num_recomputed_tokens
+        counters.num_retries += request.num_retries
+        counters.num_prompt_tokens += request.group.num_prompt_tokens
+        self._unfinished_in_group[group_id] -= 1
+        counters.num_groups_finished += not self._unfinished_in_group[group_id]
+        return [Finished(request.to_response(self._weight_version))]

@@ -1,0 +1,339 @@
+"""How many tokens to draft for each request of the next step.
+
+A drafted token is worth its survival, the probability that it and those before it are
+accepted, and costs the time by which it lengthens the step. `AdaptiveBudget` spends in
+descending order of weight x survival, as far as the tokens a second that the step
+yields still rise; it drafts nothing where a plain step yields more (I7). `FixedBudget`
+and `PaperBudget` are what to compare it with.
+
+Survivals come from the trees' confidences, calibrated by what was accepted. Pure: step
+times and acceptances are told.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from aseer.config import SpeculationConfig
+    from aseer.dgds.steptime import StepTimeModel
+
+# Only tokens that may be worth anything are looked at.
+MIN_CONFIDENCE = 0.02
+# A step with drafts must yield so much more than one without.
+_MARGIN = 0.02
+# Requests in a step at which drafts may be `tail_draft_tokens` long.
+_TAIL_ROWS = 4
+# After so many steps whose drafts did not pay, trees are asked only every so often.
+_PATIENCE = 64
+_LOOK_EVERY = 4
+
+
+class Candidates(NamedTuple):
+    """What could be drafted for a step: a row a request.
+
+    Attributes:
+        confidences: [num_tokens] that a token and those before it are accepted, so they
+            never rise along a row.
+        offsets: [num_rows + 1] of the rows.
+        weights: [num_rows] what a token is worth.
+        num_context_tokens: of all rows.
+    """
+
+    confidences: NDArray[np.float32]
+    offsets: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    num_context_tokens: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.weights)
+
+
+class Budget(Protocol):
+    """Chooses draft lengths."""
+
+    def max_draft_tokens(self, num_rows: int) -> int:
+        """The most tokens worth looking for, for each request of the next step."""
+        ...
+
+    def choose(self, candidates: Candidates) -> NDArray[np.int64]:
+        """[num_rows], how much of each row to draft."""
+        ...
+
+    def accepted(
+        self, confidences: NDArray[np.float32], survived: NDArray[np.bool_]
+    ) -> None:
+        """[num_tokens] of what was drafted was accepted or not."""
+        ...
+
+    def position_accepted(
+        self, num_drafted: NDArray[np.int64], num_accepted: NDArray[np.int64]
+    ) -> None:
+        """[num_drafts], tokens drafted for a request and of them accepted."""
+        ...
+
+
+class FixedBudget:
+    """Drafts all there is, up to a length."""
+
+    def __init__(self, max_draft_tokens: int) -> None:
+        self._max = max_draft_tokens
+
+    def max_draft_tokens(self, num_rows: int) -> int:
+        """See `Budget`."""
+        return self._max
+
+    def choose(self, candidates: Candidates) -> NDArray[np.int64]:
+        """See `Budget`."""
+        return np.diff(candidates.offsets)
+
+    def accepted(
+        self, confidences: NDArray[np.float32], survived: NDArray[np.bool_]
+    ) -> None:
+        """See `Budget`."""
+
+    def position_accepted(
+        self, num_drafted: NDArray[np.int64], num_accepted: NDArray[np.int64]
+    ) -> None:
+        """See `Budget`."""
+
+
+class AdaptiveBudget:
+    """Drafts while the gain pays for the time."""
+
+    def __init__(
+        self, model: StepTimeModel, max_draft_tokens: int, tail_draft_tokens: int
+    ) -> None:
+        self._model = model
+        self._max = max_draft_tokens
+        self._tail = tail_draft_tokens
+        self._calibration = Calibration()
+        self._num_idle = 0
+
+    def max_draft_tokens(self, num_rows: int) -> int:
+        """See `Budget`."""
+        if self._num_idle >= _PATIENCE and self._num_idle % _LOOK_EVERY:
+            self._num_idle += 1
+            return 0
+        return self._tail if num_rows <= _TAIL_ROWS else self._max
+
+    def choose(self, candidates: Candidates) -> NDArray[np.int64]:
+        """See `Budget`."""
+        num_tokens = len(candidates.confidences)
+        step_s = self._model.predict(
+            candidates.num_rows, num_tokens, candidates.num_context_tokens
+        )
+        survivals = self._calibration.survivals(candidates.confidences)
+        lengths = spend(survivals, candidates.offsets, candidates.weights, step_s)
+        if lengths.any():
+            self._num_idle = 0
+        elif num_tokens:
+            self._num_idle += 1
+        return lengths
+
+    def accepted(
+        self, confidences: NDArray[np.float32], survived: NDArray[np.bool_]
+    ) -> None:
+        """See `Budget`."""
+        self._calibration.learn(confidences, survived)
+
+    def position_accepted(
+        self, num_drafted: NDArray[np.int64], num_accepted: NDArray[np.int64]
+    ) -> None:
+        """See `Budget`."""
+
+
+def spend(
+    survivals: NDArray[np.float64],
+    offsets: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    step_s: NDArray[np.float64],
+    *,
+    margin: float = _MARGIN,
+) -> NDArray[np.int64]:
+    """Share out a step's draft tokens so that it yields the most worth a second.
+
+    Every row yields a token without a draft. Of the ways to take the `k` worthiest
+    tokens, those are admitted that yield more tokens a second than no draft does, by
+    `margin`; the best of them by weighted tokens a second is taken.
+
+    Args:
+        survivals: [num_tokens], never rising along a row.
+        offsets: [num_rows + 1]. weights: [num_rows].
+        step_s: [num_tokens + 1], a step's seconds by the number of tokens drafted.
+
+    Returns:
+        [num_rows], how much of each row to draft.
+    """
+    num_rows = len(weights)
+    if not len(survivals) or step_s[0] <= 0:
+        return np.zeros(num_rows, np.int64)
+    row_of = np.repeat(np.arange(num_rows), np.diff(offsets))
+    worths = survivals * weights[row_of]
+    order = np.argsort(-worths, kind="stable")
+    plain = num_rows / step_s[0]
+    rates = (num_rows + np.cumsum(survivals[order])) / step_s[1:]
+    worth_rates = (weights.sum() + np.cumsum(worths[order])) / step_s[1:]
+    worth_rates[rates < plain * (1 + margin)] = 0
+    best = int(np.argmax(worth_rates))
+    if not worth_rates[best]:
+        return np.zeros(num_rows, np.int64)
+    return np.bincount(row_of[order[: best + 1]], minlength=num_rows)
+
+
+class Calibration:
+    """What share of tokens of a confidence really survives.
+
+    The mean over the recent tokens of about that confidence, from a start that believes
+    the confidence; in between, straight lines. It never falls as confidence rises.
+    """
+
+    _NUM_BINS = 12
+    _PRIOR_TOKENS = 10.0
+    _MEMORY_TOKENS = 4000.0
+
+    def __init__(self) -> None:
+        centres = (np.arange(self._NUM_BINS) + 0.5) / self._NUM_BINS
+        self._believed = self._PRIOR_TOKENS * centres
+        self._num = np.zeros(self._NUM_BINS)
+        self._said = np.zeros(self._NUM_BINS)
+        self._survived = np.zeros(self._NUM_BINS)
+        self._fit()
+
+    def learn(
+        self, confidences: NDArray[np.float32], survived: NDArray[np.bool_]
+    ) -> None:
+        """Tokens of these confidences survived, or did not."""
+        bins = np.minimum(
+            (confidences * self._NUM_BINS).astype(np.int64), self._NUM_BINS - 1
+        )
+        keep = max(0.0, 1 - len(bins) / self._MEMORY_TOKENS)
+        for sums, values in (
+            (self._num, None),
+            (self._said, confidences),
+            (self._survived, survived),
+        ):
+            sums *= keep
+            sums += np.bincount(bins, values, minlength=self._NUM_BINS)
+        self._fit()
+
+    def survivals(self, confidences: NDArray[np.float32]) -> NDArray[np.float64]:
+        """[num_tokens], calibrated."""
+        survivals: NDArray[np.float64] = np.interp(confidences, self._x, self._y)
+        return survivals
+
+    def _fit(self) -> None:
+        total = self._num + self._PRIOR_TOKENS
+        said = (self._said + self._believed) / total
+        true = rising_fit((self._survived + self._believed) / total, total)
+        self._x = np.concatenate(([0.0], said, [1.0]))
+        self._y = np.concatenate(([0.0], true, np.minimum(1.0, true[-1:] / said[-1])))
+
+
+def rising_fit(
+    values: NDArray[np.float64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The never falling sequence nearest to `values` (pool adjacent violators)."""
+    pools: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        pool = (value, weight, 1)
+        while pools and pools[-1][0] > pool[0]:
+            mean, other, length = pools.pop()
+            both = other + pool[1]
+            pool = ((mean * other + pool[0] * pool[1]) / both, both, length + pool[2])
+        pools.append(pool)
+    return np.repeat([p[0] for p in pools], [p[2] for p in pools])
+
+
+class PaperBudget:
+    """The rule of Seer's Algorithm 1, as printed.
+
+    The draft length g with the least time a token, by the mean acceptance a at this
+    batch, gives a budget of g tokens a request. It is shared between probes and the
+    rest: whichever class has the larger *drop* of acceptance from its next position to
+    the one after gets that position, the rest's drop being multiplied by the weight.
+
+    Source: Seer §3.4, App. A.2. `beta[0]`, undefined there, is 1. See
+    `AdaptiveBudget` for what is better.
+    """
+
+    def __init__(
+        self, model: StepTimeModel, max_draft_tokens: int, probe_weight: float
+    ) -> None:
+        self._model = model
+        self._max = max_draft_tokens
+        self._probe_weight = probe_weight
+        self._num_drafted = np.full(max_draft_tokens, 10.0)
+        self._num_accepted = 10.0 * 0.6 ** np.arange(1, max_draft_tokens + 1)
+
+    def max_draft_tokens(self, num_rows: int) -> int:
+        """See `Budget`."""
+        return self._max
+
+    def choose(self, candidates: Candidates) -> NDArray[np.int64]:
+        """See `Budget`."""
+        num_rows = candidates.num_rows
+        step_s = self._model.predict(
+            num_rows, num_rows * self._max, candidates.num_context_tokens
+        )
+        is_probe = candidates.weights > 1
+        probe, rest = self._lengths(
+            int(is_probe.sum()), int(num_rows - is_probe.sum()), step_s[::num_rows]
+        )
+        lengths: NDArray[np.int64] = np.diff(candidates.offsets)
+        np.minimum(lengths, np.where(is_probe, probe, rest), out=lengths)
+        return lengths
+
+    def _lengths(
+        self, num_probes: int, num_rest: int, step_s: NDArray[np.float64]
+    ) -> tuple[int, int]:
+        survival = self._num_accepted / self._num_drafted
+        acceptance = min(float(survival[0]), 0.999)
+        lengths = np.arange(self._max + 1)
+        tokens = (1 - acceptance ** (lengths + 1)) / (1 - acceptance)
+        best = int(np.argmin(step_s / tokens))
+        left = best * (num_probes + num_rest)
+        beta = np.concatenate(([1.0], survival, [survival[-1]]))
+        drops = -np.diff(beta)
+        probe = rest = 0
+        while left > 0:
+            gain_probe = drops[probe] if num_probes and probe < self._max else -1.0
+            gain_rest = drops[rest] if num_rest and rest < self._max else -1.0
+            if max(gain_probe, gain_rest) < 0:
+                break
+            if gain_probe >= self._probe_weight * gain_rest:
+                probe, left = probe + 1, left - num_probes
+            else:
+                rest, left = rest + 1, left - num_rest
+        return probe, rest
+
+    def accepted(
+        self, confidences: NDArray[np.float32], survived: NDArray[np.bool_]
+    ) -> None:
+        """See `Budget`."""
+
+    def position_accepted(
+        self, num_drafted: NDArray[np.int64], num_accepted: NDArray[np.int64]
+    ) -> None:
+        """See `Budget`."""
+        positions = np.arange(1, self._max + 1)
+        for sums, lengths in (
+            (self._num_drafted, num_drafted),
+            (self._num_accepted, num_accepted),
+        ):
+            sums *= 0.999
+            sums += (lengths[:, None] >= positions).sum(axis=0)
+
+
+def make_budget(settings: SpeculationConfig, model: StepTimeModel) -> Budget:
+    """The budget that the settings name."""
+    if settings.budget == "fixed":
+        return FixedBudget(settings.max_draft_tokens)
+    if settings.budget == "paper":
+        return PaperBudget(model, settings.max_draft_tokens, settings.probe_weight)
+    return AdaptiveBudget(model, settings.max_draft_tokens, settings.tail_draft_tokens)

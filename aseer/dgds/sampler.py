@@ -1,0 +1,233 @@
+"""vLLM's verified sampler: mended where it is wrong, and tested before it is trusted.
+
+With drafts, vLLM samples through a rejection sampler. On its CPU backend (at least up
+to 0.32) the function that spreads per-request settings over drafted tokens writes
+floats into a copy, so logits are divided by uninitialised memory; it is replaced. What
+remains is tested by drawing: on the engine's own kernels and device, with known logits,
+every token drawn must follow its distribution, whatever was drafted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+_VOCAB_SIZE = 24
+_MAX_DRAFT_TOKENS = 3
+_ROWS_OF_EACH = 64  # rows of a batch with the same settings and draft length
+_NUM_BATCHES = 16
+_MIN_EXPECTED = 5.0
+# About one right sampler in ten thousand fails.
+_MIN_P_VALUE = 1e-6
+
+
+class Settings(NamedTuple):
+    """A row's sampling settings; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+TESTED = (
+    Settings(1.0, 1.0, _VOCAB_SIZE),
+    Settings(0.7, 1.0, _VOCAB_SIZE),
+    Settings(1.3, 1.0, 5),
+    Settings(1.0, 0.9, _VOCAB_SIZE),
+    Settings(0.6, 0.8, 10),
+    Settings(0.0, 1.0, _VOCAB_SIZE),
+)
+
+
+class Verdict(NamedTuple):
+    """Whether the sampler may be trusted, and why not."""
+
+    is_right: bool
+    min_p_value: float
+    num_draws: int
+    fault: str
+
+
+def expand_batch_to_tokens(
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: float = 0,
+    replace_to: float = 0,
+) -> torch.Tensor:
+    """Repeat each request's value for each of its tokens; vLLM's function, mended.
+
+    Args:
+        x: [num_requests]. cu_num_tokens: [num_requests], running sums.
+        num_tokens: their last.
+        replace_from: this value becomes `replace_to`.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    values = x.masked_fill(x == replace_from, replace_to)
+    return values.repeat_interleave(counts, output_size=num_tokens)
+
+
+def mend(device: torch.device) -> bool:
+    """Replace vLLM's `expand_batch_to_tokens` in this process if it is wrong.
+
+    Returns:
+        Whether it was wrong.
+    """
+    if _expands_rightly(rejection_sampler.expand_batch_to_tokens, device):
+        return False
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    return True
+
+
+def _expands_rightly(function: Callable[..., torch.Tensor], device: Any) -> bool:
+    """Fresh values every time, so that no left-over memory can hold the answer."""
+    counts = torch.tensor([2, 0, 3, 1], device=device)
+    running = counts.cumsum(0).to(torch.int32)
+    for _ in range(4):
+        values = torch.rand(4, device=device) + 0.5
+        for x in (values, (values * 1e6).to(torch.int32)):
+            expected = x.repeat_interleave(counts)
+            if not torch.equal(function(x, running, 6), expected):
+                return False
+    return True
+
+
+def test_sampler(sampler: Any, device: torch.device) -> Verdict:
+    """Draw thousands of tokens through vLLM's `RejectionSampler` and compare.
+
+    Rows of all settings and draft lengths share a batch. Given that all drafts before
+    it were accepted, the token at position j is a sample of the j-th distribution: a
+    G-test for each setting and position.
+    """
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (_MAX_DRAFT_TOKENS + 1, _VOCAB_SIZE)).astype(np.float32)
+    # Likely drafts, and one that is not.
+    drafts = logits[:-1].argsort(axis=1)[:, -2].tolist()
+    drafts[-1] = int(logits[-2].argsort()[-6])
+    counts = np.zeros((len(TESTED), _MAX_DRAFT_TOKENS + 1, _VOCAB_SIZE), np.int64)
+    try:
+        for _ in range(_NUM_BATCHES):
+            for which, position, token in _draw(sampler, logits, drafts, device):
+                counts[which, position, token] += 1
+    except (RuntimeError, IndexError) as error:  # settings that are garbage
+        return Verdict(False, 0.0, int(counts.sum()), f"it fails: {error}")
+    worst, fault = 1.0, ""
+    for which, settings in enumerate(TESTED):
+        for position, row in enumerate(logits):
+            p_value = g_test(counts[which, position], distribution(row, settings))
+            if p_value < worst:
+                worst = p_value
+                fault = f"{settings} at position {position}: p-value {p_value:.1e}"
+    is_right = worst >= _MIN_P_VALUE
+    return Verdict(is_right, worst, int(counts.sum()), "" if is_right else fault)
+
+
+def _draw(
+    sampler: Any, logits: NDArray[np.float32], drafts: list[int], device: Any
+) -> Iterator[tuple[int, int, int]]:
+    """One batch: settings' index, position and token of all that was drawn."""
+    lengths = range(_MAX_DRAFT_TOKENS + 1)
+    kinds = list(itertools.product(range(len(TESTED)), lengths)) * _ROWS_OF_EACH
+    metadata = _draft_metadata([drafts[:length] for _, length in kinds], device)
+    rows = np.concatenate([logits[: length + 1] for _, length in kinds])
+    output = sampler(
+        metadata,
+        None,
+        torch.from_numpy(rows).to(device),
+        _sampling_metadata([TESTED[which] for which, _ in kinds], device),
+    )
+    for (which, length), tokens in zip(
+        kinds, output.sampled_token_ids.tolist(), strict=True
+    ):
+        for position in range(length + 1):
+            yield which, position, tokens[position]
+            if position < length and tokens[position] != drafts[position]:
+                break
+
+
+def _draft_metadata(drafts: list[list[int]], device: Any) -> Any:
+    metadata = SpecDecodeMetadata.make_dummy(drafts, device=device)
+    ends = np.cumsum([len(d) + 1 for d in drafts])
+    all_rows = np.arange(ends[-1])
+    is_bonus = np.isin(all_rows, ends - 1)
+
+    def on_device(values: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.int32)).to(device)
+
+    metadata.logits_indices = on_device(all_rows)
+    metadata.bonus_logits_indices = on_device(ends - 1)
+    metadata.target_logits_indices = on_device(all_rows[~is_bonus])
+    return metadata
+
+
+def _sampling_metadata(rows: list[Settings], device: Any) -> Any:
+    zeros = torch.zeros(len(rows), device=device)
+    return SamplingMetadata(
+        temperature=torch.tensor([r.temperature for r in rows], device=device),
+        all_greedy=False,
+        all_random=False,
+        top_p=torch.tensor([r.top_p for r in rows], device=device),
+        top_k=torch.tensor([r.top_k for r in rows], dtype=torch.int32, device=device),
+        generators={},
+        max_num_logprobs=None,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=zeros,
+        presence_penalties=zeros,
+        repetition_penalties=zeros + 1,
+        output_token_ids=[[] for _ in rows],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+    )
+
+
+def distribution(
+    logits: NDArray[np.float32], settings: Settings
+) -> NDArray[np.float64]:
+    """What is to be sampled from: temperature, then top-k, then top-p."""
+    probs: NDArray[np.float64] = np.zeros(len(logits))
+    if not settings.temperature:
+        probs[logits.argmax()] = 1
+        return probs
+    scaled = logits.astype(np.float64) / settings.temperature
+    order = np.argsort(-scaled)
+    np.exp(scaled - scaled.max(), out=probs)
+    probs[order[settings.top_k :]] = 0
+    probs /= probs.sum()
+    before = np.cumsum(probs[order]) - probs[order]
+    probs[order[before >= settings.top_p]] = 0
+    probs /= probs.sum()
+    return probs
+
+
+def g_test(counts: NDArray[np.int64], expected: NDArray[np.float64]) -> float:
+    """The p-value of counts under a distribution; 0 if one counts that cannot be."""
+    if counts[expected == 0].any():
+        return 0.0
+    means = expected * counts.sum()
+    is_rare = means < _MIN_EXPECTED
+    cells = [*zip(counts[~is_rare], means[~is_rare], strict=True)]
+    if means[is_rare].sum() > 0:
+        cells.append((counts[is_rare].sum(), means[is_rare].sum()))
+    if len(cells) < 2:
+        return 1.0
+    observed, mean = np.array(cells, np.float64).T
+    terms = observed * np.log(np.where(observed > 0, observed, 1.0) / mean)
+    g = 2 * float(terms[observed > 0].sum())
+    half_df = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
+    return float(
+        torch.special.gammaincc(half_df, torch.tensor(max(g, 0.0) / 2).double())
+    )

@@ -1,0 +1,138 @@
+"""The draft server: the controller's token log, on a thread of its own.
+
+The controller tells it of every token (`update_cst`) and goes on at once; the thread
+takes what it was told before it answers a client, so an answer is never staler than the
+controller. If the thread dies, drafts grow stale and nothing else happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from aseer.config import check_speculation
+from aseer.dgds.log import TokenLog
+from aseer.dgds.messages import (
+    TO_SERVER,
+    Deltas,
+    DraftingSpec,
+    FetchCst,
+    RegisterGroups,
+)
+from aseer.transport.threads import lossy_router
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Self
+
+    from aseer.config import EngineConfig
+    from aseer.dgds.messages import ToClient, ToServer
+
+_log = logging.getLogger("aseer")
+
+_WAKE_INTERVAL_S = 0.05
+_EXPIRE_INTERVAL_S = 5.0
+
+
+class DraftServer:
+    """Serves `TokenLog` at an endpoint between `with` and its end."""
+
+    def __init__(self, spec: DraftingSpec) -> None:
+        """Prepare; `spec` is also what the engines' drafters are told."""
+        self.spec = spec
+        self._token_log = TokenLog()
+        self._told: deque[Callable[[], None]] = deque()
+        self._weight_version = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name="aseer-dgds", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    # From the controller; none of these waits
+
+    def update_cst(
+        self, group_id: str, request_id: str, prev_token_count: int, new_tokens: bytes
+    ) -> None:
+        """A request has new tokens (int32 as bytes) after its first so many."""
+        now = time.monotonic()
+        self._told.append(
+            lambda: self._token_log.update_cst(
+                group_id, request_id, prev_token_count, new_tokens, now
+            )
+        )
+
+    def finish_group(self, group_id: str) -> None:
+        """A group needs no more drafts."""
+        self._told.append(lambda: self._token_log.finish_group(group_id))
+
+    def set_weight_version(self, weight_version: int) -> None:
+        """The weights from here on; those before may have written other texts."""
+        drops = self.spec.settings.after_weight_update == "drop"
+        if drops and weight_version != self._weight_version:
+            self._told.append(self._token_log.forget_kept)
+        self._weight_version = weight_version
+
+    # On its thread
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            _log.exception("the draft server failed; drafts will be stale")
+
+    def _serve(self) -> None:
+        next_expiry = 0.0
+        with lossy_router(self.spec.endpoint, TO_SERVER) as socket:
+            while not self._stop.is_set():
+                received = socket.receive(_WAKE_INTERVAL_S)
+                self._take_what_was_told()
+                now = time.monotonic()
+                if received is not None:
+                    peer, message = received
+                    answer = self._answer(message, now)
+                    if answer is not None:
+                        socket.send(answer, peer)
+                if now >= next_expiry:
+                    self._token_log.expire(now)
+                    next_expiry = now + _EXPIRE_INTERVAL_S
+
+    def _take_what_was_told(self) -> None:
+        for _ in range(len(self._told)):
+            self._told.popleft()()
+
+    def _answer(self, message: ToServer, now: float) -> ToClient | None:
+        match message:
+            case RegisterGroups(groups):
+                for entry in groups:
+                    self._token_log.register_group(
+                        entry.group_id, entry.prompt_key, entry.ttl_s, now
+                    )
+                return None
+            case FetchCst(cache_infos):
+                return Deltas(self._token_log.fetch_cst(cache_infos, now))
+
+
+def make_draft_server(config: EngineConfig, run_dir: Path) -> DraftServer | None:
+    """The server that an engine needs; None if it does not draft by group."""
+    settings = check_speculation(config.speculation)
+    if settings.method != "dgds":
+        return None
+    return DraftServer(
+        DraftingSpec(
+            settings=settings,
+            endpoint=f"ipc://{run_dir}/dgds",
+            fetch_interval_s=config.report_interval_s,
+        )
+    )

@@ -1,0 +1,243 @@
+"""The engine: vLLM instances that stay up between rollouts, and the way to them."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextvars
+import weakref
+from typing import TYPE_CHECKING, Self
+
+from aseer.config import (
+    EngineConfig,
+    check_chunk_size,
+    check_policy,
+    check_speculation,
+)
+from aseer.errors import ConfigError, EngineClosedError, EngineError
+from aseer.groups import GroupResolver, HuggingFaceTokenizer
+from aseer.host import Host
+from aseer.instance.launch import plan_instances, this_machine
+from aseer.instance.versions import check_vllm
+from aseer.rollout import Groups, Rollout, SyncRollout
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from aseer.config import PolicyName
+    from aseer.types import InstanceInfo
+
+current_engine: contextvars.ContextVar[Engine | None] = contextvars.ContextVar(
+    "aseer_engine", default=None
+)
+_JOIN_MARGIN_S = 10.0
+
+
+class Engine:
+    """vLLM instances on this machine, ready to run rollouts.
+
+    Use it as a context manager, `async with` in asyncio code or `with` anywhere else;
+    either way the work happens on a thread of its own, so that code that blocks its own
+    loop does not stall the engines. Leaving the context ends every process it started.
+
+        async with aseer.Engine(aseer.EngineConfig(model="Qwen/Qwen3-8B")) as engine:
+            async for response in engine.rollout(groups):
+                ...
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Prepare; nothing is started yet.
+
+        Raises:
+            ConfigError: this machine has not what the settings ask for.
+        """
+        if not isinstance(config, EngineConfig):
+            raise ConfigError(
+                f"Engine takes an aseer.EngineConfig, not {type(config).__name__}; for "
+                "example Engine(EngineConfig(model=...))"
+            )
+        self.config = config
+        self._launches = plan_instances(config, this_machine())
+        if self._launches[0].backend == "vllm":
+            check_vllm()
+        self._host: Host | None = None
+        self._tokenizer = HuggingFaceTokenizer(config.tokenizer or config.model)
+        self._tokens: list[contextvars.Token[Engine | None]] = []
+        self._weight_version = 0
+
+    # Opening and closing
+
+    async def __aenter__(self) -> Self:
+        host = self._begin()
+        try:
+            await asyncio.wrap_future(host.started)
+        except BaseException:
+            await self.aclose()
+            raise
+        self._tokens.append(current_engine.set(self))
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave_context()
+        await self.aclose()
+
+    def __enter__(self) -> Self:
+        host = self._begin()
+        try:
+            host.started.result()
+        except BaseException:
+            self.close()
+            raise
+        self._tokens.append(current_engine.set(self))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave_context()
+        self.close()
+
+    async def aclose(self) -> None:
+        """End every process of the engine and wait for it. May be called again."""
+        host = self._host
+        if host is not None:
+            host.request_stop()
+            # The end has its own deadline; being cancelled must not leave it half done.
+            closing = asyncio.get_running_loop().run_in_executor(None, self.close)
+            try:
+                await asyncio.shield(closing)
+            except asyncio.CancelledError:
+                await closing
+                raise
+
+    def close(self) -> None:
+        """End every process of the engine and wait for it. May be called again.
+
+        Raises:
+            EngineError: it did not end in time.
+        """
+        host = self._host
+        if host is None:
+            return
+        host.request_stop()
+        deadline_s = 2 * self.config.shutdown_timeout_s + _JOIN_MARGIN_S
+        if not host.join(deadline_s):
+            raise EngineError(f"the engine's thread did not end in {deadline_s:g} s")
+        self._host = None
+
+    def _begin(self) -> Host:
+        if self._host is not None:
+            raise EngineError("the engine is open already")
+        self._host = host = Host(self.config, self._launches)
+        host.start()
+        atexit.register(_close_at_exit, weakref.ref(self))
+        return host
+
+    def _leave_context(self) -> None:
+        if self._tokens:
+            try:
+                current_engine.reset(self._tokens.pop())
+            except ValueError:  # entered in another task: that context is gone
+                pass
+
+    # Using it
+
+    def rollout(
+        self,
+        groups: Groups,
+        *,
+        policy: PolicyName | None = None,
+        chunk_size: int | None = None,
+    ) -> Rollout:
+        """Sample every group's responses; iterate the result with `async for`.
+
+        Args:
+            groups: an iterable or async iterable of `Group`. A list is checked at once,
+                and scheduled as a whole. From an iterator groups are taken while the
+                rollout runs, so that more can be added as results come in.
+            policy: instead of the engine's.
+            chunk_size: instead of the engine's; 0 = undivided.
+        Raises:
+            ConfigError: a group of a list that cannot run.
+            EngineClosedError: the engine is not open.
+        """
+        return Rollout(
+            self._open_host(),
+            self._resolver(),
+            groups,
+            *self._how(policy, chunk_size),
+            self.config.max_pending_requests,
+        )
+
+    def rollout_sync(
+        self,
+        groups: Groups,
+        *,
+        policy: PolicyName | None = None,
+        chunk_size: int | None = None,
+    ) -> SyncRollout:
+        """As `rollout`, for code without an event loop: iterate it with `for`."""
+        return SyncRollout(
+            self._open_host(),
+            self._resolver(),
+            groups,
+            *self._how(policy, chunk_size),
+            self.config.max_pending_requests,
+        )
+
+    @property
+    def instances(self) -> list[InstanceInfo]:
+        """What the instances that are up said of themselves."""
+        return [info for _, info in sorted(self._open_host().infos.items())]
+
+    @property
+    def log_paths(self) -> list[Path]:
+        """Log files of the instances."""
+        return self._open_host().log_paths
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of the control socket; it goes when the engine closes."""
+        return self._open_host().run_dir
+
+    def _open_host(self) -> Host:
+        host = self._host
+        if host is None or not host.started.done() or host.ended.is_set():
+            raise EngineClosedError(
+                "the engine is not open; use it as a context manager, such as "
+                "`async with aseer.Engine(config) as engine:`"
+            )
+        return host
+
+    def _resolver(self) -> GroupResolver:
+        infos = self.instances
+        if not infos:
+            raise EngineError("no instance is up at the moment")
+        return GroupResolver(
+            infos[0],
+            self._tokenizer,
+            self.config.sampling,
+            speculating=check_speculation(self.config.speculation).method != "off",
+        )
+
+    def _how(
+        self, policy: PolicyName | None, chunk_size: int | None
+    ) -> tuple[PolicyName, int, int]:
+        chosen = self.config.policy if policy is None else check_policy(policy)
+        size = self.config.chunk_size if chunk_size is None else chunk_size
+        return chosen, check_chunk_size(size), self._weight_version
+
+
+def _close_at_exit(reference: weakref.ref[Engine]) -> None:
+    engine = reference()
+    if engine is not None:
+        engine.close()

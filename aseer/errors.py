@@ -1,0 +1,58 @@
+"""Every error aseer raises on purpose.
+
+    AseerError
+    |-- ConfigError (also ValueError)        a setting or a group that cannot work
+    |-- EngineError
+    |   |-- InstanceStartError               an engine process did not come up
+    |   |-- InstanceLostError                no engine is left, or one keeps dying
+    |   `-- EngineClosedError                used after close, or before it was opened
+    |-- RolloutError                         some requests failed; the rest was yielded
+    |-- RolloutInProgressError               one rollout at a time an engine
+    |-- ProtocolError                        a peer speaks another protocol version
+    `-- InvalidTransition                    a bug in aseer: a request's impossible move
+
+Bad input raises at the edge, before anything runs; what was already generated is always
+yielded before an error that ends a rollout.
+"""
+
+from __future__ import annotations
+
+
+class AseerError(Exception):
+    """Base of every error aseer raises on purpose."""
+
+
+class ConfigError(AseerError, ValueError):
+    """A setting, a group or a sampling parameter that cannot work."""
+
+
+class EngineError(AseerError):
+    """The engine, or one of its instances, failed."""
+
+
+class InstanceStartError(EngineError):
+    """An instance did not come up; the message has the cause and its log's end."""
+
+
+class InstanceLostError(EngineError):
+    """No instance is left that could finish the work."""
+
+
+class EngineClosedError(EngineError):
+    """The engine is not open."""
+
+
+class RolloutError(AseerError):
+    """Some requests ended in an error; raised after every Response was yielded."""
+
+
+class RolloutInProgressError(AseerError):
+    """The engine is still busy with another rollout."""
+
+
+class ProtocolError(AseerError):
+    """A peer speaks another version of the protocol, or nonsense."""
+
+
+class InvalidTransition(AseerError):
+    """A request was asked to make a move its state does not allow (a bug in aseer)."""

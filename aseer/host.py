@@ -1,0 +1,279 @@
+"""What lives on the engine's thread: its event loop, the socket, the pool, the rollout.
+
+The public `Engine` owns the thread and calls in from outside; everything here runs on
+the thread's own loop.
+
+    user's thread                       engine's thread
+    Engine, Rollout  --call()-->  Host -- Session -- InstancePool -- Router
+                     <--Mailbox--              (pure Controller inside)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+import threading
+from concurrent.futures import Future
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import uvloop
+
+from aseer.dgds.server import make_draft_server
+from aseer.errors import (
+    AseerError,
+    EngineClosedError,
+    EngineError,
+    RolloutInProgressError,
+)
+from aseer.instance.messages import FROM_INSTANCE, Report
+from aseer.instance.pool import InstancePool
+from aseer.session import Session
+from aseer.transport.zeromq import bind_router
+from aseer.types import InstanceId, InstanceInfo, InstanceLoad
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from aseer.config import EngineConfig, PolicyName
+    from aseer.instance.launch import Launch
+    from aseer.mailbox import Mailbox
+    from aseer.types import Response
+
+_log = logging.getLogger("aseer")
+T = TypeVar("T")
+
+
+class Host:
+    """The engine's thread and what runs on it."""
+
+    def __init__(self, config: EngineConfig, launches: list[Launch]) -> None:
+        self._config = config
+        self._launches = launches
+        self.run_dir = Path(tempfile.mkdtemp(prefix="aseer-"))  # 0700
+        self.log_dir = Path(config.log_dir or self.run_dir)
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.infos: dict[InstanceId, InstanceInfo] = {}
+        self.started: Future[None] = Future()
+        self.ended = threading.Event()
+        self._loads: dict[InstanceId, InstanceLoad] = {}
+        self._exhausted: str | None = None
+        self._session: Session | None = None
+        self._next_chunk_id = 0
+        self._pool: InstancePool | None = None
+        self._draft_server = make_draft_server(config, self.run_dir)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._thread = threading.Thread(
+            target=self._run, name="aseer-engine", daemon=True
+        )
+
+    # From the user's threads
+
+    def start(self) -> None:
+        """Start the thread; `started` tells how it went."""
+        self._thread.start()
+
+    def request_stop(self) -> None:
+        """Begin the end; `ended` tells when it is reached. May be called again."""
+        loop, stop = self._loop, self._stop
+        if loop is not None and stop is not None:
+            with suppress(RuntimeError):  # the loop is closed already
+                loop.call_soon_threadsafe(stop.set)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end; whether it ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Run a function on the engine's thread, some time soon."""
+        loop = self._loop
+        if loop is not None:
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(function)
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the engine's thread; its result comes with the future.
+
+        Raises:
+            EngineClosedError: the thread has ended.
+        """
+        loop = self._loop
+        if loop is not None and not self.ended.is_set():
+            with suppress(RuntimeError):
+                return asyncio.run_coroutine_threadsafe(coroutine, loop)
+        coroutine.close()
+        raise EngineClosedError("the engine is closed")
+
+    # On the engine's thread
+
+    async def open_session(
+        self,
+        mailbox: Mailbox[Response],
+        policy: PolicyName,
+        chunk_size: int,
+        weight_version: int,
+    ) -> Session:
+        """Begin a rollout.
+
+        Raises:
+            RolloutInProgressError: one is in progress.
+            EngineError: no instance is left.
+        """
+        if self._exhausted is not None:
+            raise EngineError(f"the engine has no instance left: {self._exhausted}")
+        last = self._session
+        if last is not None and last.was_left:
+            await self.drain(last)
+        if last is not None and not last.over.done():
+            raise RolloutInProgressError(
+                f"a rollout with {last.num_unfinished} unfinished requests is in "
+                "progress; an engine runs one at a time: iterate it to its end, or "
+                "aclose() it first"
+            )
+        assert self._pool is not None
+        assert self._loop is not None
+        session = Session(
+            pool=self._pool,
+            mailbox=mailbox,
+            policy=policy,
+            chunk_size=chunk_size,
+            starvation_interval=self._config.starvation_interval,
+            max_request_retries=self._config.max_request_retries,
+            weight_version=weight_version,
+            first_chunk_id=last.next_chunk_id if last else 0,
+            loop=self._loop,
+            draft_server=self._draft_server,
+        )
+        for instance_id, info in sorted(self.infos.items()):
+            session.instance_up(info, self._loads[instance_id])
+        self._session = session
+        return session
+
+    async def drain(self, session: Session) -> None:
+        """Wait until a rollout that was left has stopped; kill the engines that do
+        not.
+        """
+        assert self._pool is not None
+        timeout_s = self._config.shutdown_timeout_s
+        if not session.over.done():
+            await asyncio.wait([session.over], timeout=timeout_s)
+        if not session.over.done():
+            self._pool.kill_busy(f"it did not stop its work within {timeout_s:g} s")
+            await asyncio.wait([session.over], timeout=timeout_s)
+
+    def instance_up(self, info: InstanceInfo) -> None:
+        """See `PoolOwner`."""
+        self.infos[info.instance_id] = info
+        self._loads[info.instance_id] = InstanceLoad()
+        if self._session is not None:
+            self._session.instance_up(info, InstanceLoad())
+
+    def instance_report(self, instance_id: InstanceId, report: Report) -> None:
+        """See `PoolOwner`."""
+        self._loads[instance_id] = report.load
+        if self._session is not None and not self._session.over.done():
+            self._session.instance_report(instance_id, report)
+
+    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+        """See `PoolOwner`."""
+        self.infos.pop(instance_id, None)
+        if self._session is not None:
+            self._session.instance_down(instance_id, why)
+
+    def instances_exhausted(self, why: str) -> None:
+        """See `PoolOwner`."""
+        self._exhausted = why
+        if self._session is not None:
+            self._session.exhausted(why)
+
+    @property
+    def log_paths(self) -> list[Path]:
+        return [
+            self.log_dir / f"instance-{launch.instance_id}.log"
+            for launch in self._launches
+        ]
+
+    def _run(self) -> None:
+        try:
+            with (
+                self._draft_server or nullcontext(),
+                asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+            ):
+                runner.run(self._main())
+        except BaseException as error:
+            if not self.started.done():
+                self.started.set_exception(_root(error))
+        finally:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+            self.ended.set()
+
+    def _failed(self, error: BaseException) -> None:
+        if not self.started.done():
+            self.started.set_exception(error)
+            return
+        _log.error("the engine failed", exc_info=error)
+        self._exhausted = f"{type(error).__name__}: {error}"
+        if self._session is not None and not self._session.over.done():
+            with suppress(Exception):  # what failed may be its own decisions
+                self._session.exhausted(self._exhausted)
+            self._session.abandon(self._exhausted)
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        endpoint = f"ipc://{self.run_dir}/ctrl"
+        async with bind_router(endpoint, FROM_INSTANCE) as router:
+            pool = InstancePool(
+                self._config,
+                self._launches,
+                router,
+                endpoint,
+                self.run_dir,
+                self.log_dir,
+                self,
+                self._draft_server.spec if self._draft_server else None,
+            )
+            self._pool = pool
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    talking = tasks.create_task(router.run(pool.on_message))
+                    working = tasks.create_task(self._work(pool))
+                    await self._stop.wait()
+                    await self._leave_session()
+                    working.cancel()
+                    await asyncio.wait([working])
+                    await pool.stop(self._config.shutdown_timeout_s)
+                    talking.cancel()
+            except BaseException as error:
+                self._failed(_root(error))
+                raise
+            finally:
+                await pool.stop(0)
+                if self._session is not None and not self._session.over.done():
+                    # Nobody may be left waiting for what cannot go on.
+                    self._session.exhausted("the engine was closed")
+
+    async def _work(self, pool: InstancePool) -> None:
+        await pool.start()
+        self.started.set_result(None)
+        await pool.supervise()
+
+    async def _leave_session(self) -> None:
+        """Let the engines stop what a rollout still runs."""
+        session = self._session
+        if session is not None and not session.over.done():
+            session.leave()
+            await asyncio.wait([session.over], timeout=self._config.shutdown_timeout_s)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error worth telling, out of a task group's bundle."""
+    while isinstance(error, BaseExceptionGroup):
+        own = error.subgroup(AseerError)
+        error = (own or error).exceptions[0]
+    return error

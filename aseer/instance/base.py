@@ -1,0 +1,86 @@
+"""The contract between an instance process and the engine inside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from aseer.dgds.messages import DraftingSpec
+from aseer.errors import EngineError
+
+if TYPE_CHECKING:
+    from aseer.types import Chunk, ChunkEnd, ChunkId, InstanceInfo, InstanceLoad
+
+
+class EngineDied(EngineError):
+    """The engine inside an instance is dead; the process must go."""
+
+
+class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What an instance process is told on its standard input, as one line of JSON.
+
+    Attributes:
+        endpoint: of the controller's ROUTER.
+        identity: under which this incarnation speaks.
+        run_dir: the controller's, to be removed if it cannot do so any more.
+        backend: "vllm" or "sim".
+        engine_args: of the backend's engine.
+        drafting: for an engine that drafts by group.
+    """
+
+    endpoint: str
+    identity: str
+    run_dir: str
+    instance_id: int
+    backend: str
+    report_interval_s: float
+    engine_args: dict[str, Any]
+    drafting: DraftingSpec | None = None
+
+
+class Emit(Protocol):
+    """Where a running chunk's output goes; see `ChunkProgress` for the arguments."""
+
+    def __call__(
+        self,
+        *,
+        tokens: list[int] | None = None,
+        logprobs: list[float] | None = None,
+        text: str = "",
+        num_cached_tokens: int | None = None,
+    ) -> None: ...
+
+
+class Backend(Protocol):
+    """An engine that runs chunks."""
+
+    async def start(self) -> InstanceInfo:
+        """Bring the engine up."""
+        ...
+
+    async def run(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
+        """Run one chunk to its end, emitting output as it comes.
+
+        A chunk that the engine refuses ends as an `error`; cancellation aborts it.
+
+        Raises:
+            EngineDied: the engine cannot go on.
+        """
+        ...
+
+    async def abort(self, chunk_id: ChunkId) -> None:
+        """Make a running chunk end as `aborted`, soon; unknown ids are ignored."""
+        ...
+
+    def load(self) -> InstanceLoad:
+        """How busy the engine is."""
+        ...
+
+    async def attend(self) -> None:
+        """Do what the engine needs done while it runs; may return at once."""
+        ...
+
+    async def close(self) -> None:
+        """Take the engine down."""
+        ...

@@ -1,0 +1,216 @@
+"""How each instance is started: its share of the machine, its engine arguments, its
+command.
+
+Pure, given what the machine is (`Machine`). On a CPU every engine is bound to cores of
+its own: left to itself vLLM pins every engine to the same first core. On GPUs every
+engine sees only its own devices.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aseer.config import check_speculation
+from aseer.errors import ConfigError
+from aseer.instance.versions import installed_vllm, is_cpu_build
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aseer.config import EngineConfig
+
+_GIB = 1 << 30
+_MAX_CPU_KV_BYTES = 4 * _GIB
+_CPU_KV_SHARE = 0.3  # of the memory that is free at the start, for all engines together
+_CPU_BLOCK_SIZE = 32  # vLLM's CPU kernels want multiples of 32; resumes want it small
+_MAX_CPU_INSTANCES = 2
+_WORKER_EXTENSION = "aseer.instance.worker.WorkerExtension"
+_DRAFTER = "aseer.dgds.proposer.GroupDrafter"
+COMMAND = (sys.executable, "-m", "aseer.instance.main")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What there is to share.
+
+    Attributes:
+        gpus: ids of the visible devices, as CUDA_VISIBLE_DEVICES spells them.
+        cores: ids of the cores this process may run on.
+        cpu_only: whether the installed vLLM is built for CPUs only.
+    """
+
+    gpus: tuple[str, ...]
+    cores: tuple[int, ...]
+    free_memory_bytes: int
+    cpu_only: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """One instance: the backend's arguments and what its environment adds."""
+
+    instance_id: int
+    backend: str
+    engine_args: Mapping[str, Any]
+    env: Mapping[str, str]
+    share: str
+
+
+def this_machine() -> Machine:
+    """What this process can see of the machine it runs on."""
+    found = installed_vllm()
+    return Machine(
+        gpus=_visible_gpus(),
+        cores=tuple(sorted(os.sched_getaffinity(0))),
+        free_memory_bytes=_free_memory_bytes(),
+        cpu_only=found is not None and is_cpu_build(*found),
+    )
+
+
+def plan_instances(config: EngineConfig, machine: Machine) -> list[Launch]:
+    """Share the machine out among the instances.
+
+    Raises:
+        ConfigError: it has not what the settings ask for.
+    """
+    device = _device(config, machine)
+    if device == "sim":
+        args = dict(config.engine_args)
+        if config.max_model_len is not None:
+            args["max_model_len"] = config.max_model_len
+        if config.max_num_seqs is not None:
+            args["max_num_seqs"] = config.max_num_seqs
+        return [
+            Launch(
+                instance_id=i,
+                backend="sim",
+                engine_args=args,
+                env={},
+                share="simulated",
+            )
+            for i in range(config.num_instances or 2)
+        ]
+    plan = _plan_gpus if device == "cuda" else _plan_cores
+    return plan(config, machine)
+
+
+def _device(config: EngineConfig, machine: Machine) -> str:
+    if config.device != "auto":
+        return config.device
+    return "cuda" if machine.gpus and not machine.cpu_only else "cpu"
+
+
+def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
+    per = config.gpus_per_instance
+    num = config.num_instances or len(machine.gpus) // per
+    if num * per > len(machine.gpus) or not num:
+        raise ConfigError(
+            f"{max(num, 1)} instances of {per} GPUs need {max(num, 1) * per}, but "
+            f"{len(machine.gpus)} are visible ({','.join(machine.gpus) or 'none'}); "
+            "lower num_instances or gpus_per_instance, or check CUDA_VISIBLE_DEVICES"
+        )
+    args = _engine_args(config) | {"tensor_parallel_size": per}
+    args |= config.engine_args
+    launches = []
+    for i in range(num):
+        devices = ",".join(machine.gpus[i * per : (i + 1) * per])
+        env = {"CUDA_VISIBLE_DEVICES": devices}
+        launches.append(_launch(config, i, args, env, f"GPU {devices}"))
+    return launches
+
+
+def _plan_cores(config: EngineConfig, machine: Machine) -> list[Launch]:
+    cores = machine.cores
+    num = config.num_instances or min(len(cores), _MAX_CPU_INSTANCES)
+    free = int(machine.free_memory_bytes * _CPU_KV_SHARE) // num
+    defaults = {
+        "enforce_eager": True,  # compiling takes minutes at first, and gains 20%
+        "block_size": _CPU_BLOCK_SIZE,
+        "kv_cache_memory_bytes": config.kv_cache_bytes or min(_MAX_CPU_KV_BYTES, free),
+    }
+    args = _engine_args(config) | defaults
+    args |= config.engine_args
+    launches = []
+    for i in range(num):
+        if num <= len(cores):
+            own = cores[i * len(cores) // num : (i + 1) * len(cores) // num]
+        else:  # more engines than cores: they take turns
+            own = (cores[i % len(cores)],)
+        bind = ",".join(map(str, own))
+        env = {"VLLM_CPU_OMP_THREADS_BIND": bind}
+        launches.append(_launch(config, i, args, env, f"core {bind}"))
+    return launches
+
+
+def _engine_args(config: EngineConfig) -> dict[str, Any]:
+    wanted = {
+        "model": config.model,
+        "tokenizer": config.tokenizer,
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "kv_cache_memory_bytes": config.kv_cache_bytes,
+    }
+    args = {k: v for k, v in wanted.items() if v is not None}
+    return args | _speculation_args(config)
+
+
+def _speculation_args(config: EngineConfig) -> dict[str, Any]:
+    settings = check_speculation(config.speculation)
+    num_tokens = settings.max_draft_tokens
+    if settings.method == "off":
+        if not config.engine_args.get("speculative_config"):
+            return {}
+        return {"worker_extension_cls": _WORKER_EXTENSION}
+    method: dict[str, Any] = {"method": settings.method}
+    if settings.method == "dgds":
+        num_tokens = max(num_tokens, settings.tail_draft_tokens)
+        method = {"method": "custom_class", "model": _DRAFTER}
+    elif settings.method == "suffix":
+        if importlib.util.find_spec("arctic_inference") is None:
+            raise ConfigError(
+                "speculation='suffix' is vLLM's own and needs another package: run "
+                "`pip install --no-deps arctic-inference`, or use 'dgds'"
+            )
+    return {
+        "speculative_config": {**method, "num_speculative_tokens": num_tokens},
+        "worker_extension_cls": _WORKER_EXTENSION,
+    }
+
+
+def _launch(
+    config: EngineConfig,
+    instance_id: int,
+    args: Mapping[str, Any],
+    env: dict[str, str],
+    share: str,
+) -> Launch:
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return Launch(
+        instance_id=instance_id,
+        backend="vllm",
+        engine_args=args,
+        env={**quiet, **env, **config.env},
+        share=share,
+    )
+
+
+def _visible_gpus() -> tuple[str, ...]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return tuple(d.strip() for d in named.split(",") if d.strip() not in ("", "-1"))
+    found = (re.fullmatch(r"nvidia(\d+)", p.name) for p in Path("/dev").glob("nvidia*"))
+    return tuple(str(n) for n in sorted(int(m[1]) for m in found if m))
+
+
+def _free_memory_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 4 * _GIB

@@ -1,0 +1,240 @@
+"""The instance process: an engine, the control channel, and a lifeline to the
+controller.
+
+Started by the controller as `python -m aseer.instance.main` with an `InstanceSpec` on
+standard input, which stays open: its end means that the controller is gone, however it
+died, and then this process takes its whole process group (the engine's processes) down
+with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from array import array
+from typing import TYPE_CHECKING
+
+import msgspec
+import uvloop
+
+from aseer.instance.base import Backend, EngineDied, InstanceSpec
+from aseer.instance.cleanup import remove_shared_memory, shared_memory_of
+from aseer.instance.messages import (
+    PROTOCOL_VERSION,
+    TO_INSTANCE,
+    AbortChunks,
+    Failed,
+    Hello,
+    Report,
+    Run,
+    Stop,
+    ToInstance,
+)
+from aseer.transport.zeromq import Dealer, connect_dealer
+from aseer.types import ChunkEnd, ChunkProgress
+
+if TYPE_CHECKING:
+    from aseer.types import Chunk, ChunkId
+
+_log = logging.getLogger("aseer.instance")
+
+
+class Instance:
+    """Runs the controller's chunks on a backend and reports on them."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        dealer: Dealer[ToInstance],
+        report_interval_s: float,
+    ) -> None:
+        self._backend = backend
+        self._dealer = dealer
+        self._interval = report_interval_s
+        self._running: dict[ChunkId, asyncio.Task[None]] = {}
+        self._pending: dict[ChunkId, _Pending] = {}
+        self._chunk_over = asyncio.Event()
+
+    async def serve(self) -> None:
+        """Work until told to stop.
+
+        Raises:
+            EngineDied: the engine cannot go on.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            reporter = tasks.create_task(self._report())
+            attendant = tasks.create_task(self._backend.attend())
+            while True:
+                match await self._dealer.receive():
+                    case Run(chunk):
+                        self._pending[chunk.chunk_id] = pending = _Pending()
+                        task = tasks.create_task(self._run(chunk, pending))
+                        self._running[chunk.chunk_id] = task
+                    case AbortChunks(chunk_ids):
+                        for chunk_id in chunk_ids:
+                            tasks.create_task(self._abort(chunk_id))
+                    case Stop():
+                        break
+            reporter.cancel()
+            attendant.cancel()
+            for task in self._running.values():
+                task.cancel()
+
+    async def _run(self, chunk: Chunk, pending: _Pending) -> None:
+        try:
+            pending.end = await self._backend.run(chunk, pending.emit)
+        except asyncio.CancelledError:
+            pending.end = ChunkEnd(reason="aborted")
+        finally:
+            del self._running[chunk.chunk_id]
+            self._chunk_over.set()
+
+    async def _abort(self, chunk_id: ChunkId) -> None:
+        """Ask the engine while it can still say what it has; else just stop waiting."""
+        task = self._running.get(chunk_id)
+        if task is None:
+            return
+        if self._pending[chunk_id].started:
+            await self._backend.abort(chunk_id)
+        else:
+            task.cancel()
+
+    async def _report(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._interval):
+                    await self._chunk_over.wait()
+            except TimeoutError:
+                pass
+            self._chunk_over.clear()
+            reports = [r for c, p in self._pending.items() if (r := p.take(c))]
+            for report in reports:
+                if report.end is not None:
+                    del self._pending[report.chunk_id]
+            await self._dealer.send(Report(reports, self._backend.load()))
+
+
+class _Pending:
+    """A chunk's output that is not reported yet."""
+
+    __slots__ = ("cached", "end", "logprobs", "started", "text", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = array("i")
+        self.logprobs = array("f")
+        self.text = ""
+        self.cached: int | None = None
+        self.end: ChunkEnd | None = None
+        self.started = False
+
+    def emit(
+        self,
+        *,
+        tokens: list[int] | None = None,
+        logprobs: list[float] | None = None,
+        text: str = "",
+        num_cached_tokens: int | None = None,
+    ) -> None:
+        """See `Emit`."""
+        self.started = True
+        self.tokens.extend(tokens or ())
+        self.logprobs.extend(logprobs or ())
+        self.text += text
+        if num_cached_tokens is not None:
+            self.cached = num_cached_tokens
+
+    def take(self, chunk_id: ChunkId) -> ChunkProgress | None:
+        """What is new since the last call; None if nothing is."""
+        if not (self.tokens or self.text or self.end) and self.cached is None:
+            return None
+        report = ChunkProgress(
+            chunk_id=chunk_id,
+            tokens=self.tokens.tobytes(),
+            logprobs=self.logprobs.tobytes(),
+            text=self.text,
+            num_cached_tokens=self.cached,
+            end=self.end,
+        )
+        self.tokens = array("i")
+        self.logprobs = array("f")
+        self.text = ""
+        self.cached = None
+        return report
+
+
+def make_backend(spec: InstanceSpec) -> Backend:
+    """The backend a spec names."""
+    if spec.backend == "sim":
+        from aseer.instance.sim import SimBackend
+
+        return SimBackend(spec)
+    from aseer.instance.vllm import VllmBackend
+
+    return VllmBackend(spec)
+
+
+async def _main(spec: InstanceSpec) -> int:
+    async with connect_dealer(
+        spec.endpoint, spec.identity.encode(), TO_INSTANCE
+    ) as dealer:
+        backend = make_backend(spec)
+        try:
+            info = await backend.start()
+            await dealer.send(Hello(PROTOCOL_VERSION, info))
+            await Instance(backend, dealer, spec.report_interval_s).serve()
+        except Exception as error:
+            traceback.print_exc()
+            await dealer.send(Failed(_describe(error)))
+            return 1
+        finally:
+            await backend.close()
+    return 0
+
+
+def _describe(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        died = error.subgroup(EngineDied)
+        error = (died or error).exceptions[0]
+    return f"{type(error).__name__}: {error}"
+
+
+def _watch_lifeline(run_dir: str) -> None:
+    """Wait for the controller's death, then end everything of this instance.
+
+    A thread, since the engine's start blocks the event loop; at once, since an engine
+    without a controller has nothing left that is worth an orderly end.
+    """
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    _log.error("the controller is gone; this instance ends")
+    # All at once and last: when its engine dies, this process begins to exit.
+    group = os.getpgrp()
+    remove_shared_memory(shared_memory_of(group), group=group)
+    shutil.rmtree(run_dir, ignore_errors=True)
+    os.killpg(group, signal.SIGKILL)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    logging.basicConfig(level=logging.INFO)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
+    # Read byte by byte: what follows the line is the lifeline's.
+    line = bytearray()
+    while (byte := os.read(sys.stdin.fileno(), 1)) not in (b"\n", b""):
+        line += byte
+    spec = msgspec.json.decode(bytes(line), type=InstanceSpec)
+    lifeline = threading.Thread(
+        target=_watch_lifeline, args=(spec.run_dir,), name="lifeline", daemon=True
+    )
+    lifeline.start()
+    sys.exit(uvloop.run(_main(spec)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""The instances of one engine: started together, watched, restarted, stopped.
+
+Their owner hears of three things, in order and on the event loop: an instance is up, it
+reported, it is down. A process that exits, that is silent for `heartbeat_timeout_s`, or
+that has work but makes no token for `stall_timeout_s` is down; it is killed with its
+whole process group and started again, `max_restarts` times in all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aseer.errors import InstanceStartError
+from aseer.instance.base import InstanceSpec
+from aseer.instance.messages import (
+    PROTOCOL_VERSION,
+    AbortChunks,
+    Failed,
+    FromInstance,
+    Hello,
+    Report,
+    Run,
+    Stop,
+)
+from aseer.instance.process import InstanceProcess, describe_exit
+from aseer.types import InstanceId
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from aseer.config import EngineConfig
+    from aseer.dgds.messages import DraftingSpec
+    from aseer.instance.launch import Launch
+    from aseer.transport.zeromq import Router
+    from aseer.types import ChunkId, InstanceInfo
+
+_log = logging.getLogger("aseer")
+
+_WATCH_INTERVAL_S = 0.5
+_NOTE_INTERVAL_S = 1.0
+
+
+class PoolOwner(Protocol):
+    """Who hears of the instances."""
+
+    def instance_up(self, info: InstanceInfo) -> None:
+        """It takes work from now on."""
+
+    def instance_report(self, instance_id: InstanceId, report: Report) -> None:
+        """Progress and load."""
+
+    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+        """It is gone, with all that ran there."""
+
+    def instances_exhausted(self, why: str) -> None:
+        """None is up, and none will come back."""
+
+
+class InstancePool:
+    """Starts and supervises the instances."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        launches: list[Launch],
+        router: Router[FromInstance],
+        endpoint: str,
+        run_dir: Path,
+        log_dir: Path,
+        owner: PoolOwner,
+        drafting: DraftingSpec | None = None,
+    ) -> None:
+        self._config = config
+        self._router = router
+        self._endpoint = endpoint
+        self._run_dir = run_dir
+        self._log_dir = log_dir
+        self._owner = owner
+        self._drafting = drafting
+        self._slots = [_Slot(launch, log_dir) for launch in launches]
+        self._by_identity: dict[bytes, _Slot] = {}
+        self._restarts_left = config.max_restarts
+        seed = secrets.randbits(31) if config.seed is None else config.seed
+        self._seeds = random.Random(seed)
+
+    @property
+    def log_paths(self) -> list[Path]:
+        return [slot.log_path for slot in self._slots]
+
+    def num_restarts(self, instance_id: InstanceId) -> int:
+        """Times the instance was started again."""
+        return max(0, self._slots[instance_id].incarnation - 1)
+
+    def run_chunk(self, instance_id: InstanceId, message: Run) -> None:
+        """Send an instance a chunk."""
+        slot = self._slots[instance_id]
+        if not slot.num_running:
+            slot.last_progress = time.monotonic()
+        slot.num_running += 1
+        self._router.send(slot.identity, message)
+
+    def abort_chunks(self, instance_id: InstanceId, chunk_ids: list[ChunkId]) -> None:
+        """Ask an instance to end chunks."""
+        self._router.send(self._slots[instance_id].identity, AbortChunks(chunk_ids))
+
+    async def start(self) -> None:
+        """Start every instance, in parallel, and wait until all are up.
+
+        Raises:
+            InstanceStartError: one did not come up; the others are ended first.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            for slot in self._slots:
+                tasks.create_task(self._bring_up(slot))
+
+    async def supervise(self) -> None:
+        """Watch the instances, and start dead ones again, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch())
+            for slot in self._slots:
+                tasks.create_task(self._keep_up(slot))
+
+    async def stop(self, grace_s: float) -> None:
+        """End every instance: ask those that are up, wait up to `grace_s`, kill.
+
+        Supervision must have ended. May be called again.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            for slot in self._slots:
+                if slot.process is None:
+                    continue
+                if slot.up.is_set() and grace_s:
+                    self._router.send(slot.identity, Stop())
+                    tasks.create_task(slot.process.end(grace_s))
+                else:
+                    tasks.create_task(slot.process.end(0))
+
+    def kill_busy(self, why: str) -> None:
+        """Kill the instances that run chunks; they are started again like any other."""
+        for slot in self._slots:
+            if slot.num_running and slot.process is not None:
+                slot.killed_because = why
+                slot.process.kill()
+
+    def on_message(self, peer: bytes, message: FromInstance) -> None:
+        """Take what an instance says; an earlier incarnation's last words are
+        dropped.
+        """
+        slot = self._by_identity.get(peer)
+        if slot is None or slot.identity != peer:
+            return
+        slot.last_heard = time.monotonic()
+        match message:
+            case Hello(protocol, info):
+                self._on_hello(slot, protocol, info)
+            case Report():
+                slot.count(message)
+                if slot.up.is_set():
+                    self._owner.instance_report(slot.instance_id, message)
+            case Failed(error):
+                slot.failure = error
+
+    def _on_hello(self, slot: _Slot, protocol: int, info: InstanceInfo) -> None:
+        if protocol != PROTOCOL_VERSION:
+            slot.failure = (
+                f"it speaks protocol {protocol}, this is {PROTOCOL_VERSION}: the "
+                "engine process runs another version of aseer"
+            )
+            if slot.process is not None:
+                slot.process.kill()
+            return
+        slot.info = info
+        slot.up.set()
+        self._owner.instance_up(info)
+
+    async def _bring_up(self, slot: _Slot) -> None:
+        """Start a process and wait for its hello.
+
+        Raises:
+            InstanceStartError: it died or took too long.
+        """
+        started = time.monotonic()
+        process = await self._spawn(slot)
+        timeout_s = self._config.start_timeout_s
+        async with asyncio.TaskGroup() as tasks:
+            up = tasks.create_task(slot.up.wait())
+            dead = tasks.create_task(process.wait())
+            while not (up.done() or dead.done()):
+                await asyncio.wait(
+                    (up, dead),
+                    timeout=_NOTE_INTERVAL_S,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                await process.note_shared_memory()
+                if time.monotonic() - started > timeout_s:
+                    break
+            up.cancel()
+            dead.cancel()
+        if slot.up.is_set():
+            took = time.monotonic() - started
+            _log.info("instance %d is up after %.1f s", slot.instance_id, took)
+            return
+        if not dead.cancelled():
+            await process.end(0)
+            raise self._start_error(slot, process, describe_exit(dead.result()))
+        await process.end(0)
+        raise self._start_error(
+            slot, process, f"was not ready after start_timeout_s={timeout_s:g}"
+        )
+
+    async def _spawn(self, slot: _Slot) -> InstanceProcess:
+        slot.begin_incarnation()
+        self._by_identity[slot.identity] = slot
+        launch = slot.launch
+        args: dict[str, Any] = dict(launch.engine_args)
+        if launch.backend == "vllm":
+            args["seed"] = self._seeds.getrandbits(31)
+        spec = InstanceSpec(
+            endpoint=self._endpoint,
+            identity=slot.identity.decode(),
+            run_dir=str(self._run_dir),
+            instance_id=slot.instance_id,
+            backend=launch.backend,
+            report_interval_s=self._config.report_interval_s,
+            engine_args=args,
+            drafting=self._drafting,
+        )
+        # vLLM leaves its sockets lying where it makes them: in a folder that we remove.
+        env = {"VLLM_RPC_BASE_PATH": str(self._run_dir), **launch.env}
+        slot.process = await InstanceProcess.start(spec, env, slot.log_path)
+        return slot.process
+
+    def _start_error(
+        self, slot: _Slot, process: InstanceProcess, what: str
+    ) -> InstanceStartError:
+        own = slot.failure
+        if own is None or "See root cause" in own:
+            own = process.cause() or own
+        cause = f"; cause: {own}" if own else ""
+        return InstanceStartError(
+            f"instance {slot.instance_id} ({slot.launch.share}) {what}{cause}\n"
+            f"last lines of its log:\n{process.log_tail()}"
+        )
+
+    async def _keep_up(self, slot: _Slot) -> None:
+        """Wait for the process's death, again and again."""
+        while True:
+            assert slot.process is not None
+            status = await slot.process.wait()
+            await slot.process.end(0)  # the rest of its process group
+            why = slot.failure or slot.killed_because or describe_exit(status)
+            slot.up.clear()
+            _log.warning("instance %d is lost: %s", slot.instance_id, why)
+            self._owner.instance_down(slot.instance_id, why)
+            if not await self._restart(slot, why):
+                return
+
+    async def _restart(self, slot: _Slot, why: str) -> bool:
+        while self._restarts_left:
+            self._restarts_left -= 1
+            try:
+                await self._bring_up(slot)
+            except InstanceStartError as error:
+                why = str(error)
+                _log.warning("%s", error)
+                continue
+            return True
+        slot.given_up = True
+        if all(s.given_up for s in self._slots):
+            self._owner.instances_exhausted(
+                f"every instance is lost and max_restarts={self._config.max_restarts} "
+                f"are used up; the last one: {why}"
+            )
+        return False
+
+    async def _watch(self) -> None:
+        """Kill what is silent or stuck; its death is then handled like any other."""
+        config = self._config
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            now = time.monotonic()
+            for slot in self._slots:
+                if not slot.up.is_set() or slot.process is None:
+                    continue
+                silent = now - slot.last_heard
+                stuck = now - slot.last_progress if slot.num_running else 0.0
+                if silent > config.heartbeat_timeout_s:
+                    slot.killed_because = f"it was silent for {silent:.0f} s"
+                elif stuck > config.stall_timeout_s:
+                    slot.killed_because = f"it made no token for {stuck:.0f} s"
+                else:
+                    continue
+                slot.process.kill()
+
+
+class _Slot:
+    """A place for an instance, over all its incarnations."""
+
+    def __init__(self, launch: Launch, log_dir: Path) -> None:
+        self.launch = launch
+        self.instance_id = InstanceId(launch.instance_id)
+        self.log_path = log_dir / f"instance-{launch.instance_id}.log"
+        self.incarnation = 0
+        self.given_up = False
+        self.process: InstanceProcess | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.identity = f"{self.instance_id}.{self.incarnation}".encode()
+        self.up = asyncio.Event()
+        self.info: InstanceInfo | None = None
+        self.failure: str | None = None
+        self.killed_because: str | None = None
+        self.num_running = 0
+        self.last_heard = self.last_progress = time.monotonic()
+
+    def begin_incarnation(self) -> None:
+        """A new process takes the place."""
+        self.incarnation += 1
+        self._reset()
+
+    def count(self, report: Report) -> None:
+        """Keep track of what runs, and when something last moved."""
+        if report.chunks:
+            self.last_progress = time.monotonic()
+        self.num_running -= sum(c.end is not None for c in report.chunks)

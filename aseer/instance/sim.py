@@ -1,0 +1,149 @@
+"""A simulated engine: the contract of a real one, without a model.
+
+For tests of everything around the engine and for trying the library without vLLM. Its
+"model" is a function of the tokens so far, so that a response does not depend on how it
+was divided: the next token is a hash of the last tokens and the position, and a token
+below `num_eos_tokens` ends the response. At temperature > 0 the chunk's seed goes in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from aseer.errors import ConfigError
+from aseer.types import (
+    ChunkEnd,
+    InstanceId,
+    InstanceInfo,
+    InstanceLoad,
+)
+
+if TYPE_CHECKING:
+    from aseer.instance.base import Emit, InstanceSpec
+    from aseer.types import Chunk, ChunkId
+
+_DEFAULTS: dict[str, Any] = {
+    "num_kv_blocks": 4096,
+    "block_size": 16,
+    "max_num_seqs": 64,
+    "max_model_len": 4096,
+    "vocab_size": 512,
+    "num_eos_tokens": 4,
+    "step_s": 0.0005,
+    "start_s": 0.0,
+    "fail_at_start": "",
+    "die_after_tokens": 0,
+    "hang_after_tokens": 0,
+}
+
+
+class SimBackend:
+    """See `Backend`; settings are the keys of `_DEFAULTS`."""
+
+    def __init__(self, spec: InstanceSpec) -> None:
+        unknown = sorted(set(spec.engine_args) - set(_DEFAULTS))
+        if unknown:
+            raise ConfigError(
+                f"simulated instances do not know {unknown}; known: {sorted(_DEFAULTS)}"
+            )
+        self._spec = spec
+        self._args = _DEFAULTS | spec.engine_args
+        self._slots = asyncio.Semaphore(self._args["max_num_seqs"])
+        self._aborted: set[ChunkId] = set()
+        self._running: dict[ChunkId, int] = {}
+        self._num_waiting = 0
+        self._num_tokens = 0
+        self._cached: dict[bytes, int] = {}
+
+    async def start(self) -> InstanceInfo:
+        """See `Backend`."""
+        await asyncio.sleep(self._args["start_s"])
+        if self._args["fail_at_start"]:
+            raise RuntimeError(self._args["fail_at_start"])
+        return InstanceInfo(
+            instance_id=InstanceId(self._spec.instance_id),
+            num_kv_blocks=self._args["num_kv_blocks"],
+            block_size=self._args["block_size"],
+            max_num_seqs=self._args["max_num_seqs"],
+            max_model_len=self._args["max_model_len"],
+            vocab_size=self._args["vocab_size"],
+            model="sim",
+            device="sim",
+            pid=os.getpid(),
+        )
+
+    async def run(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
+        """See `Backend`."""
+        self._num_waiting += 1
+        async with self._slots:
+            self._num_waiting -= 1
+            try:
+                return await self._generate(chunk, emit)
+            finally:
+                self._running.pop(chunk.chunk_id, None)
+                self._aborted.discard(chunk.chunk_id)
+
+    async def _generate(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
+        context = array("i", chunk.prompt + chunk.generated)
+        emit(num_cached_tokens=self._find_cached(chunk, len(context)))
+        seed = 0 if chunk.sampling["temperature"] == 0 else chunk.seed or 0
+        for i in range(chunk.max_tokens):
+            self._running[chunk.chunk_id] = len(context)
+            await asyncio.sleep(self._args["step_s"])
+            if chunk.chunk_id in self._aborted:
+                return ChunkEnd(reason="aborted")
+            self._count_token()
+            token = self._next_token(context, seed)
+            context.append(token)
+            emit(tokens=[token], logprobs=[-(token % 7) / 8], text=_text(token))
+            is_eos = token < self._args["num_eos_tokens"] and i >= chunk.min_tokens
+            if is_eos and not chunk.sampling["ignore_eos"]:
+                return ChunkEnd(reason="stop", stop_reason=token)
+        self._cached[chunk.request_id.encode()] = len(context) - 1
+        return ChunkEnd(reason="length")
+
+    def _find_cached(self, chunk: Chunk, num_tokens: int) -> int:
+        block = self._args["block_size"]
+        held = self._cached.get(chunk.request_id.encode(), 0)
+        return int(min(held, num_tokens - 1) // block * block)
+
+    def _next_token(self, context: array[int], seed: int) -> int:
+        value = seed ^ len(context)
+        for token in context[-4:]:
+            value = (value * 6364136223846793005 + token + 1442695040888963407) % 2**64
+        return (value >> 33) % int(self._args["vocab_size"])
+
+    def _count_token(self) -> None:
+        self._num_tokens += 1
+        if self._num_tokens == self._args["die_after_tokens"]:
+            os._exit(13)
+        while 0 < self._args["hang_after_tokens"] <= self._num_tokens:
+            os.read(0, 0)  # a busy hang: the loop never runs again
+
+    async def abort(self, chunk_id: ChunkId) -> None:
+        """See `Backend`."""
+        if chunk_id in self._running:
+            self._aborted.add(chunk_id)
+
+    def load(self) -> InstanceLoad:
+        """See `Backend`."""
+        block = self._args["block_size"]
+        used = sum(-(-n // block) for n in self._running.values())
+        return InstanceLoad(
+            num_running=len(self._running),
+            num_waiting=self._num_waiting,
+            kv_used=used / self._args["num_kv_blocks"],
+        )
+
+    async def attend(self) -> None:
+        """See `Backend`."""
+
+    async def close(self) -> None:
+        """See `Backend`."""
+
+
+def _text(token: int) -> str:
+    return chr(0x4E00 + token)

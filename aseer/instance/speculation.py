@@ -1,0 +1,147 @@
+"""Speculation on one engine: its start and its figures.
+
+At the start the sampler that verifies drafts is tested on the running engine. If it
+fails, nothing is drafted, and the log says so. Then a few short runs measure what steps
+with and without drafts take, for the budget to start from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from aseer.dgds.messages import EXTRA_ARGS_KEY, DraftingSpec
+from aseer.types import DraftCounts
+
+if TYPE_CHECKING:
+    from aseer.types import Chunk
+
+_log = logging.getLogger("aseer.instance")
+
+_TIMES_INTERVAL_S = 1.0
+# Requests of a step, and tokens drafted for each; the first warms up.
+_PROFILE = (
+    *((1, 8), (1, 0), (1, 3), (1, 8), (4, 0), (4, 8)),
+    *((16, 0), (16, 3), (64, 0)),
+)
+_PROFILE_STEPS = 4
+
+
+def draft_identity(chunk: Chunk) -> dict[str, Any]:
+    """What the drafter must know of a chunk, for vLLM's `extra_args`."""
+    prefix = f"{chunk.rollout_id}:"
+    return {
+        "group": prefix + chunk.group_id,
+        "request": prefix + chunk.request_id,
+        "prompt_tokens": len(chunk.prompt) // 4,
+        "probe": chunk.request_id.endswith("/0"),
+    }
+
+
+class Speculation:
+    """An engine's speculation: its start, and what it has done."""
+
+    def __init__(self, llm: Any, drafting: DraftingSpec | None) -> None:
+        """Prepare; `drafting` is for our own drafter, None for one of vLLM's."""
+        self._llm = llm
+        self._drafting = drafting
+        self._counts = DraftCounts()
+        self._times_at_start = (0.0, 0.0)
+        self.is_refused = False
+
+    @property
+    def counts(self) -> DraftCounts:
+        """Since the start."""
+        return self._counts
+
+    @property
+    def drafts_by_group(self) -> bool:
+        """Whether chunks must bring their `draft_identity`."""
+        return self._drafting is not None and not self.is_refused
+
+    async def start(self) -> None:
+        """Test the sampler; then begin to draft, or never."""
+        for verdict in await self._call("aseer_check_sampler"):
+            if verdict["was_mended"]:
+                _log.info("vLLM's sampler for drafts is wrong in this version: mended")
+            if not verdict["is_right"]:
+                self.is_refused = True
+                _log.warning(
+                    "NOT SPECULATING: this engine's sampler for drafts does not sample "
+                    "from the model's distribution (%s)",
+                    verdict["fault"],
+                )
+        if self.is_refused:
+            await self._call("aseer_refuse_drafts")
+        elif self._drafting is not None:
+            spec = msgspec.to_builtins(self._drafting)
+            await self._call("aseer_start_drafting", spec)
+            await self._profile()
+            self._times_at_start = await self._times()
+
+    async def attend(self) -> None:
+        """Keep the times up to date, until cancelled."""
+        while self.drafts_by_group:
+            await asyncio.sleep(_TIMES_INTERVAL_S)
+            step_s, draft_s = await self._times()
+            self._counts = replace(
+                self._counts,
+                step_s=step_s - self._times_at_start[0],
+                draft_s=draft_s - self._times_at_start[1],
+            )
+
+    def record(self, stats: Any) -> None:
+        """Take vLLM's statistics of a step's drafts (its SpecDecodingStats)."""
+        self._counts += DraftCounts(
+            num_drafts=stats.num_drafts,
+            drafted=_per_position(stats, "num_draft_tokens_per_pos"),
+            accepted=_per_position(stats, "num_accepted_tokens_per_pos"),
+        )
+
+    async def _times(self) -> tuple[float, float]:
+        step_s, draft_s = (await self._call("aseer_drafting_times"))[0]
+        return step_s, draft_s
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        results: list[Any] = await self._llm.collective_rpc(method, args=args)
+        return results
+
+    async def _profile(self) -> None:
+        """Measure short steps of several sizes; the drafter learns from them."""
+        limit = self._llm.vllm_config.scheduler_config.max_num_seqs
+        for num_rows, num_drafted in _PROFILE:
+            if num_rows <= limit:
+                async with asyncio.TaskGroup() as tasks:
+                    for i in range(num_rows):
+                        tasks.create_task(self._profile_request(i, num_drafted))
+
+    async def _profile_request(self, index: int, num_drafted: int) -> None:
+        told = {
+            "group": "profile",
+            "request": str(index),
+            "prompt_tokens": 1,
+            "probe": False,
+            "profile": num_drafted,
+        }
+        params = SamplingParams(
+            max_tokens=_PROFILE_STEPS,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={EXTRA_ARGS_KEY: told},
+        )
+        prompt = {"prompt_token_ids": [index + 1]}
+        name = f"profile-{num_drafted}-{index}"
+        async for _ in self._llm.generate(prompt, params, name):
+            pass
+
+
+def _per_position(stats: Any, name: str) -> tuple[int, ...]:
+    return tuple(getattr(stats, name, ()))

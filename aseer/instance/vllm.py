@@ -1,0 +1,324 @@
+"""A vLLM engine (AsyncLLM) behind the instance contract; the only place that imports
+vLLM.
+
+vLLM is used through its public surface and is not patched. Three things are done here
+rather than by vLLM, because a chunk is a request of its own to it:
+
+- Stop strings are matched, and text is decoded, by vLLM's own incremental detokenizer,
+  primed with what earlier chunks generated, so that both see the response and not the
+  chunk.
+- Output is streamed a few tokens at a time (`stream_interval`), enough for progress
+  reports at a fraction of the cost of a message a token.
+- Every instance gets a random seed of its own: with vLLM's default (0 everywhere) two
+  engines in the same state would draw the same samples for siblings of one group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+from array import array
+from importlib import metadata
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from aseer.dgds.messages import EXTRA_ARGS_KEY
+from aseer.instance.base import EngineDied
+from aseer.instance.speculation import Speculation, draft_identity
+from aseer.instance.versions import installed_vllm
+from aseer.types import ChunkEnd, InstanceId, InstanceInfo, InstanceLoad
+
+if TYPE_CHECKING:
+    from aseer.instance.base import Emit, InstanceSpec
+    from aseer.types import Chunk, ChunkId, FinishReason
+
+_log = logging.getLogger("aseer.instance")
+
+STREAM_INTERVAL = 16
+_HAS_REQUEST_INTERVAL = (
+    "stream_interval" in inspect.signature(SamplingParams).parameters
+)
+_DETOKENIZER_SETTINGS = (
+    "stop",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+)
+
+
+class VllmBackend:
+    """See `Backend`."""
+
+    def __init__(self, spec: InstanceSpec) -> None:
+        self._spec = spec
+        self._llm: AsyncLLM | None = None
+        self._tokenizer: Any = None
+        self._stats = _Stats()
+        self._running: dict[ChunkId, str] = {}
+        self._speculation: Speculation | None = None
+
+    async def start(self) -> InstanceInfo:
+        """See `Backend`."""
+        args = dict(self._spec.engine_args)
+        if not _HAS_REQUEST_INTERVAL:
+            args.setdefault("stream_interval", STREAM_INTERVAL)
+        engine_args = AsyncEngineArgs(
+            **args,
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+            disable_log_stats=True,  # vLLM's own loggers; ours is added
+        )
+        self._llm = llm = AsyncLLM.from_engine_args(
+            engine_args, stat_loggers=[self._stats.make_logger]
+        )
+        tokenizer = llm.get_tokenizer()
+        self._tokenizer = (
+            await tokenizer if inspect.isawaitable(tokenizer) else tokenizer
+        )
+        config = llm.vllm_config
+        if config.speculative_config is not None:
+            self._speculation = Speculation(llm, self._spec.drafting)
+            await self._speculation.start()
+            self._stats.speculation = self._speculation
+        name, version = installed_vllm() or ("vllm", metadata.version("vllm"))
+        return InstanceInfo(
+            instance_id=InstanceId(self._spec.instance_id),
+            num_kv_blocks=config.cache_config.num_gpu_blocks
+            - 1,  # without the null block
+            block_size=config.cache_config.block_size,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_model_len=config.model_config.max_model_len,
+            vocab_size=config.model_config.get_vocab_size(),
+            num_lookahead_tokens=_num_lookahead_tokens(config),
+            model=config.model_config.model,
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            device=config.device_config.device_type,
+            engine_version=f"{name} {version}",
+            pid=os.getpid(),
+        )
+
+    async def run(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
+        """See `Backend`."""
+        request_id = f"{chunk.request_id}#{chunk.chunk_id}"
+        try:
+            return await self._generate(chunk, request_id, emit)
+        except EngineDeadError as error:
+            raise EngineDied(str(error)) from error
+        except Exception as error:
+            if self._engine.errored:
+                raise EngineDied(str(error)) from error
+            cause = error.__cause__ or error
+            _log.exception("chunk %s failed", request_id)
+            return ChunkEnd(reason="error", error=f"{type(cause).__name__}: {cause}")
+        finally:
+            self._running.pop(chunk.chunk_id, None)
+
+    async def _generate(self, chunk: Chunk, request_id: str, emit: Emit) -> ChunkEnd:
+        text = _Text(chunk, self._tokenizer) if chunk.sampling["detokenize"] else None
+        inputs = array("i", chunk.prompt + chunk.generated).tolist()
+        params = _engine_params(chunk)
+        if self._speculation is not None and self._speculation.drafts_by_group:
+            params.extra_args = {
+                **(params.extra_args or {}),
+                EXTRA_ARGS_KEY: draft_identity(chunk),
+            }
+        outputs = self._engine.generate(
+            {"prompt_token_ids": inputs}, params, request_id
+        )
+        self._running[chunk.chunk_id] = request_id
+        cached: int | None = None
+        async for output in outputs:
+            done = output.outputs[0]
+            if cached is None and output.num_cached_tokens is not None:
+                cached = output.num_cached_tokens
+                emit(num_cached_tokens=cached)
+            tokens = list(done.token_ids)
+            logprobs = _sampled_logprobs(done.logprobs, tokens)
+            stopped = done.finish_reason == "stop"
+            hit = None
+            if text is not None:
+                kept, hit = text.add(tokens, stopped)
+                tokens, logprobs = tokens[:kept], logprobs[:kept]
+            new_text = text.take(stopped or hit is not None) if text else ""
+            emit(tokens=tokens, logprobs=logprobs, text=new_text)
+            if hit is not None:
+                await self._engine.abort(request_id)
+                return ChunkEnd(reason="stop", stop_reason=hit)
+            if done.finish_reason is not None:
+                return _end(done, text)
+        raise EngineDied(f"the engine ended {request_id} without a reason")
+
+    @property
+    def _engine(self) -> AsyncLLM:
+        assert self._llm is not None, "start() first"
+        return self._llm
+
+    async def abort(self, chunk_id: ChunkId) -> None:
+        """See `Backend`."""
+        request_id = self._running.get(chunk_id)
+        if request_id is not None:
+            await self._engine.abort(request_id)
+
+    def load(self) -> InstanceLoad:
+        """See `Backend`."""
+        return self._stats.load()
+
+    async def attend(self) -> None:
+        """See `Backend`."""
+        if self._speculation is not None:
+            await self._speculation.attend()
+
+    async def close(self) -> None:
+        """See `Backend`."""
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+
+
+class _Text:
+    """The response's text and stop strings, over the chunks so far and this one."""
+
+    def __init__(self, chunk: Chunk, tokenizer: Any) -> None:
+        settings = {k: chunk.sampling[k] for k in _DETOKENIZER_SETTINGS}
+        settings["stop"] = list(settings["stop"])
+        generated = array("i", chunk.generated).tolist()
+        # It counts earlier chunks' tokens too, and must not look for stops among them.
+        settings["min_tokens"] = len(generated) + chunk.min_tokens
+        request = SimpleNamespace(
+            request_id=chunk.request_id,
+            prompt_token_ids=array("i", chunk.prompt).tolist(),
+            prompt_embeds=None,
+            sampling_params=SimpleNamespace(**settings),
+        )
+        self._decoder = IncrementalDetokenizer.from_new_request(tokenizer, request)
+        if generated:
+            self._decoder.update(generated, stop_terminated=False)
+            self.take(finished=False)  # earlier chunks delivered it
+
+    def add(self, tokens: list[int], stopped: bool) -> tuple[int, str | None]:
+        """Decode new tokens; returns how many count, and the stop string they
+        complete.
+        """
+        before = self._decoder.num_output_tokens()
+        hit = self._decoder.update(tokens, stopped)
+        return self._decoder.num_output_tokens() - before, hit
+
+    def take(self, finished: bool) -> str:
+        """Text since the last call, less what might begin a stop string."""
+        return str(self._decoder.get_next_output_text(finished, delta=True))
+
+
+class _Stats:
+    """The engine's load, as its scheduler tells with every step."""
+
+    def __init__(self) -> None:
+        self._running = 0
+        self._waiting = 0
+        self._kv_used = 0.0
+        self._preemptions = 0
+        self.speculation: Speculation | None = None
+
+    def load(self) -> InstanceLoad:
+        return InstanceLoad(
+            num_running=self._running,
+            num_waiting=self._waiting,
+            kv_used=self._kv_used,
+            num_preemptions=self._preemptions,
+            drafts=self.speculation.counts if self.speculation else None,
+        )
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any) -> None:
+        if scheduler_stats is not None:
+            self._running = scheduler_stats.num_running_reqs
+            self._waiting = scheduler_stats.num_waiting_reqs
+            self._kv_used = scheduler_stats.kv_cache_usage
+            drafts = scheduler_stats.spec_decoding_stats
+            if drafts is not None and self.speculation is not None:
+                self.speculation.record(drafts)
+        if iteration_stats is not None:
+            self._preemptions += iteration_stats.num_preempted_reqs
+
+    def make_logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
+        return _StatLogger(self)
+
+
+class _StatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped to us
+    """Hands vLLM's statistics on."""
+
+    def __init__(self, stats: _Stats) -> None:
+        self._stats = stats
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        self._stats.record(scheduler_stats, iteration_stats)
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+
+def _engine_params(chunk: Chunk) -> SamplingParams:
+    """vLLM's settings for one chunk; stop strings and text are `_Text`'s."""
+    settings = {
+        k: v for k, v in chunk.sampling.items() if k not in _DETOKENIZER_SETTINGS
+    }
+    structured = settings.pop("structured_outputs")
+    for name in ("stop_token_ids", "allowed_token_ids", "bad_words"):
+        if settings[name] is not None:
+            settings[name] = list(settings[name])
+    if _HAS_REQUEST_INTERVAL:
+        settings["stream_interval"] = 1 if chunk.sampling["stop"] else STREAM_INTERVAL
+    return SamplingParams(
+        **settings
+        | {
+            "max_tokens": chunk.max_tokens,
+            "min_tokens": chunk.min_tokens,
+            "seed": chunk.seed,
+            "structured_outputs": StructuredOutputsParams(**structured)
+            if structured
+            else None,
+            "logprobs": 0,
+            "flat_logprobs": True,
+            "detokenize": False,
+            "output_kind": RequestOutputKind.DELTA,
+        }
+    )
+
+
+def _sampled_logprobs(logprobs: Any, tokens: list[int]) -> list[float]:
+    """The sampled token's logprob of each position; it comes first in vLLM's rows."""
+    if not tokens:
+        return []
+    return [logprobs.logprobs[start] for start in logprobs.start_indices]
+
+
+def _end(done: Any, text: _Text | None) -> ChunkEnd:
+    reason = done.finish_reason
+    if reason == "stop":
+        stop = done.stop_reason  # None for the model's own end token: say which it was
+        return ChunkEnd(
+            reason="stop", stop_reason=done.token_ids[-1] if stop is None else stop
+        )
+    held = text.take(finished=True) if text else ""
+    if reason in ("length", "abort"):
+        kind: FinishReason = "length" if reason == "length" else "aborted"
+        return ChunkEnd(reason=kind, held_text=held)
+    return ChunkEnd(
+        reason="error", error=f"vLLM ended it with {reason!r}", held_text=held
+    )
+
+
+def _num_lookahead_tokens(config: Any) -> int:
+    """KV slots one step may write past a request's last token."""
+    speculative = config.speculative_config
+    drafts = speculative.num_speculative_tokens if speculative else 0
+    return int(drafts) + bool(config.scheduler_config.async_scheduling)

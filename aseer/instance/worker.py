@@ -1,0 +1,79 @@
+"""What aseer adds to vLLM's worker (its `worker_extension_cls`): calls for drafting.
+
+Each is called once by the instance process through `collective_rpc`, in every worker of
+an engine. Drafts are made in the first worker alone; vLLM hands them to the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import msgspec
+
+from aseer.dgds.budget import make_budget
+from aseer.dgds.client import DraftClient
+from aseer.dgds.messages import DraftingSpec
+from aseer.dgds.replica import Replica
+from aseer.dgds.steptime import StepTimeModel
+
+_log = logging.getLogger("aseer.instance")
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class."""
+
+    model_runner: Any
+    device: Any
+    rank: int
+
+    def aseer_check_sampler(self) -> dict[str, Any]:
+        """Mend the verified sampler if it must be, and test it; a `Verdict` as a dict.
+
+        `was_mended` is added.
+        """
+        from aseer.dgds.sampler import mend, test_sampler
+
+        sampler = getattr(self.model_runner, "rejection_sampler", None)
+        if sampler is None:
+            return {"is_right": True, "fault": "", "was_mended": False}
+        was_mended = mend(self.device)
+        verdict = test_sampler(sampler, self.device)
+        return {**verdict._asdict(), "was_mended": was_mended}
+
+    def aseer_refuse_drafts(self) -> None:
+        """Draft nothing, whatever drafter vLLM has."""
+        runner = self.model_runner
+
+        def propose(*args: Any, **kwargs: Any) -> list[list[int]]:
+            return [[] for _ in runner.input_batch.req_ids]
+
+        if hasattr(runner, "drafter"):
+            runner.drafter.propose = propose
+
+    def aseer_start_drafting(self, spec: dict[str, Any]) -> None:
+        """Join the drafter to the runner and the draft server."""
+        runner = self.model_runner
+        # vLLM drafts token 0 for all when one request nears the model's length; our
+        # drafts end in time by themselves.
+        if hasattr(runner, "effective_drafter_max_model_len"):
+            runner.effective_drafter_max_model_len += runner.num_spec_tokens
+        if self.rank != 0:
+            return
+        drafting = msgspec.convert(spec, DraftingSpec)
+        settings = drafting.settings
+        model = StepTimeModel()
+        replica = Replica(ttl_s=settings.group_ttl_s)
+        runner.aseer_clock = runner.drafter.start(
+            runner, replica, make_budget(settings, model), model, settings.probe_weight
+        )
+        identity = f"drafter-{os.getpid()}".encode()
+        runner.aseer_client = DraftClient(
+            replica, drafting.endpoint, identity, drafting.fetch_interval_s
+        )
+
+    def aseer_drafting_times(self) -> tuple[float, float]:
+        """Seconds of steps, and of drafting in them, since drafting began."""
+        clock = getattr(self.model_runner, "aseer_clock", None)
+        return (clock.step_s, clock.draft_s) if clock else (0.0, 0.0)

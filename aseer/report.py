@@ -1,0 +1,181 @@
+"""What a rollout did: figures at its end, and a timeline while it runs.
+
+Definitions follow the Seer paper. *Throughput* is output tokens over the rollout's wall
+time. *Tail requests* are the last 10% to complete, and *tail time* is the end of the
+rollout minus the completion time of the 90th-percentile request.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TAIL_FRACTION = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimelineSample:
+    """One instance at one moment.
+
+    Attributes:
+        t_s: since the rollout's start.
+        num_running: chunks placed there. num_waiting: of them, not yet running in the
+            engine.
+        kv_used: share of its KV blocks in use, 0 to 1.
+        kv_reserved: share of its KV blocks reserved by admitted chunks, 0 to 1.
+        num_output_tokens: generated there since the start.
+        num_drafts, num_drafted_tokens, num_accepted_tokens: drafts verified there since
+            the start, the tokens in them, and of those the accepted.
+    """
+
+    t_s: float
+    instance_id: int
+    num_running: int
+    num_waiting: int
+    kv_used: float
+    kv_reserved: float
+    num_output_tokens: int
+    num_drafts: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceReport:
+    """One instance over a rollout.
+
+    Attributes:
+        busy_s: time with at least one chunk placed there.
+        num_restarts: times it died and came back.
+    """
+
+    instance_id: int
+    num_output_tokens: int
+    num_chunks: int
+    num_preemptions: int
+    num_restarts: int
+    busy_s: float
+    num_kv_blocks: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationReport:
+    """What speculation did over a rollout.
+
+    Attributes:
+        acceptance_length: mean tokens that a step with a draft yields for its request:
+            1 + accepted / drafts, the model's own token included.
+        num_drafts: drafts verified, one a request and step.
+        drafted: tokens drafted at each position of a draft. accepted: of them, the
+            accepted.
+        drafting_share: share of the engines' step time spent on drafting, 0 to 1.
+    """
+
+    acceptance_length: float
+    num_drafts: int
+    drafted: list[int]
+    accepted: list[int]
+    drafting_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """When a request was over, and how."""
+
+    t_s: float
+    group_id: str
+    index: int
+    instance_id: int | None
+    num_output_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A rollout while it runs, for a live display.
+
+    Attributes:
+        num_requests: known so far; more may come while `intake_open`.
+        longest_running: tokens of the running request that has the most, and its id.
+        eta_s: until the end if the length estimates hold; None while unknown.
+        instances: the latest sample of each.
+        speculation: so far; None if the engines do not speculate.
+    """
+
+    t_s: float
+    num_groups: int
+    num_groups_finished: int
+    num_requests: int
+    num_finished: int
+    num_waiting: int
+    num_output_tokens: int
+    throughput_tok_s: float
+    longest_running: tuple[str, int] | None
+    eta_s: float | None
+    intake_open: bool
+    instances: list[TimelineSample]
+    speculation: SpeculationReport | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutReport:
+    """A finished rollout.
+
+    Attributes:
+        wall_s: from the start to the last response.
+        tail_s: end minus the completion of the 90th-percentile request.
+        num_chunks: dispatches. num_migrations: chunks that started on another instance
+            than the request's chunk before. num_retries: chunks lost with their
+            instance.
+        num_recomputed_tokens: tokens whose KV was computed again.
+        num_cached_tokens: tokens whose KV a chunk found when it started.
+        num_preemptions: requests the engines dropped from KV and restarted.
+        speculation: None if the engines do not speculate.
+    """
+
+    policy: str
+    chunk_size: int
+    num_groups: int
+    num_responses: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    wall_s: float
+    throughput_tok_s: float
+    tail_s: float
+    num_chunks: int
+    num_migrations: int
+    num_preemptions: int
+    num_recomputed_tokens: int
+    num_cached_tokens: int
+    num_retries: int
+    finish_reasons: dict[str, int]
+    mean_output_tokens: float
+    max_output_tokens: int
+    idle_fraction: float
+    weight_version: int
+    instances: list[InstanceReport]
+    speculation: SpeculationReport | None = None
+    completions: list[Completion] = field(default_factory=list)
+    timeline: list[TimelineSample] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+def tail_time(finished_at_s: Sequence[float]) -> float:
+    """End of the rollout minus the completion time of the 90th-percentile request.
+
+    The 90th-percentile request is the last of the first 90% to complete (rounded up),
+    so that a single request has no tail.
+    """
+    if not finished_at_s:
+        return 0.0
+    times = sorted(finished_at_s)
+    last_of_body = math.ceil((1 - TAIL_FRACTION) * len(times)) - 1
+    return times[-1] - times[last_of_body]

@@ -1,0 +1,268 @@
+"""Who runs next, where, and for how many tokens.
+
+A *policy* is two pure functions, `rank` (which waiting request goes first) and `place`
+(on which instance), and two switches: whether requests are divided into chunks, and
+whether KV is reserved before a chunk is admitted. The `Scheduler` keeps waiting
+requests in the policy's order and turns free capacity into assignments. It has no
+clock, no randomness and no I/O, so a sequence of calls is a trace that replays.
+
+    context-aware           waiting probes first, fewest generated tokens first; then
+                            the group with the largest length estimate (Seer, Alg. 2)
+    fcfs                    arrival order (divided rollout alone)
+    longest-first           most tokens left first, by lengths known beforehand
+                            (an oracle)
+    group-round-robin       whole groups in turn (veRL in the Seer paper)
+    least-loaded            each request to the instance with the fewest (verl today)
+    group-least-unfinished  whole groups to the instance with the fewest (OpenRLHF)
+
+The last three are baselines: everything is handed to the engines at once, undivided and
+without reservation, and the engines' own queue and preemption do the rest.
+
+Placement (Seer §3.2: affinity while loads are even, else the least loaded). Ours
+replaces the paper's fixed spread of 32 requests by a price: staying with the KV is
+worth one request of imbalance for every `RECOMPUTE_TOKENS_PER_REQUEST` tokens that
+would have to be computed again, which is 0 where a shared pool has them.
+
+Starvation (the paper gives no rate): every `starvation_interval`-th assignment is owed
+to the request that has waited longest, and stays owed until there is room for it.
+
+A request that fits nowhere is passed over, with its group, but not overtaken for good:
+the instance with the most free KV is kept for the first of them while the others go on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from aseer.fleet import Fleet
+from aseer.types import Assignment
+from aseer.waiting import Rank, Waiting, WaitingQueue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aseer.config import PolicyName
+    from aseer.types import GroupId, InstanceId, RequestId
+
+Placement = Literal[
+    "affinity", "group-round-robin", "least-loaded", "group-least-unfinished"
+]
+
+RECOMPUTE_TOKENS_PER_REQUEST = 256
+_NEVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How to order and place; see the module's table."""
+
+    name: PolicyName
+    rank: Callable[[Waiting, int], Rank]
+    placement: Placement
+    divided: bool = True
+    reserves_kv: bool = True
+
+
+def rank_context_aware(request: Waiting, length_estimate: int) -> Rank:
+    """Probes by shortest first, the rest by their group's longest first."""
+    if request.is_probe:
+        return (0, request.num_generated, request.arrival)
+    return (1, -length_estimate, request.num_generated, request.arrival)
+
+
+def rank_fcfs(request: Waiting, length_estimate: int) -> Rank:
+    """By arrival."""
+    del length_estimate
+    return (request.arrival,)
+
+
+def rank_longest_first(request: Waiting, length_estimate: int) -> Rank:
+    """By the tokens that are really left; by the estimate where nobody knows."""
+    length = request.known_length
+    left = (length_estimate if length is None else length) - request.num_generated
+    return (-left, request.arrival)
+
+
+POLICIES: Mapping[PolicyName, Policy] = {
+    p.name: p
+    for p in (
+        Policy("context-aware", rank_context_aware, "affinity"),
+        Policy("fcfs", rank_fcfs, "affinity"),
+        Policy("longest-first", rank_longest_first, "affinity"),
+        Policy("group-round-robin", rank_fcfs, "group-round-robin", False, False),
+        Policy("least-loaded", rank_fcfs, "least-loaded", False, False),
+        Policy(
+            "group-least-unfinished", rank_fcfs, "group-least-unfinished", False, False
+        ),
+    )
+}
+
+
+def chunk_tokens(
+    num_tokens: int, remaining: int, chunk_size: int, granularity: int
+) -> int:
+    """How many tokens a chunk may generate.
+
+    A chunk that does not end its request ends where prompt + generated = k x
+    granularity + 1: all KV that the next chunk needs is then in full blocks, and it
+    computes one token.
+
+    Args:
+        num_tokens: prompt and generated tokens at its start.
+        chunk_size: 0 = no limit.
+        granularity: of KV reuse, in tokens (an engine's block size, or the pool's).
+    """
+    if not chunk_size or remaining <= chunk_size:
+        return remaining
+    end = (num_tokens + chunk_size - 1) // granularity * granularity + 1
+    if end <= num_tokens:
+        end += granularity
+    return min(remaining, end - num_tokens)
+
+
+def place_by_affinity(holders: Mapping[InstanceId, int], room: Fleet) -> InstanceId:
+    """The instance that holds the most of the request's KV, unless it is too loaded.
+
+    Args:
+        holders: KV tokens of the request by instance.
+        room: candidates, as left by `Fleet.select`; there is at least one.
+    """
+    least = room.least_loaded()
+    if not holders:
+        return least
+    home = next(iter(holders))
+    if len(holders) > 1:
+        home = max(holders, key=lambda i: (holders[i], -room.num_running(i)))
+    if home == least or not room.is_selected(home):
+        return least
+    lost = holders[home] - holders.get(least, 0)
+    allowed = 1 + max(0, lost) // RECOMPUTE_TOKENS_PER_REQUEST
+    imbalance = room.num_running(home) - room.num_running(least)
+    return least if imbalance > allowed else home
+
+
+class Scheduler:
+    """Waiting requests in a policy's order, and the capacity to run them."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        chunk_size: int,
+        granularity: int | None = None,
+        starvation_interval: int = 0,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            chunk_size: tokens; 0 or an undividing policy = requests run to their end.
+            granularity: of KV reuse in tokens; None = the instance's block size.
+            starvation_interval: in assignments; 0 = never.
+        """
+        self.policy = policy
+        self.fleet = Fleet()
+        self._queue = WaitingQueue(policy.rank)
+        self._chunk_size = chunk_size if policy.divided else 0
+        self._granularity = granularity
+        self._starvation_interval = starvation_interval or _NEVER
+        self._num_since_oldest = 0
+        self._group_homes: dict[GroupId, InstanceId] = {}
+        self._num_groups_placed = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._queue
+
+    def add(self, request: Waiting, length_estimate: int) -> None:
+        """Take a request that waits.
+
+        Raises:
+            ValueError: it waits already.
+        """
+        self._queue.add(request, length_estimate)
+
+    def set_length_estimate(self, group_id: GroupId, length_estimate: int) -> None:
+        """Re-rank a group whose estimate changed."""
+        self._queue.set_length_estimate(group_id, length_estimate)
+
+    def remove_group(self, group_id: GroupId) -> None:
+        """Drop a cancelled group's waiting requests."""
+        self._queue.remove_group(group_id)
+
+    def schedule(
+        self, holders: Callable[[RequestId], Mapping[InstanceId, int]]
+    ) -> list[Assignment]:
+        """Turn free capacity into assignments; the assigned requests wait no more.
+
+        Args:
+            holders: tells where a request's KV is (tokens by instance).
+        """
+        if not self.policy.reserves_kv:
+            return self._schedule_unreserved()
+        queue, fleet = self._queue, self.fleet
+        queue.begin_round()
+        fleet.hold_none()
+        assignments: list[Assignment] = []
+        oldest_fits = True  # as far as is known
+        while (room := fleet.most_tokens()) > 0:
+            is_owed = self._num_since_oldest >= self._starvation_interval - 1
+            owed = queue.oldest() if is_owed and oldest_fits else None
+            request = owed or queue.first(room)
+            if request is None:
+                break
+            if (queue.num_passed or not oldest_fits) and fleet.hold_freest():
+                continue  # kept for the first that did not fit; there is less room now
+            chunk_size = self._chunk_size if request.divisible else 0
+            granularity = self._granularity or fleet.block_size
+            tokens = chunk_tokens(
+                request.num_tokens, request.remaining, chunk_size, granularity
+            )
+            needs = request.num_tokens + tokens
+            if needs <= room and fleet.select(needs):
+                where = place_by_affinity(holders(request.request_id), fleet)
+                blocks = fleet.reserve(where, needs)
+                assignments.append(
+                    Assignment(request.request_id, where, tokens, blocks)
+                )
+                queue.remove(request)
+                self._num_since_oldest = 0 if owed else self._num_since_oldest + 1
+            elif owed:
+                oldest_fits = False
+            else:
+                queue.pass_over(needs)
+        return assignments
+
+    def _schedule_unreserved(self) -> list[Assignment]:
+        """A baseline's way: everything at once, whatever the engines have free."""
+        queue, fleet = self._queue, self.fleet
+        assignments: list[Assignment] = []
+        if not fleet.select_alive():
+            return assignments
+        queue.begin_round()
+        while (request := queue.first(0)) is not None:
+            if self.policy.placement == "least-loaded":
+                where = fleet.least_loaded()
+            else:
+                where = self._group_home(request.group_id)
+            fleet.reserve(where, 0)
+            assignments.append(
+                Assignment(request.request_id, where, request.remaining, 0)
+            )
+            queue.remove(request)
+        return assignments
+
+    def _group_home(self, group_id: GroupId) -> InstanceId:
+        """Where a baseline's whole group goes."""
+        home = self._group_homes.get(group_id)
+        if home is None or not self.fleet.is_selected(home):
+            if self.policy.placement == "group-round-robin":
+                alive = self.fleet.alive_ids()
+                home = alive[self._num_groups_placed % len(alive)]
+            else:
+                home = self.fleet.least_loaded()
+            self._num_groups_placed += 1
+            self._group_homes[group_id] = home
+        return home

@@ -1,0 +1,212 @@
+"""One rollout on the engine's thread: the pure controller joined to clock, pool and
+user.
+
+Everything here runs on the engine's event loop, in callbacks that never wait. The
+session is over when its intake is closed and every request has finished; leaving early
+cancels what is left and waits for the engines to say that they stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from aseer.controller import Abort, Command, Controller, Dispatch, Finished
+from aseer.errors import InstanceLostError, RolloutError
+from aseer.instance.messages import Run
+from aseer.recorder import Recorder
+from aseer.types import GroupId
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterable
+
+    from aseer.config import PolicyName
+    from aseer.dgds.server import DraftServer
+    from aseer.instance.messages import Report
+    from aseer.instance.pool import InstancePool
+    from aseer.mailbox import Mailbox
+    from aseer.report import Progress, RolloutReport
+    from aseer.types import (
+        InstanceId,
+        InstanceInfo,
+        InstanceLoad,
+        Response,
+        Task,
+    )
+
+
+class Session:
+    """A rollout in progress."""
+
+    def __init__(
+        self,
+        *,
+        pool: InstancePool,
+        mailbox: Mailbox[Response],
+        policy: PolicyName,
+        chunk_size: int,
+        starvation_interval: int,
+        max_request_retries: int,
+        weight_version: int,
+        first_chunk_id: int,
+        loop: asyncio.AbstractEventLoop,
+        draft_server: DraftServer | None = None,
+    ) -> None:
+        self._pool = pool
+        self._draft_server = draft_server
+        self._rollout_id = first_chunk_id
+        if draft_server is not None:
+            draft_server.set_weight_version(weight_version)
+        self._mailbox = mailbox
+        self._controller = Controller(
+            policy=policy,
+            chunk_size=chunk_size,
+            starvation_interval=starvation_interval,
+            max_request_retries=max_request_retries,
+            weight_version=weight_version,
+            first_chunk_id=first_chunk_id,
+        )
+        self._recorder = Recorder(self._controller, policy, chunk_size, weight_version)
+        self._started_at = time.monotonic()
+        self._intake_open = True
+        self._left = False
+        self._fatal: str | None = None
+        self._errors: list[str] = []
+        self.over: asyncio.Future[None] = loop.create_future()
+        self.report: RolloutReport | None = None
+        self.progress: Progress = self._recorder.progress(0.0, intake_open=True)
+
+    @property
+    def next_chunk_id(self) -> int:
+        return self._controller.buffer.next_chunk_id
+
+    @property
+    def num_unfinished(self) -> int:
+        return self._controller.num_unfinished
+
+    @property
+    def was_left(self) -> bool:
+        """Whether its user walked away from it."""
+        return self._left
+
+    # From the user
+
+    def add(self, tasks: Iterable[Task]) -> None:
+        """Take groups."""
+        if not self._left:
+            self._do(self._controller.add_groups(tasks, self._now()))
+            if self._fatal is not None:
+                self.exhausted(self._fatal)
+
+    def close_intake(self) -> None:
+        """No more groups will come."""
+        self._intake_open = False
+        self._end_if_over()
+
+    def cancel(self, group_id: GroupId) -> None:
+        """End a group early; one that is over, or unknown, is left alone."""
+        if self._controller.buffer.has_group(group_id):
+            self._do(self._controller.cancel_group(group_id, self._now()))
+
+    def leave(self) -> None:
+        """End everything early; nobody reads the responses."""
+        self._left = True
+        self._intake_open = False
+        self._do(self._controller.cancel_all(self._now()))
+
+    # From the pool
+
+    def instance_up(self, info: InstanceInfo, load: InstanceLoad) -> None:
+        """It takes work; its load so far is not this rollout's."""
+        self._recorder.instance_up(info, load)
+        self._do(self._controller.instance_up(info, self._now()))
+
+    def instance_report(self, instance_id: InstanceId, report: Report) -> None:
+        """Progress and load."""
+        now = self._now()
+        self._recorder.count_tokens(instance_id, report.chunks)
+        if self._draft_server is not None:
+            self._feed(self._draft_server, report)
+        self._do(self._controller.progress(report.chunks, now))
+        self._recorder.sample(instance_id, report.load, now)
+        self.progress = self._recorder.progress(now, intake_open=self._intake_open)
+
+    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+        """Its chunks' requests wait again."""
+        self._recorder.instance_down(instance_id, self._now())
+        self._do(self._controller.instance_down(instance_id, self._now(), why))
+
+    def exhausted(self, why: str) -> None:
+        """Nothing can run any more."""
+        self._fatal = why
+        self._intake_open = False
+        self._do(self._controller.fail_all(self._now(), why))
+
+    def abandon(self, why: str) -> None:
+        """Whatever state this is in: nobody may go on waiting for it."""
+        if not self.over.done():
+            self.over.set_result(None)
+        self._mailbox.close(InstanceLostError(why))
+
+    def _now(self) -> float:
+        return time.monotonic() - self._started_at
+
+    def _do(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            match command:
+                case Dispatch(chunk):
+                    chunk = replace(chunk, rollout_id=self._rollout_id)
+                    self._pool.run_chunk(chunk.instance_id, Run(chunk))
+                case Abort(instance_id, chunk_id):
+                    self._pool.abort_chunks(instance_id, [chunk_id])
+                case Finished(response):
+                    self._finish(response)
+        self._recorder.mark_busy(self._now())
+        self._end_if_over()
+
+    def _feed(self, server: DraftServer, report: Report) -> None:
+        """Let siblings draft from what an instance reports."""
+        prefix = f"{self._rollout_id}:"
+        for progress in report.chunks:
+            request = self._controller.buffer.chunk_owner(progress.chunk_id)
+            if request is not None and progress.tokens:
+                server.update_cst(
+                    prefix + request.group.group_id,
+                    prefix + request.request_id,
+                    len(request.tokens),
+                    progress.tokens,
+                )
+
+    def _finish(self, response: Response) -> None:
+        self._recorder.finished(response)
+        group_id = GroupId(response.group_id)
+        if self._draft_server and self._controller.is_group_finished(group_id):
+            self._draft_server.finish_group(f"{self._rollout_id}:{group_id}")
+        if response.finish_reason == "error":
+            self._errors.append(f"{response.request_id}: {response.error}")
+        if not self._left:
+            self._mailbox.put(response)
+
+    def _end_if_over(self) -> None:
+        if self._intake_open or self._controller.num_unfinished or self.over.done():
+            return
+        now = self._now()
+        self.report = self._recorder.report(
+            now, [self._pool.num_restarts(i) for i in self._recorder.instance_ids()]
+        )
+        self.progress = self._recorder.progress(now, intake_open=False, is_over=True)
+        self.over.set_result(None)
+        self._mailbox.close(self._error())
+
+    def _error(self) -> Exception | None:
+        if self._fatal is not None:
+            return InstanceLostError(self._fatal)
+        if self._errors and not self._left:
+            num = len(self._controller.buffer)
+            return RolloutError(
+                f"{len(self._errors)} of {num} requests ended in an error (their "
+                f"Responses say which); the first: {self._errors[0]}"
+            )
+        return None

@@ -1,0 +1,1 @@
+"""Messages between the controller and the instances: sockets and their wire format."""

@@ -1,0 +1,122 @@
+"""Writes docs/api.md from the docstrings of every public name.
+
+Run it after changing one: `.venv/bin/python scripts/api_docs.py`. A unit test compares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import aseer
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "api.md"
+SECTIONS = {
+    "Engine and rollout": [
+        "Engine",
+        "EngineConfig",
+        "rollout",
+        "Rollout",
+        "SyncRollout",
+    ],
+    "What goes in": ["Group", "SamplingParams"],
+    "What comes out": [
+        "Response",
+        "RequestMetrics",
+        "RolloutReport",
+        "InstanceReport",
+        "Progress",
+    ],
+}
+HEAD = """# API reference
+
+Every public name of `aseer`. Token ids are ints, logprobs are natural logarithms held
+as float32, times are seconds. What is not listed here may change without notice.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    sections = dict(SECTIONS)
+    listed = {name for names in sections.values() for name in names}
+    public = [n for n in aseer.__all__ if n not in listed and n != "__version__"]
+    errors = [n for n in public if issubclass(getattr(aseer, n), BaseException)]
+    sections["Other"] = [n for n in public if n not in errors]
+    for title, names in sections.items():
+        if names:
+            parts.append(f"## {title}\n")
+            parts += [_render_name(name) for name in names]
+    parts.append("## Errors\n")
+    parts.append(_code(inspect.getdoc(aseer.errors) or ""))
+    for name in errors:
+        parts.append(f"- `{name}`: {_first_line(getattr(aseer, name))}")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _render_name(name: str) -> str:
+    thing = getattr(aseer, name)
+    parts = [f"### `{name}`\n"]
+    if isinstance(thing, type) and dataclasses.is_dataclass(thing):
+        parts.append(_code(_fields(thing), "python"))
+    elif inspect.isfunction(thing):
+        parts.append(_code(f"aseer.{name}{_signature(thing)}", "python"))
+    else:
+        parts.append(_code(f"aseer.{name}{_signature(thing.__init__)}", "python"))
+    parts.append(_code(inspect.getdoc(thing) or ""))
+    if inspect.isclass(thing):
+        parts += _members(thing)
+    return "\n".join(parts)
+
+
+def _members(thing: type) -> list[str]:
+    parts = []
+    for name, member in inspect.getmembers_static(thing):
+        if name.startswith("_") or (
+            dataclasses.is_dataclass(thing)
+            and name in {f.name for f in dataclasses.fields(thing)}
+        ):
+            continue
+        doc = inspect.getdoc(member)
+        if not doc:
+            continue
+        if isinstance(member, property):
+            parts.append(f"#### `{thing.__name__}.{name}`\n\n{_code(doc)}")
+        elif inspect.isfunction(member):
+            head = f"{thing.__name__}.{name}{_signature(member)}"
+            parts.append(f"#### `{thing.__name__}.{name}()`\n")
+            parts.append(_code(head, "python"))
+            parts.append(_code(doc))
+    return parts
+
+
+def _fields(thing: type) -> str:
+    lines = [f"aseer.{thing.__name__}("]
+    for field in dataclasses.fields(thing):
+        default = ""
+        if field.default is not dataclasses.MISSING:
+            default = f" = {field.default!r}"
+        elif field.default_factory is not dataclasses.MISSING:
+            default = f" = {getattr(field.default_factory, '__name__', '...')}()"
+        lines.append(f"    {field.name}: {field.type}{default},")
+    return "\n".join([*lines, ")"])
+
+
+def _signature(function: object) -> str:
+    text = str(inspect.signature(function))  # type: ignore[arg-type]
+    text = re.sub(r"\(self(, )?", "(", text)
+    return text.replace("'", "").removesuffix(" -> None")
+
+
+def _first_line(thing: object) -> str:
+    return (inspect.getdoc(thing) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def _code(text: str, language: str = "") -> str:
+    return f"```{language}\n{text}\n```\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render())

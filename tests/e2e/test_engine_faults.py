@@ -1,0 +1,105 @@
+"""Real engines that do not start, die, or lose their user."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import aseer
+from tests.e2e.tiny import by_request, tiny_config, tiny_model
+
+GREEDY = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True}
+
+
+def start(config: aseer.EngineConfig) -> str:
+    """The error that starting gives."""
+    with pytest.raises(aseer.InstanceStartError) as error, aseer.Engine(config):
+        pass
+    return str(error.value)
+
+
+def test_a_model_that_does_not_exist_is_named(tmp_path):
+    message = start(tiny_config(num_instances=1, model=tmp_path / "nowhere"))
+    assert "cause: " in message
+    assert "nowhere" in message
+
+
+def test_too_little_memory_for_the_kv_cache_is_the_cause_that_is_given():
+    message = start(tiny_config(num_instances=1, kv_cache_bytes=1 << 16))
+    cause = message.splitlines()[0]
+    assert "cause: ValueError" in cause
+    assert "No available memory for the cache blocks" in cause
+
+
+def test_a_killed_engine_core_costs_no_response_and_changes_nothing():
+    groups = [
+        aseer.Group([5, 6, 7 + i], n=2, sampling=GREEDY, group_id=f"g{i}")
+        for i in range(8)
+    ]
+    quick = aseer.Group([1], n=1, sampling=GREEDY | {"max_tokens": 2}, group_id="quick")
+    with aseer.Engine(tiny_config(num_instances=2, chunk_size=64)) as engine:
+        reference = by_request(list(engine.rollout_sync(groups, chunk_size=0)))
+        victim = psutil.Process(engine.instances[1].pid)
+        rollout = engine.rollout_sync([*groups, quick])
+        responses = {}
+        for response in rollout:
+            responses[response.request_id] = response
+            if response.group_id == "quick":
+                core = next(
+                    p
+                    for p in victim.children(recursive=True)
+                    if "EngineCore" in " ".join(p.cmdline())
+                )
+                core.kill()
+        assert rollout.report.num_retries > 0
+        assert len(list(engine.rollout_sync(groups))) == 16
+    for request_id, expected in reference.items():
+        assert responses[request_id].token_ids == expected.token_ids
+        assert responses[request_id].logprobs == expected.logprobs
+
+
+SCRIPT = """
+import sys
+import aseer
+from tests.e2e.tiny import tiny_config
+
+config = tiny_config(num_instances=1, model=sys.argv[1])
+sampling = {"max_tokens": 1000, "ignore_eos": True}
+with aseer.Engine(config) as engine:
+    print(engine.run_dir, engine.instances[0].pid, flush=True)
+    for _ in engine.rollout_sync([aseer.Group([1, 2], n=32, sampling=sampling)]):
+        pass
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_trainer_leaves_no_engine_behind(kind, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    root = Path(aseer.__file__).parents[1]
+    with subprocess.Popen(
+        [sys.executable, str(script), str(tiny_model())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    ) as process:
+        assert process.stdout is not None
+        run_dir, pid = process.stdout.readline().split()
+        instance = psutil.Process(int(pid))
+        family = [instance, *instance.children(recursive=True)]
+        assert len(family) >= 2
+        time.sleep(1.0)
+        process.send_signal(kind)
+        process.wait(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    assert not Path(run_dir).exists()

@@ -1,0 +1,131 @@
+"""Speculation on real engines changes nothing of what is sampled (I2)."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import aseer
+from tests.e2e.tiny import by_request, tiny_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.slow
+
+GREEDY = {"temperature": 0.0, "max_tokens": 200}
+# What else goes through the verified sampler.
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"ignore_eos": True},
+    {"min_tokens": 77},
+    {"presence_penalty": 0.7},
+    {"frequency_penalty": 0.4},
+    {"repetition_penalty": 1.2},
+    {"allowed_token_ids": list(range(2, 60))},
+    {"structured_outputs": {"regex": "[a-f]{70}[0-9]{40}"}},
+]
+GROUPS = [
+    aseer.Group([5, 6, 7 + i], n=4, sampling=GREEDY | settings)
+    for i, settings in enumerate(SETTINGS)
+]
+# Every draft there is, so that verification is tried hard.
+ALL_DRAFTS = aseer.SpeculationConfig(budget="fixed", max_draft_tokens=6)
+SAMPLED = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 160}
+
+SAMPLER = """
+import json
+import torch
+from vllm.platforms import current_platform
+current_platform.import_kernels()
+current_platform.register_triton_kernel_overrides()
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.sampler import Sampler
+from aseer.dgds.sampler import mend, test_sampler
+
+torch.set_num_threads(1)
+device = torch.device("cpu")
+sampler = RejectionSampler(Sampler())
+upstream = test_sampler(sampler, device)
+was_mended = mend(device)
+print(json.dumps([upstream, was_mended, test_sampler(sampler, device), mend(device)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[aseer.Engine]:
+    with aseer.Engine(tiny_config(num_instances=1, chunk_size=0)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def drafting() -> Iterator[aseer.Engine]:
+    config = tiny_config(num_instances=2, chunk_size=32, speculation=ALL_DRAFTS)
+    with aseer.Engine(config) as engine:
+        yield engine
+
+
+def test_upstreams_sampler_fails_its_test_and_the_mended_one_passes():
+    done = subprocess.run(
+        [sys.executable, "-c", SAMPLER], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    upstream, was_mended, mended, again = json.loads(done.stdout.splitlines()[-1])
+    assert was_mended
+    assert not upstream[0]
+    assert mended[0], mended
+    assert not again
+
+
+def test_greedy_responses_are_those_without_speculation(plain, drafting):
+    expected = by_request(list(plain.rollout_sync(GROUPS)))
+    rollout = drafting.rollout_sync(GROUPS)
+    found = by_request(list(rollout))
+    assert all(r.finish_reason != "error" for r in found.values())
+    assert found.keys() == expected.keys()
+    for request_id, response in found.items():
+        assert response.token_ids == expected[request_id].token_ids
+        assert response.text == expected[request_id].text
+        # Several rows at once are multiplied in another order: the last bits differ.
+        assert response.logprobs == pytest.approx(
+            expected[request_id].logprobs, abs=1e-5
+        )
+    report = rollout.report
+    assert report.num_chunks > 100
+    assert report.speculation.num_drafts > 100
+    assert report.speculation.acceptance_length > 1.5
+    assert 0 < report.speculation.drafting_share < 1
+
+
+def test_sampled_responses_are_distributed_as_without_speculation(plain, drafting):
+    """Some tens of thousands of tokens a side; statistics of whole responses."""
+
+    def responses(engine: aseer.Engine) -> list[aseer.Response]:
+        groups = [aseer.Group([9, 8, 7], n=16, sampling=SAMPLED) for _ in range(16)]
+        return list(engine.rollout_sync(groups))
+
+    one, other = responses(plain), responses(drafting)
+    assert sum(len(r.token_ids) for r in other) > 20_000
+    common = np.bincount([t for r in one for t in r.token_ids], minlength=128)
+    statistics: dict[str, Any] = {
+        "length": lambda r: len(r.token_ids),
+        "logprob": lambda r: np.mean(r.logprobs),
+        "squared logprob": lambda r: np.mean(np.square(r.logprobs)),
+        **{
+            f"share of token {t}": lambda r, t=t: (
+                r.token_ids.count(t) / len(r.token_ids)
+            )
+            for t in common.argsort()[-12:].tolist()
+        },
+    }
+    for name, statistic in statistics.items():
+        a, b = ([statistic(r) for r in side] for side in (one, other))
+        error = math.sqrt(np.var(a) / len(a) + np.var(b) / len(b))
+        # 15 statistics at 4.5 standard errors: one false alarm in 10,000 runs.
+        assert abs(np.mean(a) - np.mean(b)) < 4.5 * error, name

@@ -1,0 +1,285 @@
+"""Every request yields one response, whatever dies (I1); reservations fit (I3)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from aseer.config import POLICY_NAMES
+from aseer.controller import Abort, Controller, Dispatch
+from aseer.scheduler import POLICIES
+from aseer.types import ChunkId, GroupId, InstanceId
+from tests.unit.core import info_of, report_of, task_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from aseer.config import PolicyName
+    from aseer.controller import Command
+    from aseer.types import Chunk, ChunkProgress, InstanceInfo, Response, Task
+
+NUM_INSTANCES = 3
+
+
+@dataclass
+class Running:
+    """A chunk on an engine; its tokens are their own positions in the response."""
+
+    chunk: Chunk
+    made: int = 0
+    aborted: bool = False
+
+    def make(self, num_tokens: int) -> range:
+        start = len(self.chunk.generated) // 4 + self.made
+        num_tokens = min(num_tokens, self.chunk.max_tokens - self.made)
+        self.made += num_tokens
+        return range(start, start + num_tokens)
+
+    @property
+    def is_full(self) -> bool:
+        return self.made == self.chunk.max_tokens
+
+
+class ControllerMachine(RuleBasedStateMachine):
+    """Groups come and are cancelled; instances die, come back, and answer as they
+    can.
+    """
+
+    @initialize(
+        policy=st.sampled_from(POLICY_NAMES),
+        chunk_size=st.sampled_from([0, 4, 8]),
+        starvation_interval=st.sampled_from([0, 2]),
+    )
+    def begin(
+        self, policy: PolicyName, chunk_size: int, starvation_interval: int
+    ) -> None:
+        self.controller = Controller(
+            policy=policy,
+            chunk_size=chunk_size,
+            starvation_interval=starvation_interval,
+            max_request_retries=2,
+        )
+        self.reserves = POLICIES[policy].reserves_kv
+        self.alive: dict[InstanceId, InstanceInfo] = {}
+        self.running: dict[ChunkId, Running] = {}
+        self.old: list[ChunkProgress] = []
+        self.tasks: dict[GroupId, Task] = {}
+        self.cancelled: set[GroupId] = set()
+        self.responses: dict[str, Response] = {}
+        self.num_tokens = 0
+        self.now = 0.0
+
+    # What may happen
+
+    @rule(
+        sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+        num_prompt_tokens=st.integers(1, 12),
+        max_tokens=st.integers(1, 30),
+        undivided=st.booleans(),
+    )
+    def groups_come(
+        self, sizes: list[int], num_prompt_tokens: int, max_tokens: int, undivided: bool
+    ) -> None:
+        tasks = [
+            task_of(
+                f"g{len(self.tasks) + n}",
+                num_requests=size,
+                num_prompt_tokens=num_prompt_tokens,
+                max_tokens=max_tokens,
+                undivided_because="bad_words" if undivided else None,
+            )
+            for n, size in enumerate(sizes)
+        ]
+        self.tasks.update((task.group_id, task) for task in tasks)
+        self.do(self.controller.add_groups(tasks, self.tick()))
+
+    @rule(
+        i=st.integers(0, NUM_INSTANCES - 1),
+        num_kv_blocks=st.integers(11, 40),
+        max_num_seqs=st.integers(1, 6),
+    )
+    def instance_comes_up(self, i: int, num_kv_blocks: int, max_num_seqs: int) -> None:
+        if InstanceId(i) not in self.alive:
+            info = info_of(i, num_kv_blocks=num_kv_blocks, max_num_seqs=max_num_seqs)
+            self.alive[info.instance_id] = info
+            self.do(self.controller.instance_up(info, self.tick()))
+
+    @rule(i=st.integers(0, NUM_INSTANCES - 1))
+    def instance_dies(self, i: int) -> None:
+        self.alive.pop(InstanceId(i), None)
+        for chunk_id, running in list(self.running.items()):
+            if running.chunk.instance_id == i:
+                del self.running[chunk_id]
+                self.old.append(report_of(chunk_id, [0], end="stop"))
+        self.do(self.controller.instance_down(InstanceId(i), self.tick(), "it died"))
+
+    @rule(
+        picks=st.lists(
+            st.tuples(
+                st.integers(0, 1000),
+                st.integers(0, 30),
+                st.sampled_from(["", "", "", "stop", "error", "aborted"]),
+            ),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    def engines_report(self, picks: list[tuple[int, int, str]]) -> None:
+        reports = []
+        for pick, num_tokens, end in picks:
+            if self.running:
+                chunk_id = sorted(self.running)[pick % len(self.running)]
+                reports.append(self.report(chunk_id, num_tokens, end))
+        self.do(self.controller.progress(reports, self.tick()))
+
+    @rule(pick=st.integers(0, 1000))
+    def a_report_comes_late(self, pick: int) -> None:
+        if self.old:
+            report = self.old[pick % len(self.old)]
+            assert self.controller.progress([report, report], self.tick()) == []
+
+    @rule(pick=st.integers(0, 1000))
+    def group_is_cancelled(self, pick: int) -> None:
+        if self.tasks:
+            group_id = sorted(self.tasks)[pick % len(self.tasks)]
+            self.cancelled.add(group_id)
+            self.do(self.controller.cancel_group(group_id, self.tick()))
+
+    # What must hold
+
+    @invariant()
+    def integrity_holds(self) -> None:
+        if hasattr(self, "controller"):
+            self.controller.check_integrity()
+
+    @invariant()
+    def reservations_fit(self) -> None:
+        if not hasattr(self, "controller") or not self.reserves:
+            return
+        for instance_id, info in self.alive.items():
+            here = [
+                r.chunk
+                for r in self.running.values()
+                if r.chunk.instance_id == instance_id
+            ]
+            reserved = sum(chunk.num_reserved_blocks for chunk in here)
+            assert reserved <= info.num_kv_blocks
+            assert len(here) <= info.max_num_seqs
+            for chunk in here:
+                total = len(chunk.prompt + chunk.generated) // 4 + chunk.max_tokens
+                assert chunk.num_reserved_blocks == info.blocks_for(total)
+
+    @invariant()
+    def the_controller_knows_what_runs(self) -> None:
+        if hasattr(self, "controller"):
+            counts = Counter(r.chunk.instance_id for r in self.running.values())
+            for i in range(NUM_INSTANCES):
+                assert self.controller.num_running(InstanceId(i)) == counts[i]
+
+    @invariant()
+    def something_runs_if_anything_can(self) -> None:
+        if hasattr(self, "controller") and self.alive and self.controller.num_waiting:
+            assert self.running
+
+    @invariant()
+    def tokens_are_counted_once(self) -> None:
+        if hasattr(self, "controller"):
+            kept = sum(len(r.tokens) for r in self.controller.buffer.requests())
+            assert self.controller.counters.num_output_tokens == kept
+
+    def teardown(self) -> None:
+        """When every engine answers, everything ends."""
+        if not hasattr(self, "controller"):
+            return
+        if not self.alive:
+            self.instance_comes_up(0, 40, 6)
+        num_rounds = 0
+        while self.running:
+            num_rounds += 1
+            assert num_rounds < 10_000, "it never ends"
+            for chunk_id in list(self.running):
+                end = "aborted" if self.running[chunk_id].aborted else ""
+                report = self.report(chunk_id, 1000, end)
+                self.do(self.controller.progress([report], self.tick()))
+        assert (self.controller.num_unfinished, self.controller.num_waiting) == (0, 0)
+        self.controller.check_integrity()
+        wanted = {
+            f"{task.group_id}/{i}"
+            for task in self.tasks.values()
+            for i in range(task.num_requests)
+        }
+        assert set(self.responses) == wanted
+        counters = self.controller.counters
+        assert counters.num_finished == len(wanted)
+        assert counters.num_groups_finished == len(self.tasks)
+        metrics = [r.metrics for r in self.responses.values()]
+        assert counters.num_chunks == sum(m.num_chunks for m in metrics)
+        assert counters.num_migrations == sum(m.num_migrations for m in metrics)
+        assert counters.num_retries == sum(m.num_retries for m in metrics)
+
+    # The engines' and the user's side
+
+    def do(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            if isinstance(command, Dispatch):
+                self.dispatch(command.chunk)
+            elif isinstance(command, Abort):
+                assert self.running[command.chunk_id].chunk.instance_id == (
+                    command.instance_id
+                )
+                self.running[command.chunk_id].aborted = True
+            else:
+                self.finish(command.response)
+
+    def dispatch(self, chunk: Chunk) -> None:
+        assert chunk.instance_id in self.alive
+        assert chunk.group_id not in self.cancelled
+        assert chunk.chunk_id not in self.running
+        assert chunk.max_tokens >= 1
+        num_generated = len(chunk.generated) // 4
+        assert chunk.generated == report_of(0, range(num_generated)).tokens
+        task = self.tasks[chunk.group_id]
+        assert num_generated + chunk.max_tokens <= task.max_tokens
+        if task.undivided_because:
+            assert (num_generated, chunk.max_tokens) == (0, task.max_tokens)
+        self.running[chunk.chunk_id] = Running(chunk)
+
+    def report(self, chunk_id: ChunkId, num_tokens: int, end: str) -> ChunkProgress:
+        running = self.running[chunk_id]
+        tokens = running.make(num_tokens)
+        if running.is_full and not end:
+            end = "length"
+        error = {"error": "bad luck"} if end == "error" else {}
+        report = report_of(chunk_id, tokens, end=end or None, **error)
+        if end:
+            del self.running[chunk_id]
+            self.old.append(report)
+        return report
+
+    def finish(self, response: Response) -> None:
+        assert response.request_id not in self.responses, "finished twice"
+        self.responses[response.request_id] = response
+        task = self.tasks[GroupId(response.group_id)]
+        num_tokens = len(response.token_ids)
+        assert response.token_ids == list(range(num_tokens))
+        assert response.logprobs == [-t for t in range(num_tokens)]
+        assert num_tokens <= task.max_tokens
+        if response.finish_reason == "length":
+            assert num_tokens == task.max_tokens
+        if response.finish_reason == "aborted":
+            assert response.group_id in self.cancelled
+        if response.finish_reason == "error":
+            assert response.error
+
+    def tick(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+ControllerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestControllerMachine = ControllerMachine.TestCase

@@ -1,0 +1,360 @@
+"""The scheduler with its heaps decides as a naive one that sorts everything anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from aseer.scheduler import (
+    POLICIES,
+    RECOMPUTE_TOKENS_PER_REQUEST,
+    Scheduler,
+    chunk_tokens,
+)
+from aseer.types import Assignment, GroupId, InstanceId, InstanceInfo, RequestId
+from aseer.waiting import MAX_PASSED, Waiting
+from tests.unit.core import info_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aseer.scheduler import Policy
+
+NUM_INSTANCES = 3
+GROUPS = [GroupId(g) for g in "abcdefgh"]
+KNOWN = GROUPS[:4]
+GROUP_SIZE = 4
+MAX_TOKENS = 120
+
+
+@dataclass
+class NaiveInstance:
+    info: InstanceInfo
+    free: int
+    running: int = 0
+
+
+@dataclass
+class NaiveScheduler:
+    """What the scheduler does, said plainly: O(n log n) a decision."""
+
+    policy: Policy
+    chunk_size: int
+    interval: int
+    block_size: int = 1
+    instances: dict[InstanceId, NaiveInstance] = field(default_factory=dict)
+    waiting: list[Waiting] = field(default_factory=list)  # oldest first
+    estimates: dict[GroupId, int] = field(default_factory=dict)
+    homes: dict[GroupId, InstanceId] = field(default_factory=dict)
+    num_homes: int = 0
+    since_oldest: int = 0
+
+    def schedule(
+        self, holders: Mapping[RequestId, Mapping[InstanceId, int]]
+    ) -> list[Assignment]:
+        assigned: list[Assignment] = []
+        passed: list[GroupId] = []
+        held: InstanceId | None = None
+        oldest_fits = True
+        while len(passed) < MAX_PASSED:
+            ranked = sorted(
+                (r for r in self.waiting if r.group_id not in passed),
+                key=lambda r: self.policy.rank(r, self.estimates[r.group_id]),
+            )
+            is_oldest = (
+                self.policy.reserves_kv  # else nothing waits for room
+                and 0 < self.interval <= self.since_oldest + 1
+                and oldest_fits
+                and bool(self.waiting)
+            )
+            if not is_oldest and not ranked:
+                break
+            request = self.waiting[0] if is_oldest else ranked[0]
+            tokens = self.tokens_of(request)
+            where = self.place(request, tokens, held, holders)
+            if where is not None:
+                assigned.append(self.assign(request, tokens, where))
+                self.since_oldest = 0 if is_oldest else self.since_oldest + 1
+                continue
+            if not any(self.could_take_more(i, held) for i in self.instances):
+                break
+            if held is None:
+                held = self.freest()
+            if is_oldest:
+                oldest_fits = False
+            else:
+                passed.append(request.group_id)
+        return assigned
+
+    def tokens_of(self, request: Waiting) -> int:
+        divided = self.policy.divided and request.divisible
+        return chunk_tokens(
+            request.num_tokens,
+            request.remaining,
+            self.chunk_size if divided else 0,
+            self.block_size,
+        )
+
+    def could_take_more(self, i: InstanceId, held: InstanceId | None) -> bool:
+        instance = self.instances[i]
+        return (
+            i != held
+            and instance.running < instance.info.max_num_seqs
+            and (instance.free > 0 or not instance.running)
+        )
+
+    def freest(self) -> InstanceId:
+        return max(
+            (i for i in self.instances if self.could_take_more(i, None)),
+            key=lambda i: (self.instances[i].free, -i),
+        )
+
+    def place(
+        self,
+        request: Waiting,
+        tokens: int,
+        held: InstanceId | None,
+        holders: Mapping[RequestId, Mapping[InstanceId, int]],
+    ) -> InstanceId | None:
+        def load(i: InstanceId) -> tuple[int, int, int]:
+            return (self.instances[i].running, -self.instances[i].free, i)
+
+        if not self.instances:
+            return None
+        if not self.policy.reserves_kv:
+            return self.baseline(request, min(self.instances, key=load))
+        fits = [
+            i
+            for i in sorted(self.instances)
+            if self.could_take_more(i, held)
+            and (
+                not self.instances[i].running
+                or self.needs(i, request.num_tokens + tokens) <= self.instances[i].free
+            )
+        ]
+        if not fits:
+            return None
+        least = min(fits, key=load)
+        kv = holders.get(request.request_id, {})
+        if not kv:
+            return least
+        home = max(kv, key=lambda i: (kv[i], -self.instances[i].running))
+        if home not in fits:
+            return least
+        lost = max(0, kv[home] - kv.get(least, 0))
+        spread = self.instances[home].running - self.instances[least].running
+        return least if spread > 1 + lost // RECOMPUTE_TOKENS_PER_REQUEST else home
+
+    def baseline(self, request: Waiting, least: InstanceId) -> InstanceId:
+        if self.policy.placement == "least-loaded":
+            return least
+        home = self.homes.get(request.group_id)
+        if home not in self.instances:
+            alive = sorted(self.instances)
+            in_turn = alive[self.num_homes % len(alive)]
+            round_robin = self.policy.placement == "group-round-robin"
+            home = in_turn if round_robin else least
+            self.homes[request.group_id] = home
+            self.num_homes += 1
+        return home
+
+    def needs(self, i: InstanceId, num_tokens: int) -> int:
+        info = self.instances[i].info
+        return -(-(num_tokens + info.num_lookahead_tokens) // info.block_size)
+
+    def assign(self, request: Waiting, tokens: int, where: InstanceId) -> Assignment:
+        instance = self.instances[where]
+        blocks = 0
+        if self.policy.reserves_kv:
+            needs = self.needs(where, request.num_tokens + tokens)
+            blocks = min(needs, instance.info.num_kv_blocks)
+        instance.free -= blocks
+        instance.running += 1
+        self.waiting.remove(request)
+        return Assignment(request.request_id, where, tokens, blocks)
+
+
+class SchedulersAgree(RuleBasedStateMachine):
+    """The same events to both; the same assignments from both."""
+
+    @initialize(
+        policy=st.sampled_from(list(POLICIES.values())),
+        chunk_size=st.sampled_from([0, 8, 16]),
+        interval=st.sampled_from([0, 1, 3]),
+        uniform=st.booleans(),
+    )
+    def begin(
+        self, policy: Policy, chunk_size: int, interval: int, uniform: bool
+    ) -> None:
+        self.uniform = uniform
+        self.real = Scheduler(
+            policy, chunk_size=chunk_size, starvation_interval=interval
+        )
+        self.naive = NaiveScheduler(policy, chunk_size, interval)
+        self.running: dict[RequestId, tuple[Waiting, Assignment]] = {}
+        self.finished: set[RequestId] = set()
+        self.holders: dict[RequestId, dict[InstanceId, int]] = {}
+
+    @rule(
+        i=st.integers(0, NUM_INSTANCES - 1),
+        num_kv_blocks=st.integers(5, 60),
+        max_num_seqs=st.integers(1, 6),
+        block_size=st.sampled_from([2, 4, 8]),
+        lookahead=st.integers(0, 3),
+    )
+    def instance_up(
+        self,
+        i: int,
+        num_kv_blocks: int,
+        max_num_seqs: int,
+        block_size: int,
+        lookahead: int,
+    ) -> None:
+        if InstanceId(i) in self.naive.instances:
+            return
+        info = info_of(
+            i,
+            num_kv_blocks=num_kv_blocks,
+            max_num_seqs=max_num_seqs,
+            block_size=4 if self.uniform else block_size,
+            num_lookahead_tokens=1 if self.uniform else lookahead,
+        )
+        self.real.fleet.add(info)
+        self.naive.instances[info.instance_id] = NaiveInstance(info, num_kv_blocks)
+        self.naive.block_size = info.block_size
+        self.schedule()
+
+    @rule(i=st.integers(0, NUM_INSTANCES - 1))
+    def instance_down(self, i: int) -> None:
+        instance_id = InstanceId(i)
+        if self.naive.instances.pop(instance_id, None) is None:
+            return
+        self.real.fleet.remove(instance_id)
+        for kv in self.holders.values():
+            kv.pop(instance_id, None)
+        for request_id, (request, assignment) in list(self.running.items()):
+            if assignment.instance_id == instance_id:
+                del self.running[request_id]
+                self.wait(request)
+        self.schedule()
+
+    @rule(
+        group=st.sampled_from(GROUPS),
+        index=st.integers(0, GROUP_SIZE - 1),
+        num_prompt_tokens=st.sampled_from([1, 4, 40]),
+        divisible=st.booleans(),
+        known_length=st.integers(1, MAX_TOKENS),
+        more=st.booleans(),
+    )
+    def request_comes(
+        self,
+        group: GroupId,
+        index: int,
+        num_prompt_tokens: int,
+        divisible: bool,
+        known_length: int,
+        more: bool,
+    ) -> None:
+        request_id = RequestId(f"{group}/{index}")
+        if request_id in self.real or request_id in self.running | dict.fromkeys(
+            self.finished
+        ):
+            return
+        self.naive.estimates.setdefault(group, MAX_TOKENS)
+        self.wait(
+            Waiting(
+                request_id=request_id,
+                group_id=group,
+                group_size=GROUP_SIZE,
+                arrival=GROUPS.index(group) * GROUP_SIZE + index,
+                is_probe=index == 0,
+                num_tokens=num_prompt_tokens,
+                num_generated=0,
+                remaining=MAX_TOKENS,
+                divisible=divisible,
+                # Of all members of a group, or of none.
+                known_length=known_length if group in KNOWN else None,
+            )
+        )
+        if not more:
+            self.schedule()
+
+    @rule(pick=st.integers(0, 1000), num_new=st.integers(0, 16), more=st.booleans())
+    def chunk_ends(self, pick: int, num_new: int, more: bool) -> None:
+        if not self.running:
+            return
+        request_id = sorted(self.running)[pick % len(self.running)]
+        request, assignment = self.running.pop(request_id)
+        self.release(assignment)
+        num_new = min(num_new, request.remaining - 1)
+        request = request._replace(
+            num_tokens=request.num_tokens + num_new,
+            num_generated=request.num_generated + num_new,
+            remaining=request.remaining - num_new,
+        )
+        kv = self.holders.setdefault(request_id, {})
+        kv[assignment.instance_id] = 64 * num_new
+        self.wait(request)
+        if not more:
+            self.schedule()
+
+    @rule(pick=st.integers(0, 1000), length=st.integers(1, MAX_TOKENS))
+    def request_finishes(self, pick: int, length: int) -> None:
+        if not self.running:
+            return
+        request_id = sorted(self.running)[pick % len(self.running)]
+        request, assignment = self.running.pop(request_id)
+        self.finished.add(request_id)
+        self.release(assignment)
+        self.naive.estimates[request.group_id] = length
+        self.real.set_length_estimate(request.group_id, length)
+        self.schedule()
+
+    @rule(group=st.sampled_from(GROUPS))
+    def group_cancelled(self, group: GroupId) -> None:
+        self.real.remove_group(group)
+        for request in [r for r in self.naive.waiting if r.group_id == group]:
+            self.naive.waiting.remove(request)
+            self.finished.add(request.request_id)
+        self.schedule()
+
+    def wait(self, request: Waiting) -> None:
+        if request.group_id in self.naive.estimates:
+            self.naive.waiting.append(request)
+            self.real.add(request, self.naive.estimates[request.group_id])
+
+    def release(self, assignment: Assignment) -> None:
+        where = assignment.instance_id
+        self.real.fleet.release(where, assignment.num_reserved_blocks)
+        self.naive.instances[where].free += assignment.num_reserved_blocks
+        self.naive.instances[where].running -= 1
+
+    def schedule(self) -> None:
+        waiting = {r.request_id: r for r in self.naive.waiting}
+        expected = self.naive.schedule(self.holders)
+        assignments = self.real.schedule(lambda r: self.holders.get(r, {}))
+        assert assignments == expected
+        for assignment in assignments:
+            request = waiting[assignment.request_id]
+            self.running[assignment.request_id] = (request, assignment)
+
+    @invariant()
+    def the_same_requests_wait(self) -> None:
+        if hasattr(self, "real"):
+            assert len(self.real) == len(self.naive.waiting)
+            assert all(r.request_id in self.real for r in self.naive.waiting)
+
+    @invariant()
+    def capacity_is_the_same_and_never_exceeded(self) -> None:
+        if hasattr(self, "real"):
+            for i, instance in self.naive.instances.items():
+                assert self.real.fleet.num_free_blocks(i) == instance.free >= 0
+                assert self.real.fleet.num_running(i) == instance.running
+
+
+SchedulersAgree.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestSchedulersAgree = SchedulersAgree.TestCase

@@ -1,0 +1,139 @@
+"""Builders for the core's tests: small instances, small groups, short reports."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from aseer.controller import Abort, Controller, Dispatch, Finished
+from aseer.types import (
+    ChunkEnd,
+    ChunkId,
+    ChunkProgress,
+    GroupId,
+    InstanceId,
+    InstanceInfo,
+    RequestId,
+    Task,
+    request_id_of,
+)
+from aseer.waiting import Waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from aseer.controller import Command
+    from aseer.types import Chunk, Response
+
+BLOCK = 4
+
+
+def info_of(
+    instance_id: int = 0,
+    *,
+    num_kv_blocks: int = 1000,
+    max_num_seqs: int = 100,
+    block_size: int = BLOCK,
+    num_lookahead_tokens: int = 0,
+) -> InstanceInfo:
+    return InstanceInfo(
+        instance_id=InstanceId(instance_id),
+        num_kv_blocks=num_kv_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=10_000,
+        num_lookahead_tokens=num_lookahead_tokens,
+    )
+
+
+def task_of(
+    group_id: str = "g",
+    *,
+    num_requests: int = 2,
+    num_prompt_tokens: int = 4,
+    max_tokens: int = 100,
+    **settings: Any,
+) -> Task:
+    return Task(
+        group_id=GroupId(group_id),
+        num_requests=num_requests,
+        prompt=array("i", range(num_prompt_tokens)).tobytes(),
+        num_prompt_tokens=num_prompt_tokens,
+        max_tokens=max_tokens,
+        **settings,
+    )
+
+
+def waiting_of(
+    group_id: str,
+    index: int = 0,
+    *,
+    arrival: int | None = None,
+    num_generated: int = 0,
+    num_prompt_tokens: int = 4,
+    max_tokens: int = 100,
+    divisible: bool = True,
+    known_length: int | None = None,
+) -> Waiting:
+    """A waiting request; groups named a, b, c arrive in that order."""
+    order = 8 * (ord(group_id[0]) - ord("a")) + index
+    return Waiting(
+        request_id=request_id_of(GroupId(group_id), index),
+        group_id=GroupId(group_id),
+        group_size=8,
+        arrival=order if arrival is None else arrival,
+        is_probe=index == 0,
+        num_tokens=num_prompt_tokens + num_generated,
+        num_generated=num_generated,
+        remaining=max_tokens - num_generated,
+        divisible=divisible,
+        known_length=known_length,
+    )
+
+
+def no_kv(request_id: RequestId) -> Mapping[InstanceId, int]:
+    """No instance holds KV of any request."""
+    del request_id
+    return {}
+
+
+def report_of(
+    chunk_id: int,
+    tokens: Iterable[int] = (),
+    *,
+    end: str | None = None,
+    text: str = "",
+    num_cached_tokens: int | None = None,
+    **of_end: Any,
+) -> ChunkProgress:
+    """What an engine reports; every token's logprob is its negative."""
+    ids = list(tokens)
+    return ChunkProgress(
+        chunk_id=ChunkId(chunk_id),
+        tokens=array("i", ids).tobytes(),
+        logprobs=array("f", [-t for t in ids]).tobytes(),
+        text=text,
+        num_cached_tokens=num_cached_tokens,
+        end=ChunkEnd(reason=end, **of_end) if end is not None else None,
+    )
+
+
+def chunks_in(commands: Iterable[Command]) -> list[Chunk]:
+    return [c.chunk for c in commands if isinstance(c, Dispatch)]
+
+
+def finished_in(commands: Iterable[Command]) -> list[Response]:
+    return [c.response for c in commands if isinstance(c, Finished)]
+
+
+def aborts_in(commands: Iterable[Command]) -> list[tuple[int, int]]:
+    return [(c.instance_id, c.chunk_id) for c in commands if isinstance(c, Abort)]
+
+
+def placed(commands: Iterable[Command]) -> list[tuple[str, int]]:
+    """Which requests were dispatched, and where."""
+    return [(c.request_id, c.instance_id) for c in chunks_in(commands)]
+
+
+def controller_of(**settings: Any) -> Controller:
+    return Controller(**{"policy": "context-aware", "chunk_size": 8} | settings)

@@ -1,0 +1,166 @@
+"""The budget as traces: step times and confidences in, draft lengths out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from aseer.config import SpeculationConfig
+from aseer.dgds.budget import (
+    AdaptiveBudget,
+    Calibration,
+    Candidates,
+    FixedBudget,
+    PaperBudget,
+    make_budget,
+    spend,
+)
+from aseer.dgds.steptime import StepTimeModel
+
+
+def candidates(rows: list[list[float]], weights: list[float] | None = None):
+    return Candidates(
+        confidences=np.array([c for row in rows for c in row], np.float32),
+        offsets=np.cumsum([0, *map(len, rows)]),
+        weights=np.array(weights or [1.0] * len(rows)),
+        num_context_tokens=100 * len(rows),
+    )
+
+
+def lengths(
+    rows: list[list[float]], step_s: list[float], weights: list[float] | None = None
+) -> list[int]:
+    c = candidates(rows, weights)
+    chosen = spend(c.confidences.astype(float), c.offsets, c.weights, np.array(step_s))
+    return chosen.tolist()
+
+
+def model_of(step_s, sizes=(1, 2, 4, 8, 16, 32, 64, 128)) -> StepTimeModel:
+    """A model that has seen steps of `step_s(rows, drafted)` seconds."""
+    model = StepTimeModel()
+    for _ in range(20):
+        for rows in sizes:
+            for drafted in (0, rows, 4 * rows):
+                model.observe(rows, drafted, 100 * rows, step_s(rows, drafted))
+    return model
+
+
+def test_where_tokens_cost_no_time_all_are_drafted():
+    assert lengths([[0.9, 0.5], [0.3]], [1.0] * 4) == [2, 1]
+
+
+def test_where_a_token_costs_what_a_row_costs_none_is():
+    assert lengths([[0.9, 0.8], [0.9]], [2.0, 3.0, 4.0, 5.0]) == [0, 0]
+
+
+def test_likelier_tokens_go_first_whichever_row_they_are_in():
+    # Two tokens are free, the third is not.
+    assert lengths([[0.9, 0.8], [0.5, 0.4]], [1.0, 1.0, 1.0, 1.9, 2.8]) == [2, 0]
+
+
+def test_a_probes_tokens_are_worth_more():
+    step_s = [1.0, 1.0, 1.9]
+    assert lengths([[0.6], [0.5]], step_s) == [1, 0]
+    assert lengths([[0.6], [0.5]], step_s, weights=[1.0, 2.0]) == [0, 1]
+
+
+def test_weights_buy_no_step_that_is_slower_a_token():
+    # Worth 2 x 0.5 a second to the probe, but the step yields fewer tokens a second.
+    assert lengths([[0.5]], [1.0, 1.6], weights=[2.0]) == [0]
+
+
+def test_a_stair_of_the_step_time_is_climbed_when_it_pays_in_the_end():
+    # The first token pays for nothing; all four together do.
+    assert lengths([[0.9] * 4], [1.0, 1.95, 1.95, 1.95, 1.95]) == [4]
+
+
+def test_nothing_is_drafted_before_anything_was_measured():
+    budget = AdaptiveBudget(StepTimeModel(), 8, 16)
+    assert budget.choose(candidates([[0.99] * 8])).tolist() == [0]
+
+
+def test_a_full_engine_drafts_nothing_and_an_empty_one_all():
+    # Memory-bound up to 32 tokens, then proportional.
+    model = model_of(lambda rows, drafted: max(32, rows + drafted) / 1000)
+    budget = AdaptiveBudget(model, 8, 16)
+    assert budget.choose(candidates([[0.9, 0.7]] * 64)).sum() == 0
+    assert budget.choose(candidates([[0.9, 0.7]] * 2)).tolist() == [2, 2]
+
+
+def test_a_measured_cost_of_verification_stops_drafting():
+    model = model_of(lambda rows, drafted: 0.05 + (0.2 if drafted else 0.0))
+    budget = AdaptiveBudget(model, 8, 16)
+    assert budget.choose(candidates([[0.9, 0.7]] * 2)).sum() == 0
+
+
+def test_drafts_are_longer_in_the_tail():
+    budget = AdaptiveBudget(StepTimeModel(), 8, 16)
+    assert budget.max_draft_tokens(1) == 16
+    assert budget.max_draft_tokens(64) == 8
+
+
+def test_trees_are_asked_rarely_while_it_does_not_pay():
+    model = model_of(lambda rows, drafted: (rows + drafted) / 1000)
+    budget = AdaptiveBudget(model, 8, 16)
+    asked = 0
+    for _ in range(1000):
+        if budget.max_draft_tokens(8):
+            asked += 1
+            budget.choose(candidates([[0.5]] * 8))
+    assert 200 < asked < 350
+
+
+def test_a_tree_that_knows_nothing_is_asked_again_in_the_next_step():
+    budget = AdaptiveBudget(model_of(lambda rows, drafted: 0.05), 8, 16)
+    for _ in range(1000):
+        assert budget.max_draft_tokens(8)
+        budget.choose(candidates([[]] * 8))
+
+
+def test_confidences_are_calibrated_by_what_was_accepted():
+    calibration = Calibration()
+    said = np.full(100, 0.8, np.float32)
+    for _ in range(20):
+        calibration.learn(said, np.arange(100) < 30)
+    assert calibration.survivals(said[:1])[0] == pytest.approx(0.3, abs=0.02)
+
+
+def test_calibration_starts_from_belief_and_never_falls_with_confidence():
+    calibration = Calibration()
+    grid = np.linspace(0, 1, 101).astype(np.float32)
+    assert calibration.survivals(grid) == pytest.approx(grid, abs=0.01)
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        said = rng.random(64).astype(np.float32)
+        calibration.learn(said, rng.random(64) < said**3)
+    survivals = calibration.survivals(grid)
+    assert (np.diff(survivals) >= 0).all()
+    assert survivals[70] == pytest.approx(0.7**3, abs=0.1)
+
+
+def test_fixed_drafts_all_there_is():
+    budget = FixedBudget(4)
+    assert budget.max_draft_tokens(100) == 4
+    assert budget.choose(candidates([[0.1, 0.1], []])).tolist() == [2, 0]
+
+
+def test_the_papers_rule_favours_the_class_whose_acceptance_drops_more():
+    # As printed: a larger weight gives probes fewer tokens.
+    model = model_of(lambda rows, drafted: max(32, rows + drafted) / 1000)
+    rows = [[0.9] * 8] * 8
+    weights = [2.0] + [1.0] * 7
+
+    def tokens_of_probe(probe_weight: float) -> int:
+        budget = PaperBudget(model, 8, probe_weight)
+        return int(budget.choose(candidates(rows, weights))[0])
+
+    assert tokens_of_probe(1.0) >= tokens_of_probe(4.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adaptive", AdaptiveBudget), ("fixed", FixedBudget), ("paper", PaperBudget)],
+)
+def test_settings_name_the_budget(name, kind):
+    budget = make_budget(SpeculationConfig(budget=name), StepTimeModel())
+    assert isinstance(budget, kind)

@@ -1,0 +1,121 @@
+"""The token log: what counts as new, what is given out, what is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from aseer.dgds.log import MAX_DELTA_TOKENS, MAX_KEPT_TEXTS, TokenLog
+
+
+def tokens(*ids: int) -> bytes:
+    return np.array(ids, np.int32).tobytes()
+
+
+def given(log: TokenLog, counts: dict[str, int], group: str = "g") -> dict[str, list]:
+    """What a fetch brings: request -> [start, tokens]."""
+    (delta,) = log.fetch_cst({group: counts}, now=0.0) or [None]
+    return (
+        {
+            r.request_id: [r.start, list(np.frombuffer(r.tokens, np.int32))]
+            for r in delta.requests
+        }
+        if delta
+        else {}
+    )
+
+
+@pytest.fixture
+def log() -> TokenLog:
+    log = TokenLog()
+    log.update_cst("g", "a", 0, tokens(1, 2, 3), now=0.0)
+    return log
+
+
+def test_tokens_that_are_known_are_skipped_and_gaps_ignored(log):
+    log.update_cst("g", "a", 1, tokens(2, 3, 4), now=0.0)
+    log.update_cst("g", "a", 0, tokens(1, 2), now=0.0)
+    log.update_cst("g", "a", 6, tokens(7), now=0.0)
+    assert log.text("g", "a") == tokens(1, 2, 3, 4)
+
+
+def test_a_fetch_brings_what_lies_beyond_the_askers_offsets(log):
+    log.update_cst("g", "b", 0, tokens(9), now=0.0)
+    assert given(log, {"a": 2}) == {"a": [2, [3]], "b": [0, [9]]}
+    assert given(log, {"a": 3, "b": 1}) == {}
+    assert given(log, {"a": 7, "b": 1}) == {}  # the asker is ahead
+
+
+def test_a_large_fetch_comes_in_parts(log):
+    long = np.arange(MAX_DELTA_TOKENS + 5, dtype=np.int32)
+    log.update_cst("g", "long", 0, long.tobytes(), now=0.0)
+    have = {"a": 3, "long": 0}
+    while part := given(log, have).get("long"):
+        assert part[1] == list(range(have["long"], have["long"] + len(part[1])))
+        have["long"] += len(part[1])
+    assert have["long"] == len(long)
+
+
+def test_an_unknown_group_is_said_to_be_unknown(log):
+    log.finish_group("g")
+    (delta,) = log.fetch_cst({"g": {}}, now=0.0)
+    assert not delta.is_known
+
+
+def test_a_group_lives_for_its_ttl_after_it_was_last_asked_for(log):
+    log.register_group("g", b"key", ttl_s=1000.0, now=0.0)
+    log.fetch_cst({"g": {}}, now=500.0)
+    log.expire(now=1499.0)
+    assert "g" in log
+    log.expire(now=1500.0)
+    assert "g" not in log
+
+
+def test_texts_of_a_finished_group_serve_the_next_with_its_prompt(log):
+    log.register_group("g", b"key", ttl_s=10.0, now=0.0)
+    log.finish_group("g")
+    for name, key in [("h", b"key"), ("other", b"another key")]:
+        log.update_cst(name, "new", 0, tokens(5), now=0.0)
+        log.register_group(name, key, ttl_s=10.0, now=0.0)
+    assert given(log, {}, "h") == {"a": [0, [1, 2, 3]], "new": [0, [5]]}
+    assert given(log, {}, "other") == {"new": [0, [5]]}
+
+
+def test_kept_texts_can_be_dropped(log):
+    log.register_group("g", b"key", ttl_s=10.0, now=0.0)
+    log.finish_group("g")
+    log.forget_kept()
+    log.update_cst("h", "new", 0, tokens(5), now=0.0)
+    log.register_group("h", b"key", ttl_s=10.0, now=0.0)
+    assert log.num_kept_tokens == 0
+    assert given(log, {}, "h") == {"new": [0, [5]]}
+
+
+def test_what_is_kept_is_bounded_and_the_oldest_goes_first():
+    log = TokenLog(max_kept_tokens=5)
+    for name in ("a", "b", "c"):
+        log.update_cst(name, name, 0, tokens(1, 2), now=0.0)
+        log.register_group(name, name.encode(), ttl_s=10.0, now=0.0)
+        log.finish_group(name)
+    assert log.num_kept_tokens == 4
+    log.update_cst("later", "new", 0, tokens(5), now=0.0)
+    log.register_group("later", b"a", ttl_s=10.0, now=0.0)
+    assert given(log, {}, "later") == {"new": [0, [5]]}
+
+
+def test_a_prompt_keeps_its_latest_texts():
+    log = TokenLog()
+    for i in range(MAX_KEPT_TEXTS + 3):
+        log.update_cst(f"g{i}", f"r{i}", 0, tokens(i), now=0.0)
+        log.register_group(f"g{i}", b"key", ttl_s=10.0, now=0.0)
+        log.finish_group(f"g{i}")
+    log.update_cst("g", "new", 0, tokens(5), now=0.0)
+    log.register_group("g", b"key", ttl_s=10.0, now=0.0)
+    kept = {f"r{i}" for i in range(3, MAX_KEPT_TEXTS + 3)}
+    assert set(given(log, {})) == {"new"} | kept
+
+
+def test_registering_a_group_that_is_over_does_not_revive_it(log):
+    log.finish_group("g")
+    log.register_group("g", b"key", ttl_s=10.0, now=0.0)
+    assert len(log) == 0

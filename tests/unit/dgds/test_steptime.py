@@ -1,0 +1,69 @@
+"""The step-time model follows what it is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from aseer.dgds.steptime import StepTimeModel
+
+
+def roofline(rows: int, drafted: int, context: int) -> float:
+    busy = max(40.0, 1.2 * (rows + drafted))
+    return (busy + 3 * (drafted > 0) + 0.2 * drafted + context / 5000) / 1000
+
+
+def trained(noise: float = 0.0, num_steps: int = 3000) -> StepTimeModel:
+    rng = np.random.default_rng(0)
+    model = StepTimeModel()
+    for _ in range(num_steps):
+        rows = int(rng.integers(1, 100))
+        drafted = int(rng.integers(0, 4)) * rows
+        context = int(rng.integers(10, 500)) * rows
+        step_s = roofline(rows, drafted, context) * rng.lognormal(0, noise)
+        model.observe(rows, drafted, context, step_s)
+    return model
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 64])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_it_learns_a_roofline_within_a_tenth(rows, noise):
+    model = trained(noise)
+    predicted = model.predict(rows, 2 * rows, 100 * rows)
+    expected = [roofline(rows, d, 100 * rows) for d in range(2 * rows + 1)]
+    assert predicted[::rows] == pytest.approx(expected[::rows], rel=0.1)
+
+
+def test_predictions_never_fall_with_more_drafted_tokens():
+    predicted = trained(noise=0.3, num_steps=200).predict(8, 64, 1000)
+    assert (np.diff(predicted) >= 0).all()
+
+
+def test_it_follows_an_engine_that_becomes_slower():
+    model = trained()
+    for _ in range(3000):
+        model.observe(8, 8, 800, 0.1)
+    assert model.predict(8, 8, 800)[8] == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_hiccup_is_not_believed():
+    model = trained()
+    before = model.predict(8, 8, 800)[0]
+    model.observe(8, 0, 800, 100 * before)
+    for _ in range(16):
+        model.observe(8, 0, 800, before)
+    assert model.predict(8, 8, 800)[0] == pytest.approx(before, rel=0.1)
+
+
+def test_the_profile_is_not_forgotten():
+    model = StepTimeModel()
+    for _ in range(5):
+        for rows in (1, 8, 64):
+            model.observe(rows, 0, 0, 0.01 * rows, is_profile=True)
+    for _ in range(5000):
+        model.observe(8, 0, 0, 0.08)
+    assert model.predict(64, 0, 0)[0] == pytest.approx(0.64, rel=0.1)
+
+
+def test_it_predicts_nothing_before_it_has_seen_a_step():
+    assert not StepTimeModel().predict(4, 3, 100).any()

@@ -1,0 +1,87 @@
+"""Every engine gets its own share of the machine; what is not there is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from aseer.config import EngineConfig
+from aseer.errors import ConfigError
+from aseer.instance.launch import Machine, plan_instances
+
+GIB = 1 << 30
+
+
+def machine(*, gpus=(), cores=(0, 1), memory=20 * GIB, cpu_only=False):
+    return Machine(gpus=gpus, cores=cores, free_memory_bytes=memory, cpu_only=cpu_only)
+
+
+def bindings(launches):
+    return [launch.env["VLLM_CPU_OMP_THREADS_BIND"] for launch in launches]
+
+
+def devices(launches):
+    return [launch.env["CUDA_VISIBLE_DEVICES"] for launch in launches]
+
+
+def test_without_gpus_every_engine_is_bound_to_cores_of_its_own():
+    launches = plan_instances(EngineConfig(model="m"), machine())
+    assert bindings(launches) == ["0", "1"]
+    config = EngineConfig(model="m", num_instances=3)
+    assert bindings(plan_instances(config, machine(cores=tuple(range(6))))) == [
+        "0,1",
+        "2,3",
+        "4,5",
+    ]
+
+
+def test_more_engines_than_cores_take_turns():
+    config = EngineConfig(model="m", num_instances=3)
+    assert bindings(plan_instances(config, machine())) == ["0", "1", "0"]
+
+
+def test_on_gpus_there_is_an_engine_for_each_and_each_sees_only_its_own():
+    launches = plan_instances(EngineConfig(model="m"), machine(gpus=("0", "1", "2")))
+    assert devices(launches) == ["0", "1", "2"]
+    config = EngineConfig(model="m", gpus_per_instance=2)
+    launches = plan_instances(config, machine(gpus=("4", "5", "6", "7")))
+    assert devices(launches) == ["4,5", "6,7"]
+    assert launches[0].engine_args["tensor_parallel_size"] == 2
+
+
+def test_a_cpu_build_of_vllm_runs_on_the_cpu_though_there_are_gpus():
+    found = machine(gpus=("0",), cpu_only=True)
+    assert bindings(plan_instances(EngineConfig(model="m"), found)) == ["0", "1"]
+
+
+def test_too_few_gpus_are_counted():
+    config = EngineConfig(model="m", num_instances=3, gpus_per_instance=2)
+    with pytest.raises(ConfigError, match=r"need 6, but 4 are visible \(0,1,2,3\)"):
+        plan_instances(config, machine(gpus=("0", "1", "2", "3")))
+    config = EngineConfig(model="m", device="cuda")
+    with pytest.raises(ConfigError, match=r"0 are visible \(none\)"):
+        plan_instances(config, machine())
+
+
+def test_the_cpu_cache_is_a_share_of_free_memory_unless_it_is_given():
+    args = [
+        plan_instances(config, machine(memory=memory))[0].engine_args
+        for config, memory in [
+            (EngineConfig(model="m"), 20 * GIB),
+            (EngineConfig(model="m"), 200 * GIB),
+            (EngineConfig(model="m", kv_cache_bytes=5), 20 * GIB),
+        ]
+    ]
+    sizes = [a["kv_cache_memory_bytes"] for a in args]
+    assert sizes == [3 * GIB, 4 * GIB, 5]
+
+
+def test_engine_args_and_env_have_the_last_word():
+    config = EngineConfig(
+        model="m",
+        engine_args={"enforce_eager": False, "block_size": 64},
+        env={"VLLM_CPU_OMP_THREADS_BIND": "7"},
+    )
+    launch = plan_instances(config, machine())[0]
+    assert launch.engine_args["enforce_eager"] is False
+    assert launch.engine_args["block_size"] == 64
+    assert launch.env["VLLM_CPU_OMP_THREADS_BIND"] == "7"

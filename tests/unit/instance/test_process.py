@@ -1,0 +1,35 @@
+"""An engine's death is told by its cause, not by what followed from it."""
+
+from __future__ import annotations
+
+from aseer.instance.process import cause_from_log, describe_exit
+
+LOG = """\
+(EngineCore pid=7) ERROR 11-21 22:00:00 [core.py:1] Traceback (most recent call last):
+(EngineCore pid=7) ERROR 11-21 22:00:00 [core.py:1]   File "x.py", line 1, in load
+(EngineCore pid=7) ERROR 11-21 22:00:00 [core.py:1] ValueError: No available memory
+Traceback (most recent call last):
+  File "y.py", line 2, in start
+RuntimeError: Engine core initialization failed. See root cause above.
+"""
+
+
+def test_the_cause_is_the_last_error_that_is_not_a_consequence():
+    assert cause_from_log(LOG) == "ValueError: No available memory"
+
+
+def test_a_qualified_error_is_a_cause():
+    log = "vllm.exceptions.VLLMValidationError: max_model_len is too large\n"
+    assert cause_from_log(log) == (
+        "vllm.exceptions.VLLMValidationError: max_model_len is too large"
+    )
+
+
+def test_a_log_without_an_error_has_no_cause():
+    assert cause_from_log("INFO all is well\n") is None
+
+
+def test_exits_are_told_in_words():
+    assert describe_exit(1) == "exited with status 1"
+    assert describe_exit(-9) == "was killed by SIGKILL (out of memory?)"
+    assert describe_exit(-11) == "was killed by SIGSEGV"

@@ -1,0 +1,114 @@
+"""Where the KV of waiting requests probably is: blocks of 4, caches of 10 blocks."""
+
+from __future__ import annotations
+
+import pytest
+
+from aseer.kv.residency import KvResidency
+from aseer.types import InstanceId, RequestId
+
+A, B = InstanceId(0), InstanceId(1)
+X, Y, Z = RequestId("x"), RequestId("y"), RequestId("z")
+
+
+@pytest.fixture
+def kv() -> KvResidency:
+    kv = KvResidency()
+    kv.add_instance(A, num_blocks=10, block_size=4)
+    kv.add_instance(B, num_blocks=10, block_size=4)
+    return kv
+
+
+def run(kv: KvResidency, where: InstanceId, request: RequestId, tokens: int) -> None:
+    """A chunk that ends with that many tokens computed."""
+    num_blocks = -(-tokens // 4)
+    kv.reserve(where, request, num_blocks)
+    kv.release(where, request, num_blocks, tokens)
+
+
+def test_whole_blocks_stay_where_a_chunk_ran(kv: KvResidency) -> None:
+    run(kv, A, X, 11)
+    assert kv.holders(X) == {A: 8}
+
+
+def test_a_request_may_have_kv_on_several_instances(kv: KvResidency) -> None:
+    run(kv, A, X, 8)
+    run(kv, B, X, 16)
+    assert kv.holders(X) == {A: 8, B: 16}
+
+
+def test_running_again_where_it_was_replaces_what_is_there(kv: KvResidency) -> None:
+    run(kv, A, X, 8)
+    run(kv, A, X, 16)
+    assert kv.holders(X) == {A: 16}
+
+
+def test_new_reservations_push_out_the_oldest_first(kv: KvResidency) -> None:
+    for request in (X, Y, Z):
+        run(kv, A, request, 12)  # 3 blocks each: 9 of 10 cached
+    kv.reserve(A, RequestId("new"), 2)
+    assert [kv.holders(r) for r in (X, Y, Z)] == [{}, {A: 12}, {A: 12}]
+    kv.reserve(A, RequestId("newer"), 4)
+    assert [kv.holders(r) for r in (X, Y, Z)] == [{}, {}, {A: 12}]
+
+
+def test_a_resumed_request_uses_its_own_blocks_and_pushes_nobody_out(
+    kv: KvResidency,
+) -> None:
+    run(kv, A, X, 12)
+    run(kv, A, Y, 24)  # 3 + 6 blocks cached
+    kv.reserve(A, X, 4)  # its 3 and one more: 4 + 6
+    assert kv.holders(Y) == {A: 24}
+
+
+def test_a_finished_request_leaves_nothing(kv: KvResidency) -> None:
+    run(kv, A, X, 12)
+    kv.reserve(B, X, 4)
+    kv.release(B, X, 4, num_tokens=0)
+    kv.forget(X)
+    assert kv.holders(X) == {}
+
+
+def test_a_forgotten_requests_room_is_free_again(kv: KvResidency) -> None:
+    run(kv, A, X, 24)
+    kv.forget(X)
+    run(kv, A, Y, 12)
+    kv.reserve(A, Z, 7)  # 7 + 3 = 10
+    assert kv.holders(Y) == {A: 12}
+
+
+def test_a_lost_instance_holds_nothing(kv: KvResidency) -> None:
+    run(kv, A, X, 8)
+    run(kv, B, X, 8)
+    kv.drop_instance(A)
+    assert kv.holders(X) == {B: 8}
+
+
+def test_an_instance_that_came_back_is_empty(kv: KvResidency) -> None:
+    run(kv, A, X, 8)
+    kv.add_instance(A, num_blocks=10, block_size=4)
+    assert kv.holders(X) == {}
+    run(kv, A, Y, 40)
+    assert kv.holders(Y) == {A: 40}
+
+
+def test_a_chunk_that_ends_after_its_instance_was_lost_changes_nothing(
+    kv: KvResidency,
+) -> None:
+    kv.reserve(A, X, 2)
+    kv.drop_instance(A)
+    kv.release(A, X, 2, 8)
+    assert kv.holders(X) == {}
+
+
+def test_a_chunk_lost_with_its_instance_is_not_counted_when_it_is_back(
+    kv: KvResidency,
+) -> None:
+    kv.reserve(A, X, 10)
+    kv.add_instance(A, num_blocks=10, block_size=4)
+    run(kv, A, Y, 40)
+    assert kv.holders(Y) == {A: 40}
+
+
+def test_dropping_an_unknown_instance_is_nothing(kv: KvResidency) -> None:
+    kv.drop_instance(InstanceId(7))

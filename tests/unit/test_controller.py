@@ -1,0 +1,371 @@
+"""Events in, commands out: whole rollouts as traces.
+
+Blocks have 4 tokens, prompts 4, chunks at most 8: a first chunk makes 5 tokens (to 9 =
+2 x 4 + 1) and takes 3 blocks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aseer.types import GroupId, InstanceId
+from tests.unit.core import (
+    aborts_in,
+    chunks_in,
+    controller_of,
+    finished_in,
+    info_of,
+    placed,
+    report_of,
+    task_of,
+)
+
+if TYPE_CHECKING:
+    from aseer.controller import Controller
+
+A, B = InstanceId(0), InstanceId(1)
+G, H = GroupId("g"), GroupId("h")
+
+
+def with_instances(*num_kv_blocks: int, **settings: object) -> Controller:
+    controller = controller_of(**settings)
+    for i, blocks in enumerate(num_kv_blocks):
+        controller.instance_up(info_of(i, num_kv_blocks=blocks), 0.0)
+    return controller
+
+
+def test_all_probes_of_the_groups_added_together_go_first() -> None:
+    controller = with_instances(12)
+    commands = controller.add_groups([task_of(g) for g in "gh"], 0.0)
+    assert placed(commands) == [("g/0", 0), ("h/0", 0), ("g/1", 0), ("h/1", 0)]
+    controller.check_integrity()
+
+
+def test_what_is_learnt_decides_who_goes_next() -> None:
+    """Algorithm 2 from beginning to end, on an instance with room for one request."""
+    controller = with_instances(3)
+    now = 0.0
+    log = []
+    commands = controller.add_groups([task_of(g, num_requests=3) for g in "gh"], now)
+    lengths = {"g": 2, "h": 4}  # h is longer; max_tokens is 100
+    while (chunks := chunks_in(commands)) and (now := now + 1):
+        (chunk,) = chunks
+        log.append(chunk.request_id)
+        tokens = range(lengths[chunk.group_id])
+        commands = controller.progress(
+            [report_of(chunk.chunk_id, tokens, end="stop")], now
+        )
+    # Both probes; then h, of which more is expected; then g.
+    assert log == ["g/0", "h/0", "h/1", "h/2", "g/1", "g/2"]
+    assert controller.num_unfinished == 0
+
+
+def test_an_unknown_group_goes_before_a_known_shorter_one() -> None:
+    controller = with_instances(3)
+    commands = controller.add_groups([task_of(g, num_requests=3) for g in "gh"], 0.0)
+    (probe,) = chunks_in(commands)
+    commands = controller.progress([report_of(probe.chunk_id, [1], end="stop")], 1.0)
+    (probe,) = chunks_in(commands)
+    assert probe.request_id == "h/0"
+    # h's probe fails, which teaches nothing: h still may be as long as allowed.
+    end = report_of(probe.chunk_id, [1, 2], end="error", error="x")
+    assert placed(controller.progress([end], 2.0)) == [("h/1", 0)]
+
+
+def test_a_request_runs_chunk_by_chunk_to_its_end() -> None:
+    controller = with_instances(100)
+    commands = controller.add_group(task_of(num_requests=1, max_tokens=20), 0.0)
+    lengths, response = [], None
+    while response is None:
+        (chunk,) = chunks_in(commands)
+        lengths.append(chunk.max_tokens)
+        assert len(chunk.generated) // 4 == sum(lengths[:-1])
+        report = report_of(chunk.chunk_id, range(chunk.max_tokens), end="length")
+        commands = controller.progress([report], 1.0)
+        response = next(iter(finished_in(commands)), None)
+    assert lengths == [5, 8, 7]
+    assert response.token_ids == [*range(5), *range(8), *range(7)]
+    assert response.finish_reason == "length"
+    assert controller.counters.num_chunks == 3
+    assert controller.counters.num_output_tokens == 20
+
+
+def test_chunks_and_reservations_are_given_back_at_the_end() -> None:
+    controller = with_instances(10)
+    commands = controller.add_group(task_of(num_requests=3), 0.0)
+    fleet = controller.scheduler.fleet
+    assert (fleet.num_running(A), fleet.num_free_blocks(A)) == (3, 1)
+    controller.progress(
+        [report_of(c.chunk_id, end="stop") for c in chunks_in(commands)], 1
+    )
+    assert (fleet.num_running(A), fleet.num_free_blocks(A)) == (0, 10)
+    assert controller.num_running(A) == 0
+    controller.check_integrity()
+
+
+def test_progress_without_an_end_decides_nothing() -> None:
+    controller = with_instances(3)
+    (chunk,) = chunks_in(controller.add_group(task_of(), 0.0))
+    assert controller.progress([report_of(chunk.chunk_id, [1, 2])], 1.0) == []
+    assert controller.longest_running() == ("g/0", 2)
+    assert controller.context[G].num_tokens == 2
+
+
+def test_late_and_repeated_reports_change_nothing() -> None:
+    controller = with_instances(3)
+    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=1), 0.0))
+    end = report_of(chunk.chunk_id, [1], end="stop")
+    assert len(finished_in(controller.progress([end, end], 1.0))) == 1
+    assert controller.progress([end], 2.0) == []
+    assert controller.counters.num_output_tokens == 1
+    controller.check_integrity()
+
+
+# Placement
+
+
+def test_a_resumed_request_stays_with_its_kv() -> None:
+    controller = with_instances(100, 100)
+    first, second = chunks_in(controller.add_group(task_of(num_requests=2), 0.0))
+    assert (first.instance_id, second.instance_id) == (A, B)
+    for chunk in (second, first):
+        report = report_of(chunk.chunk_id, range(5), end="length")
+        assert placed(controller.progress([report], 1.0)) == [
+            (chunk.request_id, chunk.instance_id)
+        ]
+    assert controller.counters.num_migrations == 0
+
+
+def test_a_request_migrates_when_its_instance_has_no_room() -> None:
+    controller = with_instances(6, 100, policy="fcfs")
+    commands = controller.add_group(task_of(num_requests=4), 0.0)
+    assert placed(commands) == [("g/0", 1), ("g/1", 0), ("g/2", 1), ("g/3", 0)]
+    # g/1 needs 5 blocks next; beside g/3 there are 3 on A.
+    second = chunks_in(commands)[1]
+    report = report_of(second.chunk_id, range(5), end="length")
+    assert placed(controller.progress([report], 1.0)) == [("g/1", 1)]
+    assert controller.counters.num_migrations == 1
+
+
+# Instances that go and come
+
+
+def test_a_lost_instances_requests_go_on_elsewhere_with_what_they_have() -> None:
+    controller = with_instances(100, 100)
+    first, second = chunks_in(controller.add_group(task_of(num_requests=2), 0.0))
+    assert (first.instance_id, second.instance_id) == (A, B)
+    controller.progress([report_of(first.chunk_id, [1, 2, 3])], 1.0)
+    (chunk,) = chunks_in(controller.instance_down(A, 2.0, "it burnt"))
+    assert (chunk.request_id, chunk.instance_id) == ("g/0", B)
+    assert len(chunk.generated) // 4 == 3
+    assert chunk.max_tokens == 13 - 7  # 4 + 3 tokens, to 3 x 4 + 1
+    end = report_of(chunk.chunk_id, [4], end="stop")
+    (response,) = finished_in(controller.progress([end], 3.0))
+    assert response.token_ids == [1, 2, 3, 4]
+    assert controller.counters.num_retries == 1
+    assert controller.counters.num_output_tokens == 4
+    controller.check_integrity()
+
+
+def test_the_kv_of_waiting_requests_is_lost_with_their_instance() -> None:
+    controller = with_instances(9, policy="fcfs")
+    commands = controller.add_group(task_of(num_requests=3), 0.0)
+    last = chunks_in(commands)[2]
+    # It needs 5 blocks next, and there are 3.
+    controller.progress([report_of(last.chunk_id, range(5), end="length")], 1.0)
+    assert controller.residency.holders(last.request_id) == {A: 8}
+    controller.instance_down(A, 2.0, "it burnt")
+    assert controller.residency.holders(last.request_id) == {}
+
+
+def test_what_a_lost_instance_still_says_changes_nothing() -> None:
+    controller = with_instances(100, 100)
+    first, _ = chunks_in(controller.add_group(task_of(num_requests=2), 0.0))
+    controller.instance_down(A, 1.0, "silent")
+    assert controller.progress([report_of(first.chunk_id, [9], end="stop")], 2.0) == []
+    assert controller.instance_down(A, 3.0, "again") == []
+    controller.check_integrity()
+
+
+def test_without_instances_requests_wait_and_go_on_when_one_is_back() -> None:
+    controller = with_instances(100)
+    controller.add_group(task_of(num_requests=2), 0.0)
+    assert controller.instance_down(A, 1.0, "it burnt") == []
+    assert controller.num_waiting == 2
+    assert placed(controller.instance_up(info_of(0), 2.0)) == [("g/0", 0), ("g/1", 0)]
+    controller.check_integrity()
+
+
+def test_tokens_that_a_request_has_to_make_again_are_counted_once() -> None:
+    controller = with_instances(100)
+    task = task_of(num_requests=1, undivided_because="presence_penalty")
+    (chunk,) = chunks_in(controller.add_group(task, 0.0))
+    assert chunk.max_tokens == 100
+    controller.progress([report_of(chunk.chunk_id, [1, 2, 3])], 1.0)
+    controller.instance_down(A, 2.0, "it burnt")
+    assert controller.counters.num_output_tokens == 0
+    (chunk,) = chunks_in(controller.instance_up(info_of(0), 3.0))
+    assert (chunk.generated, chunk.max_tokens) == (b"", 100)
+    controller.progress([report_of(chunk.chunk_id, [1, 2], end="stop")], 4.0)
+    assert controller.counters.num_output_tokens == 2
+    assert controller.context[G].num_tokens == 2
+
+
+def test_losing_too_often_is_an_error_and_the_others_go_on() -> None:
+    controller = with_instances(3, max_request_retries=1)
+    controller.add_group(task_of(num_requests=2), 0.0)
+    controller.instance_down(A, 1.0, "it burnt")
+    controller.instance_up(info_of(0, num_kv_blocks=3), 2.0)
+    (response,) = finished_in(controller.instance_down(A, 3.0, "it burnt"))
+    assert (response.index, response.finish_reason) == (0, "error")
+    assert placed(controller.instance_up(info_of(0), 4.0)) == [("g/1", 0)]
+
+
+# Endings
+
+
+def test_a_cancelled_group_ends_what_waits_at_once_and_what_runs_when_it_stops() -> (
+    None
+):
+    controller = with_instances(3)
+    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=3), 0.0))
+    commands = controller.cancel_group(G, 1.0)
+    assert [r.index for r in finished_in(commands)] == [1, 2]
+    assert {r.finish_reason for r in finished_in(commands)} == {"aborted"}
+    assert aborts_in(commands) == [(0, chunk.chunk_id)]
+    end = report_of(chunk.chunk_id, [1], end="aborted")
+    (response,) = finished_in(controller.progress([end], 2.0))
+    assert (response.index, response.token_ids) == (0, [1])
+    assert (controller.num_unfinished, controller.num_waiting) == (0, 0)
+    assert controller.is_group_finished(G)
+    controller.check_integrity()
+
+
+def test_a_cancelled_groups_room_goes_to_the_others() -> None:
+    controller = with_instances(3)
+    commands = controller.add_groups([task_of(g) for g in "gh"], 0.0)
+    (chunk,) = chunks_in(commands)
+    assert chunk.group_id == G
+    controller.cancel_group(G, 1.0)
+    end = report_of(chunk.chunk_id, end="aborted")
+    assert placed(controller.progress([end], 2.0)) == [("h/0", 0)]
+
+
+def test_who_waited_behind_a_cancelled_group_goes_on_at_once() -> None:
+    controller = with_instances(12, policy="fcfs")
+    controller.add_group(task_of("g", num_requests=1), 0.0)
+    controller.add_group(task_of("h", num_requests=1, num_prompt_tokens=40), 0.0)
+    # 9 of 12 blocks are free, but kept for h.
+    assert controller.add_group(task_of("i", num_requests=1), 1.0) == []
+    commands = controller.cancel_group(H, 2.0)
+    assert [r.group_id for r in finished_in(commands)] == ["h"]
+    assert placed(commands) == [("i/0", 0)]
+    controller.check_integrity()
+
+
+def test_cancelling_a_finished_group_does_nothing() -> None:
+    controller = with_instances(3)
+    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=1), 0.0))
+    controller.progress([report_of(chunk.chunk_id, [1], end="stop")], 1.0)
+    assert controller.cancel_group(G, 2.0) == []
+
+
+def test_a_request_that_stops_while_it_is_cancelled_has_stopped() -> None:
+    controller = with_instances(3)
+    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=1), 0.0))
+    controller.cancel_group(G, 1.0)
+    end = report_of(chunk.chunk_id, [1], end="stop")
+    (response,) = finished_in(controller.progress([end], 2.0))
+    assert response.finish_reason == "stop"
+
+
+def test_cancelled_requests_teach_nothing() -> None:
+    controller = with_instances(3)
+    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=1), 0.0))
+    controller.cancel_group(G, 1.0)
+    controller.progress([report_of(chunk.chunk_id, [1], end="aborted")], 2.0)
+    assert controller.context.length_estimate(G) == 100
+
+
+def test_cancelling_everything_starts_nothing() -> None:
+    controller = with_instances(3, 3)
+    controller.add_groups([task_of(g) for g in "ghi"], 0.0)
+    commands = controller.cancel_all(1.0)
+    assert len(aborts_in(commands)) == 2
+    assert len(finished_in(commands)) == 4
+    assert chunks_in(commands) == []
+
+
+@pytest.mark.parametrize("num_kv_blocks", [3, 100])
+def test_when_nothing_can_run_any_more_everything_ends_as_an_error(
+    num_kv_blocks: int,
+) -> None:
+    controller = with_instances(num_kv_blocks, num_kv_blocks)
+    commands = controller.add_groups([task_of(g) for g in "ghi"], 0.0)
+    running = chunks_in(commands)
+    controller.progress([report_of(running[0].chunk_id, [1, 2])], 0.5)
+    commands = controller.fail_all(1.0, "no engine is left")
+    responses = finished_in(commands)
+    assert sorted(r.request_id for r in responses) == [
+        f"{g}/{i}" for g in "ghi" for i in (0, 1)
+    ]
+    assert {(r.finish_reason, r.error) for r in responses} == {
+        ("error", "no engine is left")
+    }
+    assert [r.token_ids for r in responses if r.request_id == "g/0"] == [[1, 2]]
+    assert chunks_in(commands) == []  # no engine is asked to run anything
+    assert (controller.num_unfinished, controller.num_waiting) == (0, 0)
+    controller.check_integrity()
+
+
+# The edge
+
+
+def test_a_group_is_in_a_rollout_once() -> None:
+    controller = with_instances(3)
+    controller.add_group(task_of(), 0.0)
+    with pytest.raises(ValueError, match="group 'g' is in this rollout already"):
+        controller.add_group(task_of(), 1.0)
+
+
+def test_an_unknown_group_cannot_be_cancelled() -> None:
+    with pytest.raises(KeyError):
+        with_instances(3).cancel_group(G, 0.0)
+
+
+def test_responses_carry_the_weights_they_were_sampled_with() -> None:
+    controller = with_instances(3, weight_version=7)
+    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=1), 0.0))
+    end = report_of(chunk.chunk_id, [1], end="stop")
+    (response,) = finished_in(controller.progress([end], 1.0))
+    assert response.weight_version == 7
+
+
+def test_counters_add_up_to_the_responses() -> None:
+    controller = with_instances(100, 100)
+    commands = controller.add_groups(
+        [task_of(g, num_requests=3, max_tokens=20) for g in "gh"], 0.0
+    )
+    responses = []
+    while chunks := chunks_in(commands):
+        reports = [
+            report_of(
+                c.chunk_id, range(c.max_tokens), end="length", num_cached_tokens=4
+            )
+            for c in chunks
+        ]
+        commands = controller.progress(reports, 1.0)
+        responses += finished_in(commands)
+    counters, metrics = controller.counters, [r.metrics for r in responses]
+    assert (counters.num_groups, counters.num_groups_finished) == (2, 2)
+    assert counters.num_finished == len(responses) == 6
+    assert counters.num_output_tokens == sum(len(r.token_ids) for r in responses) == 120
+    assert counters.num_prompt_tokens == 6 * 4
+    assert counters.num_chunks == sum(m.num_chunks for m in metrics) == 18
+    assert counters.num_migrations == sum(m.num_migrations for m in metrics)
+    assert counters.num_cached_tokens == sum(m.num_cached_tokens for m in metrics) == 72
+    assert counters.num_recomputed_tokens == sum(
+        m.num_recomputed_tokens for m in metrics
+    )
