@@ -1,0 +1,426 @@
+"""What does a decision cost with 1 million waiting requests and 1,000 instances?
+
+Instances are filled with chunks of 125,000 groups of 8; then chunks end, one at a time,
+until waiting requests have replaced each other many times over. With each end the
+instance's capacity is released, the request put back (or its length learnt), free
+capacity turned into assignments, and those started. The time of all that over the
+number of assignments is the time of a *decision* (`us_per_decision`). It is measured on
+the parts that decide: scheduler, waiting queue, fleet, length context, KV residency.
+
+`controller_us_per_decision` is the same for the whole controller, which also takes in
+reports, keeps every request's tokens and history, and builds the chunks and the
+responses. Its tokens are scaled down so that they fit in memory.
+
+Expected: at most 50 us a decision for every policy, since a decision is a few heap
+moves over 125,000 groups (17 levels) and a few vector operations over 1,000 instances;
+about twice that for the whole controller.
+
+The mix is that of long rollouts: siblings of similar length, 11 chunks a response on
+average, instances short of KV rather than of places, so that most ends leave room that
+is too small for the request whose turn it is. Every chunk end is an event of its own,
+the dearest case (engines report several at once). Policies take turns, batch by batch.
+The garbage collector runs as in any program. A decision is work of one thread, so its
+time is that thread's CPU time, which other programs on the machine lengthen less than
+the wall time that stands beside it. The headline is the slower policy's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from common import print_result, quantiles, result_line
+
+from aseer.context import ContextManager
+from aseer.controller import Controller, Dispatch
+from aseer.kv.residency import KvResidency
+from aseer.scheduler import POLICIES, Scheduler
+from aseer.types import (
+    Assignment,
+    ChunkEnd,
+    ChunkProgress,
+    GroupId,
+    InstanceId,
+    InstanceInfo,
+    RequestId,
+    Task,
+    request_id_of,
+)
+from aseer.waiting import Waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from aseer.config import PolicyName
+    from aseer.controller import Command
+    from aseer.types import Chunk
+
+MEASURED: tuple[PolicyName, ...] = ("context-aware", "fcfs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The size of the problem; lengths are those of Moonlight in the Seer paper."""
+
+    num_groups: int = 125_000
+    group_size: int = 8
+    num_instances: int = 1_000
+    num_kv_blocks: int = 16_384
+    block_size: int = 16
+    max_num_seqs: int = 256
+    chunk_size: int = 2_048
+    num_prompt_tokens: int = 512
+    mean_tokens: int = 22_386
+    max_tokens: int = 65_536
+    starvation_interval: int = 32
+    warmup_batches: int = 150
+    events_per_batch: int = 1_000
+    num_batches: int = 50
+    seed: int = 1
+
+
+# A controller keeps tokens: as many chunks, with 1/128 of the tokens.
+SCALED = Settings(
+    num_kv_blocks=1_024,
+    block_size=2,
+    chunk_size=16,
+    num_prompt_tokens=4,
+    mean_tokens=175,
+    max_tokens=512,
+)
+
+
+def smoke(settings: Settings) -> Settings:
+    """The same problem in seconds."""
+    return replace(
+        settings,
+        num_groups=500,
+        num_instances=20,
+        warmup_batches=5,
+        events_per_batch=100,
+        num_batches=5,
+    )
+
+
+class Cost(NamedTuple):
+    """Of one decision, in microseconds."""
+
+    cpu_us: float
+    wall_us: float
+
+
+class Arm(Protocol):
+    """What is measured: something that decides, filled with work."""
+
+    num_events: int
+    num_decisions: int
+    num_finished: int
+
+    def batch(self, num_events: int) -> Cost:
+        """End that many chunks, one after the other."""
+        ...
+
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        ...
+
+    def num_running(self) -> int:
+        """Chunks that run."""
+        ...
+
+
+def draw_lengths(settings: Settings) -> Iterator[tuple[GroupId, list[int]]]:
+    """Groups and the lengths of their responses; siblings are alike."""
+    rng = random.Random(settings.seed)
+    for g in range(settings.num_groups):
+        mean = settings.mean_tokens * rng.lognormvariate(-0.18, 0.6)
+        lengths = [mean * rng.lognormvariate(-0.045, 0.3) for _ in range(8)]
+        yield (
+            GroupId(f"g{g}"),
+            [min(max(int(n), 1), settings.max_tokens) for n in lengths],
+        )
+
+
+def instances(settings: Settings) -> Iterator[InstanceInfo]:
+    """Equal instances."""
+    for i in range(settings.num_instances):
+        yield InstanceInfo(
+            instance_id=InstanceId(i),
+            num_kv_blocks=settings.num_kv_blocks,
+            block_size=settings.block_size,
+            max_num_seqs=settings.max_num_seqs,
+            max_model_len=settings.num_prompt_tokens + settings.max_tokens,
+        )
+
+
+def timed(calls: Iterator[int]) -> tuple[Cost, int, int]:
+    """Run calls that return how many decisions they made; cost, decisions, calls."""
+    cpu_s, wall_s = time.thread_time(), time.perf_counter()
+    made = list(calls)
+    cpu_s, wall_s = time.thread_time() - cpu_s, time.perf_counter() - wall_s
+    num = sum(made)
+    per = 1e6 / max(1, num)
+    return Cost(per * cpu_s, per * wall_s), num, len(made)
+
+
+class Deciding:
+    """The parts that decide, and what they are told."""
+
+    def __init__(self, policy: PolicyName, settings: Settings) -> None:
+        self.num_events = self.num_decisions = self.num_finished = 0
+        self._rng = random.Random(settings.seed)
+        self._max_tokens = settings.max_tokens
+        self._context = ContextManager()
+        self._residency = KvResidency()
+        self._scheduler = Scheduler(
+            POLICIES[policy],
+            chunk_size=settings.chunk_size,
+            starvation_interval=settings.starvation_interval,
+        )
+        self._requests: dict[RequestId, Waiting] = {}  # as last put back
+        self._lengths: dict[RequestId, int] = {}
+        self._running: list[Assignment] = []
+        self._add_groups(settings)
+        for info in instances(settings):
+            self._scheduler.fleet.add(info)
+            self._residency.add_instance(
+                info.instance_id, info.num_kv_blocks, info.block_size
+            )
+        self._start_chunks()
+
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._scheduler)
+
+    def num_running(self) -> int:
+        """Chunks that run."""
+        return len(self._running)
+
+    def batch(self, num_events: int) -> Cost:
+        """End that many chunks, one after the other."""
+        ended = [self._draw() for _ in range(num_events)]
+        cost, num_decisions, _ = timed(self._end_chunk(a) for a in ended)
+        self.num_events += num_events
+        self.num_decisions += num_decisions
+        return cost
+
+    def _add_groups(self, settings: Settings) -> None:
+        for group_id, lengths in draw_lengths(settings):
+            self._context.add_group(group_id, settings.max_tokens, len(lengths))
+            for index, length in enumerate(lengths):
+                request = Waiting(
+                    request_id=request_id_of(group_id, index),
+                    group_id=group_id,
+                    group_size=len(lengths),
+                    arrival=len(self._requests),
+                    is_probe=index == 0,
+                    num_tokens=settings.num_prompt_tokens,
+                    num_generated=0,
+                    remaining=settings.max_tokens,
+                )
+                self._requests[request.request_id] = request
+                self._lengths[request.request_id] = length
+                self._scheduler.add(request, settings.max_tokens)
+
+    def _draw(self) -> Assignment:
+        running = self._running
+        i = self._rng.randrange(len(running))
+        running[i], running[-1] = running[-1], running[i]
+        return running.pop()
+
+    def _end_chunk(self, ended: Assignment) -> int:
+        """One event; how many chunks it starts."""
+        request = self._requests[ended.request_id]
+        length = self._lengths[ended.request_id]
+        num_generated = min(length, request.num_generated + ended.max_tokens)
+        num_new = num_generated - request.num_generated
+        num_tokens = request.num_tokens + num_new
+        finished = num_generated == length
+        where, num_blocks = ended.instance_id, ended.num_reserved_blocks
+        self._context.record_tokens(request.group_id, num_new)
+        self._scheduler.fleet.release(where, num_blocks)
+        self._residency.release(
+            where, request.request_id, num_blocks, 0 if finished else num_tokens - 1
+        )
+        if finished:
+            self._finish(request, length)
+        else:
+            request = Waiting(
+                request_id=request.request_id,
+                group_id=request.group_id,
+                group_size=request.group_size,
+                arrival=request.arrival,
+                is_probe=request.is_probe,
+                num_tokens=num_tokens,
+                num_generated=num_generated,
+                remaining=self._max_tokens - num_generated,
+            )
+            self._requests[request.request_id] = request
+            self._scheduler.add(
+                request, self._context.length_estimate(request.group_id)
+            )
+        return self._start_chunks()
+
+    def _finish(self, request: Waiting, length: int) -> None:
+        self.num_finished += 1
+        self._residency.forget(request.request_id)
+        group_id = request.group_id
+        if self._context.record_finished(group_id, length):
+            self._scheduler.set_length_estimate(
+                group_id, self._context.length_estimate(group_id)
+            )
+
+    def _start_chunks(self) -> int:
+        assignments = self._scheduler.schedule(self._residency.holders)
+        for a in assignments:
+            self._residency.reserve(a.instance_id, a.request_id, a.num_reserved_blocks)
+        self._running += assignments
+        return len(assignments)
+
+
+class Controlling:
+    """A whole controller, and the engines' side of it."""
+
+    def __init__(self, policy: PolicyName, settings: Settings) -> None:
+        self.num_events = self.num_decisions = self.num_finished = 0
+        self._rng = random.Random(settings.seed)
+        self._running: list[Chunk] = []
+        self._left: dict[str, int] = {}
+        self._now = 0.0
+        self._controller = Controller(
+            policy=policy,
+            chunk_size=settings.chunk_size,
+            starvation_interval=settings.starvation_interval,
+        )
+        self._controller.add_groups(self._tasks(settings), self._now)
+        for info in instances(settings):
+            self._take(self._controller.instance_up(info, self._now))
+
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return self._controller.num_waiting
+
+    def num_running(self) -> int:
+        """Chunks that run."""
+        return len(self._running)
+
+    def batch(self, num_events: int) -> Cost:
+        """End that many chunks, one after the other."""
+        reports = [self._draw() for _ in range(num_events)]
+        self._now += 1.0
+        taken: list[list[Command]] = []
+
+        def take_in(report: ChunkProgress) -> int:
+            commands = self._controller.progress((report,), self._now)
+            taken.append(commands)
+            return sum(isinstance(c, Dispatch) for c in commands)
+
+        cost, num_decisions, _ = timed(take_in(report) for report in reports)
+        for commands in taken:
+            self._take(commands)
+        self.num_events += num_events
+        self.num_decisions += num_decisions
+        return cost
+
+    def _tasks(self, settings: Settings) -> Iterator[Task]:
+        for group_id, lengths in draw_lengths(settings):
+            for index, length in enumerate(lengths):
+                self._left[request_id_of(group_id, index)] = length
+            yield Task(
+                group_id=group_id,
+                num_requests=len(lengths),
+                prompt=bytes(4 * settings.num_prompt_tokens),
+                num_prompt_tokens=settings.num_prompt_tokens,
+                max_tokens=settings.max_tokens,
+            )
+
+    def _draw(self) -> ChunkProgress:
+        running = self._running
+        i = self._rng.randrange(len(running))
+        running[i], running[-1] = running[-1], running[i]
+        chunk = running.pop()
+        num_new = min(self._left[chunk.request_id], chunk.max_tokens)
+        self._left[chunk.request_id] -= num_new
+        over = not self._left[chunk.request_id]
+        return ChunkProgress(
+            chunk_id=chunk.chunk_id,
+            tokens=bytes(4 * num_new),
+            logprobs=bytes(4 * num_new),
+            num_cached_tokens=0,
+            end=ChunkEnd(reason="stop" if over else "length"),
+        )
+
+    def _take(self, commands: list[Command]) -> None:
+        for command in commands:
+            if isinstance(command, Dispatch):
+                self._running.append(command.chunk)
+            else:
+                self.num_finished += 1
+
+
+def measure(arms: Mapping[PolicyName, Arm], settings: Settings) -> dict[str, Any]:
+    """Figures by policy; the policies take turns."""
+    for arm in arms.values():
+        for _ in range(settings.warmup_batches):
+            arm.batch(settings.events_per_batch)
+        arm.num_events = arm.num_decisions = 0
+    costs: dict[PolicyName, list[Cost]] = {policy: [] for policy in arms}
+    for i in range(settings.num_batches):
+        for policy in list(arms)[:: 1 if i % 2 else -1]:
+            costs[policy].append(arms[policy].batch(settings.events_per_batch))
+    return {
+        policy: {
+            "us_per_decision": quantiles([cost.cpu_us for cost in costs[policy]]),
+            "wall_us_per_decision": quantiles([cost.wall_us for cost in costs[policy]]),
+            "decisions_per_event": round(arm.num_decisions / arm.num_events, 3),
+            "num_waiting": arm.num_waiting(),
+            "num_running": arm.num_running(),
+            "num_finished": arm.num_finished,
+        }
+        for policy, arm in arms.items()
+    }
+
+
+def run(settings: Settings, scaled: Settings) -> dict[str, Any]:
+    """All figures."""
+    deciding = measure({p: Deciding(p, settings) for p in MEASURED}, settings)
+    gc.collect()  # a million requests, before the next million
+    policy = MEASURED[0]
+    controlling = measure({policy: Controlling(policy, scaled)}, scaled)
+    slowest = max(
+        (figures["us_per_decision"] for figures in deciding.values()),
+        key=lambda cost: float(cost["median"]),
+    )
+    return {
+        "us_per_decision": slowest["median"],
+        "us_per_decision_p10": slowest["p10"],
+        "us_per_decision_p90": slowest["p90"],
+        "controller_us_per_decision": controlling[policy]["us_per_decision"]["median"],
+        "policies": deciding,
+        "controller": controlling,
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def main() -> None:
+    """Measure and print; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="a small run, in seconds")
+    parser.add_argument("--save", metavar="FILE", help="write the result there too")
+    args = parser.parse_args()
+    settings, scaled = Settings(), SCALED
+    if args.smoke:
+        settings, scaled = smoke(settings), smoke(scaled)
+    figures = run(settings, scaled)
+    both = {"deciding": asdict(settings), "controller": asdict(scaled)}
+    line = result_line("scheduler", settings=both, figures=figures)
+    print_result(line, save_as=args.save)
+
+
+if __name__ == "__main__":
+    main()
