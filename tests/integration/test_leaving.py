@@ -41,7 +41,9 @@ async def test_break_frees_the_engines_though_the_rollout_is_still_referenced(en
     async for _ in rollout:
         break
     assert await idle(engine)
-    assert [r async for r in rollout] == []
+    finished_before = [r.group_id async for r in rollout]
+    assert len(finished_before) < 4  # of the short group's four, one was taken
+    assert set(finished_before) <= {"g8"}
 
 
 async def test_break_out_of_groups_frees_the_engines(engine):
