@@ -1,11 +1,11 @@
 """What aseer costs over bare vLLM: the same work, the same number of engines.
 
-Three arms, interleaved: bare `AsyncLLM` engines, each in a process of its own and given
-its share of the requests; aseer with policy "fcfs", undivided; the same in 256-token
-chunks. Greedy in float32 with fixed lengths, so that every arm must generate the same
-tokens, which is checked. Requests come in pairs of equal length, so that every arm
-gives each engine the same work, and all of them fit at once: what is measured is the
-path, not the scheduling.
+Three arms, interleaved: bare `AsyncLLM` engines, each in a process of its own, on the
+cores that aseer would give it, with its share of the requests; aseer with policy
+"fcfs", undivided; the same in 256-token chunks. Greedy in float32 with fixed lengths,
+so that every arm must generate the same tokens, which is checked. Requests come in
+pairs of equal length, so that every arm gives each engine the same work, and all of
+them fit at once: what is measured is the path, not the scheduling.
 
 Expected: 1.00 undivided, since a report a quarter second is all that is added; 0.98
 with chunks, since at each boundary a request sits out about one of 256 steps.
@@ -107,7 +107,7 @@ class Bare:
         self._files = tempfile.TemporaryDirectory()
         self._processes = []
         for launch in plan_instances(config, this_machine()):
-            spec = {"engine_args": dict(launch.engine_args)}
+            spec = {"engine_args": dict(launch.engine_args), "cores": launch.cores}
             log = Path(self._files.name) / f"{launch.instance_id}.log"
             with log.open("wb") as stderr:
                 process = subprocess.Popen(
@@ -250,7 +250,9 @@ def main() -> None:
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.bare:
-        asyncio.run(bare_vllm(json.loads(args.bare)))
+        spec = json.loads(args.bare)
+        os.sched_setaffinity(0, spec["cores"])
+        asyncio.run(bare_vllm(spec))
         return
     if args.smoke:
         args.model, args.requests, args.longest, args.rounds = "sim", 8, 128, 1

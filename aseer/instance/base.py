@@ -26,6 +26,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
         run_dir: the controller's, to be removed if it cannot do so any more.
         backend: "vllm" or "sim".
         engine_args: of the backend's engine.
+        cores: to stay on; empty = any.
         drafting: for an engine that drafts by group.
     """
 
@@ -36,6 +37,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     report_interval_s: float
     engine_args: dict[str, Any]
+    cores: tuple[int, ...] = ()
     drafting: DraftingSpec | None = None
 
 

@@ -233,6 +233,8 @@ def main() -> None:
         target=_watch_lifeline, args=(spec.run_dir,), name="lifeline", daemon=True
     )
     lifeline.start()
+    if spec.cores:
+        os.sched_setaffinity(0, spec.cores)  # this thread's, and so its children's
     sys.exit(uvloop.run(_main(spec)))
 
 

@@ -228,6 +228,7 @@ class InstancePool:
             backend=launch.backend,
             report_interval_s=self._config.report_interval_s,
             engine_args=args,
+            cores=launch.cores,
             drafting=self._drafting,
         )
         # vLLM leaves its sockets lying where it makes them: in a folder that we remove.

@@ -26,6 +26,7 @@ def devices(launches):
 def test_without_gpus_every_engine_is_bound_to_cores_of_its_own():
     launches = plan_instances(EngineConfig(model="m"), machine())
     assert bindings(launches) == ["0", "1"]
+    assert [launch.cores for launch in launches] == [(0,), (1,)]
     config = EngineConfig(model="m", num_instances=3)
     assert bindings(plan_instances(config, machine(cores=tuple(range(6))))) == [
         "0,1",
@@ -85,3 +86,4 @@ def test_engine_args_and_env_have_the_last_word():
     assert launch.engine_args["enforce_eager"] is False
     assert launch.engine_args["block_size"] == 64
     assert launch.env["VLLM_CPU_OMP_THREADS_BIND"] == "7"
+    assert launch.cores == ()  # they may be others than this machine's plan
