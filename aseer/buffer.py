@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from array import array
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from aseer.errors import InvalidTransition
 from aseer.sampling import chunk_seed
@@ -40,7 +40,7 @@ from aseer.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from aseer.types import FinishReason
 
@@ -81,13 +81,19 @@ class Request:
         "tokens",
     )
 
-    def __init__(self, group: Task, index: int, now: float) -> None:
+    def __init__(
+        self,
+        group: Task,
+        index: int,
+        now: float,
+        new_array: Callable[[str], array[Any]],
+    ) -> None:
         self.group = group
         self.index = index
         self.request_id: RequestId = request_id_of(group.group_id, index)
         self.state = RequestState.WAITING
-        self.tokens = array("i")
-        self.logprobs = array("f")
+        self.tokens: array[int] = new_array("i")
+        self.logprobs: array[float] = new_array("f")
         self.text: list[str] = []
         self.held_text = ""
         self.chunk: Chunk | None = None
@@ -187,14 +193,23 @@ class Request:
 class RequestBuffer:
     """The requests of one rollout, by id; the chunks that run, by id."""
 
-    def __init__(self, *, max_request_retries: int, first_chunk_id: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        max_request_retries: int,
+        first_chunk_id: int = 0,
+        new_array: Callable[[str], array[Any]] = array,
+    ) -> None:
         """Start empty.
 
         Args:
             max_request_retries: lost instances a request survives.
             first_chunk_id: chunk ids continue from here, unique over an engine's life.
+            new_array: makes an empty array of a type code; a simulation's arrays only
+                count.
         """
         self._max_retries = max_request_retries
+        self._new_array = new_array
         self._next_chunk_id = first_chunk_id
         self._requests: dict[RequestId, Request] = {}
         self._groups: dict[GroupId, list[Request]] = {}
@@ -233,7 +248,9 @@ class RequestBuffer:
 
     def add_group(self, task: Task, now: float) -> list[Request]:
         """Split a group into its requests, all WAITING; the first is the probe."""
-        requests = [Request(task, i, now) for i in range(task.num_requests)]
+        requests = [
+            Request(task, i, now, self._new_array) for i in range(task.num_requests)
+        ]
         self._groups[task.group_id] = requests
         self._requests.update((r.request_id, r) for r in requests)
         self.num_unfinished += len(requests)

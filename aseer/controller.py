@@ -15,7 +15,8 @@ request) by the buffer, I3 (reservations fit) by the fleet.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from array import array
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aseer.buffer import Request, RequestBuffer
 from aseer.context import ContextManager
@@ -33,7 +34,7 @@ from aseer.types import (
 from aseer.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from aseer.config import PolicyName
     from aseer.types import ChunkProgress, InstanceInfo
@@ -90,10 +91,13 @@ class Controller:
         weight_version: int = 0,
         first_chunk_id: int = 0,
         granularity: int | None = None,
+        new_array: Callable[[str], array[Any]] = array,
     ) -> None:
         """Start with no groups and no instances; `EngineConfig` has the settings."""
         self.buffer = RequestBuffer(
-            max_request_retries=max_request_retries, first_chunk_id=first_chunk_id
+            max_request_retries=max_request_retries,
+            first_chunk_id=first_chunk_id,
+            new_array=new_array,
         )
         self.context = ContextManager()
         self.residency = KvResidency()
