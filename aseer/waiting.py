@@ -26,8 +26,9 @@ MAX_PASSED = 2  # groups passed over in a round until it ends
 _NUM_STALE = 1024  # entries without meaning that are tolerated beside as many as groups
 
 Rank = tuple[int, ...]
-# A group's place in the order: the rank of its head, its version, the group. Flat,
-# since a nested tuple is compared twice.
+# Flat, since a nested tuple is compared twice and kept apart: the rank of a request,
+# and the request; the rank of a group's head, the group's version, and the group.
+_Entry = tuple[Any, ...]
 _Head = tuple[Any, ...]
 
 
@@ -89,8 +90,8 @@ class WaitingQueue:
             group = self._groups[request.group_id] = _Group()
         changed = group.length_estimate != length_estimate
         group.length_estimate = length_estimate
-        heapq.heappush(group.heap, (self._rank(request, 0), request))
-        if changed or group.heap[0][1] is request:
+        heapq.heappush(group.heap, (*self._rank(request, 0), request))
+        if changed or group.heap[0][-1] is request:
             self._push_head(group)
 
     def set_length_estimate(self, group_id: GroupId, length_estimate: int) -> None:
@@ -104,7 +105,7 @@ class WaitingQueue:
         """A request waits no more."""
         del self._waiting[request.request_id]
         group = self._groups[request.group_id]
-        if group.heap[0][1] is request:
+        if group.heap[0][-1] is request:
             self._push_head(group)
 
     def remove_group(self, group_id: GroupId) -> None:
@@ -113,7 +114,7 @@ class WaitingQueue:
         if group is None:
             return
         group.version = 0
-        for _, request in group.heap:
+        for *_, request in group.heap:
             if self._waiting.get(request.request_id) is request:
                 del self._waiting[request.request_id]
 
@@ -153,7 +154,7 @@ class WaitingQueue:
             elif group.needs > room:
                 at += 1
             else:
-                first = group.heap[0][1]
+                first = group.heap[0][-1]
                 break
         self.num_passed = at
         return first
@@ -165,15 +166,16 @@ class WaitingQueue:
 
     def _push_head(self, group: _Group) -> None:
         """Enter a group among the heads anew: its head or its rank changed."""
-        heap = group.heap
-        while heap and self._waiting.get(heap[0][1].request_id) is not heap[0][1]:
+        heap, waiting = group.heap, self._waiting
+        head = None
+        while heap and waiting.get((head := heap[0][-1]).request_id) is not head:
             heapq.heappop(heap)
-        self._num_entered += 1
-        group.version = self._num_entered
+        self._num_entered = version = self._num_entered + 1
+        group.version = version
         group.needs = 0
         if heap:
-            rank = self._rank(heap[0][1], group.length_estimate)
-            heapq.heappush(self._heads, (*rank, group.version, group))
+            rank = self._rank(head, group.length_estimate)
+            heapq.heappush(self._heads, (*rank, version, group))
             if len(self._heads) > 2 * len(self._groups) + _NUM_STALE:
                 self._drop_stale()
 
@@ -193,7 +195,7 @@ class _Group:
     __slots__ = ("heap", "length_estimate", "needs", "version")
 
     def __init__(self) -> None:
-        self.heap: list[tuple[Rank, Waiting]] = []
+        self.heap: list[_Entry] = []
         self.length_estimate = -1
         self.needs = 0
         self.version = 0

@@ -204,7 +204,7 @@ class Deciding:
     def batch(self, num_events: int) -> Cost:
         """End that many chunks, one after the other."""
         ended = [self._draw() for _ in range(num_events)]
-        cost, num_decisions, _ = timed(self._end_chunk(a) for a in ended)
+        cost, num_decisions, _ = timed(self._end_chunk(*chunk) for chunk in ended)
         self.num_events += num_events
         self.num_decisions += num_decisions
         return cost
@@ -227,16 +227,16 @@ class Deciding:
                 self._lengths[request.request_id] = length
                 self._scheduler.add(request, settings.max_tokens)
 
-    def _draw(self) -> Assignment:
+    def _draw(self) -> tuple[Assignment, Waiting, int]:
+        """A chunk that ends, its request, and how long the response will be."""
         running = self._running
         i = self._rng.randrange(len(running))
         running[i], running[-1] = running[-1], running[i]
-        return running.pop()
+        ended = running.pop()
+        return ended, self._requests[ended.request_id], self._lengths[ended.request_id]
 
-    def _end_chunk(self, ended: Assignment) -> int:
+    def _end_chunk(self, ended: Assignment, request: Waiting, length: int) -> int:
         """One event; how many chunks it starts."""
-        request = self._requests[ended.request_id]
-        length = self._lengths[ended.request_id]
         num_generated = min(length, request.num_generated + ended.max_tokens)
         num_new = num_generated - request.num_generated
         num_tokens = request.num_tokens + num_new

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from aseer import __version__
-from aseer.cli import demo, doctor
+from aseer.cli import demo, doctor, simulate
 from aseer.errors import AseerError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; `args.run` is the chosen subcommand."""
     parser = argparse.ArgumentParser(
         prog="aseer",
-        description="RL rollouts on vLLM: try them, and check the installation.",
+        description="RL rollouts on vLLM: try them, check the installation, simulate.",
     )
     parser.add_argument("--version", action="version", version=f"aseer {__version__}")
     common = argparse.ArgumentParser(add_help=False)
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_parser(subparsers, common)
     doctor.add_parser(subparsers, common)
+    simulate.add_parser(subparsers, common)
     return parser
 
 
