@@ -7,7 +7,7 @@
 Importing this package imports neither vllm nor torch.
 """
 
-from aseer.config import EngineConfig, SpeculationConfig
+from aseer.config import EngineConfig, KvPoolConfig, SpeculationConfig
 from aseer.engine import Engine
 from aseer.errors import (
     AseerError,
@@ -41,6 +41,7 @@ __all__ = [
     "InstanceReport",
     "InstanceStartError",
     "InvalidTransition",
+    "KvPoolConfig",
     "Progress",
     "ProtocolError",
     "RequestMetrics",

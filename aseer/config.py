@@ -23,6 +23,7 @@ PolicyName = Literal[
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 SpeculationMethod = Literal["off", "dgds", "suffix", "ngram"]
+KvPoolMode = Literal["auto", "off", "lmcache"]
 BudgetPolicy = Literal["adaptive", "fixed", "paper"]
 
 # What aseer sets itself in vLLM's engine arguments, and the setting to use instead.
@@ -38,6 +39,7 @@ _OWN_ENGINE_ARGS: Mapping[str, str] = {
     "disable_log_stats": "nothing: reports need the statistics",
     "seed": "seed",
     "kv_cache_memory_bytes": "kv_cache_bytes",
+    "kv_transfer_config": "kv_transfer_config",
 }
 
 
@@ -86,6 +88,48 @@ class SpeculationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KvPoolConfig:
+    """Where KV is kept that any engine of a node can load.
+
+    A chunk that starts on another engine than the last one then finds its request's KV
+    there in milliseconds. Whatever happens to the pool costs recomputation only.
+
+    Attributes:
+        mode: "lmcache" starts LMCache servers; "auto" does if there are two engines or
+            more and LMCache is installed; "off" has none.
+        dram_bytes: of one server, in /dev/shm; None = a share of the free memory.
+        disk_dir: where what DRAM has no room for goes, in directories of its own that
+            are removed at the end; used if `disk_bytes` is above 0.
+        disk_bytes: the most of it there, of one server; 0 = nothing goes to disk.
+        chunk_tokens: what is stored and found together. Chunks of requests end just
+            past a multiple of it.
+        num_servers: that share out the engines of the node: one for all, or for example
+            one a NUMA domain. Each has its own memory, and none sees another's.
+        timeout_s: after which an engine gives up on its server, and computes; a server
+            silent for twice as long is started again.
+    """
+
+    mode: KvPoolMode = "auto"
+    dram_bytes: int | None = None
+    disk_dir: Path | str | None = None
+    disk_bytes: int = 0
+    chunk_tokens: int = 128
+    num_servers: int = 1
+    timeout_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(KvPoolMode):
+            raise _bad("kv_pool", self.mode, "one of auto, off, lmcache")
+        _int(self, "dram_bytes", 1, optional=True)
+        _int(self, "disk_bytes", 0)
+        _int(self, "chunk_tokens", 1)
+        _int(self, "num_servers", 1)
+        _positive(self, "timeout_s")
+        if self.disk_bytes and self.disk_dir is None:
+            raise _bad("disk_dir", None, "a directory, since disk_bytes is above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Settings of an `aseer.Engine`.
 
@@ -112,6 +156,10 @@ class EngineConfig:
         policy: who runs next, and where; one of `POLICY_NAMES`.
         speculation: how tokens are drafted: a method's name ("off", "dgds", "suffix",
             "ngram") or a `SpeculationConfig`, which it is turned into.
+        kv_pool: where KV is kept that other engines can load: a mode ("auto", "off",
+            "lmcache") or a `KvPoolConfig`, which it is turned into.
+        kv_transfer_config: another KV connector of vLLM's, with its settings, as vLLM
+            takes them; there is no pool of ours then.
         starvation_interval: every so many decisions the longest waiting request goes
             first, whatever the policy; 0 = never.
         max_pending_requests: groups are taken from an iterator only while fewer
@@ -144,6 +192,8 @@ class EngineConfig:
     chunk_size: int = 2048
     policy: PolicyName = "context-aware"
     speculation: SpeculationConfig | SpeculationMethod = "off"
+    kv_pool: KvPoolConfig | KvPoolMode = "auto"
+    kv_transfer_config: Mapping[str, Any] | None = None
     starvation_interval: int = 32
     max_pending_requests: int = 65_536
     report_interval_s: float = 0.25
@@ -183,6 +233,7 @@ class EngineConfig:
             raise _bad("device", self.device, "one of auto, cuda, cpu, sim")
         check_policy(self.policy)
         object.__setattr__(self, "speculation", check_speculation(self.speculation))
+        object.__setattr__(self, "kv_pool", check_kv_pool(self.kv_pool))
         if not isinstance(self.sampling, SamplingParams):
             raise _bad("sampling", self.sampling, "an aseer.SamplingParams")
         for name in sorted(set(self.engine_args) & set(_OWN_ENGINE_ARGS)):
@@ -214,6 +265,17 @@ def check_speculation(
     if isinstance(speculation, SpeculationConfig):
         return speculation
     return SpeculationConfig(method=speculation)
+
+
+def check_kv_pool(kv_pool: KvPoolConfig | KvPoolMode) -> KvPoolConfig:
+    """The settings that a mode stands for; settings are returned as they are.
+
+    Raises:
+        ConfigError: there is no such mode.
+    """
+    if isinstance(kv_pool, KvPoolConfig):
+        return kv_pool
+    return KvPoolConfig(mode=kv_pool)
 
 
 def check_chunk_size(chunk_size: object) -> int:

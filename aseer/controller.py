@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aseer.buffer import Request, RequestBuffer
 from aseer.context import ContextManager
-from aseer.kv.residency import KvResidency
+from aseer.kv.residency import DEFAULT_MOVE_PRICE, KvResidency
 from aseer.scheduler import POLICIES, Scheduler
 from aseer.types import (
     Chunk,
@@ -76,6 +76,10 @@ class Counters:
         self.num_finished = 0
         self.num_groups = 0
         self.num_groups_finished = 0
+        # Chunks on another instance than the one before, by what they computed when
+        # they started: one token, or more.
+        self.num_moves_found = 0
+        self.num_moves_recomputed = 0
 
 
 class Controller:
@@ -190,6 +194,8 @@ class Controller:
             num_before = len(request.tokens)
             outcome = self.buffer.progress(report, now)
             self._count_tokens(request, num_before)
+            if report.num_cached_tokens is not None:
+                self._count_move(request, chunk, report.num_cached_tokens)
             if outcome == "running":
                 continue
             ended = True
@@ -246,6 +252,16 @@ class Controller:
             self.counters.num_migrations += before is not None and before != where
             commands.append(Dispatch(chunk))
         return commands
+
+    def set_move_price(self, price: float | None) -> None:
+        """What loading a token from the KV pool costs, in tokens computed; measured.
+
+        Moves that did not find their KV raise it. None = not known yet.
+        """
+        found, lost = self.counters.num_moves_found, self.counters.num_moves_recomputed
+        share_lost = lost / (found + lost) if lost else 0.0
+        base = DEFAULT_MOVE_PRICE if price is None else price
+        self.residency.move_price = base + (1 - base) * share_lost
 
     def check_integrity(self) -> None:
         """Assert that the parts agree; changes nothing."""
@@ -304,6 +320,14 @@ class Controller:
         num_new = len(request.tokens) - num_before
         self.counters.num_output_tokens += num_new
         self.context.record_tokens(request.group.group_id, num_new)
+
+    def _count_move(self, request: Request, chunk: Chunk, num_cached: int) -> None:
+        places = request.instances
+        if len(places) > 1 and places[-1] != places[-2]:
+            at_start = (len(chunk.prompt) + len(chunk.generated)) // 4
+            is_found = num_cached >= at_start - 1
+            self.counters.num_moves_found += is_found
+            self.counters.num_moves_recomputed += not is_found
 
     def _enqueue(self, request: Request) -> None:
         task = request.group

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
     from rich.console import ConsoleOptions, RenderableType, RenderResult
 
-    from aseer.report import Progress, TimelineSample
+    from aseer.report import KvReport, Progress, TimelineSample
 
 RATE_WINDOW_S = 5.0
 _BAR_WIDTH = 28
 _KV_BAR_WIDTH = 20
 # Lines of the display that are not an instance's.
-_OTHER_LINES = 9
+_OTHER_LINES = 10
 
 
 class HasProgress(Protocol):
@@ -239,6 +239,8 @@ def plain_line(progress: Progress, rates: Rates) -> str:
     ]
     if p.longest_running is not None:
         parts.append(f"longest {p.longest_running[1]:,}")
+    if p.kv is not None and p.kv.num_loads:
+        parts.append(f"{p.kv.num_loaded_tokens:,} from the KV pool")
     if p.eta_s is not None and not _is_over(p):
         parts.append(f"ETA {duration(p.eta_s)}")
     return ", ".join(parts)
@@ -272,7 +274,17 @@ def _overview(p: Progress, rates: Rates) -> Table:
         request_id, num_tokens = p.longest_running
         longest = f"longest: {num_tokens:,} tokens, {request_id}"
     grid.add_row("time", _times(p), longest)
+    if p.kv is not None:
+        used = p.kv.resident_bytes / max(1, p.kv.capacity_bytes)
+        grid.add_row("KV pool", KvBar(used, used), _loads(p.kv))
     return grid
+
+
+def _loads(kv: KvReport) -> str:
+    """What engines found there, how fast, and what they did not."""
+    moves = f"{kv.num_loaded_tokens:,} tokens loaded in {kv.num_loads:,} loads"
+    rest = f"p50 {kv.load_p50_s * 1e3:,.0f} ms, {kv.num_moves_recomputed:,} recomputed"
+    return f"{moves}, {rest}"
 
 
 def _states(p: Progress) -> str:

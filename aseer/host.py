@@ -31,6 +31,7 @@ from aseer.errors import (
 )
 from aseer.instance.messages import FROM_INSTANCE, Report
 from aseer.instance.pool import InstancePool
+from aseer.kv.pool import make_kv_pool
 from aseer.session import Session
 from aseer.transport.zeromq import bind_router
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from aseer.types import Response
 
 _log = logging.getLogger("aseer")
+_POOL_GRACE_S = 3.0
 T = TypeVar("T")
 
 
@@ -65,6 +67,7 @@ class Host:
         self._next_chunk_id = 0
         self._pool: InstancePool | None = None
         self._draft_server = make_draft_server(config, self.run_dir)
+        self.kv_pool = make_kv_pool(config, launches, self.log_dir)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread = threading.Thread(
@@ -148,6 +151,7 @@ class Host:
             first_chunk_id=last.next_chunk_id if last else 0,
             loop=self._loop,
             draft_server=self._draft_server,
+            kv_pool=self.kv_pool,
         )
         for instance_id, info in sorted(self.infos.items()):
             session.instance_up(info, self._loads[instance_id])
@@ -237,6 +241,7 @@ class Host:
                 self.log_dir,
                 self,
                 self._draft_server.spec if self._draft_server else None,
+                self.kv_pool,
             )
             self._pool = pool
             try:
@@ -254,14 +259,20 @@ class Host:
                 raise
             finally:
                 await pool.stop(0)
+                if self.kv_pool is not None:
+                    await self.kv_pool.stop(_POOL_GRACE_S)
                 if self._session is not None and not self._session.over.done():
                     # Nobody may be left waiting for what cannot go on.
                     self._session.exhausted("the engine was closed")
 
     async def _work(self, pool: InstancePool) -> None:
-        await pool.start()
-        self.started.set_result(None)
-        await pool.supervise()
+        async with asyncio.TaskGroup() as tasks:
+            if self.kv_pool is not None:
+                await self.kv_pool.start()
+                tasks.create_task(self.kv_pool.supervise())
+            await pool.start()
+            self.started.set_result(None)
+            await pool.supervise()
 
     async def _leave_session(self) -> None:
         """Let the engines stop what a rollout still runs."""

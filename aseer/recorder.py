@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING
 from aseer.report import (
     Completion,
     InstanceReport,
+    KvReport,
     Progress,
     RolloutReport,
     SpeculationReport,
     TimelineSample,
     tail_time,
 )
-from aseer.types import DraftCounts
+from aseer.types import DraftCounts, KvCounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from aseer.controller import Controller
+    from aseer.kv.pool import KvPool
     from aseer.types import (
         ChunkProgress,
         InstanceId,
@@ -36,9 +38,17 @@ class Recorder:
     """Figures of one rollout, collected as it runs."""
 
     def __init__(
-        self, controller: Controller, policy: str, chunk_size: int, weight_version: int
+        self,
+        controller: Controller,
+        policy: str,
+        chunk_size: int,
+        weight_version: int,
+        kv_pool: KvPool | None = None,
     ) -> None:
         self._controller = controller
+        self._kv_pool = kv_pool
+        if kv_pool is not None:
+            self._pool_before = (kv_pool.counts, kv_pool.num_restarts)
         self._policy = policy
         self._chunk_size = chunk_size
         self._weight_version = weight_version
@@ -53,11 +63,16 @@ class Recorder:
         """Instances that took part, ascending."""
         return sorted(self._instances)
 
+    def any_instance(self) -> InstanceInfo | None:
+        """One that took part; they differ in nothing but their ids."""
+        return next((r.info for r in self._instances.values()), None)
+
     def instance_up(self, info: InstanceInfo, load: InstanceLoad) -> None:
         """An instance takes part, for the first time or again, from this load on."""
         record = self._instances.setdefault(info.instance_id, _InstanceRecord(info))
         record.preemptions_seen = load.num_preemptions
         record.drafts_seen = load.drafts or DraftCounts()
+        record.kv_seen = load.kv or KvCounts()
 
     def instance_down(self, instance_id: InstanceId, now: float) -> None:
         """An instance is gone: it is not busy."""
@@ -84,6 +99,7 @@ class Recorder:
         record = self._instances[instance_id]
         record.count_preemptions(load.num_preemptions)
         drafts = record.count_drafts(load.drafts)
+        kv = record.count_kv(load.kv)
         free = self._controller.scheduler.fleet.num_free_blocks(instance_id)
         record.add_sample(
             TimelineSample(
@@ -97,6 +113,8 @@ class Recorder:
                 num_drafts=drafts.num_drafts,
                 num_drafted_tokens=sum(drafts.drafted),
                 num_accepted_tokens=sum(drafts.accepted),
+                num_stored_tokens=kv.stored_tokens,
+                num_loaded_tokens=kv.loaded_tokens,
             )
         )
 
@@ -145,8 +163,44 @@ class Recorder:
                 r.samples[-1] for _, r in sorted(self._instances.items()) if r.samples
             ],
             speculation=self._speculation(),
+            kv=self._kv(now),
         )
         return self._progress
+
+    @property
+    def kv_counts(self) -> KvCounts:
+        """What all engines moved to and from the pool."""
+        return sum((r.kv for r in self._instances.values()), KvCounts())
+
+    def _kv(self, now: float) -> KvReport | None:
+        """What the KV pool did; None if there is none."""
+        if self._kv_pool is None:
+            return None
+        pool, (before, restarts_before) = self._kv_pool.counts, self._pool_before
+        total, counters = self.kv_counts, self._controller.counters
+        busy_s = sum(r.busy_until(now) for r in self._instances.values())
+        per_token = pool.per_chunk / self._kv_pool.granularity
+        return KvReport(
+            stored_bytes=pool.stored - before.stored,
+            loaded_bytes=int(total.loaded_tokens * per_token),
+            evicted_bytes=pool.evicted - before.evicted,
+            freed_bytes=pool.freed - before.freed,
+            disk_written_bytes=pool.disk_written - before.disk_written,
+            disk_read_bytes=pool.disk_read - before.disk_read,
+            resident_bytes=pool.resident,
+            disk_resident_bytes=pool.disk_resident,
+            capacity_bytes=pool.capacity,
+            num_loads=total.num_loads,
+            num_loaded_tokens=total.loaded_tokens,
+            num_moves_found=counters.num_moves_found,
+            num_moves_recomputed=counters.num_moves_recomputed,
+            load_p50_s=total.load_latency_s(0.5),
+            load_p90_s=total.load_latency_s(0.9),
+            load_p99_s=total.load_latency_s(0.99),
+            time_share=(total.store_s + total.copy_s) / busy_s if busy_s else 0.0,
+            num_failures=total.num_failures,
+            num_restarts=self._kv_pool.num_restarts - restarts_before,
+        )
 
     def _speculation(self) -> SpeculationReport | None:
         """What the engines that speculate did; None if there is none."""
@@ -208,6 +262,7 @@ class Recorder:
                 )
             ],
             speculation=self._speculation(),
+            kv=self._kv(now),
             completions=self._completions,
             timeline=sorted(
                 (s for r in self._instances.values() for s in r.samples),
@@ -227,6 +282,8 @@ class _InstanceRecord:
         self.preemptions_seen = 0
         self.drafts: DraftCounts | None = None
         self.drafts_seen = DraftCounts()
+        self.kv = KvCounts()
+        self.kv_seen = KvCounts()
         self.busy_s = 0.0
         self.samples: list[TimelineSample] = []
         self._busy_since: float | None = None
@@ -240,6 +297,11 @@ class _InstanceRecord:
             self.busy_s += now - self._busy_since
             self._busy_since = None
 
+    def busy_until(self, now: float) -> float:
+        """Time with work so far."""
+        since = self._busy_since
+        return self.busy_s + (0.0 if since is None else now - since)
+
     def count_preemptions(self, total: int) -> None:
         """`total` counts from the process's start, so only what is new is added."""
         self.num_preemptions += total - self.preemptions_seen
@@ -251,6 +313,13 @@ class _InstanceRecord:
             self.drafts = (self.drafts or DraftCounts()) + total - self.drafts_seen
             self.drafts_seen = total
         return self.drafts or DraftCounts()
+
+    def count_kv(self, total: KvCounts | None) -> KvCounts:
+        """`total` counts from the process's start, too; what is new is added."""
+        if total is not None:
+            self.kv = self.kv + total - self.kv_seen
+            self.kv_seen = total
+        return self.kv
 
     def add_sample(self, sample: TimelineSample) -> None:
         self._num_offered += 1

@@ -30,6 +30,7 @@ class TimelineSample:
         num_output_tokens: generated there since the start.
         num_drafts, num_drafted_tokens, num_accepted_tokens: drafts verified there since
             the start, the tokens in them, and of those the accepted.
+        num_stored_tokens, num_loaded_tokens: to and from the KV pool since the start.
     """
 
     t_s: float
@@ -42,6 +43,8 @@ class TimelineSample:
     num_drafts: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_stored_tokens: int = 0
+    num_loaded_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +87,49 @@ class SpeculationReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvReport:
+    """What the KV pool did over a rollout.
+
+    Figures of its servers are as of the last poll, half a second ago at most.
+
+    Attributes:
+        stored_bytes: written to it by engines. loaded_bytes: read from it by engines.
+        evicted_bytes: dropped from DRAM for want of room (a disk may have it).
+        freed_bytes: dropped since nobody will ask for it again.
+        disk_written_bytes, disk_read_bytes: moved between DRAM and disk.
+        resident_bytes, disk_resident_bytes: held at the end. capacity_bytes: of DRAM.
+        num_loaded_tokens: whose KV was found there; not those in an engine's own cache.
+        num_moves_found: chunks on another instance than the one before that computed
+            one token only. num_moves_recomputed: that computed more.
+        load_p50_s, load_p90_s, load_p99_s: from an engine's question to the last byte,
+            to a factor of 1.4.
+        time_share: of the busy engines' time that stores and copies took, 0 to 1.
+        num_failures: calls of engines that failed or took too long.
+        num_restarts: of servers.
+    """
+
+    stored_bytes: int
+    loaded_bytes: int
+    evicted_bytes: int
+    freed_bytes: int
+    disk_written_bytes: int
+    disk_read_bytes: int
+    resident_bytes: int
+    disk_resident_bytes: int
+    capacity_bytes: int
+    num_loads: int
+    num_loaded_tokens: int
+    num_moves_found: int
+    num_moves_recomputed: int
+    load_p50_s: float
+    load_p90_s: float
+    load_p99_s: float
+    time_share: float
+    num_failures: int
+    num_restarts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """When a request was over, and how."""
 
@@ -105,6 +151,7 @@ class Progress:
         eta_s: until the end if the length estimates hold; None while unknown.
         instances: the latest sample of each.
         speculation: so far; None if the engines do not speculate.
+        kv: so far; None without a KV pool.
     """
 
     t_s: float
@@ -120,6 +167,7 @@ class Progress:
     intake_open: bool
     instances: list[TimelineSample]
     speculation: SpeculationReport | None = None
+    kv: KvReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +184,7 @@ class RolloutReport:
         num_cached_tokens: tokens whose KV a chunk found when it started.
         num_preemptions: requests the engines dropped from KV and restarted.
         speculation: None if the engines do not speculate.
+        kv: None without a KV pool.
     """
 
     policy: str
@@ -160,6 +209,7 @@ class RolloutReport:
     weight_version: int
     instances: list[InstanceReport]
     speculation: SpeculationReport | None = None
+    kv: KvReport | None = None
     completions: list[Completion] = field(default_factory=list)
     timeline: list[TimelineSample] = field(default_factory=list)
 

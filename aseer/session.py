@@ -9,6 +9,7 @@ cancels what is left and waits for the engines to say that they stopped.
 from __future__ import annotations
 
 import time
+from array import array
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from aseer.dgds.server import DraftServer
     from aseer.instance.messages import Report
     from aseer.instance.pool import InstancePool
+    from aseer.kv.pool import KvPool
     from aseer.mailbox import Mailbox
     from aseer.report import Progress, RolloutReport
     from aseer.types import (
@@ -53,10 +55,13 @@ class Session:
         first_chunk_id: int,
         loop: asyncio.AbstractEventLoop,
         draft_server: DraftServer | None = None,
+        kv_pool: KvPool | None = None,
     ) -> None:
         self._pool = pool
         self._draft_server = draft_server
+        self._kv_pool = kv_pool
         self._rollout_id = first_chunk_id
+        self._weight_version = weight_version
         if draft_server is not None:
             draft_server.set_weight_version(weight_version)
         self._mailbox = mailbox
@@ -67,8 +72,13 @@ class Session:
             max_request_retries=max_request_retries,
             weight_version=weight_version,
             first_chunk_id=first_chunk_id,
+            granularity=kv_pool.granularity if kv_pool else None,
         )
-        self._recorder = Recorder(self._controller, policy, chunk_size, weight_version)
+        self._recorder = Recorder(
+            self._controller, policy, chunk_size, weight_version, kv_pool
+        )
+        if kv_pool is not None:
+            self._controller.residency.use_pool(kv_pool.granularity, kv_pool.server_of)
         self._started_at = time.monotonic()
         self._intake_open = True
         self._left = False
@@ -131,6 +141,8 @@ class Session:
             self._feed(self._draft_server, report)
         self._do(self._controller.progress(report.chunks, now))
         self._recorder.sample(instance_id, report.load, now)
+        if self._kv_pool is not None:
+            self._controller.set_move_price(self._recorder.kv_counts.move_price)
         self.progress = self._recorder.progress(now, intake_open=self._intake_open)
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
@@ -157,7 +169,11 @@ class Session:
         for command in commands:
             match command:
                 case Dispatch(chunk):
-                    chunk = replace(chunk, rollout_id=self._rollout_id)
+                    chunk = replace(
+                        chunk,
+                        rollout_id=self._rollout_id,
+                        weight_version=self._weight_version,
+                    )
                     self._pool.run_chunk(chunk.instance_id, Run(chunk))
                 case Abort(instance_id, chunk_id):
                     self._pool.abort_chunks(instance_id, [chunk_id])
@@ -179,9 +195,23 @@ class Session:
                     progress.tokens,
                 )
 
+    def _free_kv(self, pool: KvPool, response: Response) -> None:
+        """Nobody will ask for its KV; for the prompt's while siblings run."""
+        info = self._recorder.any_instance()
+        prompt = array("i", response.prompt_token_ids)
+        generated = array("i", response.token_ids)
+        if info is None:
+            return
+        version = self._weight_version
+        pool.free(info, version, (prompt + generated).tobytes(), len(prompt))
+        if self._controller.is_group_finished(GroupId(response.group_id)):
+            pool.free(info, version, prompt.tobytes(), 0)
+
     def _finish(self, response: Response) -> None:
         self._recorder.finished(response)
         group_id = GroupId(response.group_id)
+        if self._kv_pool is not None:
+            self._free_kv(self._kv_pool, response)
         if self._draft_server and self._controller.is_group_finished(group_id):
             self._draft_server.finish_group(f"{self._rollout_id}:{group_id}")
         if response.finish_reason == "error":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 # At run time, too: msgspec resolves the annotations of what crosses a socket.
 from collections.abc import Mapping, Sequence  # noqa: TC003
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, NewType
@@ -94,6 +94,7 @@ class Chunk:
         sampling: the request's settings as plain data (`SamplingParams.to_dict`).
         seed: of this chunk's random stream; None = the engine's own.
         rollout_id: tells apart groups of the same id in different rollouts.
+        weight_version: of the weights it is to run with; KV of others is not found.
     """
 
     chunk_id: ChunkId
@@ -108,6 +109,7 @@ class Chunk:
     seed: int | None
     num_reserved_blocks: int
     rollout_id: int = 0
+    weight_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,12 +197,74 @@ def _added(a: Sequence[int], b: Sequence[int], sign: int) -> tuple[int, ...]:
     return tuple(x + sign * y for x, y in zip_longest(a, b, fillvalue=0))
 
 
+LATENCY_BUCKETS_S = tuple(0.001 * 2 ** (i / 2) for i in range(34))
+"""Upper limits of `KvCounts.load_buckets`: 1 ms to 93 s; one bucket more is beyond."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvCounts:
+    """What an engine moved to and from the KV pool, from some moment on.
+
+    Attributes:
+        stored_tokens: offered to the pool, which may have them already.
+        loaded_tokens: found there and copied into the engine's own cache.
+        num_loads: requests that loaded. load_s: from their lookup to their last byte.
+        load_buckets: loads by `LATENCY_BUCKETS_S`; empty = none.
+        store_s, copy_s: time steps spent on stores, and on copying what was loaded.
+        prefill_tokens: computed when a chunk started. prefill_s: the time it took.
+        num_failures: calls on the pool that failed or took too long.
+    """
+
+    stored_tokens: int = 0
+    loaded_tokens: int = 0
+    num_loads: int = 0
+    load_s: float = 0.0
+    load_buckets: tuple[int, ...] = ()
+    store_s: float = 0.0
+    copy_s: float = 0.0
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    num_failures: int = 0
+
+    def __add__(self, other: KvCounts) -> KvCounts:
+        return self._combined(other, 1)
+
+    def __sub__(self, other: KvCounts) -> KvCounts:
+        return self._combined(other, -1)
+
+    def _combined(self, other: KvCounts, sign: int) -> KvCounts:
+        sums: dict[str, Any] = {
+            f.name: getattr(self, f.name) + sign * getattr(other, f.name)
+            for f in fields(self)
+            if f.name != "load_buckets"
+        }
+        buckets = _added(self.load_buckets, other.load_buckets, sign)
+        return KvCounts(load_buckets=buckets, **sums)
+
+    def load_latency_s(self, share: float) -> float:
+        """The time within which that share of loads was done, to a factor of 1.4."""
+        left = share * sum(self.load_buckets)
+        for limit, num in zip(LATENCY_BUCKETS_S, self.load_buckets, strict=False):
+            left -= num
+            if left <= 0:
+                return limit if self.num_loads else 0.0
+        return LATENCY_BUCKETS_S[-1] if self.num_loads else 0.0
+
+    @property
+    def move_price(self) -> float | None:
+        """Time to load a token over the time to compute it; None while unknown."""
+        if not (self.loaded_tokens and self.prefill_tokens and self.prefill_s):
+            return None
+        compute_s = self.prefill_s / self.prefill_tokens
+        return min(1.0, self.load_s / self.loaded_tokens / compute_s)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceLoad:
     """How busy an instance's engine is, as its scheduler says.
 
-    `num_preemptions` and `drafts` count from the process's start; `drafts` is None
-    without speculation.
+    `num_preemptions`, `drafts` and `kv` count from the process's start; `drafts` is
+    None without speculation, `kv` without a KV pool.
     """
 
     num_running: int = 0
@@ -208,6 +272,7 @@ class InstanceLoad:
     kv_used: float = 0.0
     num_preemptions: int = 0
     drafts: DraftCounts | None = None
+    kv: KvCounts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from aseer.data import PromptRecord
-    from aseer.report import RolloutReport
+    from aseer.report import KvReport, RolloutReport
     from aseer.types import Response
 
 _SAMPLE_WIDTH = 240
@@ -111,9 +111,37 @@ def _figures(
     yield "migrations", f"{r.num_migrations:,}", "chunks begun on another instance"
     cached = f"{r.num_cached_tokens:,} found in a cache"
     yield "recomputed tokens", f"{r.num_recomputed_tokens:,}", cached
+    if r.kv is not None:
+        yield from _kv_figures(r.kv)
     yield "preemptions", f"{r.num_preemptions:,}", ""
     if r.num_retries:
         yield "retries", f"{r.num_retries:,}", "chunks lost with their instance"
+
+
+def _kv_figures(kv: KvReport) -> Iterator[tuple[str, str, str]]:
+    moves = (
+        f"{kv.num_moves_found:,} moves found theirs, {kv.num_moves_recomputed:,} not"
+    )
+    yield "KV pool: loaded", f"{kv.num_loaded_tokens:,} tokens", moves
+    stored, freed = _megabytes(kv.stored_bytes), _megabytes(kv.freed_bytes)
+    evicted = f"{_megabytes(kv.evicted_bytes)} evicted"
+    yield "KV pool: stored", stored, f"{freed} freed, {evicted}"
+    if kv.disk_written_bytes or kv.disk_read_bytes:
+        read = f"{_megabytes(kv.disk_read_bytes)} read back"
+        yield "KV pool: to disk", _megabytes(kv.disk_written_bytes), read
+    if kv.num_loads:
+        slowest = (
+            f"p90 {kv.load_p90_s * 1e3:,.0f} ms, p99 {kv.load_p99_s * 1e3:,.0f} ms"
+        )
+        share = f"{slowest}; {kv.time_share:.1%} of engine time"
+        yield "KV pool: load time", f"{kv.load_p50_s * 1e3:,.0f} ms", share
+    if kv.num_failures or kv.num_restarts:
+        restarts = f"{kv.num_restarts} server restarts"
+        yield "KV pool: failures", f"{kv.num_failures:,}", restarts
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"
 
 
 def _instances(report: RolloutReport) -> Table:

@@ -28,6 +28,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
         engine_args: of the backend's engine.
         cores: to stay on; empty = any.
         drafting: for an engine that drafts by group.
+        kv_namespace: of the run, in the keys of KV.
     """
 
     endpoint: str
@@ -39,6 +40,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     engine_args: dict[str, Any]
     cores: tuple[int, ...] = ()
     drafting: DraftingSpec | None = None
+    kv_namespace: str = ""
 
 
 class Emit(Protocol):

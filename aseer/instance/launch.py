@@ -166,6 +166,7 @@ def _engine_args(config: EngineConfig) -> dict[str, Any]:
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "kv_cache_memory_bytes": config.kv_cache_bytes,
+        "kv_transfer_config": config.kv_transfer_config,
     }
     args = {k: v for k, v in wanted.items() if v is not None}
     return args | _speculation_args(config)

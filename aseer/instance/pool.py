@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from aseer.config import EngineConfig
     from aseer.dgds.messages import DraftingSpec
     from aseer.instance.launch import Launch
+    from aseer.kv.pool import KvPool
     from aseer.transport.zeromq import Router
     from aseer.types import ChunkId, InstanceInfo
 
@@ -74,6 +75,7 @@ class InstancePool:
         log_dir: Path,
         owner: PoolOwner,
         drafting: DraftingSpec | None = None,
+        kv_pool: KvPool | None = None,
     ) -> None:
         self._config = config
         self._router = router
@@ -82,6 +84,7 @@ class InstancePool:
         self._log_dir = log_dir
         self._owner = owner
         self._drafting = drafting
+        self._kv_pool = kv_pool
         self._slots = [_Slot(launch, log_dir) for launch in launches]
         self._by_identity: dict[bytes, _Slot] = {}
         self._restarts_left = config.max_restarts
@@ -220,6 +223,8 @@ class InstancePool:
         args: dict[str, Any] = dict(launch.engine_args)
         if launch.backend == "vllm":
             args["seed"] = self._seeds.getrandbits(31)
+        if self._kv_pool is not None:
+            args |= self._kv_pool.engine_args(slot.instance_id)
         spec = InstanceSpec(
             endpoint=self._endpoint,
             identity=slot.identity.decode(),
@@ -230,6 +235,7 @@ class InstancePool:
             engine_args=args,
             cores=launch.cores,
             drafting=self._drafting,
+            kv_namespace=self._kv_pool.namespace if self._kv_pool else "",
         )
         # vLLM leaves its sockets lying where it makes them: in a folder that we remove.
         env = {"VLLM_RPC_BASE_PATH": str(self._run_dir), **launch.env}

@@ -20,6 +20,7 @@ import inspect
 import logging
 import os
 from array import array
+from collections import Counter
 from importlib import metadata
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -36,15 +37,26 @@ from aseer.dgds.messages import EXTRA_ARGS_KEY
 from aseer.instance.base import EngineDied
 from aseer.instance.speculation import Speculation, draft_identity
 from aseer.instance.versions import installed_vllm
-from aseer.types import ChunkEnd, InstanceId, InstanceInfo, InstanceLoad
+from aseer.kv.settings import cache_salt
+from aseer.types import (
+    LATENCY_BUCKETS_S,
+    ChunkEnd,
+    InstanceId,
+    InstanceInfo,
+    InstanceLoad,
+    KvCounts,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from aseer.instance.base import Emit, InstanceSpec
     from aseer.types import Chunk, ChunkId, FinishReason
 
 _log = logging.getLogger("aseer.instance")
 
 STREAM_INTERVAL = 16
+_MIN_PREFILL_TOKENS = 64  # fewer say little about what a token costs
 _HAS_REQUEST_INTERVAL = (
     "stream_interval" in inspect.signature(SamplingParams).parameters
 )
@@ -66,6 +78,7 @@ class VllmBackend:
         self._stats = _Stats()
         self._running: dict[ChunkId, str] = {}
         self._speculation: Speculation | None = None
+        self._info: InstanceInfo | None = None
 
     async def start(self) -> InstanceInfo:
         """See `Backend`."""
@@ -91,7 +104,7 @@ class VllmBackend:
             await self._speculation.start()
             self._stats.speculation = self._speculation
         name, version = installed_vllm() or ("vllm", metadata.version("vllm"))
-        return InstanceInfo(
+        self._info = InstanceInfo(
             instance_id=InstanceId(self._spec.instance_id),
             num_kv_blocks=config.cache_config.num_gpu_blocks
             - 1,  # without the null block
@@ -106,6 +119,7 @@ class VllmBackend:
             engine_version=f"{name} {version}",
             pid=os.getpid(),
         )
+        return self._info
 
     async def run(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
         """See `Backend`."""
@@ -132,9 +146,11 @@ class VllmBackend:
                 **(params.extra_args or {}),
                 EXTRA_ARGS_KEY: draft_identity(chunk),
             }
-        outputs = self._engine.generate(
-            {"prompt_token_ids": inputs}, params, request_id
-        )
+        assert self._info is not None
+        namespace, version = self._spec.kv_namespace, chunk.weight_version
+        salt = cache_salt(namespace, self._info, version)
+        prompt = {"prompt_token_ids": inputs, "cache_salt": salt}
+        outputs = self._engine.generate(prompt, params, request_id)
         self._running[chunk.chunk_id] = request_id
         cached: int | None = None
         async for output in outputs:
@@ -225,6 +241,7 @@ class _Stats:
         self._waiting = 0
         self._kv_used = 0.0
         self._preemptions = 0
+        self._kv: Counter[str] = Counter()
         self.speculation: Speculation | None = None
 
     def load(self) -> InstanceLoad:
@@ -234,6 +251,7 @@ class _Stats:
             kv_used=self._kv_used,
             num_preemptions=self._preemptions,
             drafts=self.speculation.counts if self.speculation else None,
+            kv=kv_counts(self._kv) if self._kv else None,
         )
 
     def record(self, scheduler_stats: Any, iteration_stats: Any) -> None:
@@ -241,14 +259,29 @@ class _Stats:
             self._running = scheduler_stats.num_running_reqs
             self._waiting = scheduler_stats.num_waiting_reqs
             self._kv_used = scheduler_stats.kv_cache_usage
+            self._kv.update(scheduler_stats.kv_connector_stats or {})
             drafts = scheduler_stats.spec_decoding_stats
             if drafts is not None and self.speculation is not None:
                 self.speculation.record(drafts)
         if iteration_stats is not None:
             self._preemptions += iteration_stats.num_preempted_reqs
+            for done in iteration_stats.finished_requests:
+                computed = done.num_prompt_tokens - done.num_cached_tokens
+                if self._kv and computed >= _MIN_PREFILL_TOKENS:
+                    self._kv["prefill_tokens"] += computed
+                    self._kv["prefill_s"] += done.prefill_time
 
     def make_logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
         return _StatLogger(self)
+
+
+def kv_counts(sums: Mapping[str, float]) -> KvCounts:
+    """The connector's sums (`aseer.kv.connector.Stats`) in a message's form."""
+    prefix = "loads_in_bucket_"
+    own: dict[str, Any] = {k: v for k, v in sums.items() if not k.startswith(prefix)}
+    num_buckets = len(LATENCY_BUCKETS_S) + 1 if len(own) < len(sums) else 0
+    buckets = tuple(int(sums.get(f"{prefix}{i}", 0)) for i in range(num_buckets))
+    return KvCounts(load_buckets=buckets, **own)
 
 
 class _StatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped to us

@@ -9,6 +9,10 @@ each chunk.
          blocks of an instance
     |<---- reserved by chunks ---->|<- cached, newest ... oldest ->|
     a new reservation pushes out the oldest
+
+Where instances have a KV pool, what a chunk computed is there, too, up to a multiple of
+its granularity, and loading it costs a share of computing it (`move_price`): all
+instances of that pool then hold it at a discount.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aseer.types import InstanceId, RequestId
+
+DEFAULT_MOVE_PRICE = 0.1
 
 
 class KvResidency:
@@ -28,6 +34,20 @@ class KvResidency:
     def __init__(self) -> None:
         self._caches: dict[InstanceId, _Cache] = {}
         self._holders: dict[RequestId, dict[InstanceId, int]] = {}
+        self._pool_of: Callable[[InstanceId], int] | None = None
+        self._granularity = 1
+        self._pooled: dict[RequestId, tuple[int, int]] = {}
+        self.move_price = DEFAULT_MOVE_PRICE
+
+    def use_pool(self, granularity: int, pool_of: Callable[[InstanceId], int]) -> None:
+        """What is computed from now on is in a pool, too.
+
+        Args:
+            granularity: tokens found together.
+            pool_of: tells instances of different pools apart.
+        """
+        self._granularity = granularity
+        self._pool_of = pool_of
 
     def add_instance(
         self, instance_id: InstanceId, num_blocks: int, block_size: int
@@ -43,8 +63,17 @@ class KvResidency:
             self._forget(request_id, instance_id)
 
     def holders(self, request_id: RequestId) -> Mapping[InstanceId, int]:
-        """Tokens of the request by instance that holds some."""
-        return self._holders.get(request_id, {})
+        """Tokens of the request by instance that holds some.
+
+        A token in a pool counts as held by the pool's instances, less its price.
+        """
+        held = self._holders.get(request_id, {})
+        if request_id not in self._pooled or self._pool_of is None:
+            return held
+        pool, pooled = self._pooled[request_id]
+        found = int(pooled * (1 - self.move_price))
+        near = {i: found for i in self._caches if self._pool_of(i) == pool}
+        return near | {i: max(n, near.get(i, 0)) for i, n in held.items()}
 
     def reserve(
         self, instance_id: InstanceId, request_id: RequestId, num_blocks: int
@@ -76,10 +105,14 @@ class KvResidency:
             cache.num_cached += num_full
             held = self._holders.setdefault(request_id, {})
             held[instance_id] = num_full * cache.block_size
+        if num_tokens and self._pool_of is not None:
+            pooled = num_tokens // self._granularity * self._granularity
+            self._pooled[request_id] = (self._pool_of(instance_id), pooled)
         self._evict(instance_id, cache)
 
     def forget(self, request_id: RequestId) -> None:
         """The request is finished: nobody will ask for its KV."""
+        self._pooled.pop(request_id, None)
         for instance_id in self._holders.pop(request_id, {}):
             cache = self._caches.get(instance_id)
             if cache is not None:

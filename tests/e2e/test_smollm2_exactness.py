@@ -32,6 +32,7 @@ def engine() -> Iterator[aseer.Engine]:
         kv_cache_bytes=512 << 20,
         chunk_size=32,
         start_timeout_s=400.0,
+        kv_pool="off",
     )
     with aseer.Engine(config) as engine:
         yield engine

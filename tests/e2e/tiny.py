@@ -29,6 +29,7 @@ def tiny_config(**settings: Any) -> aseer.EngineConfig:
         "max_num_seqs": 32,
         "kv_cache_bytes": 256 << 20,
         "start_timeout_s": 400.0,
+        "kv_pool": "off",  # it has tests of its own
     }
     return aseer.EngineConfig(**defaults | settings)
 

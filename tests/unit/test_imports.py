@@ -28,6 +28,7 @@ CORE = {
     "aseer.waiting": BASE,
     "aseer.scheduler": BASE | {"aseer.fleet", "aseer.waiting"},
     "aseer.kv.residency": BASE,
+    "aseer.kv.settings": BASE,
     "aseer.dgds.log": BASE | {"aseer.dgds.messages"},
     "aseer.dgds.messages": BASE,
     "aseer.dgds.steptime": BASE,
@@ -73,7 +74,7 @@ HOMES = {
     "matplotlib": ("aseer.plot",),
 }
 # Slow to import or not always there: `import aseer` must work without.
-HEAVY = ("vllm", "torch", "transformers", "matplotlib", "tokenizers", "gguf")
+HEAVY = ("vllm", "lmcache", "torch", "transformers", "matplotlib", "tokenizers", "gguf")
 
 
 class Import(NamedTuple):

@@ -112,3 +112,37 @@ def test_a_chunk_lost_with_its_instance_is_not_counted_when_it_is_back(
 
 def test_dropping_an_unknown_instance_is_nothing(kv: KvResidency) -> None:
     kv.drop_instance(InstanceId(7))
+
+
+# A pool beside the caches
+
+
+def one_pool(kv: KvResidency, granularity: int = 8, price: float = 0.25) -> None:
+    kv.use_pool(granularity, lambda instance_id: 0)
+    kv.move_price = price
+
+
+def test_what_was_computed_is_in_the_pool_for_all_at_a_discount(kv: KvResidency):
+    one_pool(kv)
+    run(kv, A, X, 21)
+    assert kv.holders(X) == {A: 20, B: 12}, "16 of 21 tokens are whole chunks"
+
+
+def test_an_evicted_request_is_still_in_the_pool(kv: KvResidency):
+    one_pool(kv, price=0.0)
+    run(kv, A, X, 16)
+    kv.reserve(A, Y, 10)
+    assert kv.holders(X) == {A: 16, B: 16}
+
+
+def test_pools_do_not_share(kv: KvResidency):
+    kv.use_pool(8, lambda instance_id: int(instance_id))
+    run(kv, A, X, 16)
+    assert kv.holders(X) == {A: 16}
+
+
+def test_a_finished_request_is_nowhere(kv: KvResidency):
+    one_pool(kv)
+    run(kv, A, X, 16)
+    kv.forget(X)
+    assert kv.holders(X) == {}

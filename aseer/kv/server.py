@@ -1,0 +1,341 @@
+"""A pool server's process: LMCache's multi-process server, and a lifeline to the
+controller.
+
+Started by the controller as `python -m aseer.kv.server` with a `ServerSpec` on standard
+input, which stays open: polls follow, and its end means that the server is to go, or
+that the controller is gone, however it died. Its memory and its disk directory go with
+it.
+
+Three things are done here that LMCache does not do:
+
+- A worker that dies in the middle of a store, or gives up on it, leaves memory reserved
+  that it never filled. LMCache publishes that memory under the worker's keys when it
+  forgets the worker, and other engines would read it. Here it is discarded.
+- What is read back from the disk is checked against the checksum it was written with,
+  which need not outlive the process: neither does the directory.
+- What nobody will ask for again is freed at once, by tokens or by weight version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+import zlib
+from array import array
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from lmcache.v1.distributed.config import (
+    add_storage_manager_args,
+    parse_args_to_config,
+)
+from lmcache.v1.distributed.internal_api import L1ManagerListener, L2AdapterListener
+from lmcache.v1.distributed.l2_adapters import native_connector_l2_adapter as native
+from lmcache.v1.mp_observability.config import (
+    add_observability_args,
+    parse_args_to_observability_config,
+)
+from lmcache.v1.multiprocess.cache_control.key_resolver import resolve_object_keys
+from lmcache.v1.multiprocess.config import (
+    add_mp_server_args,
+    add_p2p_args,
+    parse_args_to_mp_server_config,
+)
+from lmcache.v1.multiprocess.modules.engine_driven_transfer import (
+    EngineDrivenTransferModule,
+)
+from lmcache.v1.multiprocess.server import run_cache_server
+
+from aseer.kv.messages import Counts, Free, Poll, ServerSpec
+from aseer.kv.settings import version_of
+
+_log = logging.getLogger("aseer.kv")
+
+_SHM_PREFIX = "/dev/shm/lmcache_l1_pool_"  # LMCache's
+_CLOSE_TIMEOUT_S = 3.0
+_FREE_ROUNDS = 8  # polls; what is being read, or written to disk, cannot go yet
+
+
+class Ledger(L1ManagerListener, L2AdapterListener):  # type: ignore[misc]
+    """Which keys are where, and the bytes moved; LMCache's threads call it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._dram: set[Any] = set()
+        self._disk: dict[Any, int] = {}
+        self._freeing: set[Any] = set()
+        self._object_bytes = 0
+        self._num = dict.fromkeys(("stored", "evicted", "freed", "read"), 0)
+        self._written = 0
+
+    def counts(self, capacity: int, object_bytes: int) -> Counts:
+        """All so far."""
+        with self._lock:
+            size = self._object_bytes = object_bytes or self._object_bytes
+            return Counts(
+                stored=self._num["stored"] * size,
+                evicted=self._num["evicted"] * size,
+                freed=self._num["freed"] * size,
+                resident=len(self._dram) * size,
+                capacity=capacity,
+                disk_written=self._written,
+                disk_read=self._num["read"] * size,
+                disk_resident=sum(self._disk.values()),
+                per_chunk=size,
+            )
+
+    def held(self, keys: set[Any]) -> tuple[list[Any], list[Any]]:
+        """Of these keys, the ones in DRAM and on disk."""
+        with self._lock:
+            on_disk = [key for key in keys if key in self._disk]
+            return list(keys & self._dram), on_disk
+
+    def older_than(self, version: int) -> set[Any]:
+        """Keys of weight versions below one."""
+        with self._lock:
+            keys = self._dram | self._disk.keys()
+        versions = {key: version_of(key.cache_salt) for key in keys}
+        return {key for key, v in versions.items() if v is not None and v < version}
+
+    def begin_freeing(self, keys: list[Any]) -> None:
+        """What is deleted next is not evicted."""
+        with self._lock:
+            self._freeing.update(keys)
+
+    def end_freeing(self) -> None:
+        """What is deleted next is evicted."""
+        with self._lock:
+            self._freeing.clear()
+
+    def on_l1_keys_write_finished(self, keys: list[Any]) -> None:
+        with self._lock:
+            self._num["stored"] += len(keys)
+            self._dram.update(keys)
+
+    def on_l1_keys_finish_write_and_reserve_read(self, keys: list[Any]) -> None:
+        with self._lock:
+            self._num["read"] += len(keys)
+            self._dram.update(keys)
+
+    def on_l1_keys_deleted_by_manager(self, keys: list[Any]) -> None:
+        with self._lock:
+            for key in keys:
+                if key in self._dram:
+                    self._dram.remove(key)
+                    why = "freed" if key in self._freeing else "evicted"
+                    self._num[why] += 1
+
+    def on_l2_keys_stored(self, keys: list[Any], sizes: list[int]) -> None:
+        with self._lock:
+            for key, size in zip(keys, sizes, strict=True):
+                self._disk[key] = self._disk.get(key, 0) + size
+                self._written += size
+
+    def on_l2_keys_deleted(self, keys: list[Any]) -> None:
+        with self._lock:
+            for key in keys:
+                self._disk.pop(key, None)
+
+    def on_l1_keys_reserved_read(self, keys: list[Any]) -> None: ...
+    def on_l1_keys_read_finished(self, keys: list[Any]) -> None: ...
+    def on_l1_keys_reserved_write(self, keys: list[Any]) -> None: ...
+    def on_l1_keys_accessed(self, keys: list[Any]) -> None: ...
+    def on_l2_keys_accessed(self, keys: list[Any]) -> None: ...
+
+
+class CheckedAdapter(native.NativeConnectorL2Adapter):  # type: ignore[misc]
+    """A disk tier that finds what it reads back changed to be missing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._sums: dict[Any, int] = {}
+        self._loading: dict[int, tuple[list[Any], list[Any]]] = {}
+        super().__init__(*args, **kwargs)
+
+    def submit_store_task(self, keys: list[Any], objects: list[Any]) -> Any:
+        self._sums.update(
+            (key, zlib.crc32(memory.byte_array))
+            for key, memory in zip(keys, objects, strict=True)
+        )
+        return super().submit_store_task(keys, objects)
+
+    def submit_load_task(self, keys: list[Any], objects: list[Any]) -> Any:
+        task = super().submit_load_task(keys, objects)
+        self._loading[task] = (keys, objects)
+        return task
+
+    def query_load_result(self, task_id: Any) -> Any:
+        found = super().query_load_result(task_id)
+        if found is None:
+            return None
+        keys, objects = self._loading.pop(task_id)
+        for i, (key, memory) in enumerate(zip(keys, objects, strict=True)):
+            if found.test(i) and zlib.crc32(memory.byte_array) != self._sums.get(key):
+                _log.warning("the disk gave back other bytes for %s", key)
+                found.clear(i)
+        return found
+
+
+def discard_unfilled_memory() -> None:
+    """Make LMCache discard, not publish, what a forgotten worker had reserved."""
+    upstream = EngineDrivenTransferModule._release_entry
+
+    def release(self: Any, instance_id: int, entry: Any) -> None:
+        with self._pending_shm_lock:
+            pending = self._pending_shm_writes
+            mine = [pending.pop(k) for k in list(pending) if k[0] == instance_id]
+        for keys in mine:
+            for manager in self._ctx.storage_manager._l1_managers_by_id.values():
+                manager.finish_write_and_delete(keys)
+        upstream(self, instance_id, entry)
+
+    EngineDrivenTransferModule._release_entry = release
+
+
+class PoolServer:
+    """LMCache's server in this process, and what is asked of it."""
+
+    def __init__(self, spec: ServerSpec) -> None:
+        discard_unfilled_memory()
+        native.NativeConnectorL2Adapter = CheckedAdapter
+        parser = argparse.ArgumentParser()
+        for add in (add_mp_server_args, add_p2p_args, add_storage_manager_args):
+            add(parser)
+        add_observability_args(parser)
+        args = parser.parse_args(spec.args)
+        started = run_cache_server(
+            mp_config=parse_args_to_mp_server_config(args),
+            storage_manager_config=parse_args_to_config(args),
+            obs_config=parse_args_to_observability_config(args),
+            return_engine=True,
+            start_prometheus_http_server=False,
+        )
+        assert started is not None
+        self._requests, self._engine = started
+        self._storage = self._engine.storage_manager
+        self._managers = list(self._storage._l1_managers_by_id.values())
+        self._ledger = Ledger()
+        for manager in self._managers:
+            manager.register_listener(self._ledger)
+        self._storage.register_l2_listener(self._ledger)
+        self._to_free: dict[Any, int] = {}
+
+    def counts(self) -> Counts:
+        """See `Counts`."""
+        used = total = num = 0
+        for manager in self._managers:
+            status = manager.report_status()
+            used += status["memory_used_bytes"]
+            total += status["memory_total_bytes"]
+            num += status["total_object_count"]
+        return self._ledger.counts(total, used // num if num else 0)
+
+    def answer(self, poll: Poll) -> Counts:
+        """Do what a poll asks for."""
+        keys = set()
+        if poll.drop_below is not None:
+            keys |= self._ledger.older_than(poll.drop_below)
+        for what in poll.free:
+            keys.update(self._keys_of(what))
+        self._to_free.update(dict.fromkeys(keys, _FREE_ROUNDS))
+        self._free()
+        return self.counts()
+
+    def close(self) -> None:
+        """Stop serving; ends by itself what does not end in time."""
+        self._requests.close()
+        self._engine.close()
+
+    def _keys_of(self, what: Free) -> list[Any]:
+        """Of whole chunks that hold `start` or begin after it."""
+        context = self._engine.context
+        keys, num_chunks = resolve_object_keys(
+            context.token_hasher,
+            what.model,
+            what.world_size,
+            array("i", what.tokens).tolist(),
+            what.salt,
+        )
+        first = what.start // context.chunk_size
+        return [k for i, k in enumerate(keys) if i * num_chunks // len(keys) >= first]
+
+    def _free(self) -> None:
+        wanted = set(self._to_free)
+        in_dram, on_disk = self._ledger.held(wanted)
+        if in_dram:
+            self._ledger.begin_freeing(in_dram)
+            self._storage.delete_l1_keys(in_dram)
+            self._ledger.end_freeing()
+        if on_disk:
+            for _, adapter in self._storage.l2_adapters():
+                adapter.delete(on_disk)
+        # Only what was locked is tried again: the rest may be stored anew meanwhile.
+        locked, _ = self._ledger.held(wanted)
+        self._to_free = {k: n for k in locked if (n := self._to_free[k] - 1)}
+
+
+def main() -> None:
+    """Entry point of the process."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what LMCache prints goes to the log
+    spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=ServerSpec)
+    signal.signal(signal.SIGTERM, lambda *_: _exit_now(spec))
+    if spec.disk_dir is not None:
+        Path(spec.disk_dir).mkdir(parents=True, exist_ok=True)
+    lines = _Lines(spec)
+    server = PoolServer(spec)
+    with suppress(BrokenPipeError):
+        _say(answers, server.counts())
+        for line in lines:
+            _say(answers, server.answer(msgspec.json.decode(line, type=Poll)))
+    threading.Timer(_CLOSE_TIMEOUT_S, _exit_now, [spec]).start()
+    server.close()
+    _exit_now(spec)
+
+
+class _Lines:
+    """Lines of standard input, read in a thread, so that its end is never missed."""
+
+    def __init__(self, spec: ServerSpec) -> None:
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._spec = spec
+        self._is_serving = False
+        threading.Thread(target=self._read, name="lifeline", daemon=True).start()
+
+    def __iter__(self) -> Any:
+        self._is_serving = True
+        return iter(self._lines.get, b"")
+
+    def _read(self) -> None:
+        while line := sys.stdin.buffer.readline():
+            self._lines.put(line)
+        if not self._is_serving:  # still starting: nobody takes the line
+            _exit_now(self._spec)
+        threading.Timer(_CLOSE_TIMEOUT_S, _exit_now, [self._spec]).start()
+        self._lines.put(b"")
+
+
+def _say(answers: Any, counts: Counts) -> None:
+    answers.write(msgspec.json.encode(counts) + b"\n")
+    answers.flush()
+
+
+def _exit_now(spec: ServerSpec) -> None:
+    """Leave nothing behind, whatever the threads are doing."""
+    Path(_SHM_PREFIX + spec.shm_name).unlink(missing_ok=True)
+    if spec.disk_dir is not None:
+        shutil.rmtree(spec.disk_dir, ignore_errors=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""What the KV pool is made of: sizes, keys, and what engines are told of it. Pure.
+
+Keys: a prompt's `cache_salt` holds all that makes KV of the same tokens another: the
+run, the model, the dtype, the block size and the weight version. LMCache's keys hold
+the tokens and the salt, vLLM's block hashes do, too; so what differs in any of these is
+never found, in any tier.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aseer.config import check_kv_pool
+from aseer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aseer.config import EngineConfig, KvPoolConfig
+    from aseer.types import InstanceInfo
+
+CONNECTOR = "GuardedConnector"
+CONNECTOR_MODULE = "aseer.kv.connector"
+TIMEOUT_KEY = "aseer.timeout_s"
+MIN_DRAM_BYTES = 64 << 20
+
+_DRAM_SHARE = 0.2  # of the memory that is free at the start
+_SHM_SHARE = 0.9  # of what is free in /dev/shm
+# LMCache drops stores and disk loads for which there is no room at once: with a lower
+# watermark eviction keeps ahead of them.
+_WATERMARK = 0.6
+_START_TIMEOUT_S = 60.0
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a node has free for a pool, in bytes."""
+
+    free_bytes: int
+    shm_free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolPlan:
+    """A node's pool.
+
+    Attributes:
+        num_servers: that share out the engines, in order.
+        dram_bytes: of one server.
+        chunk_tokens: what is stored and found together.
+        on_cpu: whether engines copy KV themselves (they do on CPUs).
+        why: of its size, for a log.
+    """
+
+    num_servers: int
+    dram_bytes: int
+    disk_bytes: int
+    disk_dir: Path | None
+    chunk_tokens: int
+    on_cpu: bool
+    timeout_s: float
+    why: str
+
+
+def plan_pool(
+    config: EngineConfig,
+    num_instances: int,
+    block_size: int | None,
+    memory: Memory,
+    *,
+    on_cpu: bool,
+    is_installed: bool,
+) -> tuple[PoolPlan | None, str]:
+    """The pool that settings ask for on a node, or None; and why.
+
+    Args:
+        block_size: of the engines, in tokens; None = not known before they start.
+        is_installed: whether LMCache is.
+    Raises:
+        ConfigError: it cannot be had, and was not left to us to decide.
+    """
+    pool = check_kv_pool(config.kv_pool)
+    is_wanted = pool.mode == "lmcache"
+    if pool.mode == "off":
+        return None, "it is switched off"
+    obstacle = _obstacle(config, num_instances, is_installed=is_installed)
+    if obstacle is not None:
+        if is_wanted and not obstacle.startswith("one engine"):
+            raise ConfigError(f"kv_pool='lmcache' cannot be had: {obstacle}")
+        if not is_wanted:
+            return None, obstacle
+    dram_bytes, why = _dram_bytes(pool, memory)
+    if pool.dram_bytes is None and dram_bytes < MIN_DRAM_BYTES:
+        if is_wanted:
+            raise ConfigError(
+                f"kv_pool: {why} is below {MIN_DRAM_BYTES >> 20} MiB; free some memory "
+                "or set kv_pool='off'"
+            )
+        return None, f"{why} is too little"
+    chunk_tokens = math.lcm(pool.chunk_tokens, block_size or 1)
+    plan = PoolPlan(
+        num_servers=min(pool.num_servers, num_instances),
+        dram_bytes=dram_bytes,
+        disk_bytes=pool.disk_bytes,
+        disk_dir=Path(pool.disk_dir) if pool.disk_dir and pool.disk_bytes else None,
+        chunk_tokens=chunk_tokens,
+        on_cpu=on_cpu,
+        timeout_s=pool.timeout_s,
+        why=why,
+    )
+    return plan, why
+
+
+def _obstacle(
+    config: EngineConfig, num_instances: int, *, is_installed: bool
+) -> str | None:
+    """Why there cannot, or need not, be a pool."""
+    if config.kv_transfer_config is not None:
+        return "kv_transfer_config names another connector"
+    if not is_installed:
+        return (
+            "LMCache is not installed; for chunks that move without recomputing run "
+            "`pip install --no-deps lmcache==0.5.6 sortedcontainers`"
+        )
+    if "@" in config.model:
+        return f"LMCache's keys do not allow the '@' in {config.model!r}"
+    if num_instances < 2:
+        return "one engine keeps its KV itself"
+    return None
+
+
+def _dram_bytes(pool: KvPoolConfig, memory: Memory) -> tuple[int, str]:
+    """A server's DRAM, and where the figure comes from."""
+    shared = int(memory.shm_free_bytes * _SHM_SHARE) // pool.num_servers
+    if pool.dram_bytes is not None:
+        if pool.dram_bytes > shared:
+            raise ConfigError(
+                f"kv_pool: dram_bytes={pool.dram_bytes} for {pool.num_servers} servers "
+                f"is more than /dev/shm has ({memory.shm_free_bytes} free)"
+            )
+        return pool.dram_bytes, f"dram_bytes={pool.dram_bytes}"
+    share = int(memory.free_bytes * _DRAM_SHARE) // pool.num_servers
+    size = min(share, shared)
+    of = (
+        f"{_SHM_SHARE:.0%} of {memory.shm_free_bytes / 1e9:.1f} GB of /dev/shm"
+        if shared < share
+        else f"{_DRAM_SHARE:.0%} of {memory.free_bytes / 1e9:.1f} GB of free memory"
+    )
+    return size, f"{size / 1e9:.2f} GB of DRAM ({of})"
+
+
+def server_args(plan: PoolPlan, port: int, shm_name: str, disk_dir: Path) -> list[str]:
+    """LMCache's command line for a server.
+
+    Args:
+        disk_dir: of this server, if the plan has a disk tier.
+    """
+    args = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--l1-size-gb": repr(plan.dram_bytes / _GIB),
+        "--chunk-size": str(plan.chunk_tokens),
+        "--eviction-policy": "LRU",
+        "--eviction-trigger-watermark": str(_WATERMARK),
+        "--supported-transfer-mode": "engine_driven" if plan.on_cpu else "auto",
+        "--shm-name": shm_name,
+    }
+    flat = [word for pair in args.items() for word in pair]
+    flat += ["--no-l1-use-lazy", "--disable-observability"]
+    if plan.disk_dir is not None:
+        flat += ["--l2-adapter", disk_adapter(disk_dir, plan.disk_bytes)]
+    return flat
+
+
+def disk_adapter(directory: Path, max_bytes: int) -> str:
+    """LMCache's setting of a disk tier, as JSON."""
+    return json.dumps(
+        {
+            "type": "fs_native",
+            "base_path": str(directory),
+            "num_workers": 2,
+            "max_capacity_gb": max_bytes / _GIB,
+            "eviction": {"eviction_policy": "LRU", "trigger_watermark": 0.8},
+        }
+    )
+
+
+def transfer_config(plan: PoolPlan, port: int) -> dict[str, Any]:
+    """vLLM's `kv_transfer_config` for an engine of the pool's."""
+    extra: dict[str, Any] = {
+        "lmcache.mp.host": "tcp://127.0.0.1",
+        "lmcache.mp.port": port,
+        "lmcache.mp.save_decode_cache": True,
+        "lmcache.mp.eager_prefetch": True,
+        "lmcache.mp.heartbeat_interval": 1.0,
+        "lmcache.mp.mq_timeout": _START_TIMEOUT_S,
+        TIMEOUT_KEY: plan.timeout_s,
+    }
+    if plan.on_cpu:
+        extra["lmcache.mp.mp_transfer_mode"] = "engine_driven"
+    return {
+        "kv_connector": CONNECTOR,
+        "kv_role": "kv_both",
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def cache_salt(namespace: str, info: InstanceInfo, weight_version: int) -> str:
+    """The salt of an engine's prompts.
+
+    Args:
+        namespace: of the run; engines that share a tier share it.
+    """
+    what = f"{info.model}|{info.dtype}|{info.block_size}"
+    digest = hashlib.sha256(what.encode()).hexdigest()[:12]
+    return f"{namespace}-{digest}-v{weight_version}"
+
+
+def version_of(salt: str) -> int | None:
+    """The weight version in a salt of ours; None if it is not one."""
+    version = salt.rpartition("-v")[2]
+    return int(version) if version.isdigit() else None

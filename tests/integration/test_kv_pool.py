@@ -1,0 +1,108 @@
+"""The pool's server: started, asked, killed, stopped, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from array import array
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from aseer.config import EngineConfig, KvPoolConfig
+from aseer.kv.pool import SHM_PREFIX, KvPool
+from aseer.kv.settings import Memory, plan_pool
+from aseer.types import InstanceId, InstanceInfo
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+pytest.importorskip("lmcache")
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+
+GIB = 1 << 30
+INFO = InstanceInfo(
+    instance_id=InstanceId(0),
+    num_kv_blocks=10,
+    block_size=32,
+    max_num_seqs=4,
+    max_model_len=1000,
+    model="m",
+    dtype="float32",
+)
+
+
+@asynccontextmanager
+async def running(tmp_path: Path) -> AsyncIterator[KvPool]:
+    """A pool with a disk tier, up and supervised."""
+    settings = KvPoolConfig(
+        dram_bytes=64 << 20, disk_dir=tmp_path / "kv", disk_bytes=GIB, timeout_s=2.0
+    )
+    config = EngineConfig(model="m", kv_pool=settings)
+    memory = Memory(free_bytes=GIB, shm_free_bytes=GIB)
+    plan, _ = plan_pool(config, 2, 32, memory, on_cpu=True, is_installed=True)
+    assert plan is not None
+    pool = KvPool(plan, config, 2, tmp_path)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            await pool.start()
+            supervisor = tasks.create_task(pool.supervise())
+            yield pool
+            supervisor.cancel()
+    finally:
+        await pool.stop(3.0)
+    assert not shared_memory()
+    assert not list((tmp_path / "kv").iterdir())
+
+
+def shared_memory() -> list[str]:
+    names = os.listdir("/dev/shm")
+    return [
+        name for name in names if name.startswith(f"{SHM_PREFIX}aseer-{os.getpid()}")
+    ]
+
+
+async def eventually(condition, timeout_s: float = 60.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.1)
+
+
+async def test_it_serves_and_leaves_nothing_behind(tmp_path):
+    async with running(tmp_path) as pool:
+        (pid,) = pool.pids
+        assert len(shared_memory()) == 1
+        assert pool.engine_args(0) == pool.engine_args(1) != {}
+        pool.free(INFO, 0, array("i", range(300)).tobytes(), 0)
+        await pool.drop_older(1)
+        assert pool.counts.capacity == 64 << 20
+        assert pool.pids == [pid]
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_lost_server_is_replaced_at_its_port(tmp_path, kind):
+    async with running(tmp_path) as pool:
+        (pid,) = pool.pids
+        told = pool.engine_args(0)
+        os.kill(pid, kind)
+        await eventually(lambda: not pool.pids)
+        await asyncio.wait_for(pool.drop_older(1), 1.0)
+        assert pool.engine_args(0) == {}
+        await eventually(lambda: pool.pids)
+        assert pool.pids != [pid]
+        assert pool.num_restarts == 1
+        assert pool.engine_args(0) == told
+        assert not psutil.pid_exists(pid)
+
+
+async def test_it_ends_with_its_controller(tmp_path):
+    async with running(tmp_path) as pool:
+        (pid,) = pool.pids
+        server = psutil.Process(pid)
+        pool._servers[0]._process.stdin.close()
+        await eventually(lambda: not server.is_running() or server.status() == "zombie")

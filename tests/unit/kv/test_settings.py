@@ -1,0 +1,134 @@
+"""What a pool is made of: sizes, keys, and what engines are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aseer.config import EngineConfig, KvPoolConfig
+from aseer.errors import ConfigError
+from aseer.kv.settings import (
+    Memory,
+    PoolPlan,
+    cache_salt,
+    plan_pool,
+    server_args,
+    transfer_config,
+    version_of,
+)
+from tests.unit.core import info_of
+
+GB = 10**9
+
+
+def plan(
+    *,
+    num_instances: int = 2,
+    block_size: int | None = 32,
+    free: int = 10 * GB,
+    shm: int = 10 * GB,
+    is_installed: bool = True,
+    config: dict[str, Any] | None = None,
+    **pool: Any,
+) -> tuple[PoolPlan | None, str]:
+    settings = {"model": "m", "kv_pool": KvPoolConfig(**pool)} | (config or {})
+    return plan_pool(
+        EngineConfig(**settings),
+        num_instances,
+        block_size,
+        Memory(free_bytes=free, shm_free_bytes=shm),
+        on_cpu=True,
+        is_installed=is_installed,
+    )
+
+
+def test_two_engines_have_a_pool_by_themselves_and_one_has_none():
+    found, why = plan()
+    assert found is not None
+    assert found.dram_bytes == 2 * GB
+    assert why == "2.00 GB of DRAM (20% of 10.0 GB of free memory)"
+    assert plan(num_instances=1) == (None, "one engine keeps its KV itself")
+
+
+def test_what_is_in_the_way_is_said():
+    for settings, text in [
+        ({"mode": "off"}, "switched off"),
+        ({"is_installed": False}, "pip install --no-deps lmcache"),
+        ({"config": {"kv_transfer_config": {"kv_connector": "X"}}}, "another"),
+        ({"config": {"model": "a@b"}}, "'@'"),
+        ({"free": GB // 10}, "too little"),
+        ({"shm": GB // 20}, "too little"),
+    ]:
+        found, why = plan(**settings)
+        assert found is None
+        assert text in why
+
+
+def test_a_pool_that_was_asked_for_is_an_error_where_it_cannot_be():
+    for settings in (
+        {"is_installed": False},
+        {"free": GB // 10},
+        {"dram_bytes": 11 * GB},
+        {"config": {"kv_transfer_config": {"kv_connector": "X"}}},
+    ):
+        with pytest.raises(ConfigError, match="kv_"):
+            plan(mode="lmcache", **settings)
+    assert plan(mode="lmcache", num_instances=1)[0] is not None
+
+
+def test_shared_memory_bounds_the_size_and_servers_share_it():
+    found, _ = plan(shm=GB, num_servers=2)
+    assert found is not None
+    assert found.dram_bytes == 450_000_000
+
+
+def test_what_is_found_together_is_whole_blocks():
+    for block_size, tokens in ((32, 128), (None, 128), (96, 384), (256, 256)):
+        found, _ = plan(block_size=block_size)
+        assert found is not None
+        assert found.chunk_tokens == tokens
+
+
+def test_the_disk_is_used_if_it_has_a_limit():
+    found, _ = plan(disk_dir="/x", disk_bytes=3 << 30)
+    assert found is not None
+    args = server_args(found, 5, "s", Path("/x/y"))
+    disk = json.loads(args[args.index("--l2-adapter") + 1])
+    assert disk["base_path"] == "/x/y"
+    assert disk["max_capacity_gb"] == 3
+    assert disk["eviction"]["eviction_policy"] == "LRU", "or it would have no limit"
+    found, _ = plan(disk_dir="/x")
+    assert found is not None
+    assert "--l2-adapter" not in server_args(found, 5, "s", Path("/x/y"))
+    with pytest.raises(ConfigError, match="disk_dir"):
+        KvPoolConfig(disk_bytes=1)
+
+
+def test_engines_are_told_to_store_what_they_generate_and_to_recompute_what_fails():
+    found, _ = plan(timeout_s=3)
+    assert found is not None
+    told = transfer_config(found, 7)
+    assert told["kv_load_failure_policy"] == "recompute"
+    assert told["kv_connector_extra_config"]["lmcache.mp.save_decode_cache"] is True
+    assert told["kv_connector_extra_config"]["lmcache.mp.port"] == 7
+
+
+def test_whatever_makes_other_kv_of_the_same_tokens_is_in_the_salt():
+    info = dataclasses.replace(info_of(), model="m", dtype="bfloat16")
+    salts = {
+        cache_salt("run", info, 0),
+        cache_salt("run", info, 1),
+        cache_salt("other", info, 0),
+        cache_salt("run", dataclasses.replace(info, model="n"), 0),
+        cache_salt("run", dataclasses.replace(info, dtype="float32"), 0),
+        cache_salt("run", dataclasses.replace(info, block_size=64), 0),
+    }
+    assert len(salts) == 6
+    assert not any(c in salt for salt in salts for c in "@/\\\0")
+    assert max(map(len, salts)) < 128
+    assert version_of(cache_salt("run", info, 41)) == 41
+    assert version_of("something else") is None
