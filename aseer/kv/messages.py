@@ -50,10 +50,12 @@ class Poll(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         drop_below: free everything of weight versions below it; None = nothing.
+        clear_dram: drop from DRAM whatever is not being read or written.
     """
 
     free: list[Free] = []
     drop_below: int | None = None
+    clear_dram: bool = False
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):

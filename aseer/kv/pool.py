@@ -146,6 +146,12 @@ class KvPool:
         for server in self._servers:
             server.free(what)
 
+    async def clear_dram(self) -> None:
+        """Drop from DRAM whatever is not being read or written; the disk keeps it."""
+        async with asyncio.TaskGroup() as tasks:
+            for server in self._servers:
+                tasks.create_task(server.clear_dram())
+
     async def drop_older(self, version: int) -> None:
         """Free all KV of weight versions below `version`, and wait until it is gone.
 
@@ -173,6 +179,7 @@ class _Server:
         self._is_up = False
         self._to_free: list[Free] = []
         self._drop_below: int | None = None
+        self._clear_dram = False
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self.port = _free_port()
@@ -192,11 +199,19 @@ class _Server:
     async def drop_below(self, version: int) -> None:
         """Now."""
         self._drop_below = max(version, self._drop_below or 0)
-        self._idle.clear()
+        await self._done()
+
+    async def clear_dram(self) -> None:
+        """Now."""
+        self._clear_dram = True
+        await self._done()
+
+    async def _done(self) -> None:
+        """Wait until what is wanted was answered, or the server is down."""
         self._wake.set()
-        while self._is_up and self._drop_below is not None:
-            await self._idle.wait()
+        while self._is_up and (self._clear_dram or self._drop_below is not None):
             self._idle.clear()
+            await self._idle.wait()
 
     async def try_to_start(self) -> None:
         """Start a process and wait until it serves; if it does not, say so."""
@@ -264,13 +279,18 @@ class _Server:
         process = self._process
         assert process is not None
         assert process.stdin is not None
-        poll = Poll(free=self._to_free, drop_below=self._drop_below)
+        poll = Poll(
+            free=self._to_free,
+            drop_below=self._drop_below,
+            clear_dram=self._clear_dram,
+        )
         self._to_free = []
+        self._clear_dram = False
         process.stdin.write(msgspec.json.encode(poll) + b"\n")
         self.counts = await self._hear(self._answer_timeout_s)
         if poll.drop_below == self._drop_below:
             self._drop_below = None
-            self._idle.set()
+        self._idle.set()
 
     async def _hear(self, timeout_s: float) -> Counts:
         """The next answer.
@@ -309,6 +329,7 @@ class _Server:
         self.counts = Counts()
         self._to_free = []
         self._drop_below = None
+        self._clear_dram = False
         self._idle.set()
 
     def _log_tail(self) -> str:

@@ -246,6 +246,8 @@ class PoolServer:
             keys.update(self._keys_of(what))
         self._to_free.update(dict.fromkeys(keys, _FREE_ROUNDS))
         self._free()
+        if poll.clear_dram:
+            self._storage.clear()
         return self.counts()
 
     def close(self) -> None:

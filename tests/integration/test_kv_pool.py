@@ -7,7 +7,6 @@ import os
 import signal
 from array import array
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -20,6 +19,7 @@ from aseer.types import InstanceId, InstanceInfo
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 pytest.importorskip("lmcache")
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
@@ -68,7 +68,7 @@ def shared_memory() -> list[str]:
 
 async def eventually(condition, timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (it is another thread's or process's)
             await asyncio.sleep(0.1)
 
 
