@@ -12,7 +12,6 @@ import shutil
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,6 +23,7 @@ from tests.e2e.tiny import by_request, tiny_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from aseer.kv.pool import KvPool
 

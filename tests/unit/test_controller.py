@@ -369,3 +369,41 @@ def test_counters_add_up_to_the_responses() -> None:
     assert counters.num_recomputed_tokens == sum(
         m.num_recomputed_tokens for m in metrics
     )
+
+
+def test_moves_are_told_apart_by_whether_their_kv_was_found() -> None:
+    controller = with_instances(100, 100)
+    controller.residency.use_pool(4, lambda instance_id: 0)
+    commands = controller.add_group(task_of("g", num_requests=1), 0.0)
+    seen = []
+    for now in range(1, 5):
+        (chunk,) = chunks_in(commands)
+        at_start = 4 + len(chunk.generated) // 4
+        found = at_start - 1 if now % 2 else 0
+        seen.append(chunk.instance_id)
+        controller.progress([report_of(chunk.chunk_id, num_cached_tokens=found)], now)
+        # Somebody else's work makes the other instance the better place.
+        controller.scheduler.fleet.reserve(chunk.instance_id, 4)
+        controller.scheduler.fleet.reserve(chunk.instance_id, 4)
+        ended = report_of(chunk.chunk_id, range(chunk.max_tokens), end="length")
+        commands = controller.progress([ended], now)
+    counters = controller.counters
+    assert counters.num_migrations == counters.num_moves_found + (
+        counters.num_moves_recomputed
+    ) + (seen[-1] != chunks_in(commands)[0].instance_id)
+    assert counters.num_moves_found == sum(
+        a != b for a, b in zip(seen[1::2], seen[2::2], strict=False)
+    )
+    assert counters.num_moves_recomputed > 0
+
+
+def test_moves_that_lose_their_kv_make_the_next_ones_dearer() -> None:
+    controller = with_instances(100)
+    controller.set_move_price(0.2)
+    assert controller.residency.move_price == pytest.approx(0.2)
+    controller.counters.num_moves_found = 3
+    controller.counters.num_moves_recomputed = 1
+    controller.set_move_price(0.2)
+    assert controller.residency.move_price == pytest.approx(0.2 + 0.8 / 4)
+    controller.set_move_price(None)
+    assert controller.residency.move_price < 1

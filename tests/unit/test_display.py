@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import threading
 
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from aseer.display import KvBar, Live, Rates, duration, plain_line, view
-from aseer.report import Progress, TimelineSample
+from aseer.report import KvReport, Progress, TimelineSample
 
 
 def sample(instance_id: int, *, num_output_tokens: int = 0) -> TimelineSample:
@@ -251,3 +252,36 @@ def test_an_interval_must_be_above_zero() -> None:
         Live(FakeRollout(None), interval_s=0)
     with pytest.raises(ValueError, match="plain_interval_s=-1"):
         Live(FakeRollout(None), plain_interval_s=-1)
+
+
+def test_the_kv_pool_is_shown_where_there_is_one():
+    kv = KvReport(
+        stored_bytes=9,
+        loaded_bytes=9,
+        evicted_bytes=0,
+        freed_bytes=0,
+        disk_written_bytes=0,
+        disk_read_bytes=0,
+        resident_bytes=25,
+        disk_resident_bytes=0,
+        capacity_bytes=100,
+        num_loads=1_200,
+        num_loaded_tokens=98_765,
+        num_moves_found=1_200,
+        num_moves_recomputed=7,
+        load_p50_s=0.045,
+        load_p90_s=0.1,
+        load_p99_s=0.2,
+        time_share=0.01,
+        num_failures=0,
+        num_restarts=0,
+    )
+    snapshot = dataclasses.replace(progress(), kv=kv)
+    assert "98,765 from the KV pool" in plain_line(snapshot, Rates())
+    console = Console(file=io.StringIO(), width=160)
+    console.print(view(snapshot, Rates()))
+    text = console.file.getvalue()
+    assert "98,765 tokens loaded in 1,200 loads, p50 45 ms, 7 recomputed" in text
+    assert "25%" in text
+    console.print(view(progress(), Rates()))
+    assert console.file.getvalue().count("KV pool") == 1
