@@ -12,8 +12,10 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 import aseer
@@ -23,7 +25,6 @@ from tests.e2e.tiny import by_request, tiny_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from aseer.kv.pool import KvPool
 
@@ -164,6 +165,18 @@ class Attacker:
                     pass
 
 
+def mapped_pools(pids: list[int]) -> set[str]:
+    """Inodes of servers' memory that the engines' processes have mapped."""
+    found = set()
+    for pid in pids:
+        engine = psutil.Process(pid)
+        for process in (engine, *engine.children(recursive=True)):
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                if "/lmcache_l1_pool_" in line:
+                    found.add(line.split()[4])
+    return found
+
+
 NUM_ATTACKS = int(os.environ.get("ASEER_NUM_ATTACKS", "3"))
 
 
@@ -193,6 +206,7 @@ def test_a_lost_server_costs_recomputation_only(engine, kind):
     same(by_request(list(rollout)), expected)
     assert rollout.report.kv.num_loads > 50, "the new server is used"
     assert [info.pid for info in engine.instances] == pids
+    assert len(mapped_pools(pids)) == 1, "memory of dead servers is let go"
 
 
 @pytest.mark.usefixtures("always_migrate")
