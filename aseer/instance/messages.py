@@ -19,7 +19,7 @@ import msgspec
 # Runtime imports: msgspec resolves the annotations.
 from aseer.types import Chunk, ChunkId, ChunkProgress, InstanceInfo, InstanceLoad
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):

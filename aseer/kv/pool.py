@@ -2,8 +2,9 @@
 
 A pool is never needed: whatever happens to a server costs recomputation. One that
 exits, or gives no answer in time, is killed and started again, at the same port, after
-a pause that doubles each time; its engines find it there by themselves. An engine that
-starts while its server is down runs without a pool until it is started again.
+a pause that doubles while servers are lost in quick succession; its engines find it
+there by themselves. An engine that starts while its server is down runs without a pool
+until it is started again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import secrets
 import shutil
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +179,7 @@ class _Server:
         self._log_path = log_path
         self._process: asyncio.subprocess.Process | None = None
         self._is_up = False
+        self._up_since = 0.0
         self._to_free: list[Free] = []
         self._drop_below: int | None = None
         self._clear_dram = False
@@ -240,6 +243,8 @@ class _Server:
             except (PoolServerError, OSError) as error:
                 _log.warning("the KV pool's server is lost: %s", error)
                 await self._bury()
+                if time.monotonic() - self._up_since > _LONGEST_PAUSE_S:
+                    pause_s = _FIRST_PAUSE_S
 
     async def end(self, grace_s: float) -> None:
         """Give it `grace_s` to exit, then kill it; either way nothing of it remains."""
@@ -273,6 +278,7 @@ class _Server:
         process.stdin.write(msgspec.json.encode(spec) + b"\n")
         self.counts = await self._hear(self._start_timeout_s)
         self._is_up = True
+        self._up_since = time.monotonic()
         _log.info("the KV pool's server is up (pid %d)", process.pid)
 
     async def _poll(self) -> None:

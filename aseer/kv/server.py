@@ -166,6 +166,11 @@ class CheckedAdapter(native.NativeConnectorL2Adapter):  # type: ignore[misc]
         )
         return super().submit_store_task(keys, objects)
 
+    def delete(self, keys: list[Any]) -> None:
+        super().delete(keys)
+        for key in keys:
+            self._sums.pop(key, None)
+
     def submit_load_task(self, keys: list[Any], objects: list[Any]) -> Any:
         task = super().submit_load_task(keys, objects)
         self._loading[task] = (keys, objects)
