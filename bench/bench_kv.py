@@ -45,7 +45,7 @@ def config_of(
     return aseer.EngineConfig(
         model=str(model),
         device="cpu",
-        dtype="bfloat16",
+        dtype=args.dtype,
         num_instances=2,
         kv_pool=pool,
         **settings,
@@ -125,7 +125,7 @@ def wait_until_written(pool: Any) -> None:
 def rollouts(engines: dict[str, aseer.Engine], args: argparse.Namespace) -> Any:
     """Tokens a second of the same rollout with a pool and without, and what it took."""
     prompts = [[5, 6, i] * 20 for i in range(7, 7 + args.groups)]
-    if not args.smoke:
+    if args.model != "tiny":
         prompts = [r.messages or r.prompt for r in load_prompts()[: args.groups]]
     sampling = {"temperature": 0.7, "max_tokens": args.max_tokens}
     rates: dict[str, list[float]] = {arm: [] for arm in engines}
@@ -155,7 +155,7 @@ def rollouts(engines: dict[str, aseer.Engine], args: argparse.Namespace) -> Any:
 
 
 def run(args: argparse.Namespace, model: Path, disk: Path) -> dict[str, Any]:
-    """Both parts."""
+    """The parts that are wanted."""
     pool = aseer.KvPoolConfig(
         mode="lmcache",
         dram_bytes=args.dram_bytes,
@@ -163,6 +163,18 @@ def run(args: argparse.Namespace, model: Path, disk: Path) -> dict[str, Any]:
         disk_bytes=8 << 30,
         timeout_s=30.0,
     )
+    figures: dict[str, Any] = {}
+    if "resume" in args.parts:
+        figures |= resume(args, model, pool)
+    if "rollout" in args.parts:
+        figures["rollout"] = with_and_without(args, model, pool)
+    return figures
+
+
+def resume(
+    args: argparse.Namespace, model: Path, pool: aseer.KvPoolConfig
+) -> dict[str, Any]:
+    """The first part."""
     config = config_of(
         model,
         args,
@@ -180,6 +192,13 @@ def run(args: argparse.Namespace, model: Path, disk: Path) -> dict[str, Any]:
         for way, key in (("dram", ""), ("disk", "_disk"), ("own_cache", "_own_cache")):
             share = times[str(n)][way]["median"] / whole
             figures[f"load_over_recompute{key}_{name}"] = round(share, 4)
+    return figures
+
+
+def with_and_without(
+    args: argparse.Namespace, model: Path, pool: aseer.KvPoolConfig
+) -> dict[str, Any]:
+    """The second part."""
     with contextlib.ExitStack() as stack:
         engines = {}
         for arm, mode in (("pool", pool), ("off", aseer.KvPoolConfig(mode="off"))):
@@ -193,8 +212,7 @@ def run(args: argparse.Namespace, model: Path, disk: Path) -> dict[str, Any]:
                 chunk_size=args.chunk_size,
             )
             engines[arm] = stack.enter_context(aseer.Engine(config))
-        figures["rollout"] = rollouts(engines, args)
-    return figures
+        return rollouts(engines, args)
 
 
 def main() -> None:
@@ -202,7 +220,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     # Just past a whole number of the pool's chunks, as chunks of requests end.
     lengths = [n * 128 + 1 for n in (16, 32, 63)]
+    parts = ["resume", "rollout"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--lengths", nargs="+", type=int, default=lengths)
+    parser.add_argument("--model", choices=["smollm2", "tiny"], default="smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -214,10 +236,11 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny model, one run")
     args = parser.parse_args()
     if args.smoke:
+        args.model = "tiny"
         args.lengths, args.repetitions, args.groups = [257, 513], 1, 2
         args.dram_bytes, args.kv_cache_bytes = 128 << 20, 64 << 20
     with tempfile.TemporaryDirectory() as folder:
-        if args.smoke:
+        if args.model == "tiny":
             tiny.make_tiny(model := Path(folder) / "tiny")
         else:
             model = smollm2.prepare()

@@ -274,17 +274,13 @@ class _Server:
                 env={**os.environ, **_ENV},
                 start_new_session=True,
             )
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(spec) + b"\n")
+        self._tell(spec)
         self.counts = await self._hear(self._start_timeout_s)
         self._is_up = True
         self._up_since = time.monotonic()
         _log.info("the KV pool's server is up (pid %d)", process.pid)
 
     async def _poll(self) -> None:
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
         poll = Poll(
             free=self._to_free,
             drop_below=self._drop_below,
@@ -292,11 +288,24 @@ class _Server:
         )
         self._to_free = []
         self._clear_dram = False
-        process.stdin.write(msgspec.json.encode(poll) + b"\n")
+        self._tell(poll)
         self.counts = await self._hear(self._answer_timeout_s)
         if poll.drop_below == self._drop_below:
             self._drop_below = None
         self._idle.set()
+
+    def _tell(self, message: ServerSpec | Poll) -> None:
+        """Write a line.
+
+        Raises:
+            PoolServerError: nobody reads it.
+        """
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(message) + b"\n")
+        except (OSError, RuntimeError) as error:  # uvloop's, for a pipe that is closed
+            raise PoolServerError(f"it takes no messages: {error}") from None
 
     async def _hear(self, timeout_s: float) -> Counts:
         """The next answer.
@@ -324,7 +333,7 @@ class _Server:
             await process.wait()
             assert process.stdin is not None
             process.stdin.close()
-            with suppress(OSError):
+            with suppress(OSError, RuntimeError):
                 await process.stdin.wait_closed()
         (SHARED_MEMORY / f"{SHM_PREFIX}{self._name}").unlink(missing_ok=True)
         if self._plan.disk_dir is not None:

@@ -92,6 +92,11 @@ class Ledger(L1ManagerListener, L2AdapterListener):  # type: ignore[misc]
                 per_chunk=size,
             )
 
+    def any_in_dram(self) -> Any:
+        """A key; None if DRAM is empty."""
+        with self._lock:
+            return next(iter(self._dram), None)
+
     def held(self, keys: set[Any]) -> tuple[list[Any], list[Any]]:
         """Of these keys, the ones in DRAM and on disk."""
         with self._lock:
@@ -234,13 +239,13 @@ class PoolServer:
 
     def counts(self) -> Counts:
         """See `Counts`."""
-        used = total = num = 0
+        size = capacity = 0
         for manager in self._managers:
-            status = manager.report_status()
-            used += status["memory_used_bytes"]
-            total += status["memory_total_bytes"]
-            num += status["total_object_count"]
-        return self._ledger.counts(total, used // num if num else 0)
+            capacity += manager.get_memory_usage()[1]
+            key = self._ledger.any_in_dram()
+            state = manager.get_object_state(key) if key is not None else None
+            size = max(size, state.memory_obj.get_size() if state else 0)
+        return self._ledger.counts(capacity, size)
 
     def answer(self, poll: Poll) -> Counts:
         """Do what a poll asks for."""

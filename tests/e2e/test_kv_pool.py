@@ -32,6 +32,7 @@ pytest.importorskip("lmcache")
 pytestmark = pytest.mark.timeout(900)
 
 CHUNK = 64
+ROUNDING = 2e-5
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
@@ -74,12 +75,23 @@ def undivided(engine: aseer.Engine, groups: list[aseer.Group]) -> dict[str, Any]
     return responses
 
 
-def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def same(
+    found: dict[str, Any], expected: dict[str, Any], *, recomputed: bool = False
+) -> None:
+    """Token for token, and bit for bit in the logprobs.
+
+    What is computed again in one step has other last bits than what grew token by
+    token: then the logprobs are equal to rounding.
+    """
     assert found.keys() == expected.keys()
     for request_id, response in found.items():
         assert response.finish_reason == "length", response.error
-        assert response.token_ids == expected[request_id].token_ids, request_id
-        assert response.logprobs == expected[request_id].logprobs, "bit for bit"
+        reference = expected[request_id]
+        assert response.token_ids == reference.token_ids, request_id
+        if recomputed:
+            assert response.logprobs == pytest.approx(reference.logprobs, abs=ROUNDING)
+        else:
+            assert response.logprobs == reference.logprobs, "bit for bit"
 
 
 @pytest.fixture(scope="module")
@@ -193,17 +205,17 @@ def test_a_lost_server_costs_recomputation_only(engine, kind):
         while attacker.num_sent < NUM_ATTACKS:
             started = time.monotonic()
             rollout = engine.rollout_sync(groups)
-            same(by_request(list(rollout)), expected)
+            same(by_request(list(rollout)), expected, recomputed=True)
             assert rollout.report.num_retries == 0
             slowest = max(slowest, time.monotonic() - started)
             engine._weight_version += 1  # or all of it were in the engines' own caches
     assert [info.pid for info in engine.instances] == pids, "no engine died"
     assert slowest < 90, "no stall"
+    eventually(lambda: pool.num_restarts >= restarts + NUM_ATTACKS)
     eventually(lambda: bool(pool.pids))
-    assert pool.num_restarts >= restarts + NUM_ATTACKS
     time.sleep(3.0)  # until the engines have noticed
     rollout = engine.rollout_sync(groups)
-    same(by_request(list(rollout)), expected)
+    same(by_request(list(rollout)), expected, recomputed=True)
     assert rollout.report.kv.num_loads > 50, "the new server is used"
     assert [info.pid for info in engine.instances] == pids
     assert len(mapped_pools(pids)) == 1, "memory of dead servers is let go"
@@ -222,7 +234,7 @@ def test_a_small_pool_with_a_disk_behind_and_a_disk_that_fails(tmp_path):
         pids = [info.pid for info in engine.instances]
         expected = undivided(engine, groups)
         rollout = engine.rollout_sync(groups)
-        same(by_request(list(rollout)), expected)
+        same(by_request(list(rollout)), expected, recomputed=True)
         kv = rollout.report.kv
         assert kv.evicted_bytes > 0
         assert kv.disk_written_bytes > 16 << 20
@@ -235,7 +247,7 @@ def test_a_small_pool_with_a_disk_behind_and_a_disk_that_fails(tmp_path):
             timer.start()
             found = by_request(list(engine.rollout_sync(groups)))
             timer.join()
-            same(found, expected)
+            same(found, expected, recomputed=True)
         assert [info.pid for info in engine.instances] == pids
 
 
