@@ -48,7 +48,7 @@ SHM_PREFIX = "lmcache_l1_pool_"  # LMCache's
 _POLL_INTERVAL_S = 0.5
 _ANSWER_TIMEOUTS = 2  # of the pool's `timeout_s`, until a server is taken for dead
 _FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 30.0
+_LONGEST_PAUSE_S = 8.0
 _LOG_TAIL_LINES = 5
 _ENV = {
     "LMCACHE_TRACK_USAGE": "false",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+import uvloop
 
 from aseer.config import EngineConfig, KvPoolConfig
 from aseer.kv.pool import SHM_PREFIX, KvPool
@@ -34,6 +35,12 @@ INFO = InstanceInfo(
     model="m",
     dtype="float32",
 )
+
+
+@pytest.fixture
+def event_loop_policy() -> uvloop.EventLoopPolicy:
+    """As in an engine: its transports differ from asyncio's where a pipe breaks."""
+    return uvloop.EventLoopPolicy()
 
 
 @asynccontextmanager
