@@ -31,7 +31,7 @@ from aseer.errors import (
 )
 from aseer.instance.messages import FROM_INSTANCE, Report
 from aseer.instance.pool import InstancePool
-from aseer.kv.pool import make_kv_pool
+from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.session import Session
 from aseer.transport.zeromq import bind_router
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
@@ -53,6 +53,7 @@ class Host:
     """The engine's thread and what runs on it."""
 
     def __init__(self, config: EngineConfig, launches: list[Launch]) -> None:
+        pool_plan = plan_kv_pool(config, launches)
         self._config = config
         self._launches = launches
         self.run_dir = Path(tempfile.mkdtemp(prefix="aseer-"))  # 0700
@@ -67,7 +68,9 @@ class Host:
         self._next_chunk_id = 0
         self._pool: InstancePool | None = None
         self._draft_server = make_draft_server(config, self.run_dir)
-        self.kv_pool = make_kv_pool(config, launches, self.log_dir)
+        self.kv_pool: KvPool | None = None
+        if pool_plan is not None:
+            self.kv_pool = KvPool(pool_plan, config, len(launches), self.log_dir)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread = threading.Thread(

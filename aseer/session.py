@@ -141,9 +141,10 @@ class Session:
             self._feed(self._draft_server, report)
         self._do(self._controller.progress(report.chunks, now))
         self._recorder.sample(instance_id, report.load, now)
-        if self._kv_pool is not None:
+        progress = self._recorder.progress(now, intake_open=self._intake_open)
+        if self._kv_pool is not None and progress is not self.progress:
             self._controller.set_move_price(self._recorder.kv_counts.move_price)
-        self.progress = self._recorder.progress(now, intake_open=self._intake_open)
+        self.progress = progress
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """Its chunks' requests wait again."""

@@ -354,9 +354,7 @@ class _Server:
         return ""
 
 
-def make_kv_pool(
-    config: EngineConfig, launches: list[Launch], log_dir: Path
-) -> KvPool | None:
+def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | None:
     """The pool that an engine has; None, and a line in the log that says why, if none.
 
     Raises:
@@ -377,7 +375,7 @@ def make_kv_pool(
         return None
     disk = f" and {plan.disk_bytes / 1e9:.2f} GB of disk" if plan.disk_dir else ""
     _log.info("KV pool: %d server(s) with %s%s each", plan.num_servers, why, disk)
-    return KvPool(plan, config, len(launches), log_dir)
+    return plan
 
 
 def _memory() -> Memory:

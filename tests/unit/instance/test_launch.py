@@ -87,3 +87,14 @@ def test_engine_args_and_env_have_the_last_word():
     assert launch.engine_args["block_size"] == 64
     assert launch.env["VLLM_CPU_OMP_THREADS_BIND"] == "7"
     assert launch.cores == ()  # they may be others than this machine's plan
+
+
+def test_another_kv_connector_is_passed_on_as_it_is():
+    told = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    config = EngineConfig(model="m", kv_transfer_config=told)
+    for launch in plan_instances(config, machine()):
+        assert launch.engine_args["kv_transfer_config"] == told
+    plain = plan_instances(EngineConfig(model="m"), machine())[0]
+    assert "kv_transfer_config" not in plain.engine_args
+    with pytest.raises(ConfigError, match="use instead: kv_transfer_config"):
+        EngineConfig(model="m", engine_args={"kv_transfer_config": told})

@@ -1,0 +1,55 @@
+"""Which engine belongs to which server, and what a closed engine leaves: nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aseer.config import EngineConfig, KvPoolConfig
+from aseer.errors import ConfigError
+from aseer.instance.launch import Launch
+from aseer.kv.pool import KvPool, plan_kv_pool
+from aseer.kv.settings import PoolPlan
+
+
+def plan_of(num_servers: int) -> PoolPlan:
+    return PoolPlan(
+        num_servers=num_servers,
+        dram_bytes=1 << 30,
+        disk_bytes=0,
+        disk_dir=None,
+        chunk_tokens=128,
+        on_cpu=True,
+        timeout_s=5.0,
+        why="a test",
+    )
+
+
+def test_servers_share_out_the_engines_in_order():
+    config = EngineConfig(model="m")
+    for num_servers, expected in (
+        (1, [0, 0, 0, 0]),
+        (2, [0, 0, 1, 1]),
+        (4, [0, 1, 2, 3]),
+    ):
+        pool = KvPool(plan_of(num_servers), config, 4, Path())
+        assert [pool.server_of(i) for i in range(4)] == expected
+
+
+def test_an_engine_that_starts_while_its_server_is_down_has_no_pool():
+    pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, Path())
+    assert pool.pids == []
+    assert pool.engine_args(0) == {}
+
+
+def test_simulated_engines_have_none():
+    launch = Launch(instance_id=0, backend="sim", engine_args={}, env={}, share="")
+    config = EngineConfig(model="m", kv_pool=KvPoolConfig(mode="lmcache"))
+    assert plan_kv_pool(config, [launch]) is None
+
+
+def test_modes_are_checked():
+    assert EngineConfig(model="m", kv_pool="off").kv_pool == KvPoolConfig(mode="off")
+    with pytest.raises(ConfigError, match="one of auto, off, lmcache"):
+        EngineConfig(model="m", kv_pool="on")
