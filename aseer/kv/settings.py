@@ -87,12 +87,13 @@ def plan_pool(
     is_wanted = pool.mode == "lmcache"
     if pool.mode == "off":
         return None, "it is switched off"
-    obstacle = _obstacle(config, num_instances, is_installed=is_installed)
+    if num_instances < 2 and not is_wanted:
+        return None, "one engine keeps its KV itself"
+    obstacle = _obstacle(config, is_installed=is_installed)
     if obstacle is not None:
-        if is_wanted and not obstacle.startswith("one engine"):
+        if is_wanted:
             raise ConfigError(f"kv_pool='lmcache' cannot be had: {obstacle}")
-        if not is_wanted:
-            return None, obstacle
+        return None, obstacle
     dram_bytes, why = _dram_bytes(pool, memory)
     if pool.dram_bytes is None and dram_bytes < MIN_DRAM_BYTES:
         if is_wanted:
@@ -115,10 +116,8 @@ def plan_pool(
     return plan, why
 
 
-def _obstacle(
-    config: EngineConfig, num_instances: int, *, is_installed: bool
-) -> str | None:
-    """Why there cannot, or need not, be a pool."""
+def _obstacle(config: EngineConfig, *, is_installed: bool) -> str | None:
+    """Why there cannot be a pool."""
     if config.kv_transfer_config is not None:
         return "kv_transfer_config names another connector"
     if not is_installed:
@@ -128,8 +127,6 @@ def _obstacle(
         )
     if "@" in config.model:
         return f"LMCache's keys do not allow the '@' in {config.model!r}"
-    if num_instances < 2:
-        return "one engine keeps its KV itself"
     return None
 
 
