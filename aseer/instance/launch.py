@@ -202,7 +202,12 @@ def _launch(
     env: dict[str, str],
     share: str,
 ) -> Launch:
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "LMCACHE_TRACK_USAGE": "false",
+        "LMCACHE_DISABLE_BANNER": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     return Launch(
         instance_id=instance_id,
         backend="vllm",

@@ -253,7 +253,8 @@ class PoolServer:
         if poll.drop_below is not None:
             keys |= self._ledger.older_than(poll.drop_below)
         for what in poll.free:
-            keys.update(self._keys_of(what))
+            with suppress(ValueError):  # LMCache takes no more than a million tokens
+                keys.update(self._keys_of(what))
         self._to_free.update(dict.fromkeys(keys, _FREE_ROUNDS))
         self._free()
         if poll.clear_dram:
