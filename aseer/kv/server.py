@@ -39,6 +39,7 @@ from lmcache.v1.distributed.config import (
 )
 from lmcache.v1.distributed.internal_api import L1ManagerListener, L2AdapterListener
 from lmcache.v1.distributed.l2_adapters import native_connector_l2_adapter as native
+from lmcache.v1.distributed.storage_manager import _L1_WRITE_TAG
 from lmcache.v1.mp_observability.config import (
     add_observability_args,
     parse_args_to_observability_config,
@@ -203,7 +204,7 @@ def discard_unfilled_memory() -> None:
             mine = [pending.pop(k) for k in list(pending) if k[0] == instance_id]
         for keys in mine:
             for manager in self._ctx.storage_manager._l1_managers_by_id.values():
-                manager.finish_write_and_delete(keys)
+                manager.finish_write_and_delete(keys, tag=_L1_WRITE_TAG)
         upstream(self, instance_id, entry)
 
     EngineDrivenTransferModule._release_entry = release
