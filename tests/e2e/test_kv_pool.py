@@ -108,18 +108,18 @@ def engine() -> Iterator[aseer.Engine]:
 
 @pytest.mark.usefixtures("always_migrate")
 def test_requests_that_hop_at_once_compute_one_token_a_hop(engine):
-    groups = groups_of(16, 1200, seed=1)
+    groups = groups_of(16, 1000, seed=1)
     expected = undivided(engine, groups)
     rollout = engine.rollout_sync(groups)
     same(by_request(list(rollout)), expected)
     report = rollout.report
-    assert report.num_migrations > 200
+    assert report.num_migrations > 150
     assert report.num_recomputed_tokens == 0
     assert report.num_preemptions == 0
     kv = report.kv
-    assert kv.num_moves_found > 200
+    assert kv.num_moves_found > 150
     assert kv.num_moves_recomputed == 0
-    assert kv.num_loads > 200
+    assert kv.num_loads > 150
     assert kv.loaded_bytes > 0
     assert 0 < kv.load_p50_s <= kv.load_p99_s
     assert 0 < kv.time_share < 1
@@ -239,7 +239,8 @@ def test_a_small_pool_with_a_disk_behind_and_a_disk_that_fails(tmp_path):
         assert kv.evicted_bytes > 0
         assert kv.disk_written_bytes > 16 << 20
         assert kv.disk_read_bytes > 0
-        assert kv.num_moves_found > kv.num_moves_recomputed
+        report = rollout.report
+        assert report.num_cached_tokens > 2 * report.num_recomputed_tokens
 
         for harm in (corrupt, take_away):
             engine._weight_version += 1
@@ -283,8 +284,8 @@ def test_one_request_at_a_time_hops_bit_for_bit_in_bfloat16():
         max_model_len=2048,
     )
     with aseer.Engine(config) as engine:
-        for i in range(3):
-            group = groups_of(1, 1500, seed=10 + i)
+        for i in range(2):
+            group = groups_of(1, 1400, seed=10 + i)
             expected = undivided(engine, group)
             rollout = engine.rollout_sync(group)
             same(by_request(list(rollout)), expected)
