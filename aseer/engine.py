@@ -231,9 +231,12 @@ class Engine:
         """
         host = self._open_host()
         check_pause(pause)
-        plan = await asyncio.wrap_future(
-            host.submit(host.begin_weight_update(version, pause))
-        )
+        beginning = host.submit(host.begin_weight_update(version, pause))
+        try:
+            plan = await asyncio.shield(asyncio.wrap_future(beginning))
+        except asyncio.CancelledError:
+            beginning.add_done_callback(host.abandon_weight_update)
+            raise
         try:
             started = time.monotonic()
             sending = Sending(source, plan.expected, plan.directory)

@@ -191,6 +191,12 @@ class Host:
             raise
         return plan
 
+    def abandon_weight_update(self, beginning: Future[Plan]) -> None:
+        """Give an update up whose caller was cancelled while it began."""
+        if not beginning.cancelled() and beginning.exception() is None:
+            plan = beginning.result()
+            self.post(lambda: self.weights.abandon(plan))
+
     async def switch_weights(self, plan: Plan) -> SwitchTimes:
         """Take every instance to weights that were sent; see `WeightKeeper.switch`."""
         assert self._pool is not None

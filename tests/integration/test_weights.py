@@ -161,6 +161,7 @@ async def test_an_instance_that_is_started_again_has_the_current_weights():
 
 async def test_a_rollout_in_progress_is_in_the_way_unless_told_otherwise():
     groups = groups_of(6, ignore_eos=True, max_tokens=300)
+    groups += groups_of(7, n=1, max_tokens=2)[6:]
     async with aseer.Engine(sims()) as engine:
         rollout = engine.rollout(groups)
         responses = aiter(rollout)
@@ -171,7 +172,8 @@ async def test_a_rollout_in_progress_is_in_the_way_unless_told_otherwise():
             await engine.update_weights(weights(1.0), pause="later")
         await engine.update_weights(weights(1.0), pause="wait")
         rest = [first, *[r async for r in responses]]
-        assert [r.finish_reason for r in rest] == ["length"] * 24
+        assert len(rest) == 25
+        assert {r.finish_reason for r in rest[1:]} == {"length"}
         assert {r.weight_version for r in rest} == {0}
 
         rollout = engine.rollout(groups)
@@ -179,7 +181,7 @@ async def test_a_rollout_in_progress_is_in_the_way_unless_told_otherwise():
         first = await anext(responses)
         await engine.update_weights(weights(2.0), pause="abort")
         rest = [first, *[r async for r in responses]]
-        assert len(rest) == 24
+        assert len(rest) == 25
         assert "aborted" in {r.finish_reason for r in rest}
         assert {r.weight_version for r in rest} == {1}
         assert engine.weight_version == 2
@@ -194,6 +196,20 @@ async def test_a_rollout_that_begins_during_an_update_waits_for_it():
             versions = {r.weight_version async for r in rollout}
             await update
         assert versions == {1}
+
+
+async def test_a_caller_that_is_cancelled_while_it_waits_leaves_the_way_free():
+    groups = groups_of(4, ignore_eos=True, max_tokens=300)
+    quick = groups_of(5, n=1, max_tokens=2)[4:]
+    async with aseer.Engine(sims()) as engine:
+        responses = aiter(engine.rollout([*groups, *quick]))
+        await anext(responses)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await engine.update_weights(weights(1.0), pause="wait")
+        assert len([r async for r in responses]) == 16
+        await engine.update_weights(weights(1.0))
+        assert engine.weight_version == 1
 
 
 async def test_what_cannot_sleep_says_so():
