@@ -287,7 +287,7 @@ class Engine:
             RolloutInProgressError: a rollout is in progress.
         """
         host = self._open_host()
-        await asyncio.wrap_future(host.submit(host.ask_all("sleep", level=level)))
+        await asyncio.wrap_future(host.submit(host.sleep(level)))
 
     async def wake(self) -> None:
         """Take the memory back that `sleep` released.
@@ -296,7 +296,7 @@ class Engine:
             EngineError: an instance cannot.
         """
         host = self._open_host()
-        await asyncio.wrap_future(host.submit(host.ask_all("wake")))
+        await asyncio.wrap_future(host.submit(host.wake()))
 
     @property
     def weight_version(self) -> int:

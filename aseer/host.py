@@ -68,6 +68,7 @@ class Host:
         self.ended = threading.Event()
         self._loads: dict[InstanceId, InstanceLoad] = {}
         self._exhausted: str | None = None
+        self._is_asleep = False
         self._session: Session | None = None
         self._next_chunk_id = 0
         self._pool: InstancePool | None = None
@@ -132,6 +133,7 @@ class Host:
         """
         if self._exhausted is not None:
             raise EngineError(f"the engine has no instance left: {self._exhausted}")
+        self._check_awake()
         last = self._session
         if last is not None and last.was_left:
             await self.drain(last)
@@ -183,6 +185,7 @@ class Host:
             WeightUpdateError: the version is not a later one.
         """
         assert self._pool is not None
+        self._check_awake()
         plan = await self.weights.begin(self._pool, self.infos, version)
         try:
             await self._make_way(pause)
@@ -206,19 +209,28 @@ class Host:
             self._draft_server.set_weight_version(plan.version)
         return times
 
-    async def ask_all(self, what: Question, **arguments: Any) -> None:
-        """Call a method of every instance's backend.
-
-        Raises:
-            RolloutInProgressError: a rollout is in progress.
-            EngineError: an instance cannot do it.
-        """
-        assert self._pool is not None
+    async def sleep(self, level: int) -> None:
+        """See `Engine.sleep`."""
         await self._make_way(None)
+        await self.weights.idle()
+        await self._ask_all("sleep", level=level)
+        self._is_asleep = True
+
+    async def wake(self) -> None:
+        """See `Engine.wake`."""
+        await self._ask_all("wake")
+        self._is_asleep = False
+
+    async def _ask_all(self, what: Question, **arguments: Any) -> None:
+        assert self._pool is not None
         asked = [self._pool.ask(i, what, **arguments) for i in self.infos]
         for error in await asyncio.gather(*asked, return_exceptions=True):
             if isinstance(error, BaseException):
                 raise error
+
+    def _check_awake(self) -> None:
+        if self._is_asleep:
+            raise EngineError("the engine is asleep; wake() it first")
 
     async def _make_way(self, pause: Pause | None) -> None:
         session = self._session

@@ -93,9 +93,7 @@ class InstancePool:
         seed = secrets.randbits(31) if config.seed is None else config.seed
         self._seeds = random.Random(seed)
         self._num_asked = 0
-        # What an instance that starts must load first: an index's path; None = what
-        # the engine was started with.
-        self.weights: str | None = None
+        self.weights: str | None = None  # index of what a new instance must load first
 
     @property
     def log_paths(self) -> list[Path]:
@@ -122,8 +120,7 @@ class InstancePool:
     ) -> asyncio.Future[Any]:
         """Call a method of an instance's backend, after those asked for before.
 
-        The future raises EngineError if the method did, and InstanceLostError if the
-        instance died.
+        The future raises EngineError if the method did; InstanceLostError if it died.
         """
         slot = self._slots[instance_id]
         self._num_asked += 1

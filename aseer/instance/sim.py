@@ -16,7 +16,7 @@ from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aseer.errors import ConfigError, EngineError
+from aseer.errors import ConfigError
 from aseer.types import (
     ChunkEnd,
     InstanceId,
@@ -175,7 +175,6 @@ class SimBackend:
 
     async def sleep(self, level: int) -> None:
         """See `Backend`."""
-        raise EngineError("a simulated engine has no memory to release")
 
     async def wake(self) -> None:
         """See `Backend`."""

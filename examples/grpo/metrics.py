@@ -18,7 +18,8 @@ class Log:
         " logprob_off_mean logprob_off_max ratio_mean clipped gradient_norm"
     ).split()
 
-    def __init__(self, out: Path, *, resumed: bool) -> None:
+    def __init__(self, out: Path, first: int) -> None:
+        """Begin, or go on with iteration `first` behind what is there."""
         self._path = out / "metrics.csv"
         self._board: Any = None
         try:
@@ -27,8 +28,11 @@ class Log:
             self._board = SummaryWriter(out / "tensorboard")
         except ImportError:
             pass
-        if not resumed:
-            self._path.write_text(",".join(self.columns) + "\n")
+        earlier = self._rows() if first > 1 else []
+        with self._path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(r for r in earlier if int(r["iteration"]) < first)
 
     def write(self, row: dict[str, float]) -> None:
         with self._path.open("a", newline="") as file:
@@ -42,8 +46,7 @@ class Log:
         """curve.png: reward in training and on held-out problems."""
         from matplotlib.figure import Figure
 
-        with self._path.open() as file:
-            rows = list(csv.DictReader(file))
+        rows = self._rows()
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for name, style in (("reward", "-"), ("eval", "o-")):
@@ -53,3 +56,7 @@ class Log:
         axes.set(xlabel="iteration", ylabel="mean reward", ylim=(0, 1))
         axes.legend()
         figure.savefig(self._path.with_name("curve.png"), dpi=120)
+
+    def _rows(self) -> list[dict[str, str]]:
+        with self._path.open(newline="") as file:
+            return list(csv.DictReader(file))

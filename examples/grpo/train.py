@@ -193,8 +193,8 @@ async def collect(
             advantages = (scores - scores.mean()) / (scores.std() + 1e-4)
             batch += map(Trained, samples, advantages.tolist())
             num_kept += 1
-            if num_kept == args.groups:
-                break
+            if args.dynamic and num_kept == args.groups:
+                break  # what still runs is aborted
     lengths.sort()
     return batch, {
         "reward": sum(rewards) / len(rewards),
@@ -239,10 +239,8 @@ def train_on(
             gain = torch.min(ratio * advantage, clipped * advantage)
             (-(gain * mask).sum() / num_here).backward()
             off = ((new - old) * mask).detach().abs()
-            off_sum, off_max = (
-                off_sum + off.sum().item(),
-                max(off_max, off.max().item()),
-            )
+            off_sum += off.sum().item()
+            off_max = max(off_max, off.max().item())
             ratio_sum += (ratio * mask).sum().item()
             num_clipped += (ratio != clipped).sum().item()
         measured = measured or {
@@ -281,17 +279,14 @@ async def main(args: argparse.Namespace) -> None:
         warm = Path(args.warm or out / "warm")
         if not (warm / "model.safetensors").exists():
             make_warm(warm, args)
-    newest = out / "checkpoint"
-    state = newest / "trainer.pt"
-    policy = AutoModelForCausalLM.from_pretrained(
-        newest if state.exists() else warm, dtype=torch.float32
-    )
-    policy.config.use_cache = False
+    policy = AutoModelForCausalLM.from_pretrained(warm, dtype=torch.float32)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
     rng = random.Random(f"train-{args.seed}")
+    state = out / "trainer.pt"
     first = 1
     if state.exists():
         saved = torch.load(state, weights_only=False)
+        policy.load_state_dict(saved["policy"])
         optimiser.load_state_dict(saved["optimiser"])
         rng.setstate(saved["rng"])
         first = saved["iteration"] + 1
@@ -306,8 +301,8 @@ async def main(args: argparse.Namespace) -> None:
         kv_cache_bytes=1 << 30, seed=args.seed, **settings,
     ) as sampler:  # fmt: skip
         if state.exists():
-            await sampler.update(policy, newest)
-        log = Log(out, resumed=state.exists())
+            await sampler.update(policy, out / "weights")
+        log = Log(out, first)
         if first == 1:
             log.write({"iteration": 0, "eval": await evaluate(sampler, task, args)})
         for iteration in range(first, args.iterations + 1):
@@ -316,7 +311,7 @@ async def main(args: argparse.Namespace) -> None:
             clock.append(time.monotonic())
             row |= train_on(policy, optimiser, batch, rng, args)
             clock.append(time.monotonic())
-            await sampler.update(policy, newest)
+            await sampler.update(policy, out / "weights")
             clock.append(time.monotonic())
             rollout_s, train_s, update_s = (b - a for a, b in pairwise(clock))
             row |= {"rollout_s": rollout_s, "train_s": train_s, "update_s": update_s}
@@ -324,11 +319,29 @@ async def main(args: argparse.Namespace) -> None:
             row["acceptance_length"] = sampler.acceptance_length
             if iteration % args.eval_every == 0 or iteration == args.iterations:
                 row["eval"] = await evaluate(sampler, task, args)
-                policy.save_pretrained(newest)
-                saved = {"optimiser": optimiser.state_dict(), "rng": rng.getstate()}
-                torch.save(saved | {"iteration": iteration}, state)
+                save(state, policy, optimiser, rng, iteration)
             log.write({"iteration": iteration, **row})
     log.plot()
+    policy.save_pretrained(out / "policy")
+
+
+def save(
+    path: Path,
+    policy: PreTrainedModel,
+    optimiser: torch.optim.Optimizer,
+    rng: random.Random,
+    iteration: int,
+) -> None:
+    """Write everything that going on needs, all of it or nothing."""
+    state = {
+        "policy": policy.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "rng": rng.getstate(),
+        "iteration": iteration,
+    }
+    unfinished = path.with_suffix(".new")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
 
 
 def parse() -> argparse.Namespace:

@@ -212,10 +212,16 @@ async def test_a_caller_that_is_cancelled_while_it_waits_leaves_the_way_free():
         assert engine.weight_version == 1
 
 
-async def test_what_cannot_sleep_says_so():
+async def test_an_engine_that_sleeps_does_nothing_until_it_is_woken():
     async with aseer.Engine(sims()) as engine:
-        with pytest.raises(aseer.EngineError, match="no memory to release"):
-            await engine.sleep()
+        before = await roll(engine)
+        await engine.sleep()
+        with pytest.raises(aseer.EngineError, match="asleep"):
+            await roll(engine)
+        with pytest.raises(aseer.EngineError, match="asleep"):
+            await engine.update_weights(weights(1.0))
+        await engine.wake()
+        assert await roll(engine) == before
 
 
 SCRIPT = """
