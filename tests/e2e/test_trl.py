@@ -60,6 +60,7 @@ def test_a_trainer_of_trl_trains_on_what_its_own_weights_generate(
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # a thread that never ends
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
