@@ -166,17 +166,18 @@ async def collect(
     """Roll out, rewarding groups as they arrive.
 
     With dynamic sampling (DAPO) a group whose responses all got the same reward, and so
-    teach nothing, is dropped and another asked for, until the batch is full.
+    teach nothing, is dropped and another asked for, until the batch is full or so many
+    groups were sampled that it may never be.
     """
-    asked: asyncio.Queue[None] = asyncio.Queue()
+    wanted: asyncio.Queue[bool] = asyncio.Queue()
 
     async def source() -> AsyncIterator[aseer.Group]:
-        while True:
-            await asked.get()
+        while await wanted.get():
             yield next(problems)
 
+    num_left = args.groups * args.max_refill
     for _ in range(args.groups):
-        asked.put_nowait(None)
+        wanted.put_nowait(True)
     groups = source() if args.dynamic else [next(problems) for _ in range(args.groups)]
     batch: list[Trained] = []
     rewards: list[float] = []
@@ -188,7 +189,8 @@ async def collect(
             rewards += scores.tolist()
             lengths += [len(sample.response) for sample in samples]
             if args.dynamic and scores.std() == 0:
-                asked.put_nowait(None)
+                num_left -= 1
+                wanted.put_nowait(num_left > 0)
                 continue
             advantages = (scores - scores.mean()) / (scores.std() + 1e-4)
             batch += map(Trained, samples, advantages.tolist())
@@ -309,7 +311,7 @@ async def main(args: argparse.Namespace) -> None:
             clock = [time.monotonic()]
             batch, row = await collect(sampler, task, problems, args)
             clock.append(time.monotonic())
-            row |= train_on(policy, optimiser, batch, rng, args)
+            row |= train_on(policy, optimiser, batch, rng, args) if batch else {}
             clock.append(time.monotonic())
             await sampler.update(policy, out / "weights")
             clock.append(time.monotonic())
@@ -357,6 +359,7 @@ def parse() -> argparse.Namespace:
     add("--groups", type=int, default=32, help="in an iteration")
     add("--group-size", type=int, default=8)
     add("--dynamic", action="store_true", help="drop groups that teach nothing (DAPO)")
+    add("--max-refill", type=int, default=3, help="batches of groups it may drop")
     add("--speculation", choices=["off", "dgds"], default="off")
     add("--minibatches", type=int, default=2)
     add("--micro-batch", type=int, default=64, help="responses in a forward pass")

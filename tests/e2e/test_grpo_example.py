@@ -30,9 +30,10 @@ def test_it_trains_and_goes_on_from_its_checkpoint(tmp_path):
     rows = train(tmp_path, "--iterations", "2")
     assert [row["iteration"] for row in rows] == ["0", "1", "2"]
     assert (tmp_path / "curve.png").stat().st_size > 1000
-    more = train(tmp_path, "--iterations", "3", "--speculation", "dgds")
+    more = train(tmp_path, "--iterations", "3", "--speculation", "dgds", "--dynamic")
     assert [row["iteration"] for row in more] == ["0", "1", "2", "3"]
     assert more[:3] == rows
-    for row in more[1:]:
+    assert int(more[3]["num_responses"]) > 12, "what taught nothing was replaced"
+    for row in rows[1:]:
         assert float(row["logprob_off_max"]) < 1e-3, "engine and trainer agree"
         assert float(row["ratio_mean"]) == pytest.approx(1.0, abs=1e-3)
