@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aseer.instance")
 
 STREAM_INTERVAL = 16
+_RESET_TRIES = 100
+_RESET_INTERVAL_S = 0.1
 _HAS_REQUEST_INTERVAL = (
     "stream_interval" in inspect.signature(SamplingParams).parameters
 )
@@ -188,17 +190,28 @@ class VllmBackend:
 
     async def prepare_weights(self, index: str) -> None:
         """See `Backend`."""
-        await self._engine.collective_rpc("aseer_prepare_weights", args=(index,))
+        await self._call("aseer_prepare_weights", index)
 
     async def commit_weights(self) -> None:
         """See `Backend`."""
-        await self._engine.collective_rpc("aseer_commit_weights")
-        if not await self._engine.reset_prefix_cache():
-            raise EngineError("its prefix cache cannot be emptied: blocks are in use")
+        await self._call("aseer_commit_weights")
+        # Blocks of what has ended may be in use until they are stored elsewhere.
+        for _ in range(_RESET_TRIES):
+            if await self._engine.reset_prefix_cache():
+                return
+            await asyncio.sleep(_RESET_INTERVAL_S)
+        raise EngineError("its prefix cache cannot be emptied: blocks are in use")
 
     async def discard_weights(self) -> None:
         """See `Backend`."""
-        await self._engine.collective_rpc("aseer_discard_weights")
+        await self._call("aseer_discard_weights")
+
+    async def _call(self, method: str, *args: Any) -> None:
+        """Call a method of aseer's extension in every worker."""
+        try:
+            await self._engine.collective_rpc(method, args=args)
+        except EngineDeadError as error:
+            raise EngineDied(str(error)) from error
 
     async def sleep(self, level: int) -> None:
         """See `Backend`."""
