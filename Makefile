@@ -12,7 +12,7 @@ CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 help:
 	@echo "make demo        roll out 64 requests on two vLLM engines on this CPU"
-	@echo "make grpo        train a small model by GRPO on this CPU (under 30 minutes)"
+	@echo "make grpo        train a small model by GRPO on this CPU, from nothing"
 	@echo "make test        all tests that need no GPU, real engines included (minutes)"
 	@echo "make test-quick  unit and property tests (under a minute)"
 	@echo "make lint        ruff, mypy, clang-format, codespell; changes nothing"

@@ -211,18 +211,18 @@ class InstancePool:
         """Wait for its hello, and let it load the current weights before it works."""
         await slot.said_hello.wait()
         loaded = None
-        try:
-            while loaded != self.weights:  # they may change meanwhile
-                loaded = self.weights
+        while loaded != self.weights:  # they may change meanwhile
+            loaded = self.weights
+            try:
                 if loaded is None:
                     raise EngineError("the weights it had just loaded were taken back")
                 await self.ask(slot.instance_id, "prepare_weights", index=loaded)
                 await self.ask(slot.instance_id, "commit_weights")
-        except EngineError as error:
-            slot.failure = str(error)
-            assert slot.process is not None
-            slot.process.kill()
-            return
+            except EngineError as error:
+                if loaded == self.weights:
+                    slot.failure = str(error)
+                    self.replace(slot.instance_id, slot.failure)
+                    return
         assert slot.info is not None
         slot.up.set()
         self._owner.instance_up(slot.info)
@@ -392,7 +392,6 @@ class _Slot:
         for asked in self.asked.values():
             if not asked.done():
                 asked.set_exception(InstanceLostError(why))
-        self.asked.clear()
 
     def count(self, report: Report) -> None:
         """Keep track of what runs, and when something last moved."""
