@@ -8,10 +8,11 @@ ARGS ?=
 CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick lint format bench clean
+.PHONY: help setup demo grpo test test-quick lint format bench clean
 
 help:
 	@echo "make demo        roll out 64 requests on two vLLM engines on this CPU"
+	@echo "make grpo        train a small model by GRPO on this CPU, from nothing"
 	@echo "make test        all tests that need no GPU, real engines included (minutes)"
 	@echo "make test-quick  unit and property tests (under a minute)"
 	@echo "make lint        ruff, mypy, clang-format, codespell; changes nothing"
@@ -28,6 +29,9 @@ setup:
 
 demo: setup
 	@$(BIN)/aseer demo $(ARGS)
+
+grpo: setup
+	@$(BIN)/python examples/grpo/train.py $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)

@@ -20,9 +20,15 @@ from aseer.errors import (
     ProtocolError,
     RolloutError,
     RolloutInProgressError,
+    WeightUpdateError,
 )
 from aseer.groups import Group
-from aseer.report import InstanceReport, Progress, RolloutReport
+from aseer.report import (
+    InstanceReport,
+    Progress,
+    RolloutReport,
+    WeightUpdateReport,
+)
 from aseer.rollout import Rollout, SyncRollout, rollout
 from aseer.sampling import SamplingParams
 from aseer.types import RequestMetrics, Response
@@ -53,6 +59,8 @@ __all__ = [
     "SamplingParams",
     "SpeculationConfig",
     "SyncRollout",
+    "WeightUpdateError",
+    "WeightUpdateReport",
     "__version__",
     "rollout",
 ]

@@ -176,6 +176,8 @@ class EngineConfig:
         env: environment variables of the engine processes.
         log_dir: where engine logs go and stay; None = with the socket directory,
             removed at close.
+        weights_dir: where `update_weights` puts tensors for the engines, as large as
+            the model, twice that during an update; None = shared memory (/dev/shm).
     """
 
     model: str
@@ -206,6 +208,7 @@ class EngineConfig:
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     log_dir: Path | str | None = None
+    weights_dir: Path | str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str | Path) or not str(self.model):
@@ -276,6 +279,16 @@ def check_kv_pool(kv_pool: KvPoolConfig | KvPoolMode) -> KvPoolConfig:
     if isinstance(kv_pool, KvPoolConfig):
         return kv_pool
     return KvPoolConfig(mode=kv_pool)
+
+
+def check_pause(pause: object) -> None:
+    """Refuse what is no way to treat a rollout in progress.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    if pause not in (None, "abort", "wait"):
+        raise _bad("pause", pause, "'abort', 'wait', or None")
 
 
 def check_chunk_size(chunk_size: object) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextvars
+import time
 import weakref
 from typing import TYPE_CHECKING, Self
 
 from aseer.config import (
     EngineConfig,
     check_chunk_size,
+    check_pause,
     check_policy,
     check_speculation,
 )
@@ -19,7 +21,9 @@ from aseer.groups import GroupResolver, HuggingFaceTokenizer
 from aseer.host import Host
 from aseer.instance.launch import plan_instances, this_machine
 from aseer.instance.versions import check_vllm
+from aseer.report import WeightUpdateReport
 from aseer.rollout import Groups, Rollout, SyncRollout
+from aseer.weights.sending import Sending
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 
     from aseer.config import PolicyName
     from aseer.types import InstanceInfo
+    from aseer.weights.keeper import Pause, Plan, SwitchTimes
+    from aseer.weights.sending import WeightSource
 
 current_engine: contextvars.ContextVar[Engine | None] = contextvars.ContextVar(
     "aseer_engine", default=None
@@ -64,7 +70,6 @@ class Engine:
         self._host: Host | None = None
         self._tokenizer = HuggingFaceTokenizer(config.tokenizer or config.model)
         self._tokens: list[contextvars.Token[Engine | None]] = []
-        self._weight_version = 0
 
     # Opening and closing
 
@@ -194,6 +199,110 @@ class Engine:
             self.config.max_pending_requests,
         )
 
+    async def update_weights(
+        self,
+        source: WeightSource,
+        *,
+        version: int | None = None,
+        pause: Pause | None = None,
+    ) -> WeightUpdateReport:
+        """Give every instance new weights, or none of them.
+
+        Names, shapes, dtypes and values are checked against the checkpoint that the
+        engine was started from before anything changes. Tensors are written once into
+        memory that all instances share; they stay there for instances that must be
+        started again. Nothing made with the old weights is read after: prefix caches
+        are emptied, and drafts dropped as `SpeculationConfig` says.
+
+        Args:
+            source: a checkpoint's directory (safetensors; it must stay as it is while
+                the engine uses it), a `state_dict`, an `nn.Module`, or an iterable of
+                (name, tensor). An iterable is taken in the calling thread, and never
+                held as a whole. Names are those of the checkpoint; of tied tensors in a
+                `state_dict` or a module the model's own counts.
+            version: that responses carry from then on, greater than now; None = one
+                more.
+            pause: what to do about a rollout in progress: "wait" for its end, or
+                "abort" it, so that its unfinished responses come as `aborted`.
+        Raises:
+            WeightUpdateError: every instance has the weights it had before.
+            RolloutInProgressError: a rollout is in progress, and `pause` is None.
+            EngineClosedError: the engine is not open.
+        """
+        host = self._open_host()
+        check_pause(pause)
+        beginning = host.submit(host.begin_weight_update(version, pause))
+        try:
+            plan = await asyncio.shield(asyncio.wrap_future(beginning))
+        except asyncio.CancelledError:
+            beginning.add_done_callback(host.abandon_weight_update)
+            raise
+        try:
+            started = time.monotonic()
+            sending = Sending(source, plan.expected, plan.directory)
+            for _ in sending:
+                await asyncio.sleep(0)
+            send_s = time.monotonic() - started
+        except BaseException:
+            host.post(lambda: host.weights.abandon(plan))
+            raise
+        # It goes on to its end whoever is cancelled: half an update cannot be left.
+        switching = host.submit(host.switch_weights(plan))
+        times = await asyncio.shield(asyncio.wrap_future(switching))
+        return _update_report(plan, sending, send_s, times)
+
+    def update_weights_sync(
+        self,
+        source: WeightSource,
+        *,
+        version: int | None = None,
+        pause: Pause | None = None,
+    ) -> WeightUpdateReport:
+        """As `update_weights`, for code without an event loop."""
+        host = self._open_host()
+        check_pause(pause)
+        plan = host.submit(host.begin_weight_update(version, pause)).result()
+        try:
+            started = time.monotonic()
+            sending = Sending(source, plan.expected, plan.directory)
+            for _ in sending:
+                pass
+            send_s = time.monotonic() - started
+        except BaseException:
+            host.post(lambda: host.weights.abandon(plan))
+            raise
+        times = host.submit(host.switch_weights(plan)).result()
+        return _update_report(plan, sending, send_s, times)
+
+    async def sleep(self, level: int = 1) -> None:
+        """Release the devices' memory for a trainer on the same GPUs, until `wake`.
+
+        Needs `EngineConfig(engine_args={"enable_sleep_mode": True})`.
+
+        Args:
+            level: 1 keeps the weights in the host's memory; 2 drops them, so that
+                `update_weights` must follow `wake`. Both drop the KV cache.
+        Raises:
+            EngineError: an instance cannot; engines on CPUs never can.
+            RolloutInProgressError: a rollout is in progress.
+        """
+        host = self._open_host()
+        await asyncio.wrap_future(host.submit(host.sleep(level)))
+
+    async def wake(self) -> None:
+        """Take the memory back that `sleep` released.
+
+        Raises:
+            EngineError: an instance cannot.
+        """
+        host = self._open_host()
+        await asyncio.wrap_future(host.submit(host.wake()))
+
+    @property
+    def weight_version(self) -> int:
+        """Of the weights that every instance has; 0 = those it was started with."""
+        return self._open_host().weights.version
+
     @property
     def instances(self) -> list[InstanceInfo]:
         """What the instances that are up said of themselves."""
@@ -231,10 +340,23 @@ class Engine:
 
     def _how(
         self, policy: PolicyName | None, chunk_size: int | None
-    ) -> tuple[PolicyName, int, int]:
+    ) -> tuple[PolicyName, int]:
         chosen = self.config.policy if policy is None else check_policy(policy)
         size = self.config.chunk_size if chunk_size is None else chunk_size
-        return chosen, check_chunk_size(size), self._weight_version
+        return chosen, check_chunk_size(size)
+
+
+def _update_report(
+    plan: Plan, sending: Sending, send_s: float, times: SwitchTimes
+) -> WeightUpdateReport:
+    return WeightUpdateReport(
+        version=plan.version,
+        num_tensors=len(sending.index.tensors),
+        num_bytes=sending.index.num_bytes,
+        send_s=send_s,
+        prepare_s=times.prepare_s,
+        switch_s=times.switch_s,
+    )
 
 
 def _close_at_exit(reference: weakref.ref[Engine]) -> None:

@@ -6,6 +6,7 @@
     |   |-- InstanceStartError               an engine process did not come up
     |   |-- InstanceLostError                no engine is left, or one keeps dying
     |   `-- EngineClosedError                used after close, or before it was opened
+    |-- WeightUpdateError                    new weights were refused; the old ones stay
     |-- RolloutError                         some requests failed; the rest was yielded
     |-- RolloutInProgressError               one rollout at a time an engine
     |-- ProtocolError                        a peer speaks another protocol version
@@ -48,6 +49,10 @@ class RolloutError(AseerError):
 
 class RolloutInProgressError(AseerError):
     """The engine is still busy with another rollout."""
+
+
+class WeightUpdateError(AseerError):
+    """New weights were refused; every instance has those it had before."""
 
 
 class ProtocolError(AseerError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -29,20 +30,24 @@ from aseer.errors import (
     EngineError,
     RolloutInProgressError,
 )
+from aseer.instance.cleanup import SHARED_MEMORY
 from aseer.instance.messages import FROM_INSTANCE, Report
 from aseer.instance.pool import InstancePool
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.session import Session
 from aseer.transport.zeromq import bind_router
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
+from aseer.weights.keeper import WeightKeeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from aseer.config import EngineConfig, PolicyName
     from aseer.instance.launch import Launch
+    from aseer.instance.messages import Question
     from aseer.mailbox import Mailbox
     from aseer.types import Response
+    from aseer.weights.keeper import Pause, Plan, SwitchTimes
 
 _log = logging.getLogger("aseer")
 _POOL_GRACE_S = 3.0
@@ -57,6 +62,8 @@ class Host:
         self._config = config
         self._launches = launches
         self.run_dir = Path(tempfile.mkdtemp(prefix="aseer-"))  # 0700
+        self.weights_dir = _weights_dir(config, self.run_dir)
+        self.weights = WeightKeeper(self.weights_dir)
         self.log_dir = Path(config.log_dir or self.run_dir)
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self.infos: dict[InstanceId, InstanceInfo] = {}
@@ -64,6 +71,7 @@ class Host:
         self.ended = threading.Event()
         self._loads: dict[InstanceId, InstanceLoad] = {}
         self._exhausted: str | None = None
+        self._is_asleep = False
         self._session: Session | None = None
         self._next_chunk_id = 0
         self._pool: InstancePool | None = None
@@ -122,7 +130,6 @@ class Host:
         mailbox: Mailbox[Response],
         policy: PolicyName,
         chunk_size: int,
-        weight_version: int,
     ) -> Session:
         """Begin a rollout.
 
@@ -132,9 +139,11 @@ class Host:
         """
         if self._exhausted is not None:
             raise EngineError(f"the engine has no instance left: {self._exhausted}")
+        self._check_awake()
         last = self._session
         if last is not None and last.was_left:
             await self.drain(last)
+        await self.weights.idle()  # from here to its end nothing else may run
         if last is not None and not last.over.done():
             raise RolloutInProgressError(
                 f"a rollout with {last.num_unfinished} unfinished requests is in "
@@ -150,7 +159,7 @@ class Host:
             chunk_size=chunk_size,
             starvation_interval=self._config.starvation_interval,
             max_request_retries=self._config.max_request_retries,
-            weight_version=weight_version,
+            weight_version=self.weights.version,
             first_chunk_id=last.next_chunk_id if last else 0,
             loop=self._loop,
             draft_server=self._draft_server,
@@ -173,8 +182,88 @@ class Host:
             self._pool.kill_busy(f"it did not stop its work within {timeout_s:g} s")
             await asyncio.wait([session.over], timeout=timeout_s)
 
+    async def begin_weight_update(
+        self, version: int | None, pause: Pause | None
+    ) -> Plan:
+        """Make way for new weights, and keep the way free until the update is over.
+
+        Raises:
+            RolloutInProgressError: a rollout is in progress, and `pause` is None.
+            WeightUpdateError: the version is not a later one.
+        """
+        assert self._pool is not None
+        self._check_awake()
+        plan = await self.weights.begin(self._pool, self.infos, version)
+        try:
+            await self._make_way(pause)
+        except BaseException:
+            self.weights.abandon(plan)
+            raise
+        return plan
+
+    def abandon_weight_update(self, beginning: Future[Plan]) -> None:
+        """Give an update up whose caller was cancelled while it began."""
+        if not beginning.cancelled() and beginning.exception() is None:
+            plan = beginning.result()
+            self.post(lambda: self.weights.abandon(plan))
+
+    async def switch_weights(self, plan: Plan) -> SwitchTimes:
+        """Take every instance to weights that were sent; see `WeightKeeper.switch`."""
+        assert self._pool is not None
+        times = await self.weights.switch(plan, self._pool, self.infos)
+        # What else outlives a rollout, and was made with the old weights, goes here.
+        if self._draft_server is not None:
+            self._draft_server.set_weight_version(plan.version)
+        if self.kv_pool is not None:
+            await self.kv_pool.drop_older(plan.version)
+        return times
+
+    async def sleep(self, level: int) -> None:
+        """See `Engine.sleep`."""
+        await self._make_way(None)
+        await self.weights.idle()
+        await self._ask_all("sleep", level=level)
+        self._is_asleep = True
+
+    async def wake(self) -> None:
+        """See `Engine.wake`."""
+        await self._ask_all("wake")
+        self._is_asleep = False
+
+    async def _ask_all(self, what: Question, **arguments: Any) -> None:
+        assert self._pool is not None
+        asked = [self._pool.ask(i, what, **arguments) for i in self.infos]
+        for error in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(error, BaseException):
+                raise error
+
+    def _check_awake(self) -> None:
+        if self._is_asleep:
+            raise EngineError("the engine is asleep; wake() it first")
+
+    async def _make_way(self, pause: Pause | None) -> None:
+        session = self._session
+        if session is None:
+            return
+        if session.was_left:
+            await self.drain(session)
+        if session.over.done():
+            return
+        if pause is None:
+            raise RolloutInProgressError(
+                f"a rollout with {session.num_unfinished} unfinished requests is in "
+                "progress; iterate it to its end first, or give pause='wait' or "
+                "pause='abort'"
+            )
+        if pause == "abort":
+            session.abort()
+            await self.drain(session)
+        else:
+            await asyncio.wait([session.over])
+
     def instance_up(self, info: InstanceInfo) -> None:
         """See `PoolOwner`."""
+        self.weights.instance_up(info.instance_id)
         self.infos[info.instance_id] = info
         self._loads[info.instance_id] = InstanceLoad()
         if self._session is not None:
@@ -189,6 +278,7 @@ class Host:
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """See `PoolOwner`."""
         self.infos.pop(instance_id, None)
+        self.weights.instance_down(instance_id, why)
         if self._session is not None:
             self._session.instance_down(instance_id, why)
 
@@ -217,6 +307,7 @@ class Host:
                 self.started.set_exception(_root(error))
         finally:
             shutil.rmtree(self.run_dir, ignore_errors=True)
+            shutil.rmtree(self.weights_dir, ignore_errors=True)
             self.ended.set()
 
     def _failed(self, error: BaseException) -> None:
@@ -241,6 +332,7 @@ class Host:
                 router,
                 endpoint,
                 self.run_dir,
+                self.weights_dir,
                 self.log_dir,
                 self,
                 self._draft_server.spec if self._draft_server else None,
@@ -261,6 +353,7 @@ class Host:
                 self._failed(_root(error))
                 raise
             finally:
+                self.weights.give_up("the engine was closed")
                 await pool.stop(0)
                 if self.kv_pool is not None:
                     await self.kv_pool.stop(_POOL_GRACE_S)
@@ -283,6 +376,14 @@ class Host:
         if session is not None and not session.over.done():
             session.leave()
             await asyncio.wait([session.over], timeout=self._config.shutdown_timeout_s)
+
+
+def _weights_dir(config: EngineConfig, run_dir: Path) -> Path:
+    """Where tensors for the engines go: memory, if it can be shared as files."""
+    if config.weights_dir is not None:
+        return Path(config.weights_dir).resolve() / run_dir.name
+    shared = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
+    return SHARED_MEMORY / run_dir.name if shared else run_dir / "weights"
 
 
 def _root(error: BaseException) -> BaseException:

@@ -171,6 +171,25 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightUpdateReport:
+    """What `Engine.update_weights` did, and how long its parts took.
+
+    Attributes:
+        version: of the weights that every instance has now.
+        send_s: checking the tensors, and writing those that are not in files yet.
+        prepare_s: until every instance had opened them.
+        switch_s: until every instance had loaded them.
+    """
+
+    version: int
+    num_tensors: int
+    num_bytes: int
+    send_s: float
+    prepare_s: float
+    switch_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutReport:
     """A finished rollout.
 

@@ -45,12 +45,11 @@ class _Common:
         groups: Groups,
         policy: PolicyName,
         chunk_size: int,
-        weight_version: int,
         max_pending_requests: int,
     ) -> None:
         self._host = host
         self._resolver = resolver
-        self._how = (policy, chunk_size, weight_version)
+        self._how = (policy, chunk_size)
         self._max_pending = max_pending_requests
         self._mailbox: Mailbox[Response] = Mailbox()
         self._session: Session | None = None

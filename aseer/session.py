@@ -105,7 +105,7 @@ class Session:
 
     def add(self, tasks: Iterable[Task]) -> None:
         """Take groups."""
-        if not self._left:
+        if self._intake_open:
             self._do(self._controller.add_groups(tasks, self._now()))
             if self._fatal is not None:
                 self.exhausted(self._fatal)
@@ -123,6 +123,11 @@ class Session:
     def leave(self) -> None:
         """End everything early; nobody reads the responses."""
         self._left = True
+        self._intake_open = False
+        self._do(self._controller.cancel_all(self._now()))
+
+    def abort(self) -> None:
+        """End everything early; the user gets what there is."""
         self._intake_open = False
         self._do(self._controller.cancel_all(self._now()))
 

@@ -26,6 +26,7 @@ SECTIONS = {
         "Response",
         "RequestMetrics",
         "RolloutReport",
+        "WeightUpdateReport",
         "InstanceReport",
         "Progress",
     ],

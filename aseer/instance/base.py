@@ -11,6 +11,7 @@ from aseer.errors import EngineError
 
 if TYPE_CHECKING:
     from aseer.types import Chunk, ChunkEnd, ChunkId, InstanceInfo, InstanceLoad
+    from aseer.weights.checks import TensorSpec
 
 
 class EngineDied(EngineError):
@@ -23,7 +24,8 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         endpoint: of the controller's ROUTER.
         identity: under which this incarnation speaks.
-        run_dir: the controller's, to be removed if it cannot do so any more.
+        run_dir, weights_dir: the controller's, to be removed if it cannot do so any
+            more.
         backend: "vllm" or "sim".
         engine_args: of the backend's engine.
         cores: to stay on; empty = any.
@@ -34,6 +36,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str
     identity: str
     run_dir: str
+    weights_dir: str
     instance_id: int
     backend: str
     report_interval_s: float
@@ -83,6 +86,30 @@ class Backend(Protocol):
 
     async def attend(self) -> None:
         """Do what the engine needs done while it runs; may return at once."""
+        ...
+
+    async def describe_weights(self) -> dict[str, TensorSpec]:
+        """What the model's checkpoint holds, by name; what updates must bring."""
+        ...
+
+    async def prepare_weights(self, index: str) -> None:
+        """Open new weights (an `Index` at that path); nothing changes."""
+        ...
+
+    async def commit_weights(self) -> None:
+        """Switch to what was prepared; nothing of the old weights can be read after."""
+        ...
+
+    async def discard_weights(self) -> None:
+        """Forget what was prepared."""
+        ...
+
+    async def sleep(self, level: int) -> None:
+        """Release the device's memory; see `Engine.sleep`."""
+        ...
+
+    async def wake(self) -> None:
+        """Take the memory back."""
         ...
 
     async def close(self) -> None:

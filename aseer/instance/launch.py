@@ -169,6 +169,7 @@ def _engine_args(config: EngineConfig) -> dict[str, Any]:
         "kv_transfer_config": config.kv_transfer_config,
     }
     args = {k: v for k, v in wanted.items() if v is not None}
+    args["worker_extension_cls"] = _WORKER_EXTENSION
     return args | _speculation_args(config)
 
 
@@ -176,9 +177,7 @@ def _speculation_args(config: EngineConfig) -> dict[str, Any]:
     settings = check_speculation(config.speculation)
     num_tokens = settings.max_draft_tokens
     if settings.method == "off":
-        if not config.engine_args.get("speculative_config"):
-            return {}
-        return {"worker_extension_cls": _WORKER_EXTENSION}
+        return {}
     method: dict[str, Any] = {"method": settings.method}
     if settings.method == "dgds":
         num_tokens = max(num_tokens, settings.tail_draft_tokens)
@@ -189,10 +188,7 @@ def _speculation_args(config: EngineConfig) -> dict[str, Any]:
                 "speculation='suffix' is vLLM's own and needs another package: run "
                 "`pip install --no-deps arctic-inference`, or use 'dgds'"
             )
-    return {
-        "speculative_config": {**method, "num_speculative_tokens": num_tokens},
-        "worker_extension_cls": _WORKER_EXTENSION,
-    }
+    return {"speculative_config": {**method, "num_speculative_tokens": num_tokens}}
 
 
 def _launch(

@@ -29,6 +29,8 @@ from aseer.instance.messages import (
     PROTOCOL_VERSION,
     TO_INSTANCE,
     AbortChunks,
+    Answer,
+    Ask,
     Failed,
     Hello,
     Report,
@@ -60,6 +62,7 @@ class Instance:
         self._running: dict[ChunkId, asyncio.Task[None]] = {}
         self._pending: dict[ChunkId, _Pending] = {}
         self._chunk_over = asyncio.Event()
+        self._answering = asyncio.Lock()
 
     async def serve(self) -> None:
         """Work until told to stop.
@@ -71,7 +74,8 @@ class Instance:
             reporter = tasks.create_task(self._report())
             attendant = tasks.create_task(self._backend.attend())
             while True:
-                match await self._dealer.receive():
+                message = await self._dealer.receive()
+                match message:
                     case Run(chunk):
                         self._pending[chunk.chunk_id] = pending = _Pending()
                         task = tasks.create_task(self._run(chunk, pending))
@@ -79,6 +83,8 @@ class Instance:
                     case AbortChunks(chunk_ids):
                         for chunk_id in chunk_ids:
                             tasks.create_task(self._abort(chunk_id))
+                    case Ask():
+                        tasks.create_task(self._answer(message))
                     case Stop():
                         break
             reporter.cancel()
@@ -104,6 +110,18 @@ class Instance:
             await self._backend.abort(chunk_id)
         else:
             task.cancel()
+
+    async def _answer(self, ask: Ask) -> None:
+        async with self._answering:
+            try:
+                method = getattr(self._backend, ask.what)
+                answer = Answer(ask.ask_id, await method(**ask.arguments))
+            except EngineDied:
+                raise
+            except Exception as error:
+                _log.exception("%s failed", ask.what)
+                answer = Answer(ask.ask_id, error=_describe(error))
+            await self._dealer.send(answer)
 
     async def _report(self) -> None:
         while True:
@@ -204,7 +222,7 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _watch_lifeline(run_dir: str) -> None:
+def _watch_lifeline(*folders: str) -> None:
     """Wait for the controller's death, then end everything of this instance.
 
     A thread, since the engine's start blocks the event loop; at once, since an engine
@@ -216,7 +234,8 @@ def _watch_lifeline(run_dir: str) -> None:
     # All at once and last: when its engine dies, this process begins to exit.
     group = os.getpgrp()
     remove_shared_memory(shared_memory_of(group), group=group)
-    shutil.rmtree(run_dir, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     os.killpg(group, signal.SIGKILL)
 
 
@@ -230,7 +249,10 @@ def main() -> None:
         line += byte
     spec = msgspec.json.decode(bytes(line), type=InstanceSpec)
     lifeline = threading.Thread(
-        target=_watch_lifeline, args=(spec.run_dir,), name="lifeline", daemon=True
+        target=_watch_lifeline,
+        args=(spec.run_dir, spec.weights_dir),
+        name="lifeline",
+        daemon=True,
     )
     lifeline.start()
     if spec.cores:

@@ -3,6 +3,8 @@
     controller (ROUTER)                          instance (DEALER)
                              <----------------   Hello, once its engine is up
     Run, AbortChunks, Stop   ---------------->
+    Ask                      ---------------->
+                             <----------------   Answer, one an Ask
                              <----------------   Report, a few times a second and
                                                  whenever a chunk ends; the heartbeat,
                                                  too
@@ -14,12 +16,24 @@ would misread raises `PROTOCOL_VERSION`.
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import msgspec
 
 # Runtime imports: msgspec resolves the annotations.
 from aseer.types import Chunk, ChunkId, ChunkProgress, InstanceInfo, InstanceLoad
 
 PROTOCOL_VERSION = 2
+
+# Methods of `Backend`.
+Question = Literal[
+    "describe_weights",
+    "prepare_weights",
+    "commit_weights",
+    "discard_weights",
+    "sleep",
+    "wake",
+]
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -54,12 +68,28 @@ class AbortChunks(msgspec.Struct, tag="abort", frozen=True):
     chunk_ids: list[ChunkId]
 
 
+class Ask(msgspec.Struct, tag="ask", frozen=True):
+    """Call a method of the backend, after those asked for before."""
+
+    ask_id: int
+    what: Question
+    arguments: dict[str, Any]
+
+
+class Answer(msgspec.Struct, tag="answer", frozen=True):
+    """What the method returned; a non-empty `error` if it raised."""
+
+    ask_id: int
+    value: Any = None
+    error: str = ""
+
+
 class Stop(msgspec.Struct, tag="stop", frozen=True):
     """Shut the engine down and exit."""
 
 
-ToInstance = Run | AbortChunks | Stop
-FromInstance = Hello | Report | Failed
+ToInstance = Run | AbortChunks | Ask | Stop
+FromInstance = Hello | Report | Answer | Failed
 
 TO_INSTANCE: msgspec.msgpack.Decoder[ToInstance] = msgspec.msgpack.Decoder(ToInstance)
 FROM_INSTANCE: msgspec.msgpack.Decoder[FromInstance] = msgspec.msgpack.Decoder(

@@ -15,11 +15,13 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aseer.errors import InstanceStartError
+from aseer.errors import EngineError, InstanceLostError, InstanceStartError
 from aseer.instance.base import InstanceSpec
 from aseer.instance.messages import (
     PROTOCOL_VERSION,
     AbortChunks,
+    Answer,
+    Ask,
     Failed,
     FromInstance,
     Hello,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from aseer.config import EngineConfig
     from aseer.dgds.messages import DraftingSpec
     from aseer.instance.launch import Launch
+    from aseer.instance.messages import Question
     from aseer.kv.pool import KvPool
     from aseer.transport.zeromq import Router
     from aseer.types import ChunkId, InstanceInfo
@@ -72,6 +75,7 @@ class InstancePool:
         router: Router[FromInstance],
         endpoint: str,
         run_dir: Path,
+        weights_dir: Path,
         log_dir: Path,
         owner: PoolOwner,
         drafting: DraftingSpec | None = None,
@@ -81,6 +85,7 @@ class InstancePool:
         self._router = router
         self._endpoint = endpoint
         self._run_dir = run_dir
+        self._weights_dir = weights_dir
         self._log_dir = log_dir
         self._owner = owner
         self._drafting = drafting
@@ -90,6 +95,8 @@ class InstancePool:
         self._restarts_left = config.max_restarts
         seed = secrets.randbits(31) if config.seed is None else config.seed
         self._seeds = random.Random(seed)
+        self._num_asked = 0
+        self.weights: str | None = None  # index of what a new instance must load first
 
     @property
     def log_paths(self) -> list[Path]:
@@ -110,6 +117,20 @@ class InstancePool:
     def abort_chunks(self, instance_id: InstanceId, chunk_ids: list[ChunkId]) -> None:
         """Ask an instance to end chunks."""
         self._router.send(self._slots[instance_id].identity, AbortChunks(chunk_ids))
+
+    def ask(
+        self, instance_id: InstanceId, what: Question, **arguments: Any
+    ) -> asyncio.Future[Any]:
+        """Call a method of an instance's backend, after those asked for before.
+
+        The future raises EngineError if the method did; InstanceLostError if it died.
+        """
+        slot = self._slots[instance_id]
+        self._num_asked += 1
+        asked: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        slot.asked[self._num_asked] = asked
+        self._router.send(slot.identity, Ask(self._num_asked, what, arguments))
+        return asked
 
     async def start(self) -> None:
         """Start every instance, in parallel, and wait until all are up.
@@ -143,6 +164,13 @@ class InstancePool:
                 else:
                     tasks.create_task(slot.process.end(0))
 
+    def replace(self, instance_id: InstanceId, why: str) -> None:
+        """Kill an instance; it is started again like any other."""
+        slot = self._slots[instance_id]
+        if slot.process is not None:
+            slot.killed_because = why
+            slot.process.kill()
+
     def kill_busy(self, why: str) -> None:
         """Kill the instances that run chunks; they are started again like any other."""
         for slot in self._slots:
@@ -165,6 +193,8 @@ class InstancePool:
                 slot.count(message)
                 if slot.up.is_set():
                     self._owner.instance_report(slot.instance_id, message)
+            case Answer():
+                slot.take_answer(message)
             case Failed(error):
                 slot.failure = error
 
@@ -178,8 +208,27 @@ class InstancePool:
                 slot.process.kill()
             return
         slot.info = info
+        slot.said_hello.set()
+
+    async def _get_ready(self, slot: _Slot) -> None:
+        """Wait for its hello, and let it load the current weights before it works."""
+        await slot.said_hello.wait()
+        loaded = None
+        while loaded != self.weights:  # they may change meanwhile
+            loaded = self.weights
+            try:
+                if loaded is None:
+                    raise EngineError("the weights it had just loaded were taken back")
+                await self.ask(slot.instance_id, "prepare_weights", index=loaded)
+                await self.ask(slot.instance_id, "commit_weights")
+            except EngineError as error:
+                if loaded == self.weights:
+                    slot.failure = str(error)
+                    self.replace(slot.instance_id, slot.failure)
+                    return
+        assert slot.info is not None
         slot.up.set()
-        self._owner.instance_up(info)
+        self._owner.instance_up(slot.info)
 
     async def _bring_up(self, slot: _Slot) -> None:
         """Start a process and wait for its hello.
@@ -191,9 +240,9 @@ class InstancePool:
         process = await self._spawn(slot)
         timeout_s = self._config.start_timeout_s
         async with asyncio.TaskGroup() as tasks:
-            up = tasks.create_task(slot.up.wait())
+            up = tasks.create_task(self._get_ready(slot))
             dead = tasks.create_task(process.wait())
-            while not (up.done() or dead.done()):
+            while not (slot.up.is_set() or dead.done()):
                 await asyncio.wait(
                     (up, dead),
                     timeout=_NOTE_INTERVAL_S,
@@ -229,6 +278,7 @@ class InstancePool:
             endpoint=self._endpoint,
             identity=slot.identity.decode(),
             run_dir=str(self._run_dir),
+            weights_dir=str(self._weights_dir),
             instance_id=slot.instance_id,
             backend=launch.backend,
             report_interval_s=self._config.report_interval_s,
@@ -262,6 +312,7 @@ class InstancePool:
             await slot.process.end(0)  # the rest of its process group
             why = slot.failure or slot.killed_because or describe_exit(status)
             slot.up.clear()
+            slot.fail_asked(why)
             _log.warning("instance %d is lost: %s", slot.instance_id, why)
             self._owner.instance_down(slot.instance_id, why)
             if not await self._restart(slot, why):
@@ -319,7 +370,9 @@ class _Slot:
 
     def _reset(self) -> None:
         self.identity = f"{self.instance_id}.{self.incarnation}".encode()
+        self.said_hello = asyncio.Event()
         self.up = asyncio.Event()
+        self.asked: dict[int, asyncio.Future[Any]] = {}
         self.info: InstanceInfo | None = None
         self.failure: str | None = None
         self.killed_because: str | None = None
@@ -330,6 +383,21 @@ class _Slot:
         """A new process takes the place."""
         self.incarnation += 1
         self._reset()
+
+    def take_answer(self, answer: Answer) -> None:
+        """Hand an answer to who asked, if he still waits."""
+        asked = self.asked.pop(answer.ask_id)
+        if not asked.done():
+            if answer.error:
+                asked.set_exception(EngineError(answer.error))
+            else:
+                asked.set_result(answer.value)
+
+    def fail_asked(self, why: str) -> None:
+        """Nobody will answer any more."""
+        for asked in self.asked.values():
+            if not asked.done():
+                asked.set_exception(InstanceLostError(why))
 
     def count(self, report: Report) -> None:
         """Keep track of what runs, and when something last moved."""

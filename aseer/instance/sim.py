@@ -4,13 +4,16 @@ For tests of everything around the engine and for trying the library without vLL
 "model" is a function of the tokens so far, so that a response does not depend on how it
 was divided: the next token is a hash of the last tokens and the position, and a token
 below `num_eos_tokens` ends the response. At temperature > 0 the chunk's seed goes in.
+Its "weights" are whatever tensors `weights` names; a checksum of their bytes goes in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import zlib
 from array import array
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import ConfigError
@@ -20,10 +23,13 @@ from aseer.types import (
     InstanceInfo,
     InstanceLoad,
 )
+from aseer.weights.checks import TensorSpec
+from aseer.weights.files import read_index
 
 if TYPE_CHECKING:
     from aseer.instance.base import Emit, InstanceSpec
     from aseer.types import Chunk, ChunkId
+    from aseer.weights.files import Index
 
 _DEFAULTS: dict[str, Any] = {
     "num_kv_blocks": 4096,
@@ -37,6 +43,9 @@ _DEFAULTS: dict[str, Any] = {
     "fail_at_start": "",
     "die_after_tokens": 0,
     "hang_after_tokens": 0,
+    "weights": {},  # shape by name; all are F32
+    # [identity, "prepare" or "commit", "refuse" or "die"]: of one incarnation.
+    "weights_fault": None,
 }
 
 
@@ -57,6 +66,8 @@ class SimBackend:
         self._num_waiting = 0
         self._num_tokens = 0
         self._cached: dict[bytes, int] = {}
+        self._prepared: int | None = None
+        self._weights = 0
 
     async def start(self) -> InstanceInfo:
         """See `Backend`."""
@@ -111,7 +122,7 @@ class SimBackend:
         return int(min(held, num_tokens - 1) // block * block)
 
     def _next_token(self, context: array[int], seed: int) -> int:
-        value = seed ^ len(context)
+        value = seed ^ len(context) ^ self._weights
         for token in context[-4:]:
             value = (value * 6364136223846793005 + token + 1442695040888963407) % 2**64
         return (value >> 33) % int(self._args["vocab_size"])
@@ -141,8 +152,51 @@ class SimBackend:
     async def attend(self) -> None:
         """See `Backend`."""
 
+    async def describe_weights(self) -> dict[str, TensorSpec]:
+        """See `Backend`."""
+        shapes = self._args["weights"]
+        return {name: TensorSpec("F32", tuple(s)) for name, s in shapes.items()}
+
+    async def prepare_weights(self, index: str) -> None:
+        """See `Backend`."""
+        self._fault("prepare")
+        self._prepared = _checksum(read_index(index)) << 32
+
+    async def commit_weights(self) -> None:
+        """See `Backend`."""
+        self._fault("commit")
+        assert self._prepared is not None, "prepare first"
+        self._weights, self._prepared = self._prepared, None
+        self._cached.clear()
+
+    async def discard_weights(self) -> None:
+        """See `Backend`."""
+        self._prepared = None
+
+    async def sleep(self, level: int) -> None:
+        """See `Backend`."""
+
+    async def wake(self) -> None:
+        """See `Backend`."""
+
+    def _fault(self, step: str) -> None:
+        identity, at, how = self._args["weights_fault"] or ("", "", "")
+        if (self._spec.identity, step) == (identity, at):
+            if how == "die":
+                os._exit(13)
+            raise RuntimeError(f"told to refuse to {step}")
+
     async def close(self) -> None:
         """See `Backend`."""
+
+
+def _checksum(index: Index) -> int:
+    checksum = 0
+    for tensor in index.tensors:
+        data = Path(index.files[tensor.file]).read_bytes()
+        end = tensor.offset + tensor.num_bytes
+        checksum = zlib.crc32(data[tensor.offset : end], checksum)
+    return checksum
 
 
 def _text(token: int) -> str:

@@ -34,6 +34,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from aseer.dgds.messages import EXTRA_ARGS_KEY
+from aseer.errors import EngineError
 from aseer.instance.base import EngineDied
 from aseer.instance.speculation import Speculation, draft_identity
 from aseer.instance.versions import installed_vllm
@@ -46,17 +47,21 @@ from aseer.types import (
     InstanceLoad,
     KvCounts,
 )
+from aseer.weights.files import specs_of_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from aseer.instance.base import Emit, InstanceSpec
     from aseer.types import Chunk, ChunkId, FinishReason
+    from aseer.weights.checks import TensorSpec
 
 _log = logging.getLogger("aseer.instance")
 
 STREAM_INTERVAL = 16
 _MIN_PREFILL_TOKENS = 64  # fewer say little about what a token costs
+_RESET_TRIES = 100
+_RESET_INTERVAL_S = 0.1
 _HAS_REQUEST_INTERVAL = (
     "stream_interval" in inspect.signature(SamplingParams).parameters
 )
@@ -193,6 +198,52 @@ class VllmBackend:
         """See `Backend`."""
         if self._speculation is not None:
             await self._speculation.attend()
+
+    async def describe_weights(self) -> dict[str, TensorSpec]:
+        """See `Backend`."""
+        config = self._engine.vllm_config.model_config
+        return await asyncio.to_thread(specs_of_model, config.model, config.revision)
+
+    async def prepare_weights(self, index: str) -> None:
+        """See `Backend`."""
+        await self._call("aseer_prepare_weights", index)
+
+    async def commit_weights(self) -> None:
+        """See `Backend`."""
+        await self._call("aseer_commit_weights")
+        # Blocks of what has ended may be in use until they are stored elsewhere.
+        for _ in range(_RESET_TRIES):
+            if await self._engine.reset_prefix_cache():
+                return
+            await asyncio.sleep(_RESET_INTERVAL_S)
+        raise EngineError("its prefix cache cannot be emptied: blocks are in use")
+
+    async def discard_weights(self) -> None:
+        """See `Backend`."""
+        await self._call("aseer_discard_weights")
+
+    async def _call(self, method: str, *args: Any) -> None:
+        """Call a method of aseer's extension in every worker."""
+        try:
+            await self._engine.collective_rpc(method, args=args)
+        except EngineDeadError as error:
+            raise EngineDied(str(error)) from error
+
+    async def sleep(self, level: int) -> None:
+        """See `Backend`."""
+        config = self._engine.vllm_config
+        if config.device_config.device_type == "cpu":
+            raise EngineError("vLLM cannot sleep on a CPU: there is nothing to release")
+        if not config.model_config.enable_sleep_mode:
+            raise EngineError(
+                "it was started without sleep mode; set "
+                "EngineConfig(engine_args={'enable_sleep_mode': True})"
+            )
+        await self._engine.sleep(level)
+
+    async def wake(self) -> None:
+        """See `Backend`."""
+        await self._engine.wake_up()
 
     async def close(self) -> None:
         """See `Backend`."""

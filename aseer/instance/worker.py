@@ -1,7 +1,8 @@
-"""What aseer adds to vLLM's worker (its `worker_extension_cls`): calls for drafting.
+"""What aseer adds to vLLM's worker (its `worker_extension_cls`): calls for drafting and
+for new weights.
 
-Each is called once by the instance process through `collective_rpc`, in every worker of
-an engine. Drafts are made in the first worker alone; vLLM hands them to the others.
+Each is called by the instance process through `collective_rpc`, in every worker of an
+engine. Drafts are made in the first worker alone; vLLM hands them to the others.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from aseer.dgds.client import DraftClient
 from aseer.dgds.messages import DraftingSpec
 from aseer.dgds.replica import Replica
 from aseer.dgds.steptime import StepTimeModel
+from aseer.weights.files import Index, map_tensors, read_index
 
 _log = logging.getLogger("aseer.instance")
 
@@ -25,8 +27,24 @@ class WorkerExtension:
     """Mixed into vLLM's worker class."""
 
     model_runner: Any
+    reload_weights: Any
     device: Any
     rank: int
+    aseer_weights: Index | None = None
+
+    def aseer_prepare_weights(self, path: str) -> None:
+        """Read the index of new weights, and see that they are there."""
+        self.aseer_weights = read_index(path)
+
+    def aseer_commit_weights(self) -> None:
+        """Load what was prepared, each worker its own part of every tensor."""
+        index, self.aseer_weights = self.aseer_weights, None
+        assert index is not None, "prepare first"
+        self.reload_weights(weights_iterator=map_tensors(index))
+
+    def aseer_discard_weights(self) -> None:
+        """Forget what was prepared."""
+        self.aseer_weights = None
 
     def aseer_check_sampler(self) -> dict[str, Any]:
         """Mend the verified sampler if it must be, and test it; a `Verdict` as a dict.

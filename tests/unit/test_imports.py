@@ -36,6 +36,8 @@ CORE = {
     "aseer.dgds.blend": BASE,
     "aseer.dgds.cst": BASE | {"aseer.dgds._cst", "aseer.dgds.blend"},
     "aseer.dgds.reference": BASE | {"aseer.dgds.blend", "aseer.dgds.cst"},
+    "aseer.weights.checks": BASE,
+    "aseer.weights.update": BASE,
     # It joins the core, and is as pure.
     "aseer.controller": BASE
     | {

@@ -1,0 +1,1 @@
+"""aseer inside other people's trainers, through their public hooks."""

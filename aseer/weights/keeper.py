@@ -1,0 +1,215 @@
+"""The weights that the instances have, and how they change; on the engine's thread.
+
+The sender's part is between `begin` and `switch`: it writes in its own thread. Only one
+update runs at a time, and no rollout begins before it is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import msgspec
+
+from aseer.errors import EngineError, InstanceLostError, WeightUpdateError
+from aseer.weights.checks import TensorSpec
+from aseer.weights.files import INDEX
+from aseer.weights.update import (
+    Commit,
+    Decide,
+    Discard,
+    Prepare,
+    Replace,
+    TakeBack,
+    UpdateState,
+    WeightUpdate,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from aseer.instance.pool import InstancePool
+    from aseer.types import InstanceId
+    from aseer.weights.update import UpdateCommand
+
+
+Pause = Literal["abort", "wait"]
+
+
+class Plan(NamedTuple):
+    """What a sender needs to know."""
+
+    version: int
+    directory: Path
+    expected: dict[str, TensorSpec]
+
+
+class SwitchTimes(NamedTuple):
+    """Seconds that instances took to prepare, and then to switch."""
+
+    prepare_s: float
+    switch_s: float
+
+
+class WeightKeeper:
+    """Knows the current version and takes the instances to the next."""
+
+    def __init__(self, directory: Path) -> None:
+        """`directory` is for what engines map, a folder an update."""
+        self._directory = directory
+        self.version = 0
+        self._expected: dict[str, TensorSpec] | None = None
+        self._switch: _Switch | None = None
+        self._lock = asyncio.Lock()
+        self._num_plans = 0
+
+    async def idle(self) -> None:
+        """Wait until no update is being made."""
+        async with self._lock:
+            pass
+
+    async def begin(
+        self, pool: InstancePool, instances: Iterable[InstanceId], version: int | None
+    ) -> Plan:
+        """Reserve the next update; `abandon` or the end of `switch` frees it.
+
+        Raises:
+            WeightUpdateError: the version is not a later one.
+            EngineError: no instance can say what it takes.
+        """
+        await self._lock.acquire()
+        try:
+            wanted = self.version + 1 if version is None else version
+            if isinstance(wanted, bool) or not isinstance(wanted, int):
+                raise WeightUpdateError(f"version={version!r} is not an int")
+            if wanted <= self.version:
+                raise WeightUpdateError(
+                    f"version={wanted} does not follow the engine's {self.version}; "
+                    "give a greater one, or none"
+                )
+            if self._expected is None:
+                one = next(iter(sorted(instances)), None)
+                if one is None:
+                    raise EngineError("no instance is up at the moment")
+                said = await pool.ask(one, "describe_weights")
+                self._expected = msgspec.convert(said, dict[str, TensorSpec])
+            self._num_plans += 1
+            directory = self._directory / f"{wanted}-{self._num_plans}"
+            return Plan(wanted, directory, self._expected)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def abandon(self, plan: Plan) -> None:
+        """Give an update up that was only begun."""
+        shutil.rmtree(plan.directory, ignore_errors=True)
+        self._lock.release()
+
+    async def switch(
+        self, plan: Plan, pool: InstancePool, instances: Iterable[InstanceId]
+    ) -> SwitchTimes:
+        """Take every instance to weights that lie ready, or none.
+
+        Raises:
+            WeightUpdateError: the instances have the weights that they had.
+        """
+        old, new = pool.weights, str(plan.directory / INDEX)
+        self._switch = switch = _Switch(pool, old, new)
+        try:
+            times = await switch.run(instances)
+            if times is None:
+                why = switch.update.error
+                raise WeightUpdateError(f"{why}; the engine stays at {self.version}")
+            self.version = plan.version
+            if old is not None:
+                shutil.rmtree(Path(old).parent, ignore_errors=True)
+            return times
+        finally:
+            self._switch = None
+            if self.version != plan.version:
+                shutil.rmtree(plan.directory, ignore_errors=True)
+            self._lock.release()
+
+    def instance_up(self, instance_id: InstanceId) -> None:
+        """It has the weights that are current at this moment."""
+        if self._switch is not None:
+            self._switch.do(self._switch.update.joined(instance_id))
+
+    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+        """It is gone."""
+        if self._switch is not None:
+            self._switch.do(self._switch.update.lost(instance_id, why))
+
+    def give_up(self, why: str) -> None:
+        """Fail an update that waits for instances, since none will answer any more."""
+        if self._switch is not None:
+            self._switch.give_up(why)
+
+
+class _Switch:
+    """Carries an update's commands out."""
+
+    def __init__(self, pool: InstancePool, old: str | None, new: str) -> None:
+        self.update = WeightUpdate()
+        self._pool = pool
+        self._old = old
+        self._new = new
+        self._over = asyncio.Event()
+        self._decided_at = 0.0
+
+    async def run(self, instances: Iterable[InstanceId]) -> SwitchTimes | None:
+        """Do it; None if the instances keep what they had."""
+        started = time.monotonic()
+        self.do(self.update.begin(instances))
+        await self._over.wait()
+        if self.update.state is not UpdateState.DONE:
+            return None
+        ended = time.monotonic()
+        return SwitchTimes(self._decided_at - started, ended - self._decided_at)
+
+    def do(self, commands: Iterable[UpdateCommand]) -> None:
+        update, pool = self.update, self._pool
+        for command in commands:
+            match command:
+                case Prepare(i):
+                    asked = pool.ask(i, "prepare_weights", index=self._new)
+                    asked.add_done_callback(self._teller(update.prepared, i))
+                case Commit(i):
+                    asked = pool.ask(i, "commit_weights")
+                    asked.add_done_callback(self._teller(update.committed, i))
+                case Discard(i):
+                    pool.ask(i, "discard_weights").add_done_callback(_ignore)
+                case Decide():
+                    self._decided_at = time.monotonic()
+                    pool.weights = self._new
+                case Replace(i, why):
+                    pool.replace(i, why)
+                case TakeBack():
+                    pool.weights = self._old
+        if update.is_over:
+            self._over.set()
+
+    def give_up(self, why: str) -> None:
+        self.update.state = UpdateState.FAILED
+        self.update.error = why
+        self._over.set()
+
+    def _teller(
+        self,
+        tell: Callable[[InstanceId, str], list[UpdateCommand]],
+        instance_id: InstanceId,
+    ) -> Callable[[asyncio.Future[object]], None]:
+        def answered(answer: asyncio.Future[object]) -> None:
+            error = answer.exception()
+            if not isinstance(error, InstanceLostError):  # `instance_down` tells of it
+                self.do(tell(instance_id, str(error) if error else ""))
+
+        return answered
+
+
+def _ignore(answer: asyncio.Future[object]) -> None:
+    """An instance that cannot even forget is lost, of which `instance_down` tells."""
+    answer.exception()

@@ -1,0 +1,84 @@
+"""How long does a weight update take, and what bounds it?
+
+Two one-core engines with SmolLM2 in float32, idle; a `state_dict` and a checkpoint's
+directory in turns. Beside the update's own parts stand two floors: copying that many
+bytes once in this process, and reading them once to look for NaN.
+
+Expected: sending near the floors' sum, since that is all it does. Switching is vLLM's
+reload, layer by layer: a copy of every tensor into a fresh layer and one into place, on
+the engine's one core, both engines at once on the same memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from common import print_result, quantiles, result_line
+from safetensors.torch import load_file
+
+import aseer
+from aseer.models import smollm2, tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def floors(weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Seconds to copy, and to look at, every tensor once."""
+    started = time.perf_counter()
+    copies = [tensor.clone() for tensor in weights.values()]
+    copied = time.perf_counter()
+    for tensor in copies:
+        torch.aminmax(tensor)
+    looked = time.perf_counter()
+    return {"copy_s": copied - started, "look_s": looked - copied}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--engines", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--save-as")
+    parser.add_argument("--smoke", action="store_true", help="the tiny model, twice")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.smoke:
+            model, args.repeats, args.dtype = tiny.make_tiny(Path(folder)), 2, "float32"
+        else:
+            model = smollm2.prepare(dtype=args.dtype)
+        weights = load_file(Path(model) / "model.safetensors")
+        config = aseer.EngineConfig(
+            model=str(model),
+            device="cpu",
+            num_instances=args.engines,
+            max_model_len=512,
+            kv_cache_bytes=64 << 20,
+        )
+        times: dict[str, list[float]] = {}
+        with aseer.Engine(config) as engine:
+            for _ in range(args.repeats):
+                for name, value in floors(weights).items():
+                    times.setdefault(name, []).append(value)
+                for kind, source in (("state_dict", weights), ("directory", model)):
+                    started = time.perf_counter()
+                    report = engine.update_weights_sync(source)
+                    whole = time.perf_counter() - started
+                    times.setdefault(f"{kind}_s", []).append(whole)
+                    for part in ("send_s", "prepare_s", "switch_s"):
+                        value = getattr(report, part)
+                        times.setdefault(f"{kind}_{part}", []).append(value)
+    figures = {name: quantiles(values[1:], digits=4) for name, values in times.items()}
+    figures["megabytes"] = round(report.num_bytes / 1e6, 1)
+    settings = {k: v for k, v in vars(args).items() if k not in ("save_as",)}
+    line = result_line("weights", settings=settings, figures=figures)
+    print_result(line, save_as=args.save_as)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Weight updates on simulated instances: all switch or none, whatever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import aseer
+from tests.integration.sims import config_of, content, groups_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+torch = pytest.importorskip("torch")
+SHAPES = {"a": [4, 3], "b": [5]}
+
+
+def sims(**settings: Any) -> aseer.EngineConfig:
+    fault = settings.pop("fault", None)
+    args = {"weights": SHAPES, "weights_fault": fault}
+    return config_of(engine_args=args, **settings)
+
+
+def weights(value: float) -> dict[str, torch.Tensor]:
+    return {name: torch.full(shape, value) for name, shape in SHAPES.items()}
+
+
+async def roll(engine: aseer.Engine) -> dict[str, object]:
+    responses = [r async for r in engine.rollout(groups_of(6))]
+    assert {r.weight_version for r in responses} == {engine.weight_version}
+    return content(responses)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    pytest.fail("it did not come about")
+
+
+async def test_every_instance_gets_the_new_weights_and_back():
+    async with aseer.Engine(sims()) as engine:
+        assert engine.weight_version == 0
+        report = await engine.update_weights(weights(1.0))
+        assert (report.version, report.num_tensors) == (1, 2)
+        assert report.num_bytes == 4 * (12 + 5)
+        one = await roll(engine)
+        await engine.update_weights(iter(weights(2.0).items()), version=7)
+        assert engine.weight_version == 7
+        two = await roll(engine)
+        await engine.update_weights(weights(1.0))
+        assert engine.weight_version == 8
+        assert await roll(engine) == one != two
+
+
+def test_the_form_for_plain_code_does_the_same():
+    with aseer.Engine(sims()) as engine:
+        assert engine.update_weights_sync(weights(1.0)).version == 1
+        responses = list(engine.rollout_sync(groups_of(2)))
+        assert {r.weight_version for r in responses} == {1}
+        with pytest.raises(aseer.WeightUpdateError, match="'a' has values"):
+            engine.update_weights_sync(weights(float("nan")))
+        assert engine.weight_version == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({"a": torch.zeros(4, 3)}, "1 of the model's 2 tensors were not given: 'b'"),
+        ({"c": torch.zeros(1)}, "no tensor 'c'"),
+        ({"b": torch.zeros(6)}, r"shape \[6\]"),
+        ({"b": torch.zeros(5).double()}, "dtype F64"),
+        ({"b": torch.zeros(5) / 0}, "NaN or infinite"),
+    ],
+)
+async def test_weights_that_do_not_fit_change_nothing(bad, match):
+    async with aseer.Engine(sims()) as engine:
+        await engine.update_weights(weights(1.0))
+        before = await roll(engine)
+        with pytest.raises(aseer.WeightUpdateError, match=match):
+            await engine.update_weights(bad)
+        assert await roll(engine) == before
+        await engine.update_weights(weights(2.0))
+        assert await roll(engine) != before
+
+
+async def test_an_iterator_that_fails_changes_nothing():
+    def broken():
+        yield "a", torch.zeros(4, 3)
+        raise OSError("the trainer's shard is gone")
+
+    async with aseer.Engine(sims()) as engine:
+        with pytest.raises(OSError, match="shard is gone"):
+            await engine.update_weights(broken())
+        assert engine.weight_version == 0
+        await engine.update_weights(weights(1.0))
+
+
+@pytest.mark.parametrize("version", [0, 3, 2, True, 3.5])
+async def test_a_version_that_does_not_follow_is_refused(version):
+    async with aseer.Engine(sims()) as engine:
+        await engine.update_weights(weights(1.0), version=3)
+        with pytest.raises(aseer.WeightUpdateError, match="version="):
+            await engine.update_weights(weights(2.0), version=version)
+        assert (await engine.update_weights(weights(2.0))).version == 4
+
+
+@pytest.mark.parametrize("how", ["refuse", "die"])
+@pytest.mark.parametrize("step", ["prepare", "commit"])
+async def test_one_instance_that_fails_leaves_no_mixture(step, how):
+    """Refused before the switch: none switches. Else it comes back with the new."""
+    async with aseer.Engine(sims()) as engine:
+        old = await roll(engine)
+        await engine.update_weights(weights(1.0))
+        new = await roll(engine)
+    async with aseer.Engine(sims(fault=["1.1", step, how])) as engine:
+        if (step, how) == ("prepare", "refuse"):
+            with pytest.raises(aseer.WeightUpdateError, match="instance 1 refused"):
+                await engine.update_weights(weights(1.0))
+            assert engine.weight_version == 0
+            assert await roll(engine) == old
+        else:
+            await engine.update_weights(weights(1.0))
+            assert engine.weight_version == 1
+            await until(lambda: len(engine.instances) == 2)
+            assert await roll(engine) == new
+
+
+async def test_if_no_instance_can_switch_all_come_back_with_the_old_weights():
+    config = sims(fault=["0.1", "commit", "refuse"], num_instances=1)
+    async with aseer.Engine(config) as engine:
+        before = await roll(engine)
+        with pytest.raises(
+            aseer.WeightUpdateError, match=r"could not load.*stays at 0"
+        ):
+            await engine.update_weights(weights(1.0))
+        await until(lambda: engine.instances)
+        assert await roll(engine) == before
+        await engine.update_weights(weights(1.0))
+        assert await roll(engine) != before
+
+
+async def test_an_instance_that_is_started_again_has_the_current_weights():
+    async with aseer.Engine(sims(num_instances=1)) as engine:
+        await engine.update_weights(weights(1.0))
+        before = await roll(engine)
+        os.kill(engine.instances[0].pid, signal.SIGKILL)
+        await until(lambda: not engine.instances)
+        await until(lambda: engine.instances)
+        assert await roll(engine) == before
+
+
+async def test_a_rollout_in_progress_is_in_the_way_unless_told_otherwise():
+    groups = groups_of(6, ignore_eos=True, max_tokens=300)
+    groups += groups_of(7, n=1, max_tokens=2)[6:]
+    async with aseer.Engine(sims()) as engine:
+        rollout = engine.rollout(groups)
+        responses = aiter(rollout)
+        first = await anext(responses)
+        with pytest.raises(aseer.RolloutInProgressError, match="pause="):
+            await engine.update_weights(weights(1.0))
+        with pytest.raises(aseer.ConfigError, match="pause"):
+            await engine.update_weights(weights(1.0), pause="later")
+        await engine.update_weights(weights(1.0), pause="wait")
+        rest = [first, *[r async for r in responses]]
+        assert len(rest) == 25
+        assert {r.finish_reason for r in rest[1:]} == {"length"}
+        assert {r.weight_version for r in rest} == {0}
+
+        rollout = engine.rollout(groups)
+        responses = aiter(rollout)
+        first = await anext(responses)
+        await engine.update_weights(weights(2.0), pause="abort")
+        rest = [first, *[r async for r in responses]]
+        assert len(rest) == 25
+        assert "aborted" in {r.finish_reason for r in rest}
+        assert {r.weight_version for r in rest} == {1}
+        assert engine.weight_version == 2
+
+
+async def test_a_rollout_that_begins_during_an_update_waits_for_it():
+    async with aseer.Engine(sims()) as engine:
+        rollout = engine.rollout(groups_of(2))
+        async with asyncio.TaskGroup() as tasks:
+            update = tasks.create_task(engine.update_weights(weights(1.0)))
+            await asyncio.sleep(0)
+            versions = {r.weight_version async for r in rollout}
+            await update
+        assert versions == {1}
+
+
+async def test_a_caller_that_is_cancelled_while_it_waits_leaves_the_way_free():
+    groups = groups_of(4, ignore_eos=True, max_tokens=300)
+    quick = groups_of(5, n=1, max_tokens=2)[4:]
+    async with aseer.Engine(sims()) as engine:
+        responses = aiter(engine.rollout([*groups, *quick]))
+        await anext(responses)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await engine.update_weights(weights(1.0), pause="wait")
+        assert len([r async for r in responses]) == 16
+        await engine.update_weights(weights(1.0))
+        assert engine.weight_version == 1
+
+
+async def test_an_engine_that_sleeps_does_nothing_until_it_is_woken():
+    async with aseer.Engine(sims()) as engine:
+        before = await roll(engine)
+        await engine.sleep()
+        with pytest.raises(aseer.EngineError, match="asleep"):
+            await roll(engine)
+        with pytest.raises(aseer.EngineError, match="asleep"):
+            await engine.update_weights(weights(1.0))
+        await engine.wake()
+        assert await roll(engine) == before
+
+
+SCRIPT = """
+import sys, time, torch
+import aseer
+from tests.integration.test_weights import sims, weights
+
+with aseer.Engine(sims()) as engine:
+    engine.update_weights_sync(weights(1.0))
+    print(engine.run_dir.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_trainer_leaves_no_shared_memory_behind(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    root = Path(aseer.__file__).parents[1]
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    ) as process:
+        assert process.stdout is not None
+        folder = Path("/dev/shm") / process.stdout.readline().strip()
+        assert list(folder.iterdir())
+        process.kill()
+    for _ in range(200):
+        if not folder.exists():
+            break
+        time.sleep(0.05)
+    assert not folder.exists()
