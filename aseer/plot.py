@@ -13,6 +13,8 @@ from aseer.errors import ConfigError
 from aseer.report import TAIL_FRACTION
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     import numpy.typing as npt
     from matplotlib.artist import Artist
@@ -78,13 +80,7 @@ def figure(report: RolloutReport) -> Figure:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise ConfigError(
-            "plotting needs matplotlib; install it with `pip install 'aseer[plot]'`"
-        ) from exc
-    drawn = Figure(figsize=(11, 10), layout="constrained")
+    drawn = _new_figure(11, 10)
     axes = drawn.subplots(4, 1, sharex=True)
     running, rate, kv, completions = axes
     tracks = tracks_of(report.timeline, end_s=_end_of(report))
@@ -100,6 +96,31 @@ def figure(report: RolloutReport) -> Figure:
     _legend(completions, marks + tail)
     _finish(drawn, axes, report)
     return drawn
+
+
+def completions(
+    rollouts: Sequence[tuple[str, RolloutReport]], path: Path | str
+) -> Path:
+    """Compare named rollouts: responses finished over time, a curve each, as a PNG.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    drawn = _new_figure(8, 4.5)
+    axes = drawn.subplots()
+    for name, report in rollouts:
+        times = sorted(c.t_s for c in report.completions)
+        axes.plot(
+            times, [100 * (i + 1) / len(times) for i in range(len(times))], label=name
+        )
+    axes.axhline(100 * (1 - TAIL_FRACTION), color="0.7", linewidth=0.8, zorder=0)
+    axes.set(xlabel="seconds", ylabel="responses finished, %", ylim=(0, 101))
+    axes.set_title("The tail is what lies above the line", fontsize=10)
+    axes.legend(fontsize=8)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, format="png", dpi=150)
+    return path
 
 
 def tracks_of(samples: list[TimelineSample], *, end_s: float = 0.0) -> list[Track]:
@@ -150,6 +171,16 @@ def rate_edges(end_s: float) -> Floats:
 
     num_bins = int(min(_MAX_RATE_BINS, max(_MIN_RATE_BINS, end_s / _RATE_BIN_S)))
     return np.linspace(0.0, max(end_s, 1e-9), num_bins + 1)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise ConfigError(
+            "plotting needs matplotlib; install it with `pip install 'aseer[plot]'`"
+        ) from exc
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _draw_lines(

@@ -114,7 +114,8 @@ class WaitingQueue:
         if group is None:
             return
         group.version = 0
-        for *_, request in group.heap:
+        for entry in group.heap:
+            request = entry[-1]
             if self._waiting.get(request.request_id) is request:
                 del self._waiting[request.request_id]
 
@@ -167,8 +168,10 @@ class WaitingQueue:
     def _push_head(self, group: _Group) -> None:
         """Enter a group among the heads anew: its head or its rank changed."""
         heap, waiting = group.heap, self._waiting
-        head = None
-        while heap and waiting.get((head := heap[0][-1]).request_id) is not head:
+        while heap:
+            head = heap[0][-1]
+            if waiting.get(head.request_id) is head:
+                break
             heapq.heappop(heap)
         self._num_entered = version = self._num_entered + 1
         group.version = version

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from aseer import plot
 from aseer.errors import ConfigError
 from aseer.scheduler import POLICIES
 from aseer.sim import GPUS, MODELS, Cluster, ModelShape, Roofline, simulate
@@ -178,7 +179,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"workload": work.name, "arms": make_rows(results)}))
     console.print(make_table(results))
     if args.plot is not None:
-        plot_completions(results, args.plot)
+        curves = [(f"{r.arm.name} ({r.chunk_size})", r.report) for r in results]
+        plot.completions(curves, args.plot)
         console.print(f"wrote {args.plot}", markup=False, soft_wrap=True)
     return 0
 
@@ -301,29 +303,3 @@ def make_table(results: Sequence[Result]) -> Table:
             f"{row['num_migrations']:,}",
         )
     return table
-
-
-def plot_completions(results: Sequence[Result], path: Path) -> None:
-    """Responses finished over time, a curve an arm.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "--plot needs matplotlib: pip install 'aseer[plot]'"
-        ) from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for arm, chunk_size, report, _ in results:
-        times = sorted(c.t_s for c in report.completions)
-        share = [100 * (i + 1) / len(times) for i in range(len(times))]
-        axes.plot(times, share, label=f"{arm.name} ({chunk_size})")
-    axes.axhline(90, color="0.7", linewidth=0.8, zorder=0)
-    axes.set(xlabel="seconds", ylabel="responses finished, %", ylim=(0, 101))
-    axes.set_title("The tail is what lies right of 90%", fontsize=10)
-    axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)

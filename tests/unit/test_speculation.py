@@ -42,10 +42,9 @@ def test_settings_that_make_no_sense_are_refused(settings):
         aseer.SpeculationConfig(**settings)
 
 
-def test_without_speculation_the_engine_is_left_alone():
+def test_without_speculation_nothing_is_drafted():
     args = args_of("off")
     assert "speculative_config" not in args
-    assert "worker_extension_cls" not in args
 
 
 def test_dgds_drafts_through_vllms_hook_with_room_for_the_longest_draft():

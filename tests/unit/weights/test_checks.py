@@ -35,7 +35,10 @@ def test_what_the_model_takes_passes_in_any_order_and_any_roundable_dtype():
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        (("embed.weights", "BF16", (8, 4)), r"no tensor 'embed.weights'; it has 'embed"),
+        (
+            ("embed.weights", "BF16", (8, 4)),
+            r"no tensor 'embed.weights'; it has 'embed",
+        ),
         (
             ("embed.weight", "BF16", (4, 8)),
             r"'embed.weight' has shape \[4, 8\].*\[8, 4",
