@@ -194,7 +194,7 @@ class EngineConfig:
     chunk_size: int = 2048
     policy: PolicyName = "context-aware"
     speculation: SpeculationConfig | SpeculationMethod = "off"
-    kv_pool: KvPoolConfig | KvPoolMode = "auto"
+    kv_pool: KvPoolConfig | KvPoolMode = "off"
     kv_transfer_config: Mapping[str, Any] | None = None
     starvation_interval: int = 32
     max_pending_requests: int = 65_536

@@ -71,7 +71,8 @@ def run_there(
     """One token after a prompt: seconds, the token, tokens that were found."""
     global _there
     _there = where
-    engine._weight_version = version
+    assert engine._host is not None
+    engine._host.weights.version = version
     group = aseer.Group(list(prompt), n=1, sampling={"temperature": 0, "max_tokens": 1})
     since = time.perf_counter()
     (response,) = engine.rollout_sync([group])
