@@ -115,7 +115,7 @@ class WaitingQueue:
             return
         group.version = 0
         for entry in group.heap:
-            request = entry[-1]
+            request: Waiting = entry[-1]
             if self._waiting.get(request.request_id) is request:
                 del self._waiting[request.request_id]
 
