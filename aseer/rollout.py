@@ -52,6 +52,7 @@ class _Common:
         self._how = (policy, chunk_size)
         self._max_pending = max_pending_requests
         self._mailbox: Mailbox[Response] = Mailbox()
+        self._opening: Future[Session] | None = None
         self._session: Session | None = None
         self._intake_error: BaseException | None = None
         self._num_taken = 0
@@ -116,9 +117,16 @@ class _Common:
         return task
 
     def _open(self) -> Future[Session]:
-        return self._host.submit(self._host.open_session(self._mailbox, *self._how))
+        """The session to come; the same one when a wait for it was broken off."""
+        opening = self._opening
+        if opening is None or _failed(opening):
+            coroutine = self._host.open_session(self._mailbox, *self._how)
+            self._opening = opening = self._host.submit(coroutine)
+        return opening
 
     def _begin(self, session: Session) -> None:
+        if self._left:
+            return
         self._session = session
         self._submit(self._ready)
         self._ready = []
@@ -144,7 +152,11 @@ class _Common:
 
     def _pull(self) -> None:
         """Take groups from a plain iterator while there is room for more requests."""
-        while self._source is not None and self._num_pending < self._max_pending:
+        while (
+            self._source is not None
+            and self._num_pending < self._max_pending
+            and not self._left
+        ):
             tasks: list[Task] = []
             try:
                 while (
@@ -176,10 +188,16 @@ class _Common:
     def _leave(self) -> None:
         """Stop the work, from any thread; nobody will read on."""
         self._left = True
-        session = self._session
+        session, opening = self._session, self._opening
         if session is not None and not session.over.done():
             self._host.post(session.leave)
+        elif session is None and opening is not None:
+            opening.add_done_callback(self._leave_opened)
         self._mailbox.close()
+
+    def _leave_opened(self, opening: Future[Session]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self._host.post(opening.result().leave)
 
     def _drained(self) -> Future[None] | None:
         """Done when the engines have stopped the rollout's work."""
@@ -193,6 +211,10 @@ class _Common:
         error, self._intake_error = self._intake_error, None
         if error is not None:
             raise error
+
+
+def _failed(opening: Future[Session]) -> bool:
+    return opening.done() and (opening.cancelled() or opening.exception() is not None)
 
 
 class Rollout(_Common):
@@ -223,8 +245,12 @@ class Rollout(_Common):
 
     async def _next(self) -> Response:
         if self._session is None and not self._left:
-            self._begin(await asyncio.wrap_future(self._open()))
-            if self._async_source is not None:
+            # The frames of an iteration that was just cancelled, and the iterator in
+            # them, live until this task is suspended: the last rollout is left then.
+            await asyncio.sleep(0)
+            opening = asyncio.wrap_future(self._open())
+            self._begin(await asyncio.shield(opening))
+            if self._async_source is not None and not self._left:
                 # Outlives this call; `_leave` cancels it, `aclose` waits for it.
                 loop = asyncio.get_running_loop()
                 self._pump = loop.create_task(self._take_from(self._async_source))

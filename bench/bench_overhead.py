@@ -1,11 +1,13 @@
 """What aseer costs over bare vLLM: the same work, the same number of engines.
 
-Three arms, interleaved: bare `AsyncLLM` engines, each in a process of its own, on the
-cores that aseer would give it, with its share of the requests; aseer with policy
-"fcfs", undivided; the same in 256-token chunks. Greedy in float32 with fixed lengths,
-so that every arm must generate the same tokens, which is checked. Requests come in
-pairs of equal length, so that every arm gives each engine the same work, and all of
-them fit at once: what is measured is the path, not the scheduling.
+Three arms take turns on the same engines: bare, where each engine's `AsyncLLM` is given
+its share of the requests directly; aseer with policy "fcfs", undivided; the same in
+256-token chunks. That they are the same processes matters: on a machine shared with
+others, two engines that were started alike can differ by a quarter for minutes. Greedy
+in float32 with fixed lengths, so that every arm must generate the same tokens, which is
+checked. Requests come in pairs of equal length, so that every arm gives each engine the
+same work, and all of them fit at once: what is measured is the path, not the
+scheduling.
 
 Expected: 1.00 undivided, since a report a quarter second is all that is added; 0.98
 with chunks, since at each boundary a request sits out about one of 256 steps.
@@ -18,7 +20,8 @@ import asyncio
 import json
 import os
 import random
-import subprocess
+import secrets
+import socket
 import sys
 import tempfile
 import time
@@ -29,10 +32,12 @@ from typing import Any
 from common import print_result, quantiles, result_line
 
 import aseer
-from aseer.instance.launch import plan_instances, this_machine
+from aseer.instance import process
 from aseer.models import smollm2
 
 CHUNK_SIZE = 256
+SOCKETS = "ASEER_BENCH_SOCKETS"
+MAX_LINE_BYTES = 1 << 24
 Work = list[tuple[list[int], int]]  # (prompt, number of tokens to generate)
 
 
@@ -55,105 +60,65 @@ def make_work(num_requests: int, shortest: int, longest: int, seed: int) -> Work
 # The bare arm
 
 
-async def bare_vllm(spec: dict[str, Any]) -> None:
-    """An `AsyncLLM` that runs the work it reads, a line of JSON each, until its input
-    ends.
-    """
+def serve_instance() -> None:
+    """An instance process whose engine can be used past everything of aseer's, too."""
     from vllm import SamplingParams
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.async_llm import AsyncLLM
 
-    llm = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            **spec["engine_args"],
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-        )
-    )
+    from aseer.instance import main as instance
+    from aseer.instance.vllm import VllmBackend
 
-    async def one(name: str, prompt: list[int], length: int) -> list[int]:
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=length,
-            ignore_eos=True,
-            logprobs=0,
-            flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        (last,) = [
-            out
-            async for out in llm.generate({"prompt_token_ids": prompt}, params, name)
-        ]
-        return list(last.outputs[0].token_ids)
+    class OpenBackend(VllmBackend):
+        async def attend(self) -> None:
+            path = f"{os.environ[SOCKETS]}/{self._spec.instance_id}"
+            async with await asyncio.start_unix_server(
+                self._take_work, path, limit=MAX_LINE_BYTES
+            ):
+                await super().attend()
 
-    print("ready", flush=True)
-    loop = asyncio.get_running_loop()
-    number = 0
-    while line := await loop.run_in_executor(None, sys.stdin.readline):
-        work = json.loads(line)
-        number += 1
-        tokens = await asyncio.gather(
-            *(one(f"{number}-{i}", p, n) for i, (p, n) in enumerate(work))
-        )
-        print(json.dumps(tokens), flush=True)
-    llm.shutdown()
+        async def _take_work(
+            self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
+            work = json.loads(await reader.readline())
+            results = await asyncio.gather(*(self._generate(*one) for one in work))
+            writer.write(json.dumps(results).encode() + b"\n")
+            await writer.drain()
+            writer.close()
+
+        async def _generate(self, name: str, prompt: list[int], length: int) -> Any:
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=length,
+                ignore_eos=True,
+                logprobs=0,
+                flat_logprobs=True,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            generate = self._engine.generate
+            (last,) = [
+                out
+                async for out in generate({"prompt_token_ids": prompt}, params, name)
+            ]
+            return list(last.outputs[0].token_ids)
+
+    instance.make_backend = OpenBackend  # type: ignore[assignment]
+    instance.main()
 
 
-class Bare:
-    """The bare engines, one process each."""
-
-    def __init__(self, config: aseer.EngineConfig) -> None:
-        self._files = tempfile.TemporaryDirectory()
-        self._processes = []
-        for launch in plan_instances(config, this_machine()):
-            spec = {"engine_args": dict(launch.engine_args), "cores": launch.cores}
-            log = Path(self._files.name) / f"{launch.instance_id}.log"
-            with log.open("wb") as stderr:
-                process = subprocess.Popen(
-                    [sys.executable, __file__, "--bare", json.dumps(spec)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=stderr,
-                    text=True,
-                    env=os.environ | dict(launch.env),
-                )
-            self._processes.append(process)
-        for process in self._processes:
-            self._read(process, until="ready")
-
-    def run(self, work: Work) -> list[list[int]]:
-        """Every second request to the first engine, the others to the second, and so
-        on.
-        """
-        num = len(self._processes)
-        for i, process in enumerate(self._processes):
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(work[i::num]) + "\n")
-            process.stdin.flush()
-        results: list[list[int]] = [[] for _ in work]
-        for i, process in enumerate(self._processes):
-            results[i::num] = json.loads(self._read(process, until="["))
-        return results
-
-    def _read(self, process: subprocess.Popen[str], *, until: str) -> str:
-        """The next line that begins like that; vLLM logs to the same stream."""
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(until) and not line.startswith("[rank"):
-                return line
-        raise RuntimeError(f"a bare engine ended with status {process.wait()}")
-
-    def close(self) -> None:
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        for process in self._processes:
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        self._files.cleanup()
+def run_bare(sockets: str, num_instances: int, work: Work) -> list[list[int]]:
+    """Every second request to the first engine, the others to the second, and so on."""
+    connections = []
+    for i in range(num_instances):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(f"{sockets}/{i}")
+        share = [(secrets.token_hex(8), *one) for one in work[i::num_instances]]
+        connection.sendall(json.dumps(share).encode() + b"\n")
+        connections.append(connection)
+    results: list[list[int]] = [[] for _ in work]
+    for i, connection in enumerate(connections):
+        with connection, connection.makefile() as answer:
+            results[i::num_instances] = json.loads(answer.readline())
+    return results
 
 
 def run_aseer(engine: aseer.Engine, work: Work, chunk_size: int) -> list[list[int]]:
@@ -177,22 +142,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     work = make_work(args.requests, args.shortest, args.longest, args.seed)
     num_tokens = sum(n for _, n in work)
     with ExitStack() as stack:
-        engine = stack.enter_context(aseer.Engine(config_of(args)))
+        sockets = stack.enter_context(tempfile.TemporaryDirectory())
+        if args.model != "sim":
+            process.COMMAND = (sys.executable, __file__, "--instance")
+        engine = stack.enter_context(aseer.Engine(config_of(args, sockets)))
         arms: dict[str, Any] = {
             "undivided": lambda: run_aseer(engine, work, 0),
             "chunks_256": lambda: run_aseer(engine, work, args.chunk_size),
         }
         if args.model != "sim":
-            bare = Bare(config_of(args))
-            stack.callback(bare.close)
-            arms = {"bare": lambda: bare.run(work), **arms}
+            bare = {"bare": lambda: run_bare(sockets, args.instances, work)}
+            arms = {**bare, **arms}
         seconds: dict[str, list[float]] = {name: [] for name in arms}
+        stolen: dict[str, list[float]] = {name: [] for name in arms}
         reference = None
         for round_ in range(args.rounds + 1):  # the first warms up
             order = list(arms.items())
             shift = round_ % len(order)  # each arm is first, second, third in turn
             for name, run in order[shift:] + order[:shift]:
-                start = time.perf_counter()
+                start, steal = time.perf_counter(), steal_s()
                 result = run()
                 took = time.perf_counter() - start
                 reference = reference or result
@@ -200,6 +168,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     raise RuntimeError(f"arm {name} generated other tokens")
                 if round_:
                     seconds[name].append(took)
+                    stolen[name].append(steal_s() - steal)
                 print(
                     f"round {round_} {name}: {num_tokens / took:.1f} tok/s", flush=True
                 )
@@ -213,12 +182,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         **{f"ratio_{name}": spread[f"spread_{name}"]["median"] for name in ratios},
         **spread,
         "seconds": {name: quantiles(s) for name, s in seconds.items()},
+        "stolen_s": {name: quantiles(s) for name, s in stolen.items()},
         "num_tokens": num_tokens,
     }
 
 
-def config_of(args: argparse.Namespace) -> aseer.EngineConfig:
-    """The same for every arm."""
+def steal_s() -> float:
+    """Seconds that the machine's host has given to others so far, over all cores."""
+    ticks = Path("/proc/stat").read_text().split()[8]
+    return int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def config_of(args: argparse.Namespace, sockets: str) -> aseer.EngineConfig:
+    """The engines of every arm."""
     if args.model == "sim":
         return aseer.EngineConfig(
             model="sim", device="sim", num_instances=2, report_interval_s=0.05
@@ -230,6 +206,8 @@ def config_of(args: argparse.Namespace) -> aseer.EngineConfig:
         max_model_len=2048,
         max_num_seqs=64,
         kv_cache_bytes=1 << 30,
+        kv_pool=args.kv_pool,
+        env={SOCKETS: sockets},
     )
 
 
@@ -247,12 +225,11 @@ def main() -> None:
         "--smoke", action="store_true", help="seconds, simulated engines"
     )
     parser.add_argument("--save", type=Path, help="file for the result")
-    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    parser.add_argument("--kv-pool", choices=("off", "auto"), default="off")
+    parser.add_argument("--instance", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.bare:
-        spec = json.loads(args.bare)
-        os.sched_setaffinity(0, spec["cores"])
-        asyncio.run(bare_vllm(spec))
+    if args.instance:
+        serve_instance()
         return
     if args.smoke:
         args.model, args.requests, args.longest, args.rounds = "sim", 8, 128, 1
@@ -260,7 +237,9 @@ def main() -> None:
     elif args.model is None:
         args.model = str(smollm2.prepare(dtype="float32", progress=print))
     figures = measure(args)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("bare", "save")}
+    settings = {
+        k: str(v) for k, v in vars(args).items() if k not in ("instance", "save")
+    }
     settings["model"] = Path(args.model).name
     print_result(
         result_line("overhead", settings=settings, figures=figures), save_as=args.save

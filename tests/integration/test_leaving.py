@@ -70,6 +70,27 @@ async def test_cancellation_frees_the_engines(engine):
     assert await idle(engine)
 
 
+async def test_cancellation_while_it_opens_frees_the_engines(engine):
+    for groups in (groups_of(2), iter(groups_of(2))):
+        rollout = engine.rollout(groups)
+        first = asyncio.get_running_loop().create_task(anext(aiter(rollout)))
+        await asyncio.sleep(0)  # it runs, up to where it lets the loop turn
+        await asyncio.sleep(0)  # it asks for a session
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        del first
+        assert await idle(engine)
+        assert [r async for r in rollout] == []
+
+
+async def test_a_wait_for_the_first_response_may_be_given_up_and_repeated(engine):
+    iterator = aiter(engine.rollout(groups_of(1)))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(anext(iterator), 0.0001)
+    assert len([r async for r in iterator]) == 4
+
+
 async def test_aclose_waits_until_the_engines_have_stopped(engine):
     async def endless():
         for group in groups_of(1000, **LONG):
