@@ -142,8 +142,10 @@ class Host:
         self._check_awake()
         last = self._session
         if last is not None and last.was_left:
+            last.leave()
             await self.drain(last)
         await self.weights.idle()  # from here to its end nothing else may run
+        last = self._session
         if last is not None and not last.over.done():
             raise RolloutInProgressError(
                 f"a rollout with {last.num_unfinished} unfinished requests is in "
@@ -168,6 +170,8 @@ class Host:
         for instance_id, info in sorted(self.infos.items()):
             session.instance_up(info, self._loads[instance_id])
         self._session = session
+        if session.was_left:
+            session.leave()
         return session
 
     async def drain(self, session: Session) -> None:
@@ -246,6 +250,7 @@ class Host:
         if session is None:
             return
         if session.was_left:
+            session.leave()
             await self.drain(session)
         if session.over.done():
             return

@@ -30,6 +30,11 @@ class Mailbox(Generic[T]):
         self._closed = False
         self._error: BaseException | None = None
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing will come any more."""
+        return self._closed
+
     def put(self, item: T) -> None:
         """Add an item."""
         with self._changed:

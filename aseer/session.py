@@ -99,7 +99,7 @@ class Session:
     @property
     def was_left(self) -> bool:
         """Whether its user walked away from it."""
-        return self._left
+        return self._left or (self._mailbox.is_closed and not self.over.done())
 
     # From the user
 
@@ -121,7 +121,9 @@ class Session:
             self._do(self._controller.cancel_group(group_id, self._now()))
 
     def leave(self) -> None:
-        """End everything early; nobody reads the responses."""
+        """End everything early; nobody reads the responses. May be called again."""
+        if self._left:
+            return
         self._left = True
         self._intake_open = False
         self._do(self._controller.cancel_all(self._now()))
