@@ -120,6 +120,9 @@ class _Rollout:
             starvation_interval=starvation_interval,
             new_array=cast("Callable[[str], array[Any]]", _Counted),
         )
+        if cluster.load_bytes_per_s is not None:
+            self._controller.residency.use_pool(cluster.block_size, lambda _: 0)
+            self._controller.set_move_price(_move_price(cluster))
         self._recorder = Recorder(self._controller, policy, chunk_size, 0)
         self._drafting = _new_drafting(drafting, workload)
         self._engines = [
@@ -287,6 +290,13 @@ def _new_drafting(name: DraftingName, workload: Workload) -> Drafting | None:
         return None
     size = max(len(lengths) for lengths in workload.lengths)
     return Drafting(size, grouped=name == "grouped")
+
+
+def _move_price(cluster: Cluster) -> float:
+    """What loading a token's KV costs, in tokens computed."""
+    assert cluster.load_bytes_per_s is not None
+    load_s = cluster.kv_bytes_per_token / cluster.load_bytes_per_s
+    return min(1.0, load_s * 1000 / max(cluster.step_time.prefill_s(1000), 1e-12))
 
 
 def _check(workload: Workload, cluster: Cluster) -> None:

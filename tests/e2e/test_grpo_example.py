@@ -26,6 +26,7 @@ def train(out: Path, *more: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_it_trains_and_goes_on_from_its_checkpoint(tmp_path):
     rows = train(tmp_path, "--iterations", "2")
     assert [row["iteration"] for row in rows] == ["0", "1", "2"]

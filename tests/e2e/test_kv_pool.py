@@ -198,6 +198,7 @@ def mapped_pools(pids: list[int]) -> set[str]:
 NUM_ATTACKS = int(os.environ.get("ASEER_NUM_ATTACKS", "3"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always_migrate")
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_server_costs_recomputation_only(engine, kind):
@@ -227,6 +228,7 @@ def test_a_lost_server_costs_recomputation_only(engine, kind):
     assert len(mapped_pools(pids)) == 1, "memory of dead servers is let go"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always_migrate")
 def test_a_small_pool_with_a_disk_behind_and_a_disk_that_fails(tmp_path):
     groups = groups_of(16, 1000, seed=4)
@@ -280,6 +282,7 @@ def take_away(disk: Path) -> None:
         folder.write_text("not a directory")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always_migrate")
 def test_one_request_at_a_time_hops_bit_for_bit_in_bfloat16():
     config = tiny_config(
