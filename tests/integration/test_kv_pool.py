@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 from array import array
@@ -37,10 +38,15 @@ INFO = InstanceInfo(
 )
 
 
-@pytest.fixture
-def event_loop_policy() -> uvloop.EventLoopPolicy:
+def on_uvloop(test):
     """As in an engine: its transports differ from asyncio's where a pipe breaks."""
-    return uvloop.EventLoopPolicy()
+
+    @functools.wraps(test)
+    def run(**arguments):
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(test(**arguments))
+
+    return run
 
 
 @asynccontextmanager
@@ -79,6 +85,7 @@ async def eventually(condition, timeout_s: float = 60.0) -> None:
             await asyncio.sleep(0.1)
 
 
+@on_uvloop
 async def test_it_serves_and_leaves_nothing_behind(tmp_path):
     async with running(tmp_path) as pool:
         (pid,) = pool.pids
@@ -92,6 +99,7 @@ async def test_it_serves_and_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+@on_uvloop
 async def test_a_lost_server_is_replaced_at_its_port(tmp_path, kind):
     async with running(tmp_path) as pool:
         (pid,) = pool.pids
@@ -107,6 +115,7 @@ async def test_a_lost_server_is_replaced_at_its_port(tmp_path, kind):
         assert not psutil.pid_exists(pid)
 
 
+@on_uvloop
 async def test_it_ends_with_its_controller(tmp_path):
     async with running(tmp_path) as pool:
         (pid,) = pool.pids
