@@ -36,6 +36,18 @@ def roll(engine: aseer.Engine) -> dict[str, tuple[list[int], list[float]]]:
     return {k: (r.token_ids, r.logprobs) for k, r in responses.items()}
 
 
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same tokens, and logprobs as far as an engine repeats them.
+
+    Whether a sibling finds the prompt in the prefix cache is a matter of timing; what
+    is computed in other pieces, or with other rows, has other last bits.
+    """
+    assert found.keys() == expected.keys()
+    for request_id, (tokens, logprobs) in expected.items():
+        assert found[request_id][0] == tokens
+        assert found[request_id][1] == pytest.approx(logprobs, abs=1e-4)
+
+
 def state_dict_of(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -93,12 +105,12 @@ def test_after_an_update_responses_are_those_of_a_fresh_engine(
     engine, expected, checkpoint
 ):
     old = roll(engine)
+    assert all(expected[k] != old[k] for k in old)
     for source in (trained(), iter(state_dict_of(checkpoint).items()), checkpoint):
         engine.update_weights_sync(source)
-        assert roll(engine) == expected
-        assert expected != old
+        assert_same(roll(engine), expected)
         engine.update_weights_sync(state_dict_of(tiny_model()))
-        assert roll(engine) == old
+        assert_same(roll(engine), old)
 
 
 def test_drafts_of_old_responses_change_nothing(expected):
@@ -107,10 +119,7 @@ def test_drafts_of_old_responses_change_nothing(expected):
         roll(engine)
         engine.update_weights_sync(trained())
         found = roll(engine)
-    for request_id, (tokens, logprobs) in expected.items():
-        assert found[request_id][0] == tokens
-        # Several rows at once are multiplied in another order: the last bits differ.
-        assert found[request_id][1] == pytest.approx(logprobs, abs=1e-4)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["name", "shape", "dtype", "nan"])
@@ -131,11 +140,7 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_still_work(engine,
     with pytest.raises(aseer.WeightUpdateError, match=r"layers\.(1|9)\.mlp\.up_proj"):
         engine.update_weights_sync(bad)
     assert engine.weight_version == version
-    new = roll(engine)
-    for request_id, (tokens, logprobs) in old.items():
-        assert new[request_id][0] == tokens
-        # Its prompt is in the prefix cache now, and so not computed in one piece.
-        assert new[request_id][1] == pytest.approx(logprobs, abs=1e-4)
+    assert_same(roll(engine), old)
 
 
 def test_a_killed_instance_comes_back_with_the_new_weights(engine, expected):
@@ -144,7 +149,7 @@ def test_a_killed_instance_comes_back_with_the_new_weights(engine, expected):
         os.kill(engine.instances[victim].pid, signal.SIGKILL)
         until(lambda: len(engine.instances) < 2)
         until(lambda: len(engine.instances) == 2)
-    assert roll(engine) == expected
+    assert_same(roll(engine), expected)
 
 
 def test_on_a_cpu_sleep_says_why_not(engine):
