@@ -54,8 +54,12 @@ def state_dict_of(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
 def trained() -> Any:
-    """The tiny model after one step of AdamW with a large learning rate."""
+    """The tiny model after one step of AdamW with a large learning rate.
+
+    Made once: where a gradient is about 0, its rounding decides on a weight's step.
+    """
     from transformers import AutoConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(AutoConfig.from_pretrained(tiny_model()))
@@ -68,13 +72,13 @@ def trained() -> Any:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the trained model; what else it needs is the tiny model's."""
     directory = tmp_path_factory.mktemp("trained")
     make_tiny(directory)
     from safetensors.torch import save_file
 
-    new = {k: v.detach().clone() for k, v in trained().state_dict().items()}
+    new = {k: v.detach().clone() for k, v in trained.state_dict().items()}
     assert new.keys() == state_dict_of(directory).keys()
     save_file(new, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
@@ -102,22 +106,22 @@ def until(condition: Callable[[], object], timeout_s: float = 200.0) -> None:
 
 
 def test_after_an_update_responses_are_those_of_a_fresh_engine(
-    engine, expected, checkpoint
+    engine, expected, trained, checkpoint
 ):
     old = roll(engine)
     assert all(expected[k] != old[k] for k in old)
-    for source in (trained(), iter(state_dict_of(checkpoint).items()), checkpoint):
+    for source in (trained, iter(state_dict_of(checkpoint).items()), checkpoint):
         engine.update_weights_sync(source)
         assert_same(roll(engine), expected)
         engine.update_weights_sync(state_dict_of(tiny_model()))
         assert_same(roll(engine), old)
 
 
-def test_drafts_of_old_responses_change_nothing(expected):
+def test_drafts_of_old_responses_change_nothing(expected, trained):
     config = tiny_config(num_instances=1, chunk_size=64, speculation="dgds")
     with aseer.Engine(config) as engine:
         roll(engine)
-        engine.update_weights_sync(trained())
+        engine.update_weights_sync(trained)
         found = roll(engine)
     assert_same(found, expected)
 
@@ -143,8 +147,8 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_still_work(engine,
     assert_same(roll(engine), old)
 
 
-def test_a_killed_instance_comes_back_with_the_new_weights(engine, expected):
-    engine.update_weights_sync(trained())
+def test_a_killed_instance_comes_back_with_the_new_weights(engine, expected, trained):
+    engine.update_weights_sync(trained)
     for victim in range(2):
         os.kill(engine.instances[victim].pid, signal.SIGKILL)
         until(lambda: len(engine.instances) < 2)

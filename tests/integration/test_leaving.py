@@ -133,9 +133,11 @@ async def test_cancelling_the_start_ends_what_was_started():
 
 
 SCRIPT = """
-import asyncio, sys
+import asyncio, signal, sys
 import aseer
 from tests.integration.sims import config_of, groups_of
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # if these tests ignore it
 
 async def main():
     async with aseer.Engine(config_of()) as engine:

@@ -176,7 +176,8 @@ async def test_code_that_blocks_its_loop_does_not_stall_the_engines(engine):
 
 
 async def test_one_rollout_at_a_time(engine):
-    first = aiter(engine.rollout(groups_of(4, max_tokens=400, ignore_eos=True)))
+    long = groups_of(4, max_tokens=2000, ignore_eos=True)
+    first = aiter(engine.rollout(groups_of(1) + long[1:]))
     await anext(first)
     with pytest.raises(aseer.RolloutInProgressError, match="unfinished requests"):
         async for _ in engine.rollout(groups_of(1)):
