@@ -71,21 +71,23 @@ def serve_instance() -> None:
     class OpenBackend(VllmBackend):
         async def attend(self) -> None:
             path = f"{os.environ[SOCKETS]}/{self._spec.instance_id}"
-            async with await asyncio.start_unix_server(
+            server = await asyncio.start_unix_server(
                 self._take_work, path, limit=MAX_LINE_BYTES
-            ):
+            )
+            async with server:
                 await super().attend()
+                await server.serve_forever()
 
         async def _take_work(
             self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
         ) -> None:
             work = json.loads(await reader.readline())
-            results = await asyncio.gather(*(self._generate(*one) for one in work))
+            results = await asyncio.gather(*(self._bare_request(*one) for one in work))
             writer.write(json.dumps(results).encode() + b"\n")
             await writer.drain()
             writer.close()
 
-        async def _generate(self, name: str, prompt: list[int], length: int) -> Any:
+        async def _bare_request(self, name: str, prompt: list[int], length: int) -> Any:
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=length,
