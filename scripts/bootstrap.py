@@ -134,7 +134,7 @@ def wanted() -> dict[str, str]:
     for path in [
         ROOT / "pyproject.toml",
         ROOT / "CMakeLists.txt",
-        *sorted((ROOT / "aseer" / "dgds" / "csrc").glob("*")),
+        *sorted((ROOT / "aseer").glob("**/csrc/*")),
     ]:
         build.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return {"packages": packages.hexdigest(), "build": build.hexdigest()}
@@ -303,7 +303,7 @@ def build_aseer() -> None:
     say("building the native module and installing aseer")
     arguments = ["install", "--no-deps", "--no-build-isolation", "--editable", "."]
     must(pip(*arguments), "building aseer")
-    look = "import aseer, aseer.dgds._cst"
+    look = "import aseer, aseer._core, aseer.dgds._cst"
     must(run([str(VENV_PYTHON), "-c", look]), "importing the native module")
 
 
