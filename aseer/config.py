@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import msgspec
+
 from aseer.errors import ConfigError
 from aseer.sampling import SamplingParams
 
@@ -92,7 +94,7 @@ class KvPoolConfig:
     """Where KV is kept that any engine of a node can load.
 
     A chunk that starts on another engine than the last one then finds its request's KV
-    there in milliseconds. Whatever happens to the pool costs recomputation only.
+    there. Whatever happens to the pool costs recomputation only.
 
     Attributes:
         mode: "lmcache" starts LMCache servers; "auto" does if there are two engines or
@@ -153,7 +155,10 @@ class EngineConfig:
         chunk_size: the most tokens a request generates before it is scheduled anew; 0 =
             undivided. Chunks end just past a KV block's end, where a resume computes
             one token.
-        policy: who runs next, and where; one of `POLICY_NAMES`.
+        policy: who runs next, and where. "context-aware" is Seer's; "fcfs" takes
+            requests as they come, "longest-first" by their `Group.known_lengths`.
+            Baselines that divide nothing, whatever `chunk_size` says: "least-loaded",
+            "group-round-robin", "group-least-unfinished".
         speculation: how tokens are drafted: a method's name ("off", "dgds", "suffix",
             "ngram") or a `SpeculationConfig`, which it is turned into.
         kv_pool: where KV is kept that other engines can load: a mode ("auto", "off",
@@ -169,10 +174,11 @@ class EngineConfig:
         heartbeat_timeout_s: an engine process silent that long is taken for dead.
         stall_timeout_s: an engine that has work but makes no token that long is killed.
         shutdown_timeout_s: for an orderly end; what is left then is killed.
-        max_restarts: times a dead instance is started again, over the engine's life.
-        max_request_retries: a request that was running on so many dying instances ends
-            as an error.
-        engine_args: further arguments of vLLM's AsyncEngineArgs, as they are.
+        max_restarts: times that dead instances are started again: all of them together,
+            over the engine's life.
+        max_request_retries: instances that may die while they run a request; if one
+            more does, the request ends as an error.
+        engine_args: further arguments of vLLM's AsyncEngineArgs, as plain data.
         env: environment variables of the engine processes.
         log_dir: where engine logs go and stay; None = with the socket directory,
             removed at close.
@@ -180,8 +186,8 @@ class EngineConfig:
             the model, twice that during an update; None = shared memory (/dev/shm).
     """
 
-    model: str
-    tokenizer: str | None = None
+    model: Path | str
+    tokenizer: Path | str | None = None
     num_instances: int | None = None
     gpus_per_instance: int = 1
     device: Literal["auto", "cuda", "cpu", "sim"] = "auto"
@@ -214,6 +220,11 @@ class EngineConfig:
         if not isinstance(self.model, str | Path) or not str(self.model):
             raise _bad("model", self.model, "a model name or a directory")
         object.__setattr__(self, "model", str(self.model))
+        if self.tokenizer is not None:
+            object.__setattr__(self, "tokenizer", str(self.tokenizer))
+        dtype: object = self.dtype
+        if not isinstance(dtype, str):
+            raise _bad("dtype", dtype, 'a name, such as "bfloat16"')
         for name in ("num_instances", "max_model_len", "max_num_seqs"):
             _int(self, name, 1, optional=True)
         _int(self, "kv_cache_bytes", 1, optional=True)
@@ -230,7 +241,9 @@ class EngineConfig:
             _positive(self, name)
         if self.heartbeat_timeout_s < 4 * self.report_interval_s:
             raise _bad(
-                "heartbeat_timeout_s", self.heartbeat_timeout_s, "at least 4 reports"
+                "heartbeat_timeout_s",
+                self.heartbeat_timeout_s,
+                f"at least 4 reports, of report_interval_s={self.report_interval_s:g}",
             )
         if self.device not in ("auto", "cuda", "cpu", "sim"):
             raise _bad("device", self.device, "one of auto, cuda, cpu, sim")
@@ -243,6 +256,11 @@ class EngineConfig:
             raise ConfigError(
                 f"engine_args has {name!r}; use instead: {_OWN_ENGINE_ARGS[name]}"
             )
+        _plain(self, "engine_args")
+        _plain(self, "kv_transfer_config")
+        for variable, value in self.env.items():
+            if not (isinstance(variable, str) and isinstance(value, str)):
+                raise _bad("env", {variable: value}, "texts by texts")
 
 
 def check_policy(policy: object) -> PolicyName:
@@ -317,6 +335,17 @@ def _int(config: object, name: str, low: int, *, optional: bool = False) -> None
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         rest = ", or None for the default" if optional else ""
         raise _bad(name, value, f"an int >= {low}{rest}")
+
+
+def _plain(config: object, name: str) -> None:
+    """Refuse what cannot be told to another process."""
+    try:
+        msgspec.json.encode(getattr(config, name))
+    except TypeError as error:
+        raise ConfigError(
+            f"{name} goes to other processes and takes plain data only, such as "
+            f"numbers, texts, lists and dicts: {error}"
+        ) from None
 
 
 def _positive(config: object, name: str) -> None:

@@ -7,6 +7,7 @@ import atexit
 import contextvars
 import time
 import weakref
+from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING, Self
 
 from aseer.config import (
@@ -26,10 +27,12 @@ from aseer.rollout import Groups, Rollout, SyncRollout
 from aseer.weights.sending import Sending
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
     from types import TracebackType
 
     from aseer.config import PolicyName
+    from aseer.groups import Group
     from aseer.types import InstanceInfo
     from aseer.weights.keeper import Pause, Plan, SwitchTimes
     from aseer.weights.sending import WeightSource
@@ -68,7 +71,7 @@ class Engine:
         if self._launches[0].backend == "vllm":
             check_vllm()
         self._host: Host | None = None
-        self._tokenizer = HuggingFaceTokenizer(config.tokenizer or config.model)
+        self._tokenizer = HuggingFaceTokenizer(str(config.tokenizer or config.model))
         self._tokens: list[contextvars.Token[Engine | None]] = []
 
     # Opening and closing
@@ -168,12 +171,15 @@ class Engine:
         Args:
             groups: an iterable or async iterable of `Group`. A list is checked at once,
                 and scheduled as a whole. From an iterator groups are taken while the
-                rollout runs, so that more can be added as results come in.
+                rollout runs, so that more can be added as results come in. Texts and
+                chats are encoded in the calling thread; the first one takes some time,
+                since it loads the model's tokenizer.
             policy: instead of the engine's.
             chunk_size: instead of the engine's; 0 = undivided.
         Raises:
             ConfigError: a group of a list that cannot run.
             EngineClosedError: the engine is not open.
+            EngineError: no instance is up at the moment.
         """
         return Rollout(
             self._open_host(),
@@ -185,12 +191,21 @@ class Engine:
 
     def rollout_sync(
         self,
-        groups: Groups,
+        groups: Iterable[Group],
         *,
         policy: PolicyName | None = None,
         chunk_size: int | None = None,
     ) -> SyncRollout:
-        """As `rollout`, for code without an event loop: iterate it with `for`."""
+        """As `rollout`, for code without an event loop: iterate it with `for`.
+
+        Raises:
+            ConfigError: as there; or an async iterator of groups.
+        """
+        if isinstance(groups, AsyncIterable):
+            raise ConfigError(
+                "rollout_sync takes a list or an iterator of groups; an async iterator "
+                "needs `async for` over Engine.rollout"
+            )
         return SyncRollout(
             self._open_host(),
             self._resolver(),

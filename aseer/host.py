@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -26,18 +25,18 @@ import uvloop
 from aseer.dgds.server import make_draft_server
 from aseer.errors import (
     AseerError,
+    ConfigError,
     EngineClosedError,
     EngineError,
     RolloutInProgressError,
 )
-from aseer.instance.cleanup import SHARED_MEMORY
 from aseer.instance.messages import FROM_INSTANCE, Report
 from aseer.instance.pool import InstancePool
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.session import Session
 from aseer.transport.zeromq import bind_router
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
-from aseer.weights.keeper import WeightKeeper
+from aseer.weights.keeper import WeightKeeper, weights_dir_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -61,11 +60,15 @@ class Host:
         pool_plan = plan_kv_pool(config, launches)
         self._config = config
         self._launches = launches
+        try:
+            if config.log_dir is not None:
+                Path(config.log_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"log_dir cannot be used: {error}") from error
         self.run_dir = Path(tempfile.mkdtemp(prefix="aseer-"))  # 0700
-        self.weights_dir = _weights_dir(config, self.run_dir)
+        self.weights_dir = weights_dir_of(config, self.run_dir)
         self.weights = WeightKeeper(self.weights_dir)
         self.log_dir = Path(config.log_dir or self.run_dir)
-        self.log_dir.mkdir(parents=True, exist_ok=True)
         self.infos: dict[InstanceId, InstanceInfo] = {}
         self.started: Future[None] = Future()
         self.ended = threading.Event()
@@ -81,6 +84,7 @@ class Host:
             self.kv_pool = KvPool(pool_plan, config, len(launches), self.log_dir)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
+        self._is_stopping = False
         self._thread = threading.Thread(
             target=self._run, name="aseer-engine", daemon=True
         )
@@ -93,6 +97,7 @@ class Host:
 
     def request_stop(self) -> None:
         """Begin the end; `ended` tells when it is reached. May be called again."""
+        self._is_stopping = True  # for a thread that has no loop yet
         loop, stop = self._loop, self._stop
         if loop is not None and stop is not None:
             with suppress(RuntimeError):  # the loop is closed already
@@ -329,6 +334,8 @@ class Host:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
+        if self._is_stopping:
+            self._stop.set()
         endpoint = f"ipc://{self.run_dir}/ctrl"
         async with bind_router(endpoint, FROM_INSTANCE) as router:
             pool = InstancePool(
@@ -381,14 +388,6 @@ class Host:
         if session is not None and not session.over.done():
             session.leave()
             await asyncio.wait([session.over], timeout=self._config.shutdown_timeout_s)
-
-
-def _weights_dir(config: EngineConfig, run_dir: Path) -> Path:
-    """Where tensors for the engines go: memory, if it can be shared as files."""
-    if config.weights_dir is not None:
-        return Path(config.weights_dir).resolve() / run_dir.name
-    shared = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
-    return SHARED_MEMORY / run_dir.name if shared else run_dir / "weights"
 
 
 def _root(error: BaseException) -> BaseException:

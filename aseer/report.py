@@ -147,7 +147,8 @@ class Progress:
 
     Attributes:
         num_requests: known so far; more may come while `intake_open`.
-        longest_running: tokens of the running request that has the most, and its id.
+        longest_running: id of the running request that has the most tokens, and how
+            many it has.
         eta_s: until the end if the length estimates hold; None while unknown.
         instances: the latest sample of each.
         speculation: so far; None if the engines do not speculate.

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Self
+from contextlib import AsyncExitStack, suppress
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from aseer.errors import AseerError, ConfigError, EngineClosedError
 from aseer.groups import Group, GroupResolver
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aseer.types import Task
 
 Groups = Iterable[Group] | AsyncIterable[Group]
+R = TypeVar("R", bound="_Common")
 _PULL_AT_ONCE = 256
 
 
@@ -84,9 +85,7 @@ class _Common:
         return report
 
     def progress(self) -> Progress | None:
-        """The rollout as it stands, a fraction of a second old; None before it
-        starts.
-        """
+        """The rollout as of a fraction of a second ago; None before it starts."""
         return self._session.progress if self._session is not None else None
 
     def cancel(self, group_id: str) -> None:
@@ -147,21 +146,15 @@ class _Common:
         self._host.post(session.close_intake)
 
     @property
-    def _num_pending(self) -> int:
-        return self._num_taken - self._num_yielded
+    def _has_room(self) -> bool:
+        return self._num_taken - self._num_yielded < self._max_pending
 
     def _pull(self) -> None:
         """Take groups from a plain iterator while there is room for more requests."""
-        while (
-            self._source is not None
-            and self._num_pending < self._max_pending
-            and not self._left
-        ):
+        while self._source is not None and self._has_room and not self._left:
             tasks: list[Task] = []
             try:
-                while (
-                    len(tasks) < _PULL_AT_ONCE and self._num_pending < self._max_pending
-                ):
+                while len(tasks) < _PULL_AT_ONCE and self._has_room:
                     tasks.append(self._resolve(next(self._source)))
             except StopIteration:
                 self._source = None
@@ -196,7 +189,7 @@ class _Common:
         self._mailbox.close()
 
     def _leave_opened(self, opening: Future[Session]) -> None:
-        if not opening.cancelled() and opening.exception() is None:
+        if not _failed(opening):
             self._host.post(opening.result().leave)
 
     def _drained(self) -> Future[None] | None:
@@ -217,10 +210,20 @@ def _failed(opening: Future[Session]) -> bool:
     return opening.done() and (opening.cancelled() or opening.exception() is not None)
 
 
+class _Loop(Generic[R]):
+    """A loop over a rollout; dropped before the end, it leaves the rollout."""
+
+    def __init__(self, rollout: R) -> None:
+        self._rollout = rollout
+        self._over = False
+
+    def __del__(self) -> None:
+        if not self._over:
+            self._rollout._leave()
+
+
 class Rollout(_Common):
-    """An async iterator of Responses in the order they finish; made by
-    `Engine.rollout`.
-    """
+    """Responses in the order they finish, for `async for`; see `Engine.rollout`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -267,7 +270,7 @@ class Rollout(_Common):
         try:
             async for group in source:
                 self._submit([self._resolve(group)])
-                while self._num_pending >= self._max_pending:
+                while not self._has_room:
                     self._room.clear()
                     await self._room.wait()
         except Exception as error:  # the user's iterator, or a bad group of his
@@ -283,14 +286,8 @@ class Rollout(_Common):
                 pump.get_loop().call_soon_threadsafe(pump.cancel)
 
 
-class _AsyncResponses:
-    """What `async for` holds; when it is dropped before the end, the rollout is
-    left.
-    """
-
-    def __init__(self, rollout: Rollout) -> None:
-        self._rollout = rollout
-        self._over = False
+class _AsyncResponses(_Loop[Rollout]):
+    """What `async for` holds."""
 
     def __aiter__(self) -> Self:
         return self
@@ -301,10 +298,6 @@ class _AsyncResponses:
         except StopAsyncIteration:
             self._over = True
             raise
-
-    def __del__(self) -> None:
-        if not self._over:
-            self._rollout._leave()
 
 
 class _AsyncGroups:
@@ -325,9 +318,7 @@ class _AsyncGroups:
 
 
 class SyncRollout(_Common):
-    """An iterator of Responses in the order they finish; made by
-    `Engine.rollout_sync`.
-    """
+    """Responses in the order they finish, for `for`; see `Engine.rollout_sync`."""
 
     def __iter__(self) -> Iterator[Response]:
         return _Responses(self)
@@ -355,12 +346,8 @@ class SyncRollout(_Common):
             raise StopIteration from None
 
 
-class _Responses:
-    """What `for` holds; when it is dropped before the end, the rollout is left."""
-
-    def __init__(self, rollout: SyncRollout) -> None:
-        self._rollout = rollout
-        self._over = False
+class _Responses(_Loop[SyncRollout]):
+    """What `for` holds."""
 
     def __iter__(self) -> Self:
         return self
@@ -371,10 +358,6 @@ class _Responses:
         except StopIteration:
             self._over = True
             raise
-
-    def __del__(self) -> None:
-        if not self._over:
-            self._rollout._leave()
 
 
 async def rollout(
@@ -402,18 +385,15 @@ async def rollout(
 
     if engine is not None and config is not None:
         raise ConfigError("give engine= or config=, not both")
-    if config is not None:
-        async with Engine(config) as own:
-            async for response in own.rollout(
-                groups, policy=policy, chunk_size=chunk_size
-            ):
-                yield response
-        return
-    engine = engine or current_engine.get()
-    if engine is None:
-        raise EngineClosedError(
-            "no engine is open here; call this inside `async with aseer.Engine(...)`, "
-            "or give engine= or config="
-        )
-    async for response in engine.rollout(groups, policy=policy, chunk_size=chunk_size):
-        yield response
+    async with AsyncExitStack() as own:
+        if config is not None:
+            engine = await own.enter_async_context(Engine(config))
+        engine = engine or current_engine.get()
+        if engine is None:
+            raise EngineClosedError(
+                "no engine is open here; call this inside `async with "
+                "aseer.Engine(...)`, or give engine= or config="
+            )
+        responses = engine.rollout(groups, policy=policy, chunk_size=chunk_size)
+        async for response in responses:
+            yield response

@@ -10,7 +10,7 @@ make the same token, and the second must compute one token or all.
 The second part runs the same rollout with engines that have a pool and with engines
 that have none, in turns: requests move when that evens out the load.
 
-Expected: a load takes 1% to 5% of the time to recompute 8 thousand tokens; throughput
+Aimed at: a load takes at most 5% of the time to recompute 8 thousand tokens; throughput
 with the pool is at least that without.
 """
 

@@ -9,9 +9,9 @@ the engine processes' own CPU time, each engine being one thread; wall time stan
 beside it. The samples differ between arms, their distribution does not (the sampler is
 tested at the engines' start).
 
-Expected at T = 0.7, from a replay with a crude rule: 1.4x to 1.6x with up to 4 requests
-an engine, nothing with 16, where a core spends on sampling from 49k tokens what a draft
-would save; never below 0.99x; drafting takes under 1% of a step.
+Expected at T = 0.7: a gain with up to 4 requests an engine, none with 16, where a core
+spends on sampling from 49k tokens what a draft would save. Aimed at: never below 0.99x;
+drafting takes under 1% of a step.
 """
 
 from __future__ import annotations

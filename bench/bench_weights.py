@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--save-as")
+    parser.add_argument("--save", help="file for the result")
     parser.add_argument("--smoke", action="store_true", help="the tiny model, twice")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -75,9 +75,9 @@ def main() -> None:
                         times.setdefault(f"{kind}_{part}", []).append(value)
     figures = {name: quantiles(values[1:], digits=4) for name, values in times.items()}
     figures["megabytes"] = round(report.num_bytes / 1e6, 1)
-    settings = {k: v for k, v in vars(args).items() if k not in ("save_as",)}
+    settings = {k: v for k, v in vars(args).items() if k != "save"}
     line = result_line("weights", settings=settings, figures=figures)
-    print_result(line, save_as=args.save_as)
+    print_result(line, save_as=args.save)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from operator import attrgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import aseer
+import aseer.display
+import aseer.integrations.trl
+import aseer.plot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 SECTIONS = {
@@ -29,12 +37,26 @@ SECTIONS = {
         "WeightUpdateReport",
         "InstanceReport",
         "Progress",
+        "report.SpeculationReport",
+        "report.KvReport",
+        "report.Completion",
+        "report.TimelineSample",
+        "types.InstanceInfo",
+    ],
+    "Beside the package": [
+        "display.Live",
+        "plot.timeline",
+        "plot.completions",
+        "integrations.trl.rollout_func",
     ],
 }
+# Made by the engine: what their constructors take is nobody's business.
+NOT_MADE_BY_USERS = ("Rollout", "SyncRollout")
 HEAD = """# API reference
 
-Every public name of `aseer`. Token ids are ints, logprobs are natural logarithms held
-as float32, times are seconds. What is not listed here may change without notice.
+Every public name of `aseer`, and of its modules what is of use to you. Token ids are
+ints, logprobs are natural logarithms held as float32, times are seconds. What is not
+listed here may change without notice.
 """
 
 
@@ -58,13 +80,13 @@ def render() -> str:
 
 
 def _render_name(name: str) -> str:
-    thing = getattr(aseer, name)
+    thing = attrgetter(name)(aseer)
     parts = [f"### `{name}`\n"]
     if isinstance(thing, type) and dataclasses.is_dataclass(thing):
-        parts.append(_code(_fields(thing), "python"))
+        parts.append(_code(_fields(name, thing), "python"))
     elif inspect.isfunction(thing):
         parts.append(_code(f"aseer.{name}{_signature(thing)}", "python"))
-    else:
+    elif name not in NOT_MADE_BY_USERS:
         parts.append(_code(f"aseer.{name}{_signature(thing.__init__)}", "python"))
     parts.append(_code(inspect.getdoc(thing) or ""))
     if inspect.isclass(thing):
@@ -93,8 +115,8 @@ def _members(thing: type) -> list[str]:
     return parts
 
 
-def _fields(thing: type) -> str:
-    lines = [f"aseer.{thing.__name__}("]
+def _fields(name: str, thing: type) -> str:
+    lines = [f"aseer.{name}("]
     for field in dataclasses.fields(thing):
         default = ""
         if field.default is not dataclasses.MISSING:
@@ -105,8 +127,8 @@ def _fields(thing: type) -> str:
     return "\n".join([*lines, ")"])
 
 
-def _signature(function: object) -> str:
-    text = str(inspect.signature(function))  # type: ignore[arg-type]
+def _signature(function: Callable[..., object]) -> str:
+    text = str(inspect.signature(function))
     text = re.sub(r"\(self(, )?", "(", text)
     return text.replace("'", "").removesuffix(" -> None")
 

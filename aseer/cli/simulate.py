@@ -19,6 +19,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from aseer import plot
+from aseer.cli.arguments import positive_float, positive_int
 from aseer.errors import ConfigError
 from aseer.scheduler import POLICIES
 from aseer.sim import GPUS, MODELS, Cluster, ModelShape, Roofline, simulate
@@ -55,6 +56,12 @@ ARMS = (
 )
 
 
+DRAFTS_NOTE = (
+    "Drafts are accepted as in the Seer paper, and verifying them costs their FLOPs "
+    "and nothing else: read what they gain as a bound."
+)
+
+
 def add_parser(
     subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
     common: argparse.ArgumentParser,
@@ -88,14 +95,14 @@ def add_parser(
     _add(cluster, "--max-num-seqs", 256, "requests an engine runs at once")
     cluster.add_argument(
         "--memory-share",
-        type=float,
+        type=positive_float,
         default=0.9,
         metavar="X",
         help="of a GPU's memory that the engine may use (default: 0.9)",
     )
     cluster.add_argument(
         "--pool-gb-per-s",
-        type=float,
+        type=positive_float,
         metavar="X",
         help="an engine reads KV from a pool at that rate (default: no pool, requests "
         "that move are computed anew)",
@@ -113,7 +120,9 @@ def add_parser(
     _add(work, "--n", 8, "responses a prompt")
     _add(work, "--mean", 4000, "mean tokens of a response")
     _add(work, "--max-tokens", 32_768, "that a response may have")
-    _add(work, "--seed", 0, "of the drawn lengths")
+    work.add_argument(
+        "--seed", type=int, default=0, help="of the drawn lengths (default: 0)"
+    )
     work.add_argument(
         "--chunk-size",
         default=str(_DEFAULT_CHUNK_SIZE),
@@ -128,7 +137,7 @@ def add_parser(
 def _add(group: argparse._ArgumentGroup, name: str, default: int, what: str) -> None:
     group.add_argument(
         name,
-        type=int,
+        type=positive_int,
         default=default,
         metavar="N",
         help=f"{what} (default: {default})",
@@ -178,6 +187,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"workload": work.name, "arms": make_rows(results)}))
     console.print(make_table(results))
+    console.print(DRAFTS_NOTE, style="dim")
     if args.plot is not None:
         curves = [(f"{r.arm.name} ({r.chunk_size})", r.report) for r in results]
         plot.completions(curves, args.plot)
@@ -210,7 +220,7 @@ def make_cluster(args: argparse.Namespace) -> Cluster:
     if not num_kv_tokens:
         raise ConfigError(
             f"{shape.model.name} does not fit on {shape.num_gpus} {shape.gpu.name}; "
-            "give --gpus-per-instance more"
+            "give --gpus-per-instance a greater number"
         )
     bandwidth = args.pool_gb_per_s
     return Cluster(

@@ -54,6 +54,28 @@ class Candidates(NamedTuple):
         return len(self.weights)
 
 
+class Outcome(NamedTuple):
+    """What became of a step's drafts.
+
+    Attributes:
+        confidences: [num_tokens] of the drafted tokens, all drafts one after the other.
+        num_drafted, num_accepted: [num_drafts] tokens of each.
+    """
+
+    confidences: NDArray[np.float32]
+    num_drafted: NDArray[np.int64]
+    num_accepted: NDArray[np.int64]
+
+    @property
+    def survived(self) -> NDArray[np.bool_]:
+        """[num_tokens], whether each was accepted."""
+        starts = np.cumsum(self.num_drafted) - self.num_drafted
+        position = np.arange(len(self.confidences)) - np.repeat(
+            starts, self.num_drafted
+        )
+        return position < np.repeat(self.num_accepted, self.num_drafted)
+
+
 class Budget(Protocol):
     """Chooses draft lengths."""
 
@@ -65,16 +87,8 @@ class Budget(Protocol):
         """[num_rows], how much of each row to draft."""
         ...
 
-    def accepted(
-        self, confidences: NDArray[np.float32], survived: NDArray[np.bool_]
-    ) -> None:
-        """[num_tokens] of what was drafted was accepted or not."""
-        ...
-
-    def position_accepted(
-        self, num_drafted: NDArray[np.int64], num_accepted: NDArray[np.int64]
-    ) -> None:
-        """[num_drafts], tokens drafted for a request and of them accepted."""
+    def learn(self, outcome: Outcome) -> None:
+        """See what became of the last step's drafts."""
         ...
 
 
@@ -92,14 +106,7 @@ class FixedBudget:
         """See `Budget`."""
         return np.diff(candidates.offsets)
 
-    def accepted(
-        self, confidences: NDArray[np.float32], survived: NDArray[np.bool_]
-    ) -> None:
-        """See `Budget`."""
-
-    def position_accepted(
-        self, num_drafted: NDArray[np.int64], num_accepted: NDArray[np.int64]
-    ) -> None:
+    def learn(self, outcome: Outcome) -> None:
         """See `Budget`."""
 
 
@@ -136,16 +143,9 @@ class AdaptiveBudget:
             self._num_idle += 1
         return lengths
 
-    def accepted(
-        self, confidences: NDArray[np.float32], survived: NDArray[np.bool_]
-    ) -> None:
+    def learn(self, outcome: Outcome) -> None:
         """See `Budget`."""
-        self._calibration.learn(confidences, survived)
-
-    def position_accepted(
-        self, num_drafted: NDArray[np.int64], num_accepted: NDArray[np.int64]
-    ) -> None:
-        """See `Budget`."""
+        self._calibration.learn(outcome.confidences, outcome.survived)
 
 
 def spend(
@@ -312,19 +312,12 @@ class PaperBudget:
                 rest, left = rest + 1, left - num_rest
         return probe, rest
 
-    def accepted(
-        self, confidences: NDArray[np.float32], survived: NDArray[np.bool_]
-    ) -> None:
-        """See `Budget`."""
-
-    def position_accepted(
-        self, num_drafted: NDArray[np.int64], num_accepted: NDArray[np.int64]
-    ) -> None:
+    def learn(self, outcome: Outcome) -> None:
         """See `Budget`."""
         positions = np.arange(1, self._max + 1)
         for sums, lengths in (
-            (self._num_drafted, num_drafted),
-            (self._num_accepted, num_accepted),
+            (self._num_drafted, outcome.num_drafted),
+            (self._num_accepted, outcome.num_accepted),
         ):
             sums *= 0.999
             sums += (lengths[:, None] >= positions).sum(axis=0)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aseer.dgds.budget import MIN_CONFIDENCE, Candidates
+from aseer.dgds.budget import MIN_CONFIDENCE, Candidates, Outcome
 from aseer.dgds.messages import EXTRA_ARGS_KEY
 from aseer.dgds.replica import RequestKey, row_offsets
 
@@ -263,11 +263,7 @@ class _Drafting:
                     num_accepted.append(len(sampled[place]) - 1)
         if said:
             drafted, accepted = np.array(num_drafted), np.array(num_accepted)
-            starts = row_offsets(num_drafted, len(drafted))
-            position = np.arange(starts[-1]) - np.repeat(starts[:-1], drafted)
-            survived = position < np.repeat(accepted, drafted)
-            self._budget.accepted(np.concatenate(said), survived)
-            self._budget.position_accepted(drafted, accepted)
+            self._budget.learn(Outcome(np.concatenate(said), drafted, accepted))
 
     def _append(
         self,

@@ -25,12 +25,18 @@ def shared_memory_of(group: int) -> set[Path]:
     return {path for path in SHARED_MEMORY.iterdir() if _inode(path) in mapped}
 
 
-def kill_group(group: int) -> None:
-    """Kill every process of a group, and wait until they hold nothing any more."""
+def signal_group(group: int) -> set[int]:
+    """Send SIGKILL to every process of a group and return their ids; wait for none."""
     members = _members(group)
     for pid in members:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    return members
+
+
+def kill_group(group: int) -> None:
+    """Kill every process of a group, and wait until they hold nothing any more."""
+    members = signal_group(group)
     deadline = time.monotonic() + _EXIT_TIMEOUT_S
     while any(_is_alive(pid) for pid in members) and time.monotonic() < deadline:
         time.sleep(_POLL_S)

@@ -4,8 +4,8 @@ command.
 Pure, given what the machine is (`Machine`). On a CPU every engine is bound to cores of
 its own: left to itself vLLM pins every engine to the same first core. That goes for all
 its processes: the one that schedules polls for the worker's results, and on another
-engine's core it takes up to half of that engine's time (a quarter of the throughput was
-lost). On GPUs every engine sees only its own devices.
+engine's core it takes that engine's time. On GPUs every engine sees only its own
+devices.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from aseer.config import check_speculation
 from aseer.errors import ConfigError
 from aseer.instance.versions import installed_vllm, is_cpu_build
+from aseer.kv.settings import QUIET_LMCACHE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,7 +76,7 @@ def this_machine() -> Machine:
     return Machine(
         gpus=_visible_gpus(),
         cores=tuple(sorted(os.sched_getaffinity(0))),
-        free_memory_bytes=_free_memory_bytes(),
+        free_memory_bytes=free_memory_bytes(),
         cpu_only=found is not None and is_cpu_build(*found),
     )
 
@@ -137,7 +138,7 @@ def _plan_cores(config: EngineConfig, machine: Machine) -> list[Launch]:
     num = config.num_instances or min(len(cores), _MAX_CPU_INSTANCES)
     free = int(machine.free_memory_bytes * _CPU_KV_SHARE) // num
     defaults = {
-        "enforce_eager": True,  # compiling takes minutes at first, and gains 20%
+        "enforce_eager": True,  # compiling takes long, at every first start
         "block_size": _CPU_BLOCK_SIZE,
         "kv_cache_memory_bytes": config.kv_cache_bytes or min(_MAX_CPU_KV_BYTES, free),
     }
@@ -200,9 +201,8 @@ def _launch(
 ) -> Launch:
     quiet = {
         "VLLM_NO_USAGE_STATS": "1",
-        "LMCACHE_TRACK_USAGE": "false",
-        "LMCACHE_DISABLE_BANNER": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **QUIET_LMCACHE,
     }
     return Launch(
         instance_id=instance_id,
@@ -221,8 +221,27 @@ def _visible_gpus() -> tuple[str, ...]:
     return tuple(str(n) for n in sorted(int(m[1]) for m in found if m))
 
 
-def _free_memory_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 4 * _GIB
+def free_memory_bytes(
+    proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """What this process may still use: the machine's, or its container's if less."""
+    free = _entry(proc / "meminfo", "MemAvailable:") * 1024 or 4 * _GIB
+    limit, used = _read(cgroup / "memory.max"), _read(cgroup / "memory.current")
+    if limit.isdigit() and used.isdigit():
+        # As for the machine, cached files make room when they must.
+        cached = _entry(cgroup / "memory.stat", "inactive_file")
+        free = min(free, max(0, int(limit) - int(used) + cached))
+    return free
+
+
+def _entry(path: Path, name: str) -> int:
+    """The number behind a name in a file of one a line; 0 if it is not there."""
+    rows = (line.split() for line in _read(path).splitlines())
+    return next((int(row[1]) for row in rows if row[:1] == [name]), 0)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

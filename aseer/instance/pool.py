@@ -15,7 +15,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aseer.errors import EngineError, InstanceLostError, InstanceStartError
+from aseer.errors import EngineError, InstanceStartError
 from aseer.instance.base import InstanceSpec
 from aseer.instance.messages import (
     PROTOCOL_VERSION,
@@ -30,7 +30,7 @@ from aseer.instance.messages import (
     Stop,
 )
 from aseer.instance.process import InstanceProcess, describe_exit
-from aseer.types import InstanceId
+from aseer.instance.slot import Slot
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from aseer.instance.messages import Question
     from aseer.kv.pool import KvPool
     from aseer.transport.zeromq import Router
-    from aseer.types import ChunkId, InstanceInfo
+    from aseer.types import ChunkId, InstanceId, InstanceInfo
 
 _log = logging.getLogger("aseer")
 
@@ -90,17 +90,13 @@ class InstancePool:
         self._owner = owner
         self._drafting = drafting
         self._kv_pool = kv_pool
-        self._slots = [_Slot(launch, log_dir) for launch in launches]
-        self._by_identity: dict[bytes, _Slot] = {}
+        self._slots = [Slot(launch, log_dir) for launch in launches]
+        self._by_identity: dict[bytes, Slot] = {}
         self._restarts_left = config.max_restarts
         seed = secrets.randbits(31) if config.seed is None else config.seed
         self._seeds = random.Random(seed)
         self._num_asked = 0
         self.weights: str | None = None  # index of what a new instance must load first
-
-    @property
-    def log_paths(self) -> list[Path]:
-        return [slot.log_path for slot in self._slots]
 
     def num_restarts(self, instance_id: InstanceId) -> int:
         """Times the instance was started again."""
@@ -166,17 +162,13 @@ class InstancePool:
 
     def replace(self, instance_id: InstanceId, why: str) -> None:
         """Kill an instance; it is started again like any other."""
-        slot = self._slots[instance_id]
-        if slot.process is not None:
-            slot.killed_because = why
-            slot.process.kill()
+        self._slots[instance_id].kill(why)
 
     def kill_busy(self, why: str) -> None:
         """Kill the instances that run chunks; they are started again like any other."""
         for slot in self._slots:
-            if slot.num_running and slot.process is not None:
-                slot.killed_because = why
-                slot.process.kill()
+            if slot.num_running:
+                slot.kill(why)
 
     def on_message(self, peer: bytes, message: FromInstance) -> None:
         """Take what an instance says; an earlier incarnation's last words are
@@ -198,7 +190,7 @@ class InstancePool:
             case Failed(error):
                 slot.failure = error
 
-    def _on_hello(self, slot: _Slot, protocol: int, info: InstanceInfo) -> None:
+    def _on_hello(self, slot: Slot, protocol: int, info: InstanceInfo) -> None:
         if protocol != PROTOCOL_VERSION:
             slot.failure = (
                 f"it speaks protocol {protocol}, this is {PROTOCOL_VERSION}: the "
@@ -210,7 +202,7 @@ class InstancePool:
         slot.info = info
         slot.said_hello.set()
 
-    async def _get_ready(self, slot: _Slot) -> None:
+    async def _get_ready(self, slot: Slot) -> None:
         """Wait for its hello, and let it load the current weights before it works."""
         await slot.said_hello.wait()
         loaded = None
@@ -230,7 +222,7 @@ class InstancePool:
         slot.up.set()
         self._owner.instance_up(slot.info)
 
-    async def _bring_up(self, slot: _Slot) -> None:
+    async def _bring_up(self, slot: Slot) -> None:
         """Start a process and wait for its hello.
 
         Raises:
@@ -244,7 +236,7 @@ class InstancePool:
             dead = tasks.create_task(process.wait())
             while not (slot.up.is_set() or dead.done()):
                 await asyncio.wait(
-                    (up, dead),
+                    (dead,) if up.done() else (up, dead),
                     timeout=_NOTE_INTERVAL_S,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
@@ -257,15 +249,13 @@ class InstancePool:
             took = time.monotonic() - started
             _log.info("instance %d is up after %.1f s", slot.instance_id, took)
             return
-        if not dead.cancelled():
-            await process.end(0)
-            raise self._start_error(slot, process, describe_exit(dead.result()))
         await process.end(0)
-        raise self._start_error(
-            slot, process, f"was not ready after start_timeout_s={timeout_s:g}"
-        )
+        what = f"was not ready after start_timeout_s={timeout_s:g}"
+        if not dead.cancelled():
+            what = describe_exit(dead.result())
+        raise self._start_error(slot, process, what)
 
-    async def _spawn(self, slot: _Slot) -> InstanceProcess:
+    async def _spawn(self, slot: Slot) -> InstanceProcess:
         slot.begin_incarnation()
         self._by_identity[slot.identity] = slot
         launch = slot.launch
@@ -293,7 +283,7 @@ class InstancePool:
         return slot.process
 
     def _start_error(
-        self, slot: _Slot, process: InstanceProcess, what: str
+        self, slot: Slot, process: InstanceProcess, what: str
     ) -> InstanceStartError:
         own = slot.failure
         if own is None or "See root cause" in own:
@@ -304,7 +294,7 @@ class InstancePool:
             f"last lines of its log:\n{process.log_tail()}"
         )
 
-    async def _keep_up(self, slot: _Slot) -> None:
+    async def _keep_up(self, slot: Slot) -> None:
         """Wait for the process's death, again and again."""
         while True:
             assert slot.process is not None
@@ -318,7 +308,7 @@ class InstancePool:
             if not await self._restart(slot, why):
                 return
 
-    async def _restart(self, slot: _Slot, why: str) -> bool:
+    async def _restart(self, slot: Slot, why: str) -> bool:
         while self._restarts_left:
             self._restarts_left -= 1
             try:
@@ -343,64 +333,11 @@ class InstancePool:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             now = time.monotonic()
             for slot in self._slots:
-                if not slot.up.is_set() or slot.process is None:
+                if not slot.up.is_set():
                     continue
                 silent = now - slot.last_heard
                 stuck = now - slot.last_progress if slot.num_running else 0.0
                 if silent > config.heartbeat_timeout_s:
-                    slot.killed_because = f"it was silent for {silent:.0f} s"
+                    slot.kill(f"it was silent for {silent:.0f} s")
                 elif stuck > config.stall_timeout_s:
-                    slot.killed_because = f"it made no token for {stuck:.0f} s"
-                else:
-                    continue
-                slot.process.kill()
-
-
-class _Slot:
-    """A place for an instance, over all its incarnations."""
-
-    def __init__(self, launch: Launch, log_dir: Path) -> None:
-        self.launch = launch
-        self.instance_id = InstanceId(launch.instance_id)
-        self.log_path = log_dir / f"instance-{launch.instance_id}.log"
-        self.incarnation = 0
-        self.given_up = False
-        self.process: InstanceProcess | None = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self.identity = f"{self.instance_id}.{self.incarnation}".encode()
-        self.said_hello = asyncio.Event()
-        self.up = asyncio.Event()
-        self.asked: dict[int, asyncio.Future[Any]] = {}
-        self.info: InstanceInfo | None = None
-        self.failure: str | None = None
-        self.killed_because: str | None = None
-        self.num_running = 0
-        self.last_heard = self.last_progress = time.monotonic()
-
-    def begin_incarnation(self) -> None:
-        """A new process takes the place."""
-        self.incarnation += 1
-        self._reset()
-
-    def take_answer(self, answer: Answer) -> None:
-        """Hand an answer to who asked, if he still waits."""
-        asked = self.asked.pop(answer.ask_id)
-        if not asked.done():
-            if answer.error:
-                asked.set_exception(EngineError(answer.error))
-            else:
-                asked.set_result(answer.value)
-
-    def fail_asked(self, why: str) -> None:
-        """Nobody will answer any more."""
-        for asked in self.asked.values():
-            if not asked.done():
-                asked.set_exception(InstanceLostError(why))
-
-    def count(self, report: Report) -> None:
-        """Keep track of what runs, and when something last moved."""
-        if report.chunks:
-            self.last_progress = time.monotonic()
-        self.num_running -= sum(c.end is not None for c in report.chunks)
+                    slot.kill(f"it made no token for {stuck:.0f} s")

@@ -19,6 +19,7 @@ from aseer.instance.cleanup import (
     kill_group,
     remove_shared_memory,
     shared_memory_of,
+    signal_group,
 )
 from aseer.instance.launch import COMMAND
 
@@ -81,7 +82,7 @@ class InstanceProcess:
                 async with asyncio.timeout(grace_s):
                     await self._process.wait()
         await self.note_shared_memory()
-        await asyncio.to_thread(self.kill)
+        await asyncio.to_thread(kill_group, self._process.pid)
         await self._process.wait()
         await asyncio.to_thread(remove_shared_memory, self._shared_memory)
         stdin = self._process.stdin
@@ -91,8 +92,8 @@ class InstanceProcess:
             await stdin.wait_closed()
 
     def kill(self) -> None:
-        """Kill the whole process group, dead leader or not."""
-        kill_group(self._process.pid)
+        """Kill the whole process group, dead leader or not; `wait` tells when."""
+        signal_group(self._process.pid)
 
     async def note_shared_memory(self) -> None:
         """Remember what its processes have mapped, in case they cannot remove it."""

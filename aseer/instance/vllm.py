@@ -1,5 +1,4 @@
-"""A vLLM engine (AsyncLLM) behind the instance contract; the only place that imports
-vLLM.
+"""A vLLM engine (AsyncLLM) behind the instance contract.
 
 vLLM is used through its public surface and is not patched. Three things are done here
 rather than by vLLM, because a chunk is a request of its own to it:
@@ -20,7 +19,6 @@ import inspect
 import logging
 import os
 from array import array
-from collections import Counter
 from importlib import metadata
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -31,35 +29,25 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.loggers import StatLoggerBase
 
 from aseer.dgds.messages import EXTRA_ARGS_KEY
 from aseer.errors import EngineError
 from aseer.instance.base import EngineDied
 from aseer.instance.speculation import Speculation, draft_identity
+from aseer.instance.stats import Stats
 from aseer.instance.versions import installed_vllm
 from aseer.kv.settings import cache_salt
-from aseer.types import (
-    LATENCY_BUCKETS_S,
-    ChunkEnd,
-    InstanceId,
-    InstanceInfo,
-    InstanceLoad,
-    KvCounts,
-)
+from aseer.types import ChunkEnd, InstanceId, InstanceInfo
 from aseer.weights.files import specs_of_model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from aseer.instance.base import Emit, InstanceSpec
-    from aseer.types import Chunk, ChunkId, FinishReason
+    from aseer.types import Chunk, ChunkId, FinishReason, InstanceLoad
     from aseer.weights.checks import TensorSpec
 
 _log = logging.getLogger("aseer.instance")
 
 STREAM_INTERVAL = 16
-_MIN_PREFILL_TOKENS = 64  # fewer say little about what a token costs
 _RESET_TRIES = 100
 _RESET_INTERVAL_S = 0.1
 _HAS_REQUEST_INTERVAL = (
@@ -80,7 +68,7 @@ class VllmBackend:
         self._spec = spec
         self._llm: AsyncLLM | None = None
         self._tokenizer: Any = None
-        self._stats = _Stats()
+        self._stats = Stats()
         self._running: dict[ChunkId, str] = {}
         self._speculation: Speculation | None = None
         self._info: InstanceInfo | None = None
@@ -282,72 +270,6 @@ class _Text:
     def take(self, finished: bool) -> str:
         """Text since the last call, less what might begin a stop string."""
         return str(self._decoder.get_next_output_text(finished, delta=True))
-
-
-class _Stats:
-    """The engine's load, as its scheduler tells with every step."""
-
-    def __init__(self) -> None:
-        self._running = 0
-        self._waiting = 0
-        self._kv_used = 0.0
-        self._preemptions = 0
-        self._kv: Counter[str] = Counter()
-        self.speculation: Speculation | None = None
-
-    def load(self) -> InstanceLoad:
-        return InstanceLoad(
-            num_running=self._running,
-            num_waiting=self._waiting,
-            kv_used=self._kv_used,
-            num_preemptions=self._preemptions,
-            drafts=self.speculation.counts if self.speculation else None,
-            kv=kv_counts(self._kv) if self._kv else None,
-        )
-
-    def record(self, scheduler_stats: Any, iteration_stats: Any) -> None:
-        if scheduler_stats is not None:
-            self._running = scheduler_stats.num_running_reqs
-            self._waiting = scheduler_stats.num_waiting_reqs
-            self._kv_used = scheduler_stats.kv_cache_usage
-            self._kv.update(scheduler_stats.kv_connector_stats or {})
-            drafts = scheduler_stats.spec_decoding_stats
-            if drafts is not None and self.speculation is not None:
-                self.speculation.record(drafts)
-        if iteration_stats is not None:
-            self._preemptions += iteration_stats.num_preempted_reqs
-            for done in iteration_stats.finished_requests:
-                computed = done.num_prompt_tokens - done.num_cached_tokens
-                if self._kv and computed >= _MIN_PREFILL_TOKENS:
-                    self._kv["prefill_tokens"] += computed
-                    self._kv["prefill_s"] += done.prefill_time
-
-    def make_logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
-        return _StatLogger(self)
-
-
-def kv_counts(sums: Mapping[str, float]) -> KvCounts:
-    """The connector's sums (`aseer.kv.connector.Stats`) in a message's form."""
-    prefix = "loads_in_bucket_"
-    own: dict[str, Any] = {k: v for k, v in sums.items() if not k.startswith(prefix)}
-    num_buckets = len(LATENCY_BUCKETS_S) + 1 if len(own) < len(sums) else 0
-    buckets = tuple(int(sums.get(f"{prefix}{i}", 0)) for i in range(num_buckets))
-    return KvCounts(load_buckets=buckets, **own)
-
-
-class _StatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped to us
-    """Hands vLLM's statistics on."""
-
-    def __init__(self, stats: _Stats) -> None:
-        self._stats = stats
-
-    def record(
-        self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        self._stats.record(scheduler_stats, iteration_stats)
-
-    def log_engine_initialized(self) -> None:
-        pass
 
 
 def _engine_params(chunk: Chunk) -> SamplingParams:

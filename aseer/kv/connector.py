@@ -69,7 +69,7 @@ class Stats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untyped to us
         return None if taken.is_empty() else taken
 
 
-class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]
+class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, too
     """See the module."""
 
     def __init__(

@@ -26,8 +26,11 @@ import msgspec
 
 from aseer.errors import AseerError
 from aseer.instance.cleanup import SHARED_MEMORY, kill_group
+from aseer.instance.launch import free_memory_bytes
 from aseer.kv.messages import Counts, Free, Poll, ServerSpec
 from aseer.kv.settings import (
+    QUIET_LMCACHE,
+    SHM_PREFIX,
     Memory,
     cache_salt,
     plan_pool,
@@ -44,17 +47,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aseer")
 
 COMMAND = (sys.executable, "-m", "aseer.kv.server")
-SHM_PREFIX = "lmcache_l1_pool_"  # LMCache's
 _POLL_INTERVAL_S = 0.5
 _ANSWER_TIMEOUTS = 2  # of the pool's `timeout_s`, until a server is taken for dead
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 8.0
 _LOG_TAIL_LINES = 5
-_ENV = {
-    "LMCACHE_TRACK_USAGE": "false",
-    "LMCACHE_DISABLE_BANNER": "1",
-    "OMP_NUM_THREADS": "1",
-}
+_ENV = {"OMP_NUM_THREADS": "1", **QUIET_LMCACHE}
 
 
 class PoolServerError(AseerError):
@@ -379,11 +377,10 @@ def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | Non
 
 
 def _memory() -> Memory:
-    free = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    return Memory(free_bytes=free, shm_free_bytes=shutil.disk_usage(SHARED_MEMORY).free)
+    return Memory(
+        free_bytes=free_memory_bytes(),
+        shm_free_bytes=shutil.disk_usage(SHARED_MEMORY).free,
+    )
 
 
 def _free_port() -> int:

@@ -56,16 +56,15 @@ from lmcache.v1.multiprocess.modules.engine_driven_transfer import (
 from lmcache.v1.multiprocess.server import run_cache_server
 
 from aseer.kv.messages import Counts, Free, Poll, ServerSpec
-from aseer.kv.settings import version_of
+from aseer.kv.settings import SHM_PREFIX, version_of
 
 _log = logging.getLogger("aseer.kv")
 
-_SHM_PREFIX = "/dev/shm/lmcache_l1_pool_"  # LMCache's
 _CLOSE_TIMEOUT_S = 3.0
 _FREE_ROUNDS = 8  # polls; what is being read, or written to disk, cannot go yet
 
 
-class Ledger(L1ManagerListener, L2AdapterListener):  # type: ignore[misc]
+class Ledger(L1ManagerListener, L2AdapterListener):  # type: ignore[misc]  # untyped
     """Which keys are where, and the bytes moved; LMCache's threads call it."""
 
     def __init__(self) -> None:
@@ -157,7 +156,7 @@ class Ledger(L1ManagerListener, L2AdapterListener):  # type: ignore[misc]
     def on_l2_keys_accessed(self, keys: list[Any]) -> None: ...
 
 
-class CheckedAdapter(native.NativeConnectorL2Adapter):  # type: ignore[misc]
+class CheckedAdapter(native.NativeConnectorL2Adapter):  # type: ignore[misc]  # too
     """A disk tier that finds what it reads back changed to be missing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -345,7 +344,7 @@ def _say(answers: Any, counts: Counts) -> None:
 
 def _exit_now(spec: ServerSpec) -> None:
     """Leave nothing behind, whatever the threads are doing."""
-    Path(_SHM_PREFIX + spec.shm_name).unlink(missing_ok=True)
+    Path(f"/dev/shm/{SHM_PREFIX}{spec.shm_name}").unlink(missing_ok=True)
     if spec.disk_dir is not None:
         shutil.rmtree(spec.disk_dir, ignore_errors=True)
     os._exit(0)

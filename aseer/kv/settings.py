@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CONNECTOR = "GuardedConnector"
 CONNECTOR_MODULE = "aseer.kv.connector"
 TIMEOUT_KEY = "aseer.timeout_s"
+SHM_PREFIX = "lmcache_l1_pool_"  # LMCache's, of files in shared memory
+QUIET_LMCACHE = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
 MIN_DRAM_BYTES = 64 << 20
 
 _DRAM_SHARE = 0.2  # of the memory that is free at the start
@@ -125,7 +127,7 @@ def _obstacle(config: EngineConfig, *, is_installed: bool) -> str | None:
             "LMCache is not installed; for chunks that move without recomputing run "
             "`pip install --no-deps lmcache==0.5.6 sortedcontainers`"
         )
-    if "@" in config.model:
+    if "@" in str(config.model):
         return f"LMCache's keys do not allow the '@' in {config.model!r}"
     return None
 

@@ -19,7 +19,7 @@ WEIGHT_DTYPES = ("bfloat16", "float32")
 def fast_cpu_dtype() -> str:
     """The dtype this CPU computes faster in: bfloat16 only where it has it in hardware.
 
-    Elsewhere bfloat16 is emulated, and at batch 32 a step takes twice as long.
+    Elsewhere bfloat16 is emulated, which is slower than float32.
     """
     try:
         flags = Path("/proc/cpuinfo").read_text()

@@ -75,8 +75,8 @@ def prepare(
 ) -> Path:
     """Return the model's directory, making it first if it is not there.
 
-    Blocks, for some 20 seconds when the model must be made; run it in a thread
-    from asyncio. Safe to call from several processes and threads at once, and to
+    Blocks, for a download and a conversion when the model must be made; run it in a
+    thread from asyncio. Safe to call from several processes and threads at once, and to
     interrupt.
 
     Args:

@@ -40,6 +40,8 @@ class Workload:
     max_tokens: int
 
     def __post_init__(self) -> None:
+        if not self.lengths:
+            raise ConfigError(f"workload {self.name!r} has no group")
         if len(self.lengths) != len(self.num_prompt_tokens):
             raise ConfigError("lengths and num_prompt_tokens have different sizes")
         for group, members in enumerate(self.lengths):

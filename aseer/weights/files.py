@@ -128,7 +128,7 @@ def specs_of_model(model: str, revision: str | None) -> dict[str, TensorSpec]:
             found = snapshot_download(
                 model, revision=revision, local_files_only=True, allow_patterns=patterns
             )
-        except Exception as error:
+        except (OSError, ValueError) as error:  # not there; no name of a model
             raise WeightUpdateError(
                 f"the checkpoint of {model!r} is not at hand, to compare with: {error}"
             ) from error

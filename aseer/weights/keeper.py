@@ -7,6 +7,7 @@ update runs at a time, and no rollout begins before it is over.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import msgspec
 
 from aseer.errors import EngineError, InstanceLostError, WeightUpdateError
+from aseer.instance.cleanup import SHARED_MEMORY
 from aseer.weights.checks import TensorSpec
 from aseer.weights.files import INDEX
 from aseer.weights.update import (
@@ -31,12 +33,21 @@ from aseer.weights.update import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from aseer.config import EngineConfig
     from aseer.instance.pool import InstancePool
     from aseer.types import InstanceId
     from aseer.weights.update import UpdateCommand
 
 
 Pause = Literal["abort", "wait"]
+
+
+def weights_dir_of(config: EngineConfig, run_dir: Path) -> Path:
+    """Where tensors for the engines go: memory, if it can be shared as files."""
+    if config.weights_dir is not None:
+        return Path(config.weights_dir).resolve() / run_dir.name
+    shared = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
+    return SHARED_MEMORY / run_dir.name if shared else run_dir / "weights"
 
 
 class Plan(NamedTuple):

@@ -15,8 +15,8 @@ import pytest
 import uvloop
 
 from aseer.config import EngineConfig, KvPoolConfig
-from aseer.kv.pool import SHM_PREFIX, KvPool
-from aseer.kv.settings import Memory, plan_pool
+from aseer.kv.pool import KvPool
+from aseer.kv.settings import SHM_PREFIX, Memory, plan_pool
 from aseer.types import InstanceId, InstanceInfo
 
 if TYPE_CHECKING:

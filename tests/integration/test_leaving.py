@@ -19,6 +19,8 @@ import psutil
 import pytest
 
 import aseer
+from aseer.host import Host
+from aseer.instance.launch import plan_instances, this_machine
 from tests.integration.sims import config_of, groups_of
 
 LONG = {"ignore_eos": True, "max_tokens": 2000}
@@ -68,6 +70,21 @@ async def test_cancellation_frees_the_engines(engine):
         async with asyncio.timeout(0.2):
             await consume()
     assert await idle(engine)
+
+
+async def test_a_stop_asked_for_before_the_thread_runs_ends_it():
+    config = config_of()
+    host = Host(config, plan_instances(config, this_machine()))
+    host.request_stop()
+    host.start()
+    assert await asyncio.to_thread(host.join, 10.0)
+
+
+async def test_a_log_dir_that_cannot_be_made_is_refused_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(aseer.ConfigError, match="log_dir cannot be used"):
+        async with aseer.Engine(config_of(log_dir=tmp_path / "file" / "logs")):
+            pass
 
 
 async def test_cancellation_while_it_opens_frees_the_engines(engine):

@@ -216,6 +216,16 @@ def test_the_synchronous_form_needs_no_event_loop():
         assert len(list(engine.rollout_sync(groups_of(4)))) == 16
 
 
+def test_the_synchronous_form_refuses_groups_that_need_an_event_loop():
+    async def produce():
+        yield groups_of(1)[0]
+
+    with aseer.Engine(config_of()) as engine:
+        with pytest.raises(aseer.ConfigError, match="needs `async for`"):
+            engine.rollout_sync(produce())
+        assert len(list(engine.rollout_sync(groups_of(1)))) == 4
+
+
 def test_a_closed_engine_says_so():
     engine = aseer.Engine(config_of())
     with pytest.raises(aseer.EngineClosedError, match="async with aseer"):

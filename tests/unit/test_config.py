@@ -79,7 +79,24 @@ def test_only_the_model_is_required() -> None:
 
 
 def test_a_directory_is_a_model() -> None:
-    assert EngineConfig(model=Path("/models/m")).model == "/models/m"  # type: ignore[arg-type]
+    config = EngineConfig(model=Path("/models/m"), tokenizer=Path("/models/t"))
+    assert (config.model, config.tokenizer) == ("/models/m", "/models/t")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("dtype", object()),
+        ("engine_args", {"download_dir": Path("/models")}),
+        ("kv_transfer_config", {"kv_connector": object()}),
+        ("env", {"OMP_NUM_THREADS": 1}),
+    ],
+)
+def test_what_another_process_cannot_be_told_is_refused(
+    setting: str, value: object
+) -> None:
+    with pytest.raises(ConfigError, match=setting):
+        EngineConfig(model="m", **{setting: value})
 
 
 def test_settings_do_not_change() -> None:

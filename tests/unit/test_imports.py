@@ -33,9 +33,8 @@ CORE = {
     "aseer.dgds.messages": BASE,
     "aseer.dgds.steptime": BASE,
     "aseer.dgds.budget": BASE | {"aseer.dgds.steptime"},
-    "aseer.dgds.blend": BASE,
-    "aseer.dgds.cst": BASE | {"aseer.dgds._cst", "aseer.dgds.blend"},
-    "aseer.dgds.reference": BASE | {"aseer.dgds.blend", "aseer.dgds.cst"},
+    "aseer.dgds.cst": BASE | {"aseer.dgds._cst"},
+    "aseer.dgds.reference": BASE | {"aseer.dgds.cst"},
     "aseer.weights.checks": BASE,
     "aseer.weights.update": BASE,
     # It joins the core, and is as pure.

@@ -52,6 +52,29 @@ def test_a_plot_is_written(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "option",
+    [
+        "--instances=0",
+        "--groups=-1",
+        "--n=1.5",
+        "--pool-gb-per-s=0",
+        "--memory-share=x",
+    ],
+)
+def test_numbers_are_above_0(capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        main(["simulate", *SMALL, option])
+    assert "above 0" in capsys.readouterr().err
+
+
+def test_an_empty_workload_is_explained(capsys, tmp_path):
+    path = tmp_path / "empty.json"
+    path.write_text("[]")
+    assert main(["simulate", f"--workload={path}"]) == 1
+    assert "'empty' has no group" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--model=kimi-k2"], "does not fit on 1 H100; give --gpus-per-instance"),

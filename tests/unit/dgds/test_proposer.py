@@ -149,7 +149,7 @@ def test_a_request_still_in_its_prompt_is_left_alone(engine):
 def test_what_became_of_drafts_is_learnt_and_steps_are_timed(engine):
     told = []
     budget = engine.drafter._drafting._budget
-    budget.accepted = lambda said, survived: told.append(survived.tolist())
+    budget.learn = lambda outcome: told.append(outcome.survived.tolist())
     engine.add("a", [5, 6, 7, 8, 9, 5, 6, 7, 8, 9])
     draft = engine.step([5])[0]
     assert draft == [6, 7, 8, 9]

@@ -6,7 +6,7 @@ import pytest
 
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError
-from aseer.instance.launch import Machine, plan_instances
+from aseer.instance.launch import Machine, free_memory_bytes, plan_instances
 
 GIB = 1 << 30
 
@@ -61,6 +61,32 @@ def test_too_few_gpus_are_counted():
     config = EngineConfig(model="m", device="cuda")
     with pytest.raises(ConfigError, match=r"0 are visible \(none\)"):
         plan_instances(config, machine())
+
+
+@pytest.mark.parametrize(
+    ("container", "free_gib"),
+    [
+        ({}, 8),
+        ({"memory.max": "max", "memory.current": str(GIB)}, 8),
+        ({"memory.max": str(4 * GIB), "memory.current": str(GIB)}, 3),
+        ({"memory.max": str(64 * GIB), "memory.current": str(GIB)}, 8),
+        (
+            {
+                "memory.max": str(4 * GIB),
+                "memory.current": str(3 * GIB),
+                "memory.stat": f"anon 1\ninactive_file {GIB}\n",
+            },
+            2,
+        ),
+    ],
+)
+def test_free_memory_is_the_containers_if_that_is_less(tmp_path, container, free_gib):
+    (tmp_path / "meminfo").write_text(
+        f"MemTotal: 1 kB\nMemAvailable: {8 * GIB >> 10} kB\n"
+    )
+    for name, text in container.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert free_memory_bytes(tmp_path, tmp_path) == free_gib * GIB
 
 
 def test_the_cpu_cache_is_a_share_of_free_memory_unless_it_is_given():
