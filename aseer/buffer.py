@@ -198,19 +198,24 @@ class RequestBuffer:
         *,
         max_request_retries: int,
         first_chunk_id: int = 0,
+        weight_version: int = 0,
         new_array: Callable[[str], array[Any]] = array,
     ) -> None:
         """Start empty.
 
         Args:
             max_request_retries: lost instances a request survives.
-            first_chunk_id: chunk ids continue from here, unique over an engine's life.
+            first_chunk_id: chunk ids continue from here, unique over an engine's life;
+                it names the rollout, too.
+            weight_version: of the weights that chunks are to run with.
             new_array: makes an empty array of a type code; a simulation's arrays only
                 count.
         """
         self._max_retries = max_request_retries
         self._new_array = new_array
         self._next_chunk_id = first_chunk_id
+        self._rollout_id = first_chunk_id
+        self._weight_version = weight_version
         self._requests: dict[RequestId, Request] = {}
         self._groups: dict[GroupId, list[Request]] = {}
         self._chunks: dict[ChunkId, Request] = {}
@@ -274,6 +279,8 @@ class RequestBuffer:
             sampling=task.sampling,
             seed=None if seed is None else chunk_seed(seed, request.index, done),
             num_reserved_blocks=assignment.num_reserved_blocks,
+            rollout_id=self._rollout_id,
+            weight_version=self._weight_version,
         )
         request.move(RequestState.RUNNING, now, assignment)
         self._next_chunk_id += 1

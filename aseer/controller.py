@@ -101,6 +101,7 @@ class Controller:
         self.buffer = RequestBuffer(
             max_request_retries=max_request_retries,
             first_chunk_id=first_chunk_id,
+            weight_version=weight_version,
             new_array=new_array,
         )
         self.context = ContextManager()

@@ -231,7 +231,12 @@ class Host:
         """See `Engine.sleep`."""
         await self._make_way(None)
         await self.weights.idle()
-        await self._ask_all("sleep", level=level)
+        try:
+            await self._ask_all("sleep", level=level)
+        except BaseException:
+            with suppress(Exception):  # all sleep or none does
+                await self._ask_all("wake")
+            raise
         self._is_asleep = True
 
     async def wake(self) -> None:
@@ -315,6 +320,8 @@ class Host:
         except BaseException as error:
             if not self.started.done():
                 self.started.set_exception(_root(error))
+            elif self._exhausted is None:  # else it was told already
+                _log.error("the engine did not close cleanly", exc_info=error)
         finally:
             shutil.rmtree(self.run_dir, ignore_errors=True)
             shutil.rmtree(self.weights_dir, ignore_errors=True)

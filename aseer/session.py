@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from array import array
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aseer.controller import Abort, Command, Controller, Dispatch, Finished
@@ -177,11 +176,6 @@ class Session:
         for command in commands:
             match command:
                 case Dispatch(chunk):
-                    chunk = replace(
-                        chunk,
-                        rollout_id=self._rollout_id,
-                        weight_version=self._weight_version,
-                    )
                     self._pool.run_chunk(chunk.instance_id, Run(chunk))
                 case Abort(instance_id, chunk_id):
                     self._pool.abort_chunks(instance_id, [chunk_id])
