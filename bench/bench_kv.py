@@ -5,7 +5,8 @@ stores its KV; then the other is given the same prompt to make one token of, in 
 several ways, which take turns: with what the pool's DRAM has; with what its disk has
 (DRAM is cleared first); with nothing, as if there were no pool (under another weight
 version); and with what its own cache has. Prompts are new each time, both engines must
-make the same token, and the second must compute one token or all.
+make the same token, and the second must compute one token or all. With the part
+"mooncake", KV goes by Mooncake Store between two processes that stand for nodes, too.
 
 The second part runs the same rollout with engines that have a pool and with engines
 that have none, in turns: requests move when that evens out the load.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import print_result, quantiles, result_line
+from mooncake_nodes import mooncake_nodes
 
 import aseer
 from aseer import scheduler, session
@@ -34,12 +36,14 @@ from aseer.models import smollm2, tiny
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-WAYS = ("dram", "disk", "recompute", "own_cache")
+# Ways that take turns; what an engine has itself is looked at after the first of each.
+POOL_WAYS = ("dram", "disk", "recompute")
+MOONCAKE_WAYS = ("mooncake", "recompute")
 _there = 0  # the instance that every chunk is sent to
 
 
 def config_of(
-    model: Path, args: argparse.Namespace, pool: aseer.KvPoolConfig, **settings: Any
+    model: Path, args: argparse.Namespace, **settings: Any
 ) -> aseer.EngineConfig:
     """Two engines on one core each."""
     return aseer.EngineConfig(
@@ -47,7 +51,6 @@ def config_of(
         device="cpu",
         dtype=args.dtype,
         num_instances=2,
-        kv_pool=pool,
         **settings,
     )
 
@@ -80,30 +83,33 @@ def run_there(
     return seconds, response.token_ids[0], response.metrics.num_cached_tokens
 
 
-def resume_times(engine: aseer.Engine, args: argparse.Namespace) -> dict[str, Any]:
+def resume_times(
+    engine: aseer.Engine, args: argparse.Namespace, ways: tuple[str, ...]
+) -> dict[str, Any]:
     """Seconds by length and way."""
     host = engine._host
     assert host is not None
-    assert host.kv_pool is not None
     pool, rng, version = host.kv_pool, random.Random(args.seed), 0
     times: dict[int, dict[str, list[float]]] = {
-        n: {way: [] for way in WAYS} for n in args.lengths
+        n: {way: [] for way in (*ways, "own_cache")} for n in args.lengths
     }
     rounds = [(-1, min(args.lengths))]  # the first steps of a process are slow
     rounds += [(r, n) for r in range(args.repetitions) for n in args.lengths]
     for repetition, n in rounds:
-        order = WAYS[:3] if repetition % 2 else WAYS[2::-1]
+        order = ways if repetition % 2 else ways[::-1]
         for way in order:
             version += 1
             prompt = [rng.randrange(10, 120) for _ in range(n)]
             _, token, _ = run_there(engine, prompt, 0, version)
             if way == "disk":
+                assert pool is not None
                 wait_until_written(pool)
                 host.submit(pool.clear_dram()).result()
+            elif way == "mooncake":
+                time.sleep(1.5)  # it says nowhere when all is stored
             # Under another weight version nothing is found.
             use = 10**6 + version if way == "recompute" else version
-            ways = (way, "own_cache") if way == "dram" else (way,)
-            for each in ways:
+            for each in (way, "own_cache") if way == ways[0] else (way,):
                 seconds, again, found = run_there(engine, prompt, 1, use)
                 assert again == token, (each, n)
                 assert found == (0 if each == "recompute" else n - 1), (each, found)
@@ -166,33 +172,45 @@ def run(args: argparse.Namespace, model: Path, disk: Path) -> dict[str, Any]:
     )
     figures: dict[str, Any] = {}
     if "resume" in args.parts:
-        figures |= resume(args, model, pool)
+        figures |= resume(args, model, POOL_WAYS, {"kv_pool": pool})
+    if "mooncake" in args.parts:
+        # A prompt of 8 thousand tokens of SmolLM2 is 360 MB.
+        sizes = {"node_mb": 1024, "buffer_mb": 512}
+        with mooncake_nodes(disk.parent, **sizes) as settings:
+            figures["mooncake"] = resume(args, model, MOONCAKE_WAYS, settings)
+        figures |= {k: v for k, v in figures["mooncake"].items() if "mooncake" in k}
     if "rollout" in args.parts:
         figures["rollout"] = with_and_without(args, model, pool)
     return figures
 
 
 def resume(
-    args: argparse.Namespace, model: Path, pool: aseer.KvPoolConfig
+    args: argparse.Namespace,
+    model: Path,
+    ways: tuple[str, ...],
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """The first part."""
+    """The first part, by some ways."""
     config = config_of(
         model,
         args,
-        pool,
         max_model_len=max(args.lengths) + 64,
         max_num_seqs=4,
         kv_cache_bytes=args.kv_cache_bytes,
+        **settings,
     )
     with everything_goes_there(), aseer.Engine(config) as engine:
-        times = resume_times(engine, args)
+        times = resume_times(engine, args, ways)
     figures: dict[str, Any] = {"resume_s": times}
     for n in args.lengths:
         whole = times[str(n)]["recompute"]["median"]
-        name = f"{round(n / 1000)}k"
-        for way, key in (("dram", ""), ("disk", "_disk"), ("own_cache", "_own_cache")):
-            share = times[str(n)][way]["median"] / whole
-            figures[f"load_over_recompute{key}_{name}"] = round(share, 4)
+        for way in times[str(n)]:
+            if way != "recompute":
+                key = "" if way == "dram" else f"_{way}"
+                share = times[str(n)][way]["median"] / whole
+                figures[f"load_over_recompute{key}_{round(n / 1000)}k"] = round(
+                    share, 4
+                )
     return figures
 
 
@@ -206,7 +224,7 @@ def with_and_without(
             config = config_of(
                 model,
                 args,
-                mode,
+                kv_pool=mode,
                 max_model_len=1024,
                 max_num_seqs=16,
                 kv_cache_bytes=args.kv_cache_bytes // 2,
@@ -222,7 +240,8 @@ def main() -> None:
     # Just past a whole number of the pool's chunks, as chunks of requests end.
     lengths = [n * 128 + 1 for n in (16, 32, 63)]
     parts = ["resume", "rollout"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    every = [*parts, "mooncake"]
+    parser.add_argument("--parts", nargs="+", choices=every, default=parts)
     parser.add_argument("--lengths", nargs="+", type=int, default=lengths)
     parser.add_argument("--model", choices=["smollm2", "tiny"], default="smollm2")
     parser.add_argument("--dtype", default="bfloat16")
