@@ -14,6 +14,7 @@ import aseer
 from aseer.models import smollm2
 from tests.e2e.tiny import tiny_config, tiny_model
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -79,27 +80,37 @@ with aseer.Engine(config) as engine:
 """
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_trainer_leaves_no_engine_behind(kind, tmp_path):
+def test_a_killed_trainer_leaves_no_engine_behind(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     root = Path(aseer.__file__).parents[1]
-    with subprocess.Popen(
-        [sys.executable, str(script), str(tiny_model())],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    ) as process:
-        assert process.stdout is not None
-        run_dir, pid = process.stdout.readline().split()
-        instance = psutil.Process(int(pid))
-        family = [instance, *instance.children(recursive=True)]
-        assert len(family) >= 2
+    with ExitStack() as stack:
+        trainers = {}
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            trainers[kind] = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, str(script), str(tiny_model())],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    cwd=root,
+                    env=os.environ | {"PYTHONPATH": str(root)},
+                )
+            )
+            stack.callback(trainers[kind].kill)
+        left: list[tuple[Path, list[psutil.Process]]] = []
+        for trainer in trainers.values():
+            assert trainer.stdout is not None
+            run_dir, pid = trainer.stdout.readline().split()
+            instance = psutil.Process(int(pid))
+            left.append((Path(run_dir), [instance, *instance.children(recursive=True)]))
         time.sleep(1.0)
-        process.send_signal(kind)
-        process.wait(timeout=60)
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive
-    assert not Path(run_dir).exists()
+        for kind, trainer in trainers.items():
+            trainer.send_signal(kind)
+        for trainer in trainers.values():
+            trainer.wait(timeout=60)
+    for run_dir, family in left:
+        assert len(family) >= 2
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive
+        assert not run_dir.exists()
