@@ -116,10 +116,14 @@ class Trace:
             "groups": self._plain_groups(),
         }
 
-    def first(self, num_groups: int | None) -> Trace:
-        """The first groups; None = all of them."""
-        settings = {**self.settings, "max_tokens": self.max_tokens}
-        return Trace(groups=self.groups[:num_groups], settings=settings)
+    def part(self, num_groups: int | None, max_tokens: int | None = None) -> Trace:
+        """The first groups, as with a smaller `max_tokens`; None = all there is."""
+        limit = min(self.max_tokens, max_tokens or self.max_tokens)
+        groups = [
+            TraceGroup(group.prompt, [r[:limit] for r in group.responses])
+            for group in self.groups[:num_groups]
+        ]
+        return Trace(groups=groups, settings={**self.settings, "max_tokens": limit})
 
     def by_rank(self, vocab_size: int, end_token: int) -> Trace:
         """The same texts in a smaller vocabulary: the most frequent token is the first.

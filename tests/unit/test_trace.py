@@ -113,8 +113,15 @@ def test_a_trace_is_a_workload_with_its_max_tokens(tmp_path):
 
 
 def test_the_first_groups_keep_what_responses_could_have_had():
-    some = trace_of(PLAIN).first(1)
+    some = trace_of(PLAIN).part(1)
     assert (len(some.groups), some.max_tokens) == (1, 3)
+
+
+def test_a_part_may_be_cut_off_earlier():
+    some = trace_of(PLAIN, max_tokens=8).part(None, max_tokens=2)
+    assert texts(some) == [[1, 2], [3, 9], [4, 5], [7], [3, 9]]
+    assert some.max_tokens == 2
+    assert trace_of(PLAIN).part(None, max_tokens=50).max_tokens == 3
 
 
 def test_by_rank_keeps_the_texts_structure_and_ends():
