@@ -17,7 +17,7 @@ help:
 	@echo "make test-quick  unit and property tests (under a minute)"
 	@echo "make lint        ruff, mypy, clang-format, codespell; changes nothing"
 	@echo "make format      let ruff and clang-format change what they can"
-	@echo "make bench       every benchmark's smoke run"
+	@echo "make bench       every benchmark's smoke run, then a short replay (20 minutes)"
 	@echo "make setup       only make or update .venv"
 	@echo "make clean       remove build outputs and caches, but not .venv"
 
@@ -55,6 +55,7 @@ bench: setup
 	@for file in bench/bench_*.py; do \
 	    echo "$$file --smoke"; $(BIN)/python $$file --smoke || exit 1; \
 	done
+	$(BIN)/python bench/bench_rollout_vllm.py --quick
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from aseer import trace
+from aseer.trace import TraceGroup as Group
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
     from types import ModuleType
 
-    from numpy.typing import NDArray
-
 VOCABULARY = 4096
-
-
-class Group(NamedTuple):
-    """A prompt and its responses, each [num_tokens] int32."""
-
-    prompt: NDArray[np.int32]
-    responses: list[NDArray[np.int32]]
 
 
 def read_traces(path: Path | None, *, smoke: bool) -> list[Group]:
@@ -32,14 +25,8 @@ def read_traces(path: Path | None, *, smoke: bool) -> list[Group]:
             msg = "--traces is needed, except with --smoke"
             raise SystemExit(msg)
         return synthetic_traces(num_groups=2, num_responses=8, num_tokens=60, seed=0)
-    groups = [
-        Group(
-            np.array(group["prompt"], np.int32),
-            [np.array(response, np.int32) for response in group["responses"]],
-        )
-        for group in json.loads(path.read_text())
-    ]
-    return groups[:2] if smoke else groups
+    groups = trace.load(path).groups
+    return list(groups[:2] if smoke else groups)
 
 
 def synthetic_traces(
@@ -77,6 +64,8 @@ def import_arctic() -> ModuleType:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options that both benchmarks take."""
-    parser.add_argument("--traces", type=Path, help="JSON file of recorded responses")
+    parser.add_argument(
+        "--traces", type=Path, help="a recorded rollout (see `aseer record`)"
+    )
     parser.add_argument("--smoke", action="store_true", help="seconds, not minutes")
     parser.add_argument("--seed", type=int, default=0)

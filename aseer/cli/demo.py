@@ -90,8 +90,8 @@ def add_parser(
         "display; write report.json and timeline.png.",
     )
     parser.set_defaults(run=run)
-    _add_work_options(parser.add_argument_group("work"))
-    _add_engine_options(parser.add_argument_group("engines"))
+    add_work_options(parser.add_argument_group("work"))
+    add_engine_options(parser.add_argument_group("engines"))
     output = parser.add_argument_group("output")
     output.add_argument(
         "--out",
@@ -126,8 +126,8 @@ def run(args: argparse.Namespace, *, open_engine: OpenEngine = Engine) -> int:
         raise ConfigError(f"cannot write to {out}: {exc}") from exc
     if args.model is None:
         with stages("prepare", "preparing SmolLM2-135M-Instruct"):
-            config = replace(config, model=str(_prepare_model(console, args)))
-    outcome = asyncio.run(_roll_out(config, groups, stages, console, open_engine))
+            config = replace(config, model=str(prepare_model(console, args)))
+    outcome = asyncio.run(roll_out(config, groups, stages, console, open_engine))
     report = make_report(outcome, config, args, stages.seconds)
     text = json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n"
     (out / "report.json").write_text(text, "utf-8")
@@ -213,7 +213,8 @@ def make_report(
     }
 
 
-def _prepare_model(console: Console, args: argparse.Namespace) -> Path:
+def prepare_model(console: Console, args: argparse.Namespace) -> Path:
+    """SmolLM2's directory, made if it is not there."""
     from aseer.models import WEIGHT_DTYPES, fast_cpu_dtype, smollm2
 
     def show(line: str) -> None:
@@ -223,7 +224,7 @@ def _prepare_model(console: Console, args: argparse.Namespace) -> Path:
     return smollm2.prepare(dtype=dtype, progress=show)
 
 
-async def _roll_out(
+async def roll_out(
     config: EngineConfig,
     groups: list[Group],
     stages: Stages,
@@ -252,7 +253,15 @@ async def _roll_out(
     return Outcome(responses, rollout.report)
 
 
-def _add_work_options(group: argparse._ArgumentGroup) -> None:
+def add_work_options(
+    group: argparse._ArgumentGroup,
+    num_prompts: str = f"{DEFAULT_NUM_PROMPTS}, or all of FILE",
+) -> None:
+    """Add what `make_groups` and `make_config` read of the work.
+
+    Args:
+        num_prompts: how many there are by default, in words.
+    """
     group.add_argument(
         "--prompts",
         type=Path,
@@ -263,8 +272,7 @@ def _add_work_options(group: argparse._ArgumentGroup) -> None:
         "--num-prompts",
         type=positive_int,
         metavar="N",
-        help=f"take the first N prompts (default: {DEFAULT_NUM_PROMPTS}, or all of "
-        "FILE)",
+        help=f"take the first N prompts (default: {num_prompts})",
     )
     group.add_argument(
         "--n",
@@ -291,7 +299,8 @@ def _add_work_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_engine_options(group: argparse._ArgumentGroup) -> None:
+def add_engine_options(group: argparse._ArgumentGroup) -> None:
+    """Add what `make_config` and `prepare_model` read of the engines."""
     group.add_argument(
         "--model",
         metavar="NAME_OR_DIR",

@@ -20,6 +20,8 @@ from aseer.dgds.messages import EXTRA_ARGS_KEY, DraftingSpec
 from aseer.types import DraftCounts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aseer.types import Chunk
 
 _log = logging.getLogger("aseer.instance")
@@ -85,10 +87,18 @@ class Speculation:
             await self._profile()
             self._times_at_start = await self._times()
 
-    async def attend(self) -> None:
-        """Keep the times up to date, until cancelled."""
+    async def attend(self, is_busy: Callable[[], bool]) -> None:
+        """Keep the times up to date, until cancelled.
+
+        An engine that is idle is not asked: a worker that is called every second never
+        stops polling for the next call, and takes its core from others.
+        """
+        was_busy = False
         while self.drafts_by_group:
             await asyncio.sleep(_TIMES_INTERVAL_S)
+            was_busy, before = is_busy(), was_busy
+            if not (was_busy or before):
+                continue
             step_s, draft_s = await self._times()
             self._counts = replace(
                 self._counts,

@@ -185,7 +185,7 @@ class VllmBackend:
     async def attend(self) -> None:
         """See `Backend`."""
         if self._speculation is not None:
-            await self._speculation.attend()
+            await self._speculation.attend(lambda: bool(self._running))
 
     async def describe_weights(self) -> dict[str, TensorSpec]:
         """See `Backend`."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aseer import trace
 from aseer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -150,16 +151,16 @@ PAPER: dict[str, dict[str, Any]] = {
 
 
 def load(path: Path | str, *, max_tokens: int | None = None) -> Workload:
-    """Read a workload from a JSON list with one object a group.
+    """Read a workload from a recorded rollout (`aseer.trace`), or from lengths alone.
 
-    An object has `lengths` (tokens of every response) and `num_prompt_tokens`, or
-    `responses` (their token ids) and `prompt` (its token ids), as recorded rollouts do.
+    Of lengths there is a JSON list with one object a group, which has `lengths` (tokens
+    of every response) and `num_prompt_tokens`.
 
     Raises:
         ConfigError: the file is not like that.
     """
     try:
-        groups = json.loads(Path(path).read_text())
+        groups, settings = trace.read(path)
         lengths = [
             g["lengths"] if "lengths" in g else [len(r) for r in g["responses"]]
             for g in groups
@@ -168,7 +169,7 @@ def load(path: Path | str, *, max_tokens: int | None = None) -> Workload:
             g["num_prompt_tokens"] if "num_prompt_tokens" in g else len(g["prompt"])
             for g in groups
         ]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{path} is not a workload ({type(error).__name__}: {error}); give a JSON "
             'list with an object a group: {"lengths": [...], "num_prompt_tokens": n}'
@@ -178,7 +179,7 @@ def load(path: Path | str, *, max_tokens: int | None = None) -> Workload:
         name=Path(path).stem,
         lengths=lengths,
         num_prompt_tokens=prompts,
-        max_tokens=max_tokens or longest,
+        max_tokens=max_tokens or settings.get("max_tokens") or longest,
     )
 
 

@@ -19,12 +19,18 @@ COMPARES = pytest.mark.skipif(
 )
 
 
+NEEDS_VLLM = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
+
+
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
         ("overhead", {"ratio_undivided", "ratio_chunks_256"}),
         ("scheduler", {"us_per_decision", "controller_us_per_decision"}),
         ("simulate", {"workloads"}),
+        pytest.param("rollout_vllm", {"arms"}, marks=[NEEDS_VLLM, pytest.mark.e2e]),
         pytest.param(
             "cst", {"append_ratio", "lookup_ratio", "memory_ratio"}, marks=COMPARES
         ),

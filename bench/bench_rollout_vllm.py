@@ -1,0 +1,337 @@
+"""Which way of rolling out is the fastest, where every way does the same work?
+
+A recorded rollout (`aseer record`) is replayed on real engines by each arm: how
+trainers place requests today, with and without vLLM's own suffix drafts, then what
+aseer adds step by step, then an oracle that knows the lengths. Whatever the model
+samples, a request emits its recorded tokens (`aseer.instance.replay`), and stops where
+it stopped; every token that comes back is checked. Arms do not know the lengths, except
+those that say so.
+
+Arms with the same drafts share engines, of which all are up at once; those of other
+arms idle meanwhile. Repetitions are interleaved, in an order that turns, and each arm
+is compared with verl's way in the same repetition. No run finds KV, drafts or suffixes
+of an earlier one. By default engines have KV for a third of what the requests that they
+may run at once would need; `--kv plentiful` has enough for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from common import print_result, quantiles, result_line
+from replaying import ARMS, Arm, Run, find_trace, fit, make_model
+from rollout_page import write_page
+
+import aseer
+from aseer import trace
+from aseer.cli import record
+from aseer.instance import process
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from aseer.report import RolloutReport
+    from aseer.trace import Trace
+
+BASE = "verl-today"
+QUICK = {"groups": 10, "max_tokens": 512, "repetitions": 2, "minutes": 16.0}
+SMOKE_ARMS = ("verl-today", "context-aware", "full")
+MAX_DRAFT_TOKENS = 16
+BLOCK_SIZE = 32
+
+
+class Sizes(NamedTuple):
+    """What engines are started with."""
+
+    max_model_len: int
+    num_kv_blocks: int
+
+
+def sizes_of(recorded: Trace, args: argparse.Namespace) -> Sizes:
+    """The longest request fits in any case."""
+    longest_prompt = max(len(group.prompt) for group in recorded.groups)
+    max_model_len = _round_up(longest_prompt + recorded.max_tokens + 1)
+    needs = sorted(
+        len(group.prompt) + len(response)
+        for group in recorded.groups
+        for response in group.responses
+    )
+    at_once = min(args.max_num_seqs, -(-len(needs) // args.engines))
+    if args.kv == "plentiful":
+        num_tokens = sum(_round_up(n + MAX_DRAFT_TOKENS) for n in needs[-at_once:])
+    else:
+        num_tokens = round(args.kv_share * at_once * statistics.mean(needs))
+    num_tokens = max(num_tokens, max_model_len + MAX_DRAFT_TOKENS)
+    return Sizes(max_model_len, _round_up(num_tokens) // BLOCK_SIZE + 1)
+
+
+def _round_up(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_SIZE) * BLOCK_SIZE
+
+
+def config_of(
+    model: Path, drafting: Any, sizes: Sizes, args: argparse.Namespace
+) -> aseer.EngineConfig:
+    """The engines of all arms with the same drafts."""
+    speculation = aseer.SpeculationConfig(method=drafting)
+    if drafting == "suffix":
+        speculation = aseer.SpeculationConfig(
+            method="suffix",
+            max_draft_tokens=MAX_DRAFT_TOKENS,
+            tail_draft_tokens=MAX_DRAFT_TOKENS,
+        )
+    return aseer.EngineConfig(
+        model=str(model),
+        num_instances=args.engines,
+        dtype=args.dtype,
+        max_model_len=sizes.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        speculation=speculation,
+        kv_pool=args.kv_pool,
+        engine_args={
+            "num_gpu_blocks_override": sizes.num_kv_blocks,
+            "block_size": BLOCK_SIZE,
+            "load_format": args.load_format,
+        },
+        env={"VLLM_USE_V2_MODEL_RUNNER": "0"},
+    )
+
+
+def groups_of(recorded: Trace, arm: Arm, args: argparse.Namespace) -> list[aseer.Group]:
+    """The trace's groups, named by their places in it, as an arm is given them."""
+    sampling = {
+        "temperature": args.temperature,
+        "max_tokens": recorded.max_tokens,
+        "ignore_eos": True,
+        "stop_token_ids": [args.end_token],
+        "detokenize": False,
+    }
+    groups = []
+    for place, group in enumerate(recorded.groups):
+        lengths = [len(response) for response in group.responses]
+        groups.append(
+            aseer.Group(
+                group.prompt.tolist(),
+                n=len(lengths),
+                group_id=str(place),
+                sampling=sampling,
+                known_lengths=lengths if arm.knows_lengths else None,
+            )
+        )
+    if arm.knows_lengths and arm.policy == "group-least-unfinished":
+        groups.sort(key=lambda g: -sum(g.known_lengths or ()))
+    return groups
+
+
+def replay(
+    engine: aseer.Engine, arm: Arm, recorded: Trace, args: argparse.Namespace
+) -> RolloutReport:
+    """One rollout, of which every token is checked."""
+    assert engine._host is not None
+    engine._host.weights.version += 1  # what earlier runs left is not found under it
+    groups = groups_of(recorded, arm, args)
+    rollout = engine.rollout_sync(groups, policy=arm.policy, chunk_size=args.chunk_size)
+    num_responses = 0
+    for response in rollout:
+        expected = recorded.groups[int(response.group_id)].responses[response.index]
+        if response.token_ids != expected.tolist():
+            raise RuntimeError(f"{arm.name}: {response.request_id} has other tokens")
+        num_responses += 1
+    if num_responses != recorded.num_requests:
+        raise RuntimeError(f"{arm.name}: {num_responses} responses came")
+    return rollout.report
+
+
+def warm_up(engine: aseer.Engine, args: argparse.Namespace) -> None:
+    """The first steps of a process are slow; these requests are not in the trace."""
+    sampling = {"temperature": args.temperature, "max_tokens": 32, "ignore_eos": True}
+    for size in (1, args.max_num_seqs * args.engines):
+        group = aseer.Group([5, 6, 7], n=size, group_id="warm-up", sampling=sampling)
+        list(engine.rollout_sync([group]))
+
+
+def figures_of(report: RolloutReport) -> dict[str, float]:
+    """What is compared of a run."""
+    drafts = report.speculation
+    num_tokens = report.num_output_tokens
+    return {
+        "throughput_tok_s": report.throughput_tok_s,
+        "wall_s": report.wall_s,
+        "tail_s": report.tail_s,
+        "idle_fraction": report.idle_fraction,
+        "preemptions": report.num_preemptions,
+        "recomputed_tokens": report.num_recomputed_tokens,
+        "migrations": report.num_migrations,
+        "chunks": report.num_chunks,
+        "acceptance_length": drafts.acceptance_length if drafts else 1.0,
+        "drafted_per_token": sum(drafts.drafted) / num_tokens if drafts else 0.0,
+        "drafting_share": drafts.drafting_share if drafts else 0.0,
+    }
+
+
+def run(
+    arms: Sequence[Arm], model: Path, recorded: Trace, args: argparse.Namespace
+) -> tuple[list[Run], Sizes]:
+    """All repetitions that there is time for."""
+    began = time.monotonic()
+    sizes = sizes_of(recorded, args)
+    print(f"{args.engines} engines, each with {sizes}", flush=True)
+    runs: list[Run] = []
+    with ExitStack() as stack:
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "trace.json"
+        trace.save(recorded, file)
+        process.COMMAND = (sys.executable, "-m", "aseer.instance.replay", str(file))
+        engines = {}
+        for drafting in dict.fromkeys(arm.drafting for arm in arms):
+            config = config_of(model, drafting, sizes, args)
+            engines[drafting] = stack.enter_context(aseer.Engine(config))
+            warm_up(engines[drafting], args)
+        for repetition in range(args.repetitions):
+            since = time.monotonic()
+            shift = repetition * len(arms) // args.repetitions
+            for arm in [*arms[shift:], *arms[:shift]]:
+                report = replay(engines[arm.drafting], arm, recorded, args)
+                runs.append(Run(repetition, arm.name, figures_of(report), report))
+                print(repetition, arm.name, runs[-1].figures, flush=True)
+            now = time.monotonic()
+            next_end_s = now - began + (now - since)
+            if args.minutes is not None and next_end_s > 60 * args.minutes:
+                print(f"no time for more than {repetition + 1} repetitions")
+                break
+    return runs, sizes
+
+
+def summaries(arms: Sequence[Arm], runs: Sequence[Run]) -> dict[str, Any]:
+    """Each arm's figures, and its throughput over verl's in the same repetition."""
+    rates = {(r.repetition, r.arm): r.figures["throughput_tok_s"] for r in runs}
+    tails = {(r.repetition, r.arm): r.figures["tail_s"] for r in runs}
+    base = BASE if any(arm.name == BASE for arm in arms) else arms[0].name
+    summary = {}
+    for arm in arms:
+        own = [r for r in runs if r.arm == arm.name]
+        pairs = [((r.repetition, r.arm), (r.repetition, base)) for r in own]
+        summary[arm.name] = {
+            "what": arm.label,
+            "policy": arm.policy,
+            "drafting": arm.drafting,
+            "over_base": quantiles([rates[a] / rates[b] for a, b in pairs]),
+            "tail_over_base": quantiles(
+                [tails[a] / max(tails[b], 1e-9) for a, b in pairs]
+            ),
+            **{
+                name: quantiles([r.figures[name] for r in own])
+                for name in own[0].figures
+            },
+        }
+    return summary
+
+
+# The command
+
+
+def chosen_arms(args: argparse.Namespace) -> list[Arm]:
+    """The arms that are wanted and can be had."""
+    arms = [arm for arm in ARMS if arm.name in args.arms]
+    if importlib.util.find_spec("arctic_inference") is None:
+        left_out = [arm.name for arm in arms if arm.drafting == "suffix"]
+        if left_out:
+            print(f"LEFT OUT, since arctic-inference is not installed: {left_out}")
+        arms = [arm for arm in arms if arm.drafting != "suffix"]
+    if not arms:
+        raise SystemExit("no arm is left")
+    return arms
+
+
+def parse() -> argparse.Namespace:
+    """The options, with what the kind of run stands for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--smoke", action="store_true", help="tiny model, three arms")
+    kind.add_argument(
+        "--quick", action="store_true", help="some groups, cut short; 20 minutes"
+    )
+    kind.add_argument("--full", action="store_true", help="the whole trace, for hours")
+    names = [arm.name for arm in ARMS]
+    parser.add_argument("--arms", nargs="+", choices=names, default=names)
+    parser.add_argument("--trace", type=Path, help="a recorded rollout")
+    parser.add_argument("--groups", type=int, help="replay the first so many")
+    parser.add_argument("--max-tokens", type=int, help="cut responses off there")
+    parser.add_argument(
+        "--model",
+        default="smollm2",
+        help="smollm2, small (random, its shape, 4096 tokens), tiny, or a directory",
+    )
+    parser.add_argument("--load-format", default="auto", help="such as dummy")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--engines", type=int, default=2)
+    parser.add_argument("--kv", choices=("limited", "plentiful"), default="limited")
+    parser.add_argument("--kv-share", type=float, default=1 / 3, help="if limited")
+    parser.add_argument("--kv-pool", choices=("off", "auto", "lmcache"), default="off")
+    parser.add_argument("--max-num-seqs", type=int, default=32)
+    parser.add_argument("--chunk-size", type=int, default=256)
+    parser.add_argument("--temperature", type=float, help="default: the trace's")
+    parser.add_argument("--repetitions", type=int)
+    parser.add_argument("--minutes", type=float, help="begin no repetition beyond")
+    parser.add_argument("--save", type=Path, help="file for the result")
+    parser.add_argument("--page", type=Path, help="file for the HTML page")
+    args = parser.parse_args()
+    if args.smoke:
+        args.model, args.arms = "tiny", SMOKE_ARMS
+        args.engines, args.max_num_seqs, args.chunk_size = 1, 4, 32
+    elif args.page is None:
+        args.page = Path("runs") / "rollout_vllm.html"
+    for name, value in QUICK.items() if args.quick else ():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.repetitions is None:
+        args.repetitions = 1 if args.smoke else 3
+    return args
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    args = parse()
+    arms = chosen_arms(args)
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(args, Path(folder))
+        original = find_trace(args)
+        recorded, args.end_token = fit(original, model)
+        print(record.describe(original), flush=True)
+        if args.temperature is None:
+            args.temperature = recorded.settings.get("temperature", 1.0)
+        runs, sizes = run(arms, model, recorded, args)
+    settings: dict[str, Any] = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("save", "page")
+    }
+    settings |= {
+        "model": Path(args.model).name,
+        "trace": dict(original.settings),
+        "trace_sha256": original.sha256,
+        "num_requests": recorded.num_requests,
+        "num_tokens": recorded.num_tokens,
+        "repetitions": len({r.repetition for r in runs}),
+        **sizes._asdict(),
+    }
+    figures: Mapping[str, Any] = {"arms": summaries(arms, runs)}
+    line = result_line("rollout_vllm", settings=settings, figures=figures)
+    if args.page is not None:
+        write_page(args.page, arms, runs, json.loads(line))
+        print(f"wrote {args.page}")
+    print_result(line, save_as=args.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What `bench_rollout_vllm.py` compares, and what it replays on which model."""
+
+from __future__ import annotations
+
+import json
+import random
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from drafting import synthetic_traces
+from rich.console import Console
+
+from aseer import trace
+from aseer.cli import record
+from aseer.cli.main import build_parser
+from aseer.errors import ConfigError
+from aseer.models import fast_cpu_dtype, smollm2, tiny
+from aseer.trace import Trace, TraceGroup
+
+if TYPE_CHECKING:
+    import argparse
+
+    from aseer.config import PolicyName
+    from aseer.report import RolloutReport
+
+# Random weights in SmolLM2's shape: of a GPU's step, sampling from 49k tokens takes
+# little, but of a core's it takes as much as the model.
+SMALL_SHAPE: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 576,
+    "num_layers": 30,
+    "num_heads": 9,
+    "num_kv_heads": 3,
+    "intermediate_size": 1536,
+}
+
+
+class Arm(NamedTuple):
+    """One way to roll out.
+
+    Attributes:
+        drafting: whose engines it runs on.
+        knows_lengths: of all responses beforehand, which nobody does in training.
+    """
+
+    name: str
+    label: str
+    policy: PolicyName
+    drafting: Literal["off", "suffix", "dgds"] = "off"
+    knows_lengths: bool = False
+
+
+class Run(NamedTuple):
+    """One arm's rollout in one repetition."""
+
+    repetition: int
+    arm: str
+    figures: dict[str, float]
+    report: RolloutReport
+
+
+ARMS = (
+    Arm("verl-today", "each request to the least loaded", "least-loaded"),
+    Arm("paper-verl", "whole groups in turn", "group-round-robin"),
+    Arm("openrlhf", "whole groups, fewest unfinished", "group-least-unfinished"),
+    Arm(
+        "streamrl-like",
+        "whole groups, longest first (true lengths)",
+        "group-least-unfinished",
+        knows_lengths=True,
+    ),
+    Arm("verl-today+suffix", "with vLLM's suffix drafts", "least-loaded", "suffix"),
+    Arm("paper-verl+suffix", "the same", "group-round-robin", "suffix"),
+    Arm("openrlhf+suffix", "the same", "group-least-unfinished", "suffix"),
+    Arm("divided", "chunks, first come first served", "fcfs"),
+    Arm("context-aware", "+ probes and length estimates", "context-aware"),
+    Arm("full", "+ grouped drafts (DGDS)", "context-aware", "dgds"),
+    Arm("oracle", "longest first (true lengths)", "longest-first", knows_lengths=True),
+    Arm("oracle+dgds", "with DGDS", "longest-first", "dgds", knows_lengths=True),
+)
+
+
+def find_trace(args: argparse.Namespace) -> Trace:
+    """The trace that is named, the last recorded one, or for a short run a new one."""
+    if args.smoke and args.trace is None:
+        return smoke_trace()
+    path = args.trace or record.default_path(0.7)
+    if path.exists() or args.trace is not None:
+        print(f"replays {path.name}")
+        return trace.load(path).part(args.groups, args.max_tokens)
+    if not args.quick:
+        raise SystemExit(f"there is no {path}; run `aseer record` first")
+    print(f"there is no {path}: recording {args.groups} groups", flush=True)
+    options = {"--num-prompts": args.groups, "--max-tokens": args.max_tokens}
+    words = [str(word) for option in options.items() for word in option]
+    parsed = build_parser().parse_args(["record", *words])
+    return record.record(parsed, Console(highlight=False))
+
+
+def smoke_trace() -> Trace:
+    """Made-up texts of different lengths."""
+    rng = random.Random(0)
+    made = synthetic_traces(num_groups=4, num_responses=4, num_tokens=120, seed=0)
+    groups = [
+        TraceGroup(g.prompt, [r[: rng.choice((9, 40, 80, 120))] for r in g.responses])
+        for g in made
+    ]
+    return Trace(groups=groups, settings={"max_tokens": 120, "model": "made up"})
+
+
+def make_model(args: argparse.Namespace, folder: Path) -> Path:
+    """The directory of the model that is named."""
+    dtype = fast_cpu_dtype() if args.dtype == "auto" else args.dtype
+    if args.model == "smollm2":
+        return smollm2.prepare(dtype=dtype, progress=print)
+    if args.model == "small":
+        return tiny.make_tiny(folder / "small", dtype=dtype, **SMALL_SHAPE)
+    if args.model == "tiny":
+        return tiny.make_tiny(folder / "tiny")
+    return Path(args.model)
+
+
+def fit(recorded: Trace, model: Path) -> tuple[Trace, int]:
+    """The trace in the model's vocabulary, and the token that ends responses.
+
+    As it is if the model has its tokens and one of them only ends responses; otherwise
+    by rank.
+    """
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    largest = max(
+        int(text.max()) for g in recorded.groups for text in (g.prompt, *g.responses)
+    )
+    end_token = recorded.end_token(tiny.EOS_ID)
+    with suppress(ConfigError):
+        if largest < vocab_size:
+            return recorded.as_is(end_token), end_token
+    return recorded.by_rank(vocab_size, tiny.EOS_ID), tiny.EOS_ID
