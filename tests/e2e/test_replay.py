@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
 END = 1
 MAX_TOKENS = 150
 ALL_DRAFTS = aseer.SpeculationConfig(budget="fixed", max_draft_tokens=6)

@@ -17,8 +17,6 @@ COMPARES = pytest.mark.skipif(
     importlib.util.find_spec("arctic_inference") is None,
     reason="compares with arctic-inference, which is not installed",
 )
-
-
 NEEDS_VLLM = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
@@ -30,7 +28,11 @@ NEEDS_VLLM = pytest.mark.skipif(
         ("overhead", {"ratio_undivided", "ratio_chunks_256"}),
         ("scheduler", {"us_per_decision", "controller_us_per_decision"}),
         ("simulate", {"workloads"}),
-        pytest.param("rollout_vllm", {"arms"}, marks=[NEEDS_VLLM, pytest.mark.e2e]),
+        pytest.param(
+            "rollout_vllm",
+            {"arms"},
+            marks=[NEEDS_VLLM, pytest.mark.slow, pytest.mark.timeout(500)],
+        ),
         pytest.param(
             "cst", {"append_ratio", "lookup_ratio", "memory_ratio"}, marks=COMPARES
         ),
@@ -42,7 +44,7 @@ def test_a_smoke_run_ends_with_its_figures(name, keys):
         [sys.executable, str(BENCH / f"bench_{name}.py"), "--smoke"],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=450,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
