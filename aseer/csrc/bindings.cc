@@ -13,6 +13,9 @@ NB_MODULE(_core, m) {
   using aseer::KvResidency;
   using aseer::WaitingQueue;
 
+  // An engine that is still open when its program ends keeps these; that is no leak.
+  nb::set_leak_warnings(false);
+
   m.attr("MAX_PASSED") = aseer::kMaxPassed;
   m.attr("DEFAULT_MOVE_PRICE") = aseer::kMovePrice;
 

@@ -90,6 +90,9 @@ NB_MODULE(_cst, m) {
   using aseer::dgds::View;
   using Release = nb::call_guard<nb::gil_scoped_release>;
 
+  // A draft server that still runs when its program ends keeps one; that is no leak.
+  nb::set_leak_warnings(false);
+
   nb::register_exception_translator([](const std::exception_ptr& error, void*) {
     try {
       std::rethrow_exception(error);
