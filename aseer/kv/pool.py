@@ -323,9 +323,12 @@ class _Server:
         return msgspec.json.decode(line, type=Counts)
 
     async def _bury(self) -> None:
-        """Nothing of the process remains; whoever waits for it does so in vain."""
+        """Nothing of the process remains; whoever waits for it does so in vain.
+
+        If it is cancelled, it may be called again.
+        """
         self._is_up = False
-        process, self._process = self._process, None
+        process = self._process
         if process is not None:
             await asyncio.to_thread(kill_group, process.pid)
             await process.wait()
@@ -333,6 +336,7 @@ class _Server:
             process.stdin.close()
             with suppress(OSError, RuntimeError):
                 await process.stdin.wait_closed()
+            self._process = None
         (SHARED_MEMORY / f"{SHM_PREFIX}{self._name}").unlink(missing_ok=True)
         if self._plan.disk_dir is not None:
             directory = Path(self._plan.disk_dir) / self._name

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +22,8 @@ import aseer
 from tests.e2e.tiny import by_request, tiny_config, tiny_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 GREEDY = {"temperature": 0.0, "max_tokens": 200}
 # Each a way in which a chunk boundary could show. The stop strings are characters that
@@ -47,36 +49,46 @@ import json, sys
 def main():
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
-    job = json.load(sys.stdin)
-    llm = LLM(**job["engine"], enforce_eager=True, block_size=32,
+    llm = LLM(**json.loads(sys.argv[1]), enforce_eager=True, block_size=32,
               disable_log_stats=True, logprobs_mode="processed_logprobs")
-    results = []
-    for prompt, settings in job["work"]:
-        structured = settings.pop("structured_outputs", None)
-        bias = settings.pop("logit_bias", None)
-        params = SamplingParams(
-            **settings, logprobs=0,
-            logit_bias=bias and {int(k): v for k, v in bias.items()},
-            structured_outputs=structured and StructuredOutputsParams(**structured))
-        out = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-        done = out[0].outputs[0]
-        results.append({
-            "token_ids": list(done.token_ids),
-            "logprobs": [lp[t].logprob for lp, t in zip(done.logprobs, done.token_ids)],
-            "text": done.text,
-            "finish_reason": done.finish_reason,
-            "stop_reason": done.stop_reason,
-        })
-    json.dump(results, open(job["out"], "w"))
+    for line in sys.stdin:
+        job = json.loads(line)
+        prompts, params = [], []
+        for prompt, settings in job["work"]:
+            structured = settings.pop("structured_outputs", None)
+            bias = settings.pop("logit_bias", None)
+            prompts.append({"prompt_token_ids": prompt})
+            params.append(SamplingParams(
+                **settings, logprobs=0,
+                logit_bias=bias and {int(k): v for k, v in bias.items()},
+                structured_outputs=structured and StructuredOutputsParams(**structured)
+            ))
+        results = []
+        for request in llm.generate(prompts, params, use_tqdm=False):
+            done = request.outputs[0]
+            logprobs = zip(done.logprobs, done.token_ids)
+            results.append({
+                "token_ids": list(done.token_ids),
+                "logprobs": [lp[t].logprob for lp, t in logprobs],
+                "text": done.text,
+                "finish_reason": done.finish_reason,
+                "stop_reason": done.stop_reason,
+            })
+        json.dump(results, open(job["out"], "w"))
+        print("DONE", flush=True)
 
 if __name__ == "__main__":
     main()
 """
 
 
-def plain_vllm(work: list[tuple[list[int], dict[str, Any]]], tmp: Any) -> list[Any]:
+Work = list[tuple[list[int], dict[str, Any]]]
+
+
+@contextmanager
+def plain_vllm(tmp: Path) -> Iterator[Callable[[Work], list[Any]]]:
     """What an undivided run of vLLM itself generates for (prompt, settings) pairs."""
-    script, out = tmp / "reference.py", tmp / "reference.json"
+    script, log = tmp / "reference.py", tmp / "log"
     script.write_text(REFERENCE)
     engine = {
         "model": str(tiny_model()),
@@ -85,19 +97,35 @@ def plain_vllm(work: list[tuple[list[int], dict[str, Any]]], tmp: Any) -> list[A
         "max_num_seqs": 32,
         "kv_cache_memory_bytes": 256 << 20,
     }
-    job = {"engine": engine, "work": work, "out": str(out)}
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        input=json.dumps(job),
-        text=True,
-        capture_output=True,
-        env=os.environ
-        | {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_RPC_BASE_PATH": str(tmp)},
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_RPC_BASE_PATH": str(tmp)}
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, str(script), json.dumps(engine)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | env,
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def generate(work: Work) -> list[Any]:
+            out = tmp / "reference.json"
+            job = json.dumps({"work": work, "out": str(out)})
+            process.stdin.write(job + "\n")
+            process.stdin.flush()
+            assert "DONE\n" in process.stdout, log.read_text()[-3000:]
+            return json.loads(out.read_text())
+
+        try:
+            yield generate
+            process.stdin.close()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -142,16 +170,14 @@ def stop_cases(texts: list[str]) -> list[tuple[int, dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """Plain vLLM's results: by case, and for the stop strings made from them."""
-    tmp = tmp_path_factory.mktemp("reference")
-    work = [(p, s) for s in CASES.values() for p in PROMPTS]
-    results = plain_vllm(work, tmp)
-    cases = {
-        name: results[i * len(PROMPTS) : (i + 1) * len(PROMPTS)]
-        for i, name in enumerate(CASES)
-    }
-    stops = stop_cases([r["text"] for r in cases["ignore_eos"]])
-    work = [(PROMPTS[i], dict(s)) for i, s in stops]
-    cases["stops"] = plain_vllm(work, tmp)
+    with plain_vllm(tmp_path_factory.mktemp("reference")) as generate:
+        results = generate([(p, s) for s in CASES.values() for p in PROMPTS])
+        cases = {
+            name: results[i * len(PROMPTS) : (i + 1) * len(PROMPTS)]
+            for i, name in enumerate(CASES)
+        }
+        stops = stop_cases([r["text"] for r in cases["ignore_eos"]])
+        cases["stops"] = generate([(PROMPTS[i], dict(s)) for i, s in stops])
     return cases
 
 
