@@ -5,7 +5,7 @@
     |-- EngineError
     |   |-- InstanceStartError               an engine process did not come up
     |   |-- InstanceLostError                no engine is left, or one keeps dying
-    |   `-- EngineClosedError                used after close, or before it was opened
+    |   `-- EngineClosedError                it is not open, or was closed in a rollout
     |-- WeightUpdateError                    new weights were refused; the old ones stay
     |-- RolloutError                         some requests failed; the rest was yielded
     |-- RolloutInProgressError               one rollout at a time an engine
@@ -40,7 +40,7 @@ class InstanceLostError(EngineError):
 
 
 class EngineClosedError(EngineError):
-    """The engine is not open."""
+    """The engine is not open, or was closed while a rollout ran."""
 
 
 class RolloutError(AseerError):

@@ -390,10 +390,10 @@ class Host:
             await pool.supervise()
 
     async def _leave_session(self) -> None:
-        """Let the engines stop what a rollout still runs."""
+        """Let the instances stop what a rollout still runs."""
         session = self._session
         if session is not None and not session.over.done():
-            session.leave()
+            session.engine_closes()
             await asyncio.wait([session.over], timeout=self._config.shutdown_timeout_s)
 
 

@@ -13,7 +13,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from aseer.controller import Abort, Command, Controller, Dispatch, Finished
-from aseer.errors import InstanceLostError, RolloutError
+from aseer.errors import EngineClosedError, InstanceLostError, RolloutError
 from aseer.instance.messages import Run
 from aseer.recorder import Recorder
 from aseer.types import GroupId
@@ -83,6 +83,7 @@ class Session:
         self._left = False
         self._fatal: str | None = None
         self._errors: list[str] = []
+        self._engine_closed = False
         self.over: asyncio.Future[None] = loop.create_future()
         self.report: RolloutReport | None = None
         self.progress: Progress = self._recorder.progress(0.0, intake_open=True)
@@ -131,6 +132,14 @@ class Session:
         """End everything early; the user gets what there is."""
         self._intake_open = False
         self._do(self._controller.cancel_all(self._now()))
+
+    def engine_closes(self) -> None:
+        """End everything early; who still reads is told at the end why."""
+        if self.was_left:
+            self.leave()
+        else:
+            self._engine_closed = True
+            self.abort()
 
     # From the pool
 
@@ -235,6 +244,10 @@ class Session:
     def _error(self) -> Exception | None:
         if self._fatal is not None:
             return InstanceLostError(self._fatal)
+        if self._engine_closed and not self._left:
+            return EngineClosedError(
+                "the engine was closed while this rollout was in progress"
+            )
         if self._errors and not self._left:
             num = len(self._controller.buffer)
             return RolloutError(

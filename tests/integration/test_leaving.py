@@ -128,10 +128,12 @@ async def test_aclose_waits_until_the_engines_have_stopped(engine):
 async def test_closing_the_engine_ends_a_rollout_in_progress():
     async with aseer.Engine(config_of()) as engine:
         iterator = aiter(engine.rollout(groups_of(8) + groups_of(9, **LONG)[8:]))
-        await anext(iterator)
-    with pytest.raises((aseer.AseerError, StopAsyncIteration)):
+        responses = [await anext(iterator)]
+    with pytest.raises(aseer.EngineClosedError, match="while this rollout was in"):
         while True:
-            await anext(iterator)
+            responses.append(await anext(iterator))
+    assert len(responses) == 9 * 4
+    assert {r.finish_reason for r in responses[-4:]} == {"aborted"}
 
 
 async def test_an_engine_can_be_opened_again():
