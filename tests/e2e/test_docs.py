@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,11 @@ def names() -> dict[str, Any]:
 @pytest.fixture
 def on_the_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages' models take minutes."""
-    make = aseer.EngineConfig
+    fixed = {"model": tiny_model(), "num_instances": 2, "max_model_len": 96}
+    config = tiny_config(**fixed)
 
     def small(**settings: Any) -> aseer.EngineConfig:
-        fixed = {"model": tiny_model(), "num_instances": 2, "max_model_len": 96}
-        return (
-            tiny_config(**settings | fixed)
-            if "env" not in settings
-            else make(**settings | fixed)
-        )
+        return replace(config, **settings | fixed)
 
     monkeypatch.setattr(aseer, "EngineConfig", small)
     monkeypatch.setattr(smollm2, "prepare", lambda **_: tiny_model())

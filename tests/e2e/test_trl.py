@@ -17,7 +17,10 @@ pytest.importorskip("trl")
 NUM_GENERATIONS = 4
 STEPS = 3
 PROMPTS = ["abc", "what is it", "123 + 4", "the end"]
-pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and what it uses
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # of TRL and what it uses
+]
 
 
 def model_logprobs(
