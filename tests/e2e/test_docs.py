@@ -33,9 +33,11 @@ async def run(block: str, names: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def names() -> dict[str, Any]:
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the pages take for granted, beside the model."""
     transformers = pytest.importorskip("transformers")
+    # The bar over a model's loading would leave a thread that watches it.
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
     return {
         "aseer": aseer,
         "batch": [([5, 6, n], str(n)) for n in range(7, 10)],
