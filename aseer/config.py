@@ -25,7 +25,7 @@ PolicyName = Literal[
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 SpeculationMethod = Literal["off", "dgds", "suffix", "ngram"]
-KvPoolMode = Literal["auto", "off", "lmcache"]
+KvPoolMode = Literal["auto", "off", "lmcache", "external"]
 BudgetPolicy = Literal["adaptive", "fixed", "paper"]
 
 # What aseer sets itself in vLLM's engine arguments, and the setting to use instead.
@@ -98,7 +98,9 @@ class KvPoolConfig:
 
     Attributes:
         mode: "lmcache" starts LMCache servers; "auto" does if there are two engines or
-            more and LMCache is installed; "off" has none.
+            more and LMCache is installed; "off" has none. "external" starts nothing,
+            and says that the connector in `EngineConfig.kv_transfer_config` finds what
+            any engine stored, as Mooncake's does: requests then move as freely.
         dram_bytes: of one server, in /dev/shm; None = a share of the free memory.
         disk_dir: where what DRAM has no room for goes, in directories of its own that
             are removed at the end; used if `disk_bytes` is above 0.
@@ -121,7 +123,7 @@ class KvPoolConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(KvPoolMode):
-            raise _bad("kv_pool", self.mode, "one of auto, off, lmcache")
+            raise _bad("kv_pool", self.mode, "one of auto, off, lmcache, external")
         _int(self, "dram_bytes", 1, optional=True)
         _int(self, "disk_bytes", 0)
         _int(self, "chunk_tokens", 1)

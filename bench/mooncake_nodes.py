@@ -82,11 +82,15 @@ def mooncake_nodes(
             )
         )
         yield {
+            "kv_pool": "external",
             "kv_transfer_config": {
                 "kv_connector": "MooncakeStoreConnector",
                 "kv_role": "kv_both",
                 "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {"save_decode_cache": True},
+                "kv_connector_extra_config": {
+                    "save_decode_cache": True,
+                    "load_async": True,
+                },
             },
             "env": {"MOONCAKE_CONFIG_PATH": str(settings), "VLLM_HOST_IP": _HOST},
         }

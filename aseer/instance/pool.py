@@ -90,6 +90,7 @@ class InstancePool:
         self._owner = owner
         self._drafting = drafting
         self._kv_pool = kv_pool
+        self._kv_namespace = kv_pool.namespace if kv_pool else secrets.token_hex(4)
         self._slots = [Slot(launch, log_dir) for launch in launches]
         self._by_identity: dict[bytes, Slot] = {}
         self._restarts_left = config.max_restarts
@@ -275,7 +276,7 @@ class InstancePool:
             engine_args=args,
             cores=launch.cores,
             drafting=self._drafting,
-            kv_namespace=self._kv_pool.namespace if self._kv_pool else "",
+            kv_namespace=self._kv_namespace,
         )
         # vLLM leaves its sockets lying where it makes them: in a folder that we remove.
         env = {"VLLM_RPC_BASE_PATH": str(self._run_dir), **launch.env}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from aseer.kv.settings import CONNECTOR
 from aseer.types import LATENCY_BUCKETS_S, InstanceLoad, KvCounts
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Stats:
         self._kv_used = 0.0
         self._preemptions = 0
         self._kv: Counter[str] = Counter()
+        self._is_pool_ours = False
         self.speculation: Speculation | None = None
 
     def load(self) -> InstanceLoad:
@@ -43,7 +45,8 @@ class Stats:
             self._running = scheduler_stats.num_running_reqs
             self._waiting = scheduler_stats.num_waiting_reqs
             self._kv_used = scheduler_stats.kv_cache_usage
-            self._kv.update(scheduler_stats.kv_connector_stats or {})
+            if self._is_pool_ours:  # other connectors tell other things
+                self._kv.update(scheduler_stats.kv_connector_stats or {})
             drafts = scheduler_stats.spec_decoding_stats
             if drafts is not None and self.speculation is not None:
                 self.speculation.record(drafts)
@@ -56,6 +59,8 @@ class Stats:
                     self._kv["prefill_s"] += done.prefill_time
 
     def make_logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
+        transfer = vllm_config.kv_transfer_config
+        self._is_pool_ours = transfer is not None and transfer.kv_connector == CONNECTOR
         return _StatLogger(self)
 
 

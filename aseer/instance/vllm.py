@@ -119,14 +119,13 @@ class VllmBackend:
         request_id = f"{chunk.request_id}#{chunk.chunk_id}"
         try:
             return await self._generate(chunk, request_id, emit)
-        except EngineDeadError as error:
-            raise EngineDied(str(error)) from error
         except Exception as error:
-            if self._engine.errored:
-                raise EngineDied(str(error)) from error
             cause = error.__cause__ or error
+            message = f"{type(cause).__name__}: {cause}"
+            if isinstance(error, EngineDeadError) or self._engine.errored:
+                raise EngineDied(message) from error
             _log.exception("chunk %s failed", request_id)
-            return ChunkEnd(reason="error", error=f"{type(cause).__name__}: {cause}")
+            return ChunkEnd(reason="error", error=message)
         finally:
             self._running.pop(chunk.chunk_id, None)
 

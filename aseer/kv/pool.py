@@ -126,6 +126,8 @@ class KvPool:
 
     def engine_args(self, instance_id: int) -> dict[str, Any]:
         """What an engine that starts now is told; nothing if its server is down."""
+        if not self._servers:
+            return {}  # the user's own connector
         server = self._servers[self.server_of(instance_id)]
         if server.pid is None:
             _log.warning("instance %d starts without the KV pool", instance_id)
@@ -375,6 +377,9 @@ def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | Non
     if plan is None:
         _log.info("no KV pool: %s", why)
         return None
+    if not plan.num_servers:
+        _log.info("KV pool: %s", why)
+        return plan
     disk = f" and {plan.disk_bytes / 1e9:.2f} GB of disk" if plan.disk_dir else ""
     _log.info("KV pool: %d server(s) with %s%s each", plan.num_servers, why, disk)
     return plan

@@ -51,7 +51,7 @@ class PoolPlan:
     """A node's pool.
 
     Attributes:
-        num_servers: that share out the engines, in order.
+        num_servers: that share out the engines, in order; 0 = the pool is not ours.
         dram_bytes: of one server.
         chunk_tokens: what is stored and found together.
         on_cpu: whether engines copy KV themselves (they do on CPUs).
@@ -89,6 +89,14 @@ def plan_pool(
     is_wanted = pool.mode == "lmcache"
     if pool.mode == "off":
         return None, "it is switched off"
+    if pool.mode == "external":
+        if config.kv_transfer_config is None:
+            raise ConfigError(
+                "kv_pool='external' is the pool of another connector: name it in "
+                "kv_transfer_config"
+            )
+        why = "the connector of kv_transfer_config"
+        return _plan(pool, 0, 0, block_size, on_cpu=on_cpu, why=why), why
     if num_instances < 2 and not is_wanted:
         return None, "one engine keeps its KV itself"
     obstacle = _obstacle(config, is_installed=is_installed)
@@ -104,18 +112,29 @@ def plan_pool(
                 "or set kv_pool='off'"
             )
         return None, f"{why} is too little"
-    chunk_tokens = math.lcm(pool.chunk_tokens, block_size or 1)
-    plan = PoolPlan(
-        num_servers=min(pool.num_servers, num_instances),
+    num_servers = min(pool.num_servers, num_instances)
+    return _plan(pool, num_servers, dram_bytes, block_size, on_cpu=on_cpu, why=why), why
+
+
+def _plan(
+    pool: KvPoolConfig,
+    num_servers: int,
+    dram_bytes: int,
+    block_size: int | None,
+    *,
+    on_cpu: bool,
+    why: str,
+) -> PoolPlan:
+    return PoolPlan(
+        num_servers=num_servers,
         dram_bytes=dram_bytes,
         disk_bytes=pool.disk_bytes,
         disk_dir=Path(pool.disk_dir) if pool.disk_dir and pool.disk_bytes else None,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=math.lcm(pool.chunk_tokens, block_size or 1),
         on_cpu=on_cpu,
         timeout_s=pool.timeout_s,
         why=why,
     )
-    return plan, why
 
 
 def _obstacle(config: EngineConfig, *, is_installed: bool) -> str | None:

@@ -8,15 +8,19 @@ import os
 import signal
 from array import array
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 import uvloop
 
+import aseer
 from aseer.config import EngineConfig, KvPoolConfig
+from aseer.instance.process import InstanceProcess
+from aseer.instance.stats import Stats
 from aseer.kv.pool import KvPool
-from aseer.kv.settings import SHM_PREFIX, Memory, plan_pool
+from aseer.kv.settings import CONNECTOR, SHM_PREFIX, Memory, plan_pool
 from aseer.types import InstanceId, InstanceInfo
 
 if TYPE_CHECKING:
@@ -122,3 +126,39 @@ async def test_it_ends_with_its_controller(tmp_path):
         server = psutil.Process(pid)
         pool._servers[0]._process.stdin.close()
         await eventually(lambda: not server.is_running() or server.status() == "zombie")
+
+
+def test_what_another_connector_tells_is_not_taken_for_ours():
+    told = {"stored_tokens": 3}
+    for name, expected in ((CONNECTOR, 3), ("Mooncake", None)):
+        stats = Stats()
+        transfer = SimpleNamespace(kv_connector=name)
+        logger = stats.make_logger(SimpleNamespace(kv_transfer_config=transfer))
+        step = SimpleNamespace(
+            num_running_reqs=1,
+            num_waiting_reqs=0,
+            kv_cache_usage=0.5,
+            kv_connector_stats=told if name == CONNECTOR else {"puts": [1.5, 2.5]},
+            spec_decoding_stats=None,
+        )
+        logger.record(step, None)
+        kv = stats.load().kv
+        assert (kv and kv.stored_tokens) == expected
+        assert stats.load().num_running == 1
+
+
+def test_no_two_runs_find_each_others_kv(monkeypatch):
+    namespaces = []
+    start = InstanceProcess.start
+
+    async def noting(spec, *args):
+        namespaces.append(spec.kv_namespace)
+        return await start(spec, *args)
+
+    monkeypatch.setattr(InstanceProcess, "start", noting)
+    for _ in range(2):
+        with aseer.Engine(EngineConfig(model="m", device="sim", num_instances=2)):
+            pass
+    assert len(set(namespaces)) == 2
+    assert all(namespaces)
+    assert namespaces[0] == namespaces[1]

@@ -9,6 +9,7 @@ import pytest
 from aseer.config import EngineConfig, KvPoolConfig
 from aseer.errors import ConfigError
 from aseer.instance.launch import Launch
+from aseer.kv.messages import Counts
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.kv.settings import PoolPlan
 
@@ -41,6 +42,14 @@ def test_an_engine_that_starts_while_its_server_is_down_has_no_pool():
     pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, Path())
     assert pool.pids == []
     assert pool.engine_args(0) == {}
+
+
+def test_a_pool_of_another_connector_is_one_for_all_engines_and_starts_nothing():
+    pool = KvPool(plan_of(0), EngineConfig(model="m"), 4, Path())
+    assert {pool.server_of(i) for i in range(4)} == {0}
+    assert pool.engine_args(0) == {}
+    assert pool.counts == Counts()
+    assert pool.namespace
 
 
 def test_simulated_engines_have_none():

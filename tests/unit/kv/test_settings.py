@@ -80,6 +80,17 @@ def test_a_pool_that_was_asked_for_is_an_error_where_it_cannot_be():
     assert plan(mode="lmcache", num_instances=1)[0] is not None
 
 
+def test_another_connectors_pool_needs_no_server_and_a_connector():
+    connector = {"kv_transfer_config": {"kv_connector": "X"}}
+    found, why = plan(mode="external", config=connector, num_instances=1, free=0)
+    assert found is not None
+    assert found.num_servers == 0
+    assert found.chunk_tokens == 128
+    assert why == "the connector of kv_transfer_config"
+    with pytest.raises(ConfigError, match="name it in kv_transfer_config"):
+        plan(mode="external")
+
+
 def test_shared_memory_bounds_the_size_and_servers_share_it():
     found, _ = plan(shm=GB, num_servers=2)
     assert found is not None
