@@ -48,6 +48,9 @@ class WaitingQueue:
     def oldest(self) -> Waiting | None:
         """The request that has waited longest."""
 
+    def head(self, num_groups: int) -> list[Waiting]:
+        """The first request of each of the first groups, in order."""
+
     def begin_round(self) -> None:
         """Nothing is passed over yet."""
 

@@ -145,6 +145,11 @@ class Controller:
         )
         return None if longest is None else (longest.request_id, len(longest.tokens))
 
+    def upcoming(self, num_groups: int) -> list[Request]:
+        """Waiting requests that are among the next to run and have run before."""
+        waiting = map(self.buffer.__getitem__, self.scheduler.upcoming(num_groups))
+        return [request for request in waiting if request.tokens]
+
     def add_group(self, task: Task, now: float) -> list[Command]:
         """Take a validated group.
 

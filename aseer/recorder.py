@@ -187,6 +187,7 @@ class Recorder:
             freed_bytes=pool.freed - before.freed,
             disk_written_bytes=pool.disk_written - before.disk_written,
             disk_read_bytes=pool.disk_read - before.disk_read,
+            prefetched_bytes=pool.prefetched - before.prefetched,
             resident_bytes=pool.resident,
             disk_resident_bytes=pool.disk_resident,
             capacity_bytes=pool.capacity,

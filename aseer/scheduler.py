@@ -192,6 +192,10 @@ class Scheduler:
         """Drop a cancelled group's waiting requests."""
         self._queue.remove_group(group_id)
 
+    def upcoming(self, num_groups: int) -> list[RequestId]:
+        """Who will be among the next to run: the first of the first groups."""
+        return [request.request_id for request in self._queue.head(num_groups)]
+
     def schedule(
         self, holders: Callable[[RequestId], Mapping[InstanceId, int]]
     ) -> list[Assignment]:

@@ -33,9 +33,12 @@ if TYPE_CHECKING:
         InstanceId,
         InstanceInfo,
         InstanceLoad,
+        RequestId,
         Response,
         Task,
     )
+
+_PREFETCHES_PER_INSTANCE = 2
 
 
 class Session:
@@ -79,6 +82,7 @@ class Session:
         if kv_pool is not None:
             self._controller.residency.use_pool(kv_pool.granularity, kv_pool.server_of)
         self._started_at = time.monotonic()
+        self._prefetched: dict[RequestId, int] = {}  # at how many tokens
         self._intake_open = True
         self._left = False
         self._fatal: str | None = None
@@ -159,6 +163,8 @@ class Session:
         progress = self._recorder.progress(now, intake_open=self._intake_open)
         if self._kv_pool is not None and progress is not self.progress:
             self._controller.set_move_price(self._recorder.kv_counts.move_price)
+            if self._kv_pool.prefetches:
+                self._prefetch(self._kv_pool)
         self.progress = progress
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
@@ -217,6 +223,18 @@ class Session:
         pool.free(info, version, (prompt + generated).tobytes(), len(prompt))
         if self._controller.is_group_finished(GroupId(response.group_id)):
             pool.free(info, version, prompt.tobytes(), 0)
+
+    def _prefetch(self, pool: KvPool) -> None:
+        """Tell the pool whose KV will be wanted next."""
+        info = self._recorder.any_instance()
+        assert info is not None
+        num = _PREFETCHES_PER_INSTANCE * len(self._controller.scheduler.fleet)
+        for request in self._controller.upcoming(num):
+            num_tokens = request.num_tokens
+            if self._prefetched.get(request.request_id) != num_tokens:
+                self._prefetched[request.request_id] = num_tokens
+                tokens = array("i", request.group.prompt) + request.tokens
+                pool.prefetch(info, self._weight_version, tokens.tobytes())
 
     def _finish(self, response: Response) -> None:
         self._recorder.finished(response)

@@ -128,6 +128,8 @@ def _kv_figures(kv: KvReport) -> Iterator[tuple[str, str, str]]:
     yield "KV pool: stored", stored, f"{freed} freed, {evicted}"
     if kv.disk_written_bytes or kv.disk_read_bytes:
         read = f"{_megabytes(kv.disk_read_bytes)} read back"
+        if kv.prefetched_bytes:
+            read += f" ({_megabytes(kv.prefetched_bytes)} ahead of time)"
         yield "KV pool: to disk", _megabytes(kv.disk_written_bytes), read
     if kv.num_loads:
         slowest = (

@@ -30,6 +30,7 @@ NB_MODULE(_core, m) {
       .def("remove", &WaitingQueue::Remove, "request"_a)
       .def("remove_group", &WaitingQueue::RemoveGroup, "group_id"_a)
       .def("oldest", &WaitingQueue::Oldest)
+      .def("head", &WaitingQueue::Head, "num_groups"_a)
       .def("begin_round", &WaitingQueue::BeginRound)
       .def("first", &WaitingQueue::First, "room"_a)
       .def("pass_over", &WaitingQueue::PassOver, "needs"_a);

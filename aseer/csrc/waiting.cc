@@ -93,6 +93,15 @@ nb::object WaitingQueue::Oldest() const {
   return by_age_.empty() ? nb::none() : nb::object(by_age_.front()->waiting);
 }
 
+nb::list WaitingQueue::Head(size_t num_groups) const {
+  nb::list head;
+  for (const Group* group : ranked_) {
+    if (head.size() == num_groups) break;
+    head.append(group->members.back()->waiting);
+  }
+  return head;
+}
+
 void WaitingQueue::BeginRound() {
   ++round_;
   num_passed_ = 0;

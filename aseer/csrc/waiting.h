@@ -29,6 +29,7 @@ class WaitingQueue {
   void Remove(const nb::tuple& waiting);
   void RemoveGroup(nb::handle group_id);
   nb::object Oldest() const;
+  nb::list Head(size_t num_groups) const;
 
   void BeginRound();
   nb::object First(int64_t room);

@@ -45,15 +45,30 @@ class Free(msgspec.Struct, frozen=True, array_like=True):
     start: int
 
 
+class Prefetch(msgspec.Struct, frozen=True, array_like=True):
+    """KV that will be asked for soon: what of it is on disk only is to go to DRAM.
+
+    Attributes:
+        model, world_size, salt, tokens: as in `Free`.
+    """
+
+    model: str
+    world_size: int
+    salt: str
+    tokens: bytes
+
+
 class Poll(msgspec.Struct, frozen=True, kw_only=True):
     """A question after the state, with what is to be done.
 
     Attributes:
+        free, prefetch: as they say.
         drop_below: free everything of weight versions below it; None = nothing.
         clear_dram: drop from DRAM whatever is not being read or written.
     """
 
     free: list[Free] = []
+    prefetch: list[Prefetch] = []
     drop_below: int | None = None
     clear_dram: bool = False
 
@@ -66,6 +81,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
             or not the disk has them. freed: dropped since nobody will ask for it again.
         resident: in DRAM now. capacity: of DRAM.
         disk_written, disk_read: moved to and from the disk. disk_resident: there now.
+        prefetched: of what was read from the disk, what no engine had asked for yet.
         per_chunk: of what is stored and found together; 0 until something was.
     """
 
@@ -77,4 +93,5 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     disk_written: int = 0
     disk_read: int = 0
     disk_resident: int = 0
+    prefetched: int = 0
     per_chunk: int = 0

@@ -12,51 +12,30 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
-import os
 import secrets
 import shutil
-import socket
-import sys
-import time
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from aseer.errors import AseerError
-from aseer.instance.cleanup import SHARED_MEMORY, kill_group
+from aseer.instance.cleanup import SHARED_MEMORY
 from aseer.instance.launch import free_memory_bytes
-from aseer.kv.messages import Counts, Free, Poll, ServerSpec
+from aseer.kv.messages import Counts, Free, Prefetch
+from aseer.kv.process import ServerProcess, sum_counts
 from aseer.kv.settings import (
-    QUIET_LMCACHE,
-    SHM_PREFIX,
     Memory,
     cache_salt,
     plan_pool,
-    server_args,
     transfer_config,
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from aseer.config import EngineConfig
     from aseer.instance.launch import Launch
     from aseer.kv.settings import PoolPlan
     from aseer.types import InstanceInfo
 
 _log = logging.getLogger("aseer")
-
-COMMAND = (sys.executable, "-m", "aseer.kv.server")
-_POLL_INTERVAL_S = 0.5
-_ANSWER_TIMEOUTS = 2  # of the pool's `timeout_s`, until a server is taken for dead
-_FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 8.0
-_LOG_TAIL_LINES = 5
-_ENV = {"OMP_NUM_THREADS": "1", **QUIET_LMCACHE}
-
-
-class PoolServerError(AseerError):
-    """A pool server does not serve."""
 
 
 class KvPool:
@@ -72,7 +51,7 @@ class KvPool:
         self.namespace = secrets.token_hex(4)
         """Of the keys: KV of other runs is never found, even in a shared tier."""
         self._servers = [
-            _Server(plan, i, config.start_timeout_s, log_dir / f"kv-pool-{i}.log")
+            ServerProcess(plan, i, config.start_timeout_s, log_dir / f"kv-pool-{i}.log")
             for i in range(plan.num_servers)
         ]
 
@@ -96,7 +75,7 @@ class KvPool:
         """What the servers did, over all their lives, and hold, as last heard."""
         total = Counts()
         for server in self._servers:
-            total = _sum(total, _sum(server.past, server.counts))
+            total = sum_counts(total, sum_counts(server.past, server.counts))
         return total
 
     async def start(self) -> None:
@@ -148,6 +127,25 @@ class KvPool:
         for server in self._servers:
             server.free(what)
 
+    @property
+    def prefetches(self) -> bool:
+        """Whether there is anything to load before it is asked for."""
+        return self._plan.disk_dir is not None
+
+    def prefetch(self, info: InstanceInfo, weight_version: int, tokens: bytes) -> None:
+        """The KV of these tokens will be asked for soon, by whichever engine.
+
+        What of it is on disk only is loaded to DRAM, as far as there is room.
+
+        Args:
+            info: of any engine of the pool's.
+            tokens: int32; a prompt and what was generated.
+        """
+        salt = cache_salt(self.namespace, info, weight_version)
+        what = Prefetch(info.model, self._world_size, salt, tokens)
+        for server in self._servers:
+            server.prefetch(what)
+
     async def clear_dram(self) -> None:
         """Drop from DRAM whatever is not being read or written; the disk keeps it."""
         async with asyncio.TaskGroup() as tasks:
@@ -164,198 +162,6 @@ class KvPool:
         async with asyncio.TaskGroup() as tasks:
             for server in self._servers:
                 tasks.create_task(server.drop_below(version))
-
-
-class _Server:
-    """A place for a server's process, over all its incarnations."""
-
-    def __init__(
-        self, plan: PoolPlan, index: int, start_timeout_s: float, log_path: Path
-    ) -> None:
-        self._plan = plan
-        self._name = f"aseer-{os.getpid()}-{secrets.token_hex(3)}-{index}"
-        self._start_timeout_s = start_timeout_s
-        self._answer_timeout_s = _ANSWER_TIMEOUTS * plan.timeout_s
-        self._log_path = log_path
-        self._process: asyncio.subprocess.Process | None = None
-        self._is_up = False
-        self._up_since = 0.0
-        self._to_free: list[Free] = []
-        self._drop_below: int | None = None
-        self._clear_dram = False
-        self._wake = asyncio.Event()
-        self._idle = asyncio.Event()
-        self.port = _free_port()
-        self.counts = self.past = Counts()
-        self.num_restarts = 0
-
-    @property
-    def pid(self) -> int | None:
-        """None while it does not serve."""
-        return self._process.pid if self._process and self._is_up else None
-
-    def free(self, what: Free) -> None:
-        """With the next poll."""
-        if self._is_up:
-            self._to_free.append(what)
-
-    async def drop_below(self, version: int) -> None:
-        """Now."""
-        self._drop_below = max(version, self._drop_below or 0)
-        await self._done()
-
-    async def clear_dram(self) -> None:
-        """Now."""
-        self._clear_dram = True
-        await self._done()
-
-    async def _done(self) -> None:
-        """Wait until what is wanted was answered, or the server is down."""
-        self._wake.set()
-        while self._is_up and (self._clear_dram or self._drop_below is not None):
-            self._idle.clear()
-            await self._idle.wait()
-
-    async def try_to_start(self) -> None:
-        """Start a process and wait until it serves; if it does not, say so."""
-        try:
-            await self._start()
-        except (PoolServerError, OSError) as error:
-            _log.warning("the KV pool's server did not start: %s", error)
-            await self._bury()
-
-    async def keep_up(self) -> None:
-        """Poll the process; start it again whenever it is down."""
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            if not self._is_up:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                await self.try_to_start()
-                self.num_restarts += self._is_up
-                continue
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_POLL_INTERVAL_S):
-                    await self._wake.wait()
-            self._wake.clear()
-            try:
-                await self._poll()
-            except (PoolServerError, OSError) as error:
-                _log.warning("the KV pool's server is lost: %s", error)
-                await self._bury()
-                if time.monotonic() - self._up_since > _LONGEST_PAUSE_S:
-                    pause_s = _FIRST_PAUSE_S
-
-    async def end(self, grace_s: float) -> None:
-        """Give it `grace_s` to exit, then kill it; either way nothing of it remains."""
-        process = self._process
-        if process is not None and process.returncode is None and grace_s > 0:
-            with suppress(ProcessLookupError):
-                process.terminate()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
-                    await process.wait()
-        await self._bury()
-
-    async def _start(self) -> None:
-        plan = self._plan
-        disk_dir = plan.disk_dir and Path(plan.disk_dir) / self._name
-        spec = ServerSpec(
-            args=server_args(plan, self.port, self._name, disk_dir or Path()),
-            shm_name=self._name,
-            disk_dir=str(disk_dir) if disk_dir else None,
-        )
-        with self._log_path.open("ab") as log:
-            self._process = process = await asyncio.create_subprocess_exec(
-                *COMMAND,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, **_ENV},
-                start_new_session=True,
-            )
-        self._tell(spec)
-        self.counts = await self._hear(self._start_timeout_s)
-        self._is_up = True
-        self._up_since = time.monotonic()
-        _log.info("the KV pool's server is up (pid %d)", process.pid)
-
-    async def _poll(self) -> None:
-        poll = Poll(
-            free=self._to_free,
-            drop_below=self._drop_below,
-            clear_dram=self._clear_dram,
-        )
-        self._to_free = []
-        self._clear_dram = False
-        self._tell(poll)
-        self.counts = await self._hear(self._answer_timeout_s)
-        if poll.drop_below == self._drop_below:
-            self._drop_below = None
-        self._idle.set()
-
-    def _tell(self, message: ServerSpec | Poll) -> None:
-        """Write a line.
-
-        Raises:
-            PoolServerError: nobody reads it.
-        """
-        assert self._process is not None
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(msgspec.json.encode(message) + b"\n")
-        except (OSError, RuntimeError) as error:  # uvloop's, for a pipe that is closed
-            raise PoolServerError(f"it takes no messages: {error}") from None
-
-    async def _hear(self, timeout_s: float) -> Counts:
-        """The next answer.
-
-        Raises:
-            PoolServerError: there is none.
-        """
-        assert self._process is not None
-        assert self._process.stdout is not None
-        try:
-            async with asyncio.timeout(timeout_s):
-                line = await self._process.stdout.readline()
-        except TimeoutError:
-            raise PoolServerError(f"no answer within {timeout_s:g} s") from None
-        if not line:
-            raise PoolServerError(f"it exited; its log ends with:\n{self._log_tail()}")
-        return msgspec.json.decode(line, type=Counts)
-
-    async def _bury(self) -> None:
-        """Nothing of the process remains; whoever waits for it does so in vain.
-
-        If it is cancelled, it may be called again.
-        """
-        self._is_up = False
-        process = self._process
-        if process is not None:
-            await asyncio.to_thread(kill_group, process.pid)
-            await process.wait()
-            assert process.stdin is not None
-            process.stdin.close()
-            with suppress(OSError, RuntimeError):
-                await process.stdin.wait_closed()
-            self._process = None
-        (SHARED_MEMORY / f"{SHM_PREFIX}{self._name}").unlink(missing_ok=True)
-        if self._plan.disk_dir is not None:
-            directory = Path(self._plan.disk_dir) / self._name
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-        held = {"resident": 0, "capacity": 0, "disk_resident": 0}
-        self.past = msgspec.structs.replace(_sum(self.past, self.counts), **held)
-        self.counts = Counts()
-        self._to_free = []
-        self._drop_below = None
-        self._clear_dram = False
-        self._idle.set()
-
-    def _log_tail(self) -> str:
-        with suppress(OSError):
-            lines = self._log_path.read_text(errors="replace").splitlines()
-            return "\n".join(lines[-_LOG_TAIL_LINES:])
-        return ""
 
 
 def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | None:
@@ -390,16 +196,3 @@ def _memory() -> Memory:
         free_bytes=free_memory_bytes(),
         shm_free_bytes=shutil.disk_usage(SHARED_MEMORY).free,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _sum(a: Counts, b: Counts) -> Counts:
-    names = set(Counts.__struct_fields__) - {"per_chunk"}
-    sums = {name: getattr(a, name) + getattr(b, name) for name in names}
-    return Counts(per_chunk=max(a.per_chunk, b.per_chunk), **sums)

@@ -14,6 +14,8 @@ Three things are done here that LMCache does not do:
 - What is read back from the disk is checked against the checksum it was written with,
   which need not outlive the process: neither does the directory.
 - What nobody will ask for again is freed at once, by tokens or by weight version.
+
+What will be asked for soon is loaded from the disk by LMCache's own prefetch.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from lmcache.v1.distributed.api import Tier
 from lmcache.v1.distributed.config import (
     add_storage_manager_args,
     parse_args_to_config,
@@ -44,7 +47,9 @@ from lmcache.v1.mp_observability.config import (
     add_observability_args,
     parse_args_to_observability_config,
 )
+from lmcache.v1.multiprocess.cache_control.errors import CacheControlError
 from lmcache.v1.multiprocess.cache_control.key_resolver import resolve_object_keys
+from lmcache.v1.multiprocess.cache_control.prefetch_service import PrefetchService
 from lmcache.v1.multiprocess.config import (
     add_mp_server_args,
     add_p2p_args,
@@ -55,12 +60,13 @@ from lmcache.v1.multiprocess.modules.engine_driven_transfer import (
 )
 from lmcache.v1.multiprocess.server import run_cache_server
 
-from aseer.kv.messages import Counts, Free, Poll, ServerSpec
+from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
 from aseer.kv.settings import SHM_PREFIX, version_of
 
 _log = logging.getLogger("aseer.kv")
 
 _CLOSE_TIMEOUT_S = 3.0
+_MAX_PREFETCHES = 4  # at once
 _FREE_ROUNDS = 8  # polls; what is being read, or written to disk, cannot go yet
 
 
@@ -236,6 +242,9 @@ class PoolServer:
             manager.register_listener(self._ledger)
         self._storage.register_l2_listener(self._ledger)
         self._to_free: dict[Any, int] = {}
+        self._prefetcher = PrefetchService(self._engine)
+        self._prefetching: dict[str, int] = {}  # what DRAM had already
+        self._num_prefetched = 0
 
     def counts(self) -> Counts:
         """See `Counts`."""
@@ -245,7 +254,9 @@ class PoolServer:
             key = self._ledger.any_in_dram()
             state = manager.get_object_state(key) if key is not None else None
             size = max(size, state.memory_obj.get_size() if state else 0)
-        return self._ledger.counts(capacity, size)
+        counts = self._ledger.counts(capacity, size)
+        prefetched = self._num_prefetched * counts.per_chunk
+        return msgspec.structs.replace(counts, prefetched=prefetched)
 
     def answer(self, poll: Poll) -> Counts:
         """Do what a poll asks for."""
@@ -254,9 +265,10 @@ class PoolServer:
             keys |= self._ledger.older_than(poll.drop_below)
         for what in poll.free:
             with suppress(ValueError):  # LMCache takes no more than a million tokens
-                keys.update(self._keys_of(what))
+                keys.update(self._keys_of(what, what.start))
         self._to_free.update(dict.fromkeys(keys, _FREE_ROUNDS))
         self._free()
+        self._prefetch(poll.prefetch)
         if poll.clear_dram:
             self._storage.clear()
         return self.counts()
@@ -266,7 +278,7 @@ class PoolServer:
         self._requests.close()
         self._engine.close()
 
-    def _keys_of(self, what: Free) -> list[Any]:
+    def _keys_of(self, what: Free | Prefetch, start: int = 0) -> list[Any]:
         """Of whole chunks that hold `start` or begin after it."""
         context = self._engine.context
         keys, num_chunks = resolve_object_keys(
@@ -276,8 +288,32 @@ class PoolServer:
             array("i", what.tokens).tolist(),
             what.salt,
         )
-        first = what.start // context.chunk_size
+        first = start // context.chunk_size
         return [k for i, k in enumerate(keys) if i * num_chunks // len(keys) >= first]
+
+    def _prefetch(self, wanted: list[Prefetch]) -> None:
+        """Begin to load what is on disk only, and see what was loaded."""
+        for job, num_there in list(self._prefetching.items()):
+            found = self._prefetcher.status(job).get("found_keys")
+            if found is not None:
+                del self._prefetching[job]
+                self._num_prefetched += max(0, found - num_there)
+        for what in wanted:
+            if len(self._prefetching) >= _MAX_PREFETCHES:
+                break
+            with suppress(ValueError, CacheControlError):
+                in_dram, on_disk = self._ledger.held(set(self._keys_of(what)))
+                if set(on_disk) - set(in_dram):
+                    tokens = array("i", what.tokens).tolist()
+                    job = self._prefetcher.submit(
+                        what.model,
+                        what.world_size,
+                        tokens,
+                        what.salt,
+                        source_tier=Tier.L2,
+                        target_tier=Tier.L1,
+                    )
+                    self._prefetching[str(job["request_id"])] = len(in_dram)
 
     def _free(self) -> None:
         wanted = set(self._to_free)

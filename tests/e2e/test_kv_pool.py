@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -236,8 +237,13 @@ def test_a_small_pool_with_a_disk_behind_and_a_disk_that_fails(tmp_path):
     pool = pool_config(
         dram_bytes=16 << 20, disk_dir=disk, disk_bytes=1 << 30, timeout_s=5.0
     )
-    config = tiny_config(num_instances=2, chunk_size=128, kv_pool=pool)
-    config = aseer.EngineConfig(**vars(config) | {"max_model_len": 2048})
+    config = tiny_config(
+        num_instances=2,
+        max_num_seqs=6,
+        chunk_size=128,
+        kv_pool=pool,
+        max_model_len=2048,
+    )
     with aseer.Engine(config) as engine:
         pids = [info.pid for info in engine.instances]
         expected = undivided(engine, groups)
@@ -247,6 +253,7 @@ def test_a_small_pool_with_a_disk_behind_and_a_disk_that_fails(tmp_path):
         assert kv.evicted_bytes > 0
         assert kv.disk_written_bytes > 16 << 20
         assert kv.disk_read_bytes > 0
+        assert 0 < kv.prefetched_bytes <= kv.disk_read_bytes
         report = rollout.report
         assert report.num_cached_tokens > 2 * report.num_recomputed_tokens
 
@@ -257,6 +264,44 @@ def test_a_small_pool_with_a_disk_behind_and_a_disk_that_fails(tmp_path):
             found = by_request(list(engine.rollout_sync(groups)))
             timer.join()
             same(found, expected, recomputed=True)
+        assert [info.pid for info in engine.instances] == pids
+
+
+@pytest.fixture
+def disk_of_4_mb(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a file system")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("always_migrate")
+def test_a_disk_that_is_full_and_then_read_only(disk_of_4_mb):
+    groups = groups_of(16, 800, seed=6)
+    pool = pool_config(
+        dram_bytes=16 << 20, disk_dir=disk_of_4_mb, disk_bytes=1 << 30, timeout_s=5.0
+    )
+    config = tiny_config(num_instances=2, chunk_size=128, kv_pool=pool)
+    with aseer.Engine(config) as engine:
+        pids = [info.pid for info in engine.instances]
+        expected = undivided(engine, groups)
+        rollout = engine.rollout_sync(groups)
+        same(by_request(list(rollout)), expected, recomputed=True)
+        assert rollout.report.kv.evicted_bytes > 0
+        assert shutil.disk_usage(disk_of_4_mb).free < 1 << 20
+
+        next_version(engine)
+        remount = ["mount", "-o", "remount,ro", str(disk_of_4_mb)]
+        timer = threading.Timer(2.0, subprocess.run, [remount], {"check": True})
+        timer.start()
+        found = by_request(list(engine.rollout_sync(groups)))
+        timer.join()
+        same(found, expected, recomputed=True)
         assert [info.pid for info in engine.instances] == pids
 
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aseer
+from aseer.kv.pool import KvPool
 from aseer.models.tiny import make_tiny
+from aseer.session import Session
 from tests.e2e.tiny import by_request, tiny_config, tiny_model
 
 if TYPE_CHECKING:
@@ -125,6 +127,40 @@ def test_drafts_of_old_responses_change_nothing(expected, trained):
         engine.update_weights_sync(trained)
         found = roll(engine)
     assert_same(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("always_migrate")
+def test_kv_of_old_weights_in_the_pool_is_neither_read_nor_kept(
+    expected, trained, monkeypatch
+):
+    pytest.importorskip("lmcache")
+    monkeypatch.setattr(Session, "_free_kv", lambda *_: None)  # all of it stays hot
+    with aseer.Engine(
+        tiny_config(
+            num_instances=2,
+            chunk_size=64,
+            kv_pool=aseer.KvPoolConfig(mode="lmcache", chunk_tokens=64),
+        )
+    ) as engine:
+        pool = engine._host.kv_pool
+        old = roll(engine)
+        until(lambda: pool.counts.resident > 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(KvPool, "drop_older", _do_nothing)
+            engine.update_weights_sync(trained)
+        assert pool.counts.resident > 0, "the version in the keys is to be enough"
+        rollout = engine.rollout_sync(GROUPS)
+        found = by_request(list(rollout))
+        assert_same({k: (r.token_ids, r.logprobs) for k, r in found.items()}, expected)
+        assert rollout.report.kv.num_loads > 0, "of what the new weights made"
+        engine.update_weights_sync(state_dict_of(tiny_model()))
+        assert pool.counts.resident == 0
+        assert_same(roll(engine), old)
+
+
+async def _do_nothing(*_: object) -> None:
+    pass
 
 
 @pytest.mark.parametrize("kind", ["name", "shape", "dtype", "nan"])

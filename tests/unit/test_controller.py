@@ -113,6 +113,17 @@ def test_progress_without_an_end_decides_nothing() -> None:
     assert controller.context[G].num_tokens == 2
 
 
+def test_who_is_next_is_known_of_those_that_ran_before() -> None:
+    controller = with_instances(3, policy="fcfs")
+    (chunk,) = chunks_in(controller.add_groups([task_of(g) for g in "gh"], 0.0))
+    assert controller.upcoming(9) == [], "no one that waits has run"
+    end = report_of(chunk.chunk_id, range(5), end="length")
+    controller.progress([end], 1.0)
+    controller.instance_down(A, 2.0, "lost")
+    assert [r.request_id for r in controller.upcoming(9)] == ["g/0"]
+    assert controller.upcoming(0) == []
+
+
 def test_late_and_repeated_reports_change_nothing() -> None:
     controller = with_instances(3)
     (chunk,) = chunks_in(controller.add_group(task_of(num_requests=1), 0.0))

@@ -53,6 +53,17 @@ def test_an_estimate_given_with_a_request_moves_its_group_too() -> None:
     assert drain(queue) == ["b/1", "b/2", "a/1"]
 
 
+def test_the_head_is_the_first_of_the_first_groups() -> None:
+    queue = WaitingQueue(rank_context_aware)
+    for group, estimate in [("a", 100), ("b", 300), ("c", 200)]:
+        for index in (2, 1):
+            queue.add(waiting_of(group, index), estimate)
+    assert [r.request_id for r in queue.head(2)] == ["b/1", "c/1"]
+    assert [r.request_id for r in queue.head(9)] == ["b/1", "c/1", "a/1"]
+    assert queue.head(0) == []
+    assert drain(queue)[0] == "b/1", "looking changes nothing"
+
+
 def test_the_oldest_has_waited_longest_since_it_was_added() -> None:
     queue = WaitingQueue(rank_fcfs)
     for group in "cab":
