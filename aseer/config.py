@@ -156,7 +156,8 @@ class EngineConfig:
             undivided. Chunks end just past a KV block's end, where a resume computes
             one token.
         policy: who runs next, and where. "context-aware" is Seer's; "fcfs" takes
-            requests as they come, "longest-first" by their `Group.known_lengths`.
+            requests as they come, "longest-first" by `Group.known_lengths`, which all
+            groups must have.
             Baselines that divide nothing, whatever `chunk_size` says: "least-loaded",
             "group-round-robin", "group-least-unfinished".
         speculation: how tokens are drafted: a method's name ("off", "dgds", "suffix",
