@@ -142,7 +142,8 @@ class EngineConfig:
             visible GPUs, or on a CPU one a core, at most 2.
         gpus_per_instance: GPUs of one engine (tensor parallel); unused on a CPU.
         device: "auto" (GPUs if this machine has any and vLLM is built for them),
-            "cuda", "cpu"; "sim" starts simulated instances without vLLM (for tests).
+            "cuda" (AMD's, too, where it is untried), "cpu"; "sim" starts simulated
+            instances without vLLM (for tests).
         dtype: weights and KV, as vLLM names it; "auto" = the checkpoint's.
         max_model_len: the most tokens of prompt and response together; None = the
             model's.
