@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from aseer.errors import ConfigError
 from aseer.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 PolicyName = Literal[
     "context-aware",
@@ -254,6 +252,9 @@ class EngineConfig:
         object.__setattr__(self, "kv_pool", check_kv_pool(self.kv_pool))
         if not isinstance(self.sampling, SamplingParams):
             raise _bad("sampling", self.sampling, "an aseer.SamplingParams")
+        for name in ("engine_args", "env"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise _bad(name, getattr(self, name), "a mapping")
         for name in sorted(set(self.engine_args) & set(_OWN_ENGINE_ARGS)):
             raise ConfigError(
                 f"engine_args has {name!r}; use instead: {_OWN_ENGINE_ARGS[name]}"
