@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from aseer.errors import ConfigError
 from aseer.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 PolicyName = Literal[
     "context-aware",
@@ -144,7 +142,8 @@ class EngineConfig:
             visible GPUs, or on a CPU one a core, at most 2.
         gpus_per_instance: GPUs of one engine (tensor parallel); unused on a CPU.
         device: "auto" (GPUs if this machine has any and vLLM is built for them),
-            "cuda", "cpu"; "sim" starts simulated instances without vLLM (for tests).
+            "cuda" (AMD's, too, where it is untried), "cpu"; "sim" starts simulated
+            instances without vLLM (for tests).
         dtype: weights and KV, as vLLM names it; "auto" = the checkpoint's.
         max_model_len: the most tokens of prompt and response together; None = the
             model's.
@@ -158,7 +157,8 @@ class EngineConfig:
             undivided. Chunks end just past a KV block's end, where a resume computes
             one token.
         policy: who runs next, and where. "context-aware" is Seer's; "fcfs" takes
-            requests as they come, "longest-first" by their `Group.known_lengths`.
+            requests as they come, "longest-first" by `Group.known_lengths`, which all
+            groups must have.
             Baselines that divide nothing, whatever `chunk_size` says: "least-loaded",
             "group-round-robin", "group-least-unfinished".
         speculation: how tokens are drafted: a method's name ("off", "dgds", "suffix",
@@ -254,6 +254,9 @@ class EngineConfig:
         object.__setattr__(self, "kv_pool", check_kv_pool(self.kv_pool))
         if not isinstance(self.sampling, SamplingParams):
             raise _bad("sampling", self.sampling, "an aseer.SamplingParams")
+        for name in ("engine_args", "env"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise _bad(name, getattr(self, name), "a mapping")
         for name in sorted(set(self.engine_args) & set(_OWN_ENGINE_ARGS)):
             raise ConfigError(
                 f"engine_args has {name!r}; use instead: {_OWN_ENGINE_ARGS[name]}"

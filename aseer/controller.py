@@ -5,7 +5,7 @@ estimates, the scheduler's choices and the KV residency estimate. It is pure (no
 no I/O), so the engine and the simulator drive the same one, and a log of its calls
 replays.
 
-    add_group, cancel ----------+
+    add_groups, cancel ---------+
     instance_up, instance_down -+--> Controller --> Dispatch, Abort, Finished
     progress -------------------+
 
@@ -150,16 +150,12 @@ class Controller:
         waiting = map(self.buffer.__getitem__, self.scheduler.upcoming(num_groups))
         return [request for request in waiting if request.tokens]
 
-    def add_group(self, task: Task, now: float) -> list[Command]:
-        """Take a validated group.
+    def add_groups(self, tasks: Iterable[Task], now: float) -> list[Command]:
+        """Take validated groups and only then decide, so that all probes are seen.
 
         Raises:
-            ValueError: its id is taken.
+            ValueError: an id is taken.
         """
-        return self.add_groups([task], now)
-
-    def add_groups(self, tasks: Iterable[Task], now: float) -> list[Command]:
-        """Take several groups and only then decide, so that all probes are seen."""
         for task in tasks:
             if self.buffer.has_group(task.group_id):
                 raise ValueError(f"group {task.group_id!r} is in this rollout already")
@@ -341,7 +337,6 @@ class Controller:
         waiting = Waiting(
             request_id=request.request_id,
             group_id=task.group_id,
-            group_size=task.num_requests,
             arrival=self._arrivals[task.group_id] + request.index,
             is_probe=request.is_probe,
             num_tokens=request.num_tokens,

@@ -8,6 +8,7 @@ import contextvars
 import time
 import weakref
 from collections.abc import AsyncIterable
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from aseer.config import (
@@ -71,8 +72,9 @@ class Engine:
         if self._launches[0].backend == "vllm":
             check_vllm()
         self._host: Host | None = None
-        self._tokenizer = HuggingFaceTokenizer(str(config.tokenizer or config.model))
+        self._tokenizer = HuggingFaceTokenizer(config)
         self._tokens: list[contextvars.Token[Engine | None]] = []
+        self._at_exit = partial(_close_at_exit, weakref.ref(self))
 
     # Opening and closing
 
@@ -141,13 +143,14 @@ class Engine:
         if not host.join(deadline_s):
             raise EngineError(f"the engine's thread did not end in {deadline_s:g} s")
         self._host = None
+        atexit.unregister(self._at_exit)
 
     def _begin(self) -> Host:
         if self._host is not None:
             raise EngineError("the engine is open already")
         self._host = host = Host(self.config, self._launches)
         host.start()
-        atexit.register(_close_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
         return host
 
     def _leave_context(self) -> None:
@@ -179,15 +182,8 @@ class Engine:
         Raises:
             ConfigError: a group of a list that cannot run.
             EngineClosedError: the engine is not open.
-            EngineError: no instance is up at the moment.
         """
-        return Rollout(
-            self._open_host(),
-            self._resolver(),
-            groups,
-            *self._how(policy, chunk_size),
-            self.config.max_pending_requests,
-        )
+        return Rollout(*self._parts(groups, policy, chunk_size))
 
     def rollout_sync(
         self,
@@ -206,13 +202,7 @@ class Engine:
                 "rollout_sync takes a list or an iterator of groups; an async iterator "
                 "needs `async for` over Engine.rollout"
             )
-        return SyncRollout(
-            self._open_host(),
-            self._resolver(),
-            groups,
-            *self._how(policy, chunk_size),
-            self.config.max_pending_requests,
-        )
+        return SyncRollout(*self._parts(groups, policy, chunk_size))
 
     async def update_weights(
         self,
@@ -342,23 +332,22 @@ class Engine:
             )
         return host
 
-    def _resolver(self) -> GroupResolver:
-        infos = self.instances
-        if not infos:
-            raise EngineError("no instance is up at the moment")
-        return GroupResolver(
-            infos[0],
+    def _parts(
+        self, groups: Groups, policy: PolicyName | None, chunk_size: int | None
+    ) -> tuple[Host, GroupResolver, Groups, PolicyName, int, int]:
+        """What a rollout is made of."""
+        host, config = self._open_host(), self.config
+        chosen = config.policy if policy is None else check_policy(policy)
+        size = config.chunk_size if chunk_size is None else chunk_size
+        resolver = GroupResolver(
+            host.limits,
             self._tokenizer,
-            self.config.sampling,
-            speculating=check_speculation(self.config.speculation).method != "off",
+            config.sampling,
+            speculating=check_speculation(config.speculation).method != "off",
+            needs_lengths=chosen == "longest-first",
         )
-
-    def _how(
-        self, policy: PolicyName | None, chunk_size: int | None
-    ) -> tuple[PolicyName, int]:
-        chosen = self.config.policy if policy is None else check_policy(policy)
-        size = self.config.chunk_size if chunk_size is None else chunk_size
-        return chosen, check_chunk_size(size)
+        pending = config.max_pending_requests
+        return host, resolver, groups, chosen, check_chunk_size(size), pending
 
 
 def _update_report(

@@ -61,3 +61,19 @@ class ProtocolError(AseerError):
 
 class InvalidTransition(AseerError):
     """A request was asked to make a move its state does not allow (a bug in aseer)."""
+
+
+def root_of(error: BaseException) -> BaseException:
+    """The error worth telling, out of a task group's bundle: aseer's if it has one."""
+    while isinstance(error, BaseExceptionGroup):
+        error = (error.subgroup(AseerError) or error).exceptions[0]
+    return error
+
+
+def describe(error: BaseException) -> str:
+    """The root of an error in words: its type, and its text, or else its cause."""
+    error = root_of(error)
+    name, text = type(error).__name__, str(error)
+    if not text and error.__cause__ is not None:
+        text = describe(error.__cause__)
+    return f"{name}: {text}" if text else name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aseer.errors import ConfigError
@@ -12,9 +13,13 @@ from aseer.sampling import SamplingParams, resolve_sampling
 from aseer.types import GroupId, Task
 
 if TYPE_CHECKING:
+    from aseer.config import EngineConfig
     from aseer.types import InstanceInfo
 
 Message = Mapping[str, Any]
+
+# vLLM's tokenizer modes that are transformers' tokenizer and the model's template.
+_HUGGING_FACE_MODES = ("auto", "hf", "slow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Group:
         group_id: unique within the rollout; None = "group-<position>".
         metadata: comes back untouched with every Response.
         known_lengths: true lengths of the n responses where they are known beforehand;
-            used only by the policy "longest-first".
+            used only by the policy "longest-first", which needs them.
     """
 
     prompt: Sequence[int] | str | Sequence[Message]
@@ -54,25 +59,48 @@ class Tokenizer(Protocol):
 
 
 class HuggingFaceTokenizer:
-    """The model's tokenizer, loaded when a text or chat prompt first needs it."""
+    """The model's tokenizer, loaded when a text or chat prompt first needs it.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    It is the one that the engines load: what `engine_args` say of it counts here, too.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Prepare; nothing is loaded yet."""
+        self._name = str(config.tokenizer or config.model)
+        self._args = config.engine_args
         self._loaded: Any = None
 
     @property
     def _tokenizer(self) -> Any:
         if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def _load(self) -> Any:
+        args = self._args
+        mode = args.get("tokenizer_mode", "auto")
+        if mode not in _HUGGING_FACE_MODES:
+            raise ConfigError(
+                f"tokenizer_mode={mode!r} is vLLM's own, and texts are encoded outside "
+                "of it; give token ids"
+            )
+        try:
             from transformers import AutoTokenizer
 
-            try:
-                self._loaded = AutoTokenizer.from_pretrained(self._name)
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"the tokenizer {self._name!r} for its text cannot be loaded "
-                    f"({error}); set EngineConfig.tokenizer, or give token ids"
-                ) from error
-        return self._loaded
+            return AutoTokenizer.from_pretrained(
+                self._name,
+                revision=args.get("tokenizer_revision") or args.get("revision"),
+                # Never None, for which transformers asks on the terminal, and waits.
+                trust_remote_code=bool(args.get("trust_remote_code")),
+                token=args.get("hf_token"),
+                use_fast=mode != "slow",
+            )
+        except (ImportError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"the tokenizer {self._name!r} for its text cannot be loaded "
+                f"({error}); set EngineConfig.tokenizer or engine_args, or give token "
+                "ids"
+            ) from error
 
     def encode_text(self, text: str) -> list[int]:
         """As vLLM encodes a completion prompt: with the model's special tokens."""
@@ -80,10 +108,17 @@ class HuggingFaceTokenizer:
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """By the chat template, which brings the special tokens itself."""
-        text = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        tokenizer = self._tokenizer
+        try:
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # there is no template, or it raises what it likes
+            raise ConfigError(
+                f"the chat template of {self._name!r} cannot render its messages "
+                f"({error}); change them, or give a text or token ids"
+            ) from error
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 class GroupResolver:
@@ -96,9 +131,11 @@ class GroupResolver:
         default: SamplingParams,
         *,
         speculating: bool = False,
+        needs_lengths: bool = False,
     ) -> None:
         """Check against what the engines said of themselves (`info`)."""
         self._speculating = speculating
+        self._needs_lengths = needs_lengths
         self._info = info
         self._tokenizer = tokenizer
         self._default = default
@@ -136,11 +173,7 @@ class GroupResolver:
     def _resolve(self, group: Group, group_id: GroupId) -> Task:
         if isinstance(group.n, bool) or not isinstance(group.n, int) or group.n < 1:
             raise ConfigError(f"n={group.n!r} is not allowed; give an int >= 1")
-        lengths = group.known_lengths
-        if lengths is not None and len(lengths) != group.n:
-            raise ConfigError(
-                f"known_lengths has {len(lengths)} entries for n={group.n}"
-            )
+        lengths = self._check_lengths(group)
         sampling = resolve_sampling(group.sampling, default=self._default)
         if self._speculating:
             self._check_speculation(sampling)
@@ -171,6 +204,27 @@ class GroupResolver:
             known_lengths=lengths,
             metadata=group.metadata,
         )
+
+    def _check_lengths(self, group: Group) -> list[int] | None:
+        given = group.known_lengths
+        if given is None:
+            if self._needs_lengths:
+                raise ConfigError(
+                    "the policy 'longest-first' orders requests by known_lengths, and "
+                    "it has none; give them, or take 'context-aware', which needs none"
+                )
+            return None
+        try:
+            lengths = [index(length) for length in given]
+        except TypeError:
+            raise ConfigError(
+                f"known_lengths={given!r:.100} is not allowed; give {group.n} ints"
+            ) from None
+        if len(lengths) != group.n:
+            raise ConfigError(
+                f"known_lengths has {len(lengths)} entries for n={group.n}"
+            )
+        return lengths
 
     def _check_speculation(self, sampling: SamplingParams) -> None:
         for name, is_set in (

@@ -24,11 +24,11 @@ import uvloop
 
 from aseer.dgds.server import make_draft_server
 from aseer.errors import (
-    AseerError,
     ConfigError,
     EngineClosedError,
     EngineError,
-    RolloutInProgressError,
+    describe,
+    root_of,
 )
 from aseer.instance.messages import FROM_INSTANCE, Report
 from aseer.instance.pool import InstancePool
@@ -70,6 +70,7 @@ class Host:
         self.weights = WeightKeeper(self.weights_dir)
         self.log_dir = Path(config.log_dir or self.run_dir)
         self.infos: dict[InstanceId, InstanceInfo] = {}
+        self.limits: InstanceInfo  # what the latest to come up said; all say the same
         self.started: Future[None] = Future()
         self.ended = threading.Event()
         self._loads: dict[InstanceId, InstanceLoad] = {}
@@ -113,7 +114,7 @@ class Host:
         loop = self._loop
         if loop is not None:
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(function)
+                loop.call_soon_threadsafe(self._do, function)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the engine's thread; its result comes with the future.
@@ -143,19 +144,14 @@ class Host:
             EngineError: no instance is left.
         """
         if self._exhausted is not None:
-            raise EngineError(f"the engine has no instance left: {self._exhausted}")
+            raise EngineError(self._exhausted)
         self._check_awake()
-        last = self._session
-        if last is not None and last.was_left:
-            last.leave()
-            await self.drain(last)
+        await self._end_left()
         await self.weights.idle()  # from here to its end nothing else may run
         last = self._session
         if last is not None and not last.over.done():
-            raise RolloutInProgressError(
-                f"a rollout with {last.num_unfinished} unfinished requests is in "
-                "progress; an engine runs one at a time: iterate it to its end, or "
-                "aclose() it first"
+            raise last.refusal(
+                "an engine runs one at a time: iterate it to its end, or close it first"
             )
         assert self._pool is not None
         assert self._loop is not None
@@ -204,7 +200,7 @@ class Host:
         self._check_awake()
         plan = await self.weights.begin(self._pool, self.infos, version)
         try:
-            await self._make_way(pause)
+            await self._make_way(pause, ", or give pause='wait' or pause='abort'")
         except BaseException:
             self.weights.abandon(plan)
             raise
@@ -229,7 +225,7 @@ class Host:
 
     async def sleep(self, level: int) -> None:
         """See `Engine.sleep`."""
-        await self._make_way(None)
+        await self._make_way()
         await self.weights.idle()
         try:
             await self._ask_all("sleep", level=level)
@@ -255,21 +251,20 @@ class Host:
         if self._is_asleep:
             raise EngineError("the engine is asleep; wake() it first")
 
-    async def _make_way(self, pause: Pause | None) -> None:
+    async def _end_left(self) -> None:
+        """End a rollout that its user walked away from."""
         session = self._session
-        if session is None:
-            return
-        if session.was_left:
+        if session is not None and session.was_left:
             session.leave()
             await self.drain(session)
-        if session.over.done():
+
+    async def _make_way(self, pause: Pause | None = None, or_else: str = "") -> None:
+        await self._end_left()
+        session = self._session
+        if session is None or session.over.done():
             return
         if pause is None:
-            raise RolloutInProgressError(
-                f"a rollout with {session.num_unfinished} unfinished requests is in "
-                "progress; iterate it to its end first, or give pause='wait' or "
-                "pause='abort'"
-            )
+            raise session.refusal(f"iterate it to its end first{or_else}")
         if pause == "abort":
             session.abort()
             await self.drain(session)
@@ -279,7 +274,7 @@ class Host:
     def instance_up(self, info: InstanceInfo) -> None:
         """See `PoolOwner`."""
         self.weights.instance_up(info.instance_id)
-        self.infos[info.instance_id] = info
+        self.infos[info.instance_id] = self.limits = info
         self._loads[info.instance_id] = InstanceLoad()
         if self._session is not None:
             self._session.instance_up(info, InstanceLoad())
@@ -299,7 +294,7 @@ class Host:
 
     def instances_exhausted(self, why: str) -> None:
         """See `PoolOwner`."""
-        self._exhausted = why
+        self._exhausted = f"the engine has no instance left: {why}"
         if self._session is not None:
             self._session.exhausted(why)
 
@@ -319,7 +314,7 @@ class Host:
                 runner.run(self._main())
         except BaseException as error:
             if not self.started.done():
-                self.started.set_exception(_root(error))
+                self.started.set_exception(root_of(error))
             elif self._exhausted is None:  # else it was told already
                 _log.error("the engine did not close cleanly", exc_info=error)
         finally:
@@ -327,12 +322,18 @@ class Host:
             shutil.rmtree(self.weights_dir, ignore_errors=True)
             self.ended.set()
 
+    def _do(self, posted: Callable[[], object]) -> None:
+        try:
+            posted()
+        except Exception as error:  # told, or whoever reads on would wait for ever
+            self._failed(error)
+
     def _failed(self, error: BaseException) -> None:
         if not self.started.done():
             self.started.set_exception(error)
             return
         _log.error("the engine failed", exc_info=error)
-        self._exhausted = f"{type(error).__name__}: {error}"
+        self._exhausted = f"the engine failed: {describe(error)}"
         if self._session is not None and not self._session.over.done():
             with suppress(Exception):  # what failed may be its own decisions
                 self._session.exhausted(self._exhausted)
@@ -369,7 +370,7 @@ class Host:
                     await pool.stop(self._config.shutdown_timeout_s)
                     talking.cancel()
             except BaseException as error:
-                self._failed(_root(error))
+                self._failed(root_of(error))
                 raise
             finally:
                 self.weights.give_up("the engine was closed")
@@ -395,11 +396,3 @@ class Host:
         if session is not None and not session.over.done():
             session.engine_closes()
             await asyncio.wait([session.over], timeout=self._config.shutdown_timeout_s)
-
-
-def _root(error: BaseException) -> BaseException:
-    """The error worth telling, out of a task group's bundle."""
-    while isinstance(error, BaseExceptionGroup):
-        own = error.subgroup(AseerError)
-        error = (own or error).exceptions[0]
-    return error

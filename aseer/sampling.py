@@ -19,8 +19,6 @@ from typing import Any
 
 from aseer.errors import ConfigError
 
-_GREEDY_EPS = 1e-5  # vLLM's: below it temperature means greedy
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -72,10 +70,6 @@ class SamplingParams:
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
         _check(self)
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature < _GREEDY_EPS
 
     def undivided_because(self) -> str | None:
         """The setting that a resumed chunk would silently change; None if there is

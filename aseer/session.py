@@ -13,7 +13,12 @@ from array import array
 from typing import TYPE_CHECKING
 
 from aseer.controller import Abort, Command, Controller, Dispatch, Finished
-from aseer.errors import EngineClosedError, InstanceLostError, RolloutError
+from aseer.errors import (
+    EngineClosedError,
+    InstanceLostError,
+    RolloutError,
+    RolloutInProgressError,
+)
 from aseer.instance.messages import Run
 from aseer.recorder import Recorder
 from aseer.types import GroupId
@@ -104,6 +109,12 @@ class Session:
     def was_left(self) -> bool:
         """Whether its user walked away from it."""
         return self._left or (self._mailbox.is_closed and not self.over.done())
+
+    def refusal(self, advice: str) -> RolloutInProgressError:
+        """For whoever wants the engine while this is in progress."""
+        num = self.num_unfinished
+        which = f"with {num} unfinished requests" if num else "that waits for groups"
+        return RolloutInProgressError(f"a rollout {which} is in progress; {advice}")
 
     # From the user
 

@@ -146,15 +146,7 @@ class Trace:
             TraceGroup(new[g.prompt], [new[r] for r in g.responses])
             for g in self.groups
         ]
-        return Trace(groups=mapped, settings=self.settings)._ended(end_token)
-
-    def as_is(self, end_token: int) -> Trace:
-        """The same tokens; every response that ended by itself ends with `end_token`.
-
-        Raises:
-            ConfigError: the end token stands within a response.
-        """
-        return self._ended(end_token)
+        return Trace(groups=mapped, settings=self.settings).as_is(end_token)
 
     def end_token(self, default: int) -> int:
         """What responses that ended by themselves end with, mostly."""
@@ -163,7 +155,12 @@ class Trace:
         )
         return ends.most_common(1)[0][0] if ends else default
 
-    def _ended(self, end_token: int) -> Trace:
+    def as_is(self, end_token: int) -> Trace:
+        """The same tokens; every response that ended by itself ends with `end_token`.
+
+        Raises:
+            ConfigError: the end token stands within a response.
+        """
         groups = []
         for group in self.groups:
             responses = []

@@ -37,7 +37,6 @@ class Waiting(NamedTuple):
 
     request_id: RequestId
     group_id: GroupId
-    group_size: int
     arrival: int
     is_probe: bool
     num_tokens: int

@@ -216,7 +216,6 @@ class Deciding:
                 request = Waiting(
                     request_id=request_id_of(group_id, index),
                     group_id=group_id,
-                    group_size=len(lengths),
                     arrival=len(self._requests),
                     is_probe=index == 0,
                     num_tokens=settings.num_prompt_tokens,
@@ -253,7 +252,6 @@ class Deciding:
             request = Waiting(
                 request_id=request.request_id,
                 group_id=request.group_id,
-                group_size=request.group_size,
                 arrival=request.arrival,
                 is_probe=request.is_probe,
                 num_tokens=num_tokens,

@@ -57,16 +57,6 @@ class TokenLog:
     def __len__(self) -> int:
         return len(self._groups)
 
-    @property
-    def num_kept_tokens(self) -> int:
-        """Tokens of finished groups that are kept."""
-        return self._num_kept_tokens
-
-    def text(self, group_id: str, request_id: str) -> bytes:
-        """All tokens of a request, int32 as bytes; empty if it is unknown."""
-        group = self._groups.get(group_id)
-        return bytes(group.texts.get(request_id, b"")) if group else b""
-
     def update_cst(
         self,
         group_id: str,

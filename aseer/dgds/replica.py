@@ -151,11 +151,6 @@ class Replica:
                 self._forget(delta.group_id)
         self._forget_unused(now)
 
-    @property
-    def group_ids(self) -> list[str]:
-        """Groups that have a tree here."""
-        return list(self._groups)
-
     def text(self, key: RequestKey) -> NDArray[np.int32]:
         """A request's tokens as they are known here."""
         return self.forest.tokens(self._groups[key.group_id].requests[key.request_id])

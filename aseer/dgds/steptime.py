@@ -40,11 +40,6 @@ class StepTimeModel:
         self._num_observed = 0
         self._coefficients: NDArray[np.float64] = np.zeros(_NUM_FEATURES)
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether anything was measured."""
-        return self._num_observed > 0
-
     def observe(
         self,
         num_rows: int,

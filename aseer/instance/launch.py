@@ -33,6 +33,8 @@ _MAX_CPU_KV_BYTES = 4 * _GIB
 _CPU_KV_SHARE = 0.3  # of the memory that is free at the start, for all engines together
 _CPU_BLOCK_SIZE = 32  # vLLM's CPU kernels want multiples of 32; resumes want it small
 _MAX_CPU_INSTANCES = 2
+# vLLM on AMD's GPUs takes either, and refuses to start if they differ.
+_GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _WORKER_EXTENSION = "aseer.instance.worker.WorkerExtension"
 _DRAFTER = "aseer.dgds.proposer.GroupDrafter"
 COMMAND = (sys.executable, "-m", "aseer.instance.main")
@@ -74,7 +76,7 @@ def this_machine() -> Machine:
     """What this process can see of the machine it runs on."""
     found = installed_vllm()
     return Machine(
-        gpus=_visible_gpus(),
+        gpus=visible_gpus(),
         cores=tuple(sorted(os.sched_getaffinity(0))),
         free_memory_bytes=free_memory_bytes(),
         cpu_only=found is not None and is_cpu_build(*found),
@@ -128,7 +130,7 @@ def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
     launches = []
     for i in range(num):
         devices = ",".join(machine.gpus[i * per : (i + 1) * per])
-        env = {"CUDA_VISIBLE_DEVICES": devices}
+        env = dict.fromkeys(_GPU_VARIABLES, devices)
         launches.append(_launch(config, i, args, env, f"GPU {devices}"))
     return launches
 
@@ -213,12 +215,23 @@ def _launch(
     )
 
 
-def _visible_gpus() -> tuple[str, ...]:
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return tuple(d.strip() for d in named.split(",") if d.strip() not in ("", "-1"))
-    found = (re.fullmatch(r"nvidia(\d+)", p.name) for p in Path("/dev").glob("nvidia*"))
-    return tuple(str(n) for n in sorted(int(m[1]) for m in found if m))
+def visible_gpus(
+    environ: Mapping[str, str] = os.environ,
+    dev: Path = Path("/dev"),
+    amd_nodes: Path = Path("/sys/class/kfd/kfd/topology/nodes"),
+) -> tuple[str, ...]:
+    """Ids of the GPUs that the environment leaves visible; else of all, of one make."""
+    for variable in _GPU_VARIABLES:
+        named = environ.get(variable)
+        if named is not None:
+            ids = (d.strip() for d in named.split(","))
+            return tuple(d for d in ids if d not in ("", "-1"))
+    found = (re.fullmatch(r"nvidia(\d+)", p.name) for p in dev.glob("nvidia*"))
+    if numbers := sorted(int(m[1]) for m in found if m):
+        return tuple(map(str, numbers))
+    # CPUs are nodes, too, of id 0; a node of a container's neighbour is not readable.
+    amd = [n for n in amd_nodes.glob("*") if _read(n / "gpu_id") not in ("", "0")]
+    return tuple(map(str, range(len(amd))))
 
 
 def free_memory_bytes(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import uvloop
 
+from aseer.errors import describe
 from aseer.instance.base import Backend, EngineDied, InstanceSpec
 from aseer.instance.cleanup import remove_shared_memory, shared_memory_of
 from aseer.instance.messages import (
@@ -120,7 +121,7 @@ class Instance:
                 raise
             except Exception as error:
                 _log.exception("%s failed", ask.what)
-                answer = Answer(ask.ask_id, error=_describe(error))
+                answer = Answer(ask.ask_id, error=describe(error))
             await self._dealer.send(answer)
 
     async def _report(self) -> None:
@@ -208,18 +209,11 @@ async def _main(spec: InstanceSpec) -> int:
             await Instance(backend, dealer, spec.report_interval_s).serve()
         except Exception as error:
             traceback.print_exc()
-            await dealer.send(Failed(_describe(error)))
+            await dealer.send(Failed(describe(error)))
             return 1
         finally:
             await backend.close()
     return 0
-
-
-def _describe(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        died = error.subgroup(EngineDied)
-        error = (died or error).exceptions[0]
-    return f"{type(error).__name__}: {error}"
 
 
 def _watch_lifeline(*folders: str) -> None:

@@ -286,22 +286,35 @@ class InstancePool:
     def _start_error(
         self, slot: Slot, process: InstanceProcess, what: str
     ) -> InstanceStartError:
-        own = slot.failure
-        if own is None or "See root cause" in own:
-            own = process.cause() or own
+        own = self._own_cause(slot, process) or process.cause()
         cause = f"; cause: {own}" if own else ""
         return InstanceStartError(
             f"instance {slot.instance_id} ({slot.launch.share}) {what}{cause}\n"
             f"last lines of its log:\n{process.log_tail()}"
         )
 
+    def _own_cause(self, slot: Slot, process: InstanceProcess) -> str | None:
+        """What the instance said of its end, from its log if it only points there."""
+        own = slot.failure
+        if own is not None and "root cause" in own:
+            own = process.cause() or own
+        return own
+
+    def _death(self, slot: Slot, process: InstanceProcess, status: int) -> str:
+        """Why an instance is gone, and where to read on."""
+        own = self._own_cause(slot, process)
+        why = own or slot.killed_because or describe_exit(status)
+        hint = "" if self._config.log_dir else "; EngineConfig.log_dir keeps it"
+        return f"{why} (its log: {slot.log_path}{hint})"
+
     async def _keep_up(self, slot: Slot) -> None:
         """Wait for the process's death, again and again."""
         while True:
-            assert slot.process is not None
-            status = await slot.process.wait()
-            await slot.process.end(0)  # the rest of its process group
-            why = slot.failure or slot.killed_because or describe_exit(status)
+            process = slot.process
+            assert process is not None
+            status = await process.wait()
+            await process.end(0)  # the rest of its process group
+            why = self._death(slot, process, status)
             slot.up.clear()
             slot.fail_asked(why)
             _log.warning("instance %d is lost: %s", slot.instance_id, why)

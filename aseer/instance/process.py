@@ -43,9 +43,12 @@ _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)): ?(.*)")
 class InstanceProcess:
     """A running instance process; make it with `start`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log_path: Path) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, log_path: Path, log_start: int
+    ) -> None:
         self._process = process
-        self.log_path = log_path
+        self._log_path = log_path
+        self._log_start = log_start  # before it is what earlier processes wrote
         self._shared_memory: set[Path] = set()
 
     @property
@@ -58,6 +61,7 @@ class InstanceProcess:
     ) -> InstanceProcess:
         """Start the process and hand it its spec."""
         with log_path.open("ab") as log:
+            log_start = log.tell()
             process = await asyncio.create_subprocess_exec(
                 *COMMAND,
                 stdin=asyncio.subprocess.PIPE,
@@ -68,7 +72,7 @@ class InstanceProcess:
             )
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(spec) + b"\n")
-        return cls(process, log_path)
+        return cls(process, log_path, log_start)
 
     async def wait(self) -> int:
         """Wait for its end; the exit status, negative for a signal."""
@@ -102,12 +106,20 @@ class InstanceProcess:
 
     def log_tail(self) -> str:
         """The last lines of its log."""
-        lines = _read(self.log_path).splitlines()
+        lines = self._log().splitlines()
         return "\n".join(lines[-_LOG_TAIL_LINES:])
 
     def cause(self) -> str | None:
         """The error its log gives for its death, if it gives one."""
-        return cause_from_log(_read(self.log_path))
+        return cause_from_log(self._log())
+
+    def _log(self) -> str:
+        try:
+            with self._log_path.open("rb") as log:
+                log.seek(self._log_start)
+                return log.read().decode(errors="replace")
+        except OSError:
+            return ""
 
 
 def cause_from_log(text: str) -> str | None:
@@ -127,10 +139,3 @@ def describe_exit(status: int) -> str:
     name = signal.Signals(-status).name
     hint = " (out of memory?)" if name == "SIGKILL" else ""
     return f"was killed by {name}{hint}"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

@@ -31,7 +31,7 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from aseer.dgds.messages import EXTRA_ARGS_KEY
-from aseer.errors import EngineError
+from aseer.errors import EngineError, describe
 from aseer.instance.base import EngineDied
 from aseer.instance.speculation import Speculation, draft_identity
 from aseer.instance.stats import Stats
@@ -120,12 +120,10 @@ class VllmBackend:
         try:
             return await self._generate(chunk, request_id, emit)
         except Exception as error:
-            cause = error.__cause__ or error
-            message = f"{type(cause).__name__}: {cause}"
             if isinstance(error, EngineDeadError) or self._engine.errored:
-                raise EngineDied(message) from error
+                raise EngineDied(describe(error.__cause__ or error)) from error
             _log.exception("chunk %s failed", request_id)
-            return ChunkEnd(reason="error", error=message)
+            return ChunkEnd(reason="error", error=describe(error.__cause__ or error))
         finally:
             self._running.pop(chunk.chunk_id, None)
 
@@ -214,7 +212,7 @@ class VllmBackend:
         try:
             await self._engine.collective_rpc(method, args=args)
         except EngineDeadError as error:
-            raise EngineDied(str(error)) from error
+            raise EngineDied(describe(error)) from error
 
     async def sleep(self, level: int) -> None:
         """See `Backend`."""

@@ -104,7 +104,10 @@ class WeightKeeper:
             if self._expected is None:
                 one = next(iter(sorted(instances)), None)
                 if one is None:
-                    raise EngineError("no instance is up at the moment")
+                    raise EngineError(
+                        "no instance is up at the moment; what was lost is started "
+                        "again: try again then"
+                    )
                 said = await pool.ask(one, "describe_weights")
                 self._expected = msgspec.convert(said, dict[str, TensorSpec])
             self._num_plans += 1

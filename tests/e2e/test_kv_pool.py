@@ -268,11 +268,11 @@ def test_a_small_pool_with_a_disk_behind_and_a_disk_that_fails(tmp_path):
 
 
 @pytest.fixture
-def disk_of_4_mb(tmp_path: Path) -> Iterator[Path]:
+def disk_of_3_mb(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3500k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("only root can mount a file system")
     yield disk
@@ -281,10 +281,10 @@ def disk_of_4_mb(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("always_migrate")
-def test_a_disk_that_is_full_and_then_read_only(disk_of_4_mb):
+def test_a_disk_that_is_full_and_then_read_only(disk_of_3_mb):
     groups = groups_of(16, 800, seed=6)
     pool = pool_config(
-        dram_bytes=16 << 20, disk_dir=disk_of_4_mb, disk_bytes=1 << 30, timeout_s=5.0
+        dram_bytes=16 << 20, disk_dir=disk_of_3_mb, disk_bytes=1 << 30, timeout_s=5.0
     )
     config = tiny_config(num_instances=2, chunk_size=128, kv_pool=pool)
     with aseer.Engine(config) as engine:
@@ -293,10 +293,10 @@ def test_a_disk_that_is_full_and_then_read_only(disk_of_4_mb):
         rollout = engine.rollout_sync(groups)
         same(by_request(list(rollout)), expected, recomputed=True)
         assert rollout.report.kv.evicted_bytes > 0
-        assert shutil.disk_usage(disk_of_4_mb).free < 1 << 20
+        assert shutil.disk_usage(disk_of_3_mb).free < 1 << 20
 
         next_version(engine)
-        remount = ["mount", "-o", "remount,ro", str(disk_of_4_mb)]
+        remount = ["mount", "-o", "remount,ro", str(disk_of_3_mb)]
         timer = threading.Timer(2.0, subprocess.run, [remount], {"check": True})
         timer.start()
         found = by_request(list(engine.rollout_sync(groups)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -96,7 +97,31 @@ async def test_a_request_that_kills_its_engines_ends_as_an_error():
         with pytest.raises(aseer.RolloutError, match="lost 2 times while running"):
             async for response in engine.rollout(groups_of(1, n=1, **LONG)):
                 responses.append(response)
+        log = engine.log_paths[0]
     assert responses[0].finish_reason == "error"
+    assert f"exited with status 13 (its log: {log}; " in responses[0].error
+
+
+async def test_a_rollout_begun_while_the_only_instance_is_away_waits_for_it():
+    async with aseer.Engine(config_of(num_instances=1)) as engine:
+        os.kill(engine.instances[0].pid, signal.SIGKILL)
+        while engine.instances:  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.01)
+        assert len([r async for r in engine.rollout(groups_of(2))]) == 8
+
+
+async def test_a_bug_in_what_is_posted_to_the_engine_ends_the_rollout(monkeypatch):
+    def add(self, tasks):
+        raise ZeroDivisionError("not today")
+
+    monkeypatch.setattr("aseer.session.Session.add", add)
+    async with aseer.Engine(config_of()) as engine:
+        with pytest.raises(aseer.InstanceLostError, match="ZeroDivisionError: not to"):
+            async for _ in engine.rollout(groups_of(1)):
+                pass
+        with pytest.raises(aseer.EngineError, match="the engine failed: ZeroDiv"):
+            async for _ in engine.rollout(groups_of(1)):
+                pass
 
 
 async def test_a_start_that_fails_says_why_at_once():

@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -70,6 +71,17 @@ async def test_cancellation_frees_the_engines(engine):
         async with asyncio.timeout(0.2):
             await consume()
     assert await idle(engine)
+
+
+async def test_an_engine_that_was_closed_asks_nothing_of_the_exit(monkeypatch):
+    asked = []
+    recorder = SimpleNamespace(register=asked.append, unregister=asked.remove)
+    monkeypatch.setattr("aseer.engine.atexit", recorder)
+    async with aseer.Engine(config_of()), aseer.Engine(config_of()) as inner:
+        assert len(asked) == 2
+        await inner.aclose()
+        assert len(asked) == 1
+    assert not asked
 
 
 async def test_a_stop_asked_for_before_the_thread_runs_ends_it():

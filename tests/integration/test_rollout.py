@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -41,9 +42,19 @@ async def test_chunks_and_migrations_change_nothing(engine):
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 async def test_every_policy_completes_the_same_work(engine, policy):
     groups = groups_of(6)
-    responses = [r async for r in engine.rollout(groups, policy=policy)]
     reference = [r async for r in engine.rollout(groups, policy="fcfs", chunk_size=0)]
+    lengths = {r.request_id: len(r.token_ids) for r in reference}
+    groups = [
+        replace(g, known_lengths=[lengths[f"{g.group_id}/{i}"] for i in range(g.n)])
+        for g in groups
+    ]
+    responses = [r async for r in engine.rollout(groups, policy=policy)]
     assert content(responses) == content(reference)
+
+
+async def test_the_policy_that_needs_lengths_says_so(engine):
+    with pytest.raises(aseer.ConfigError, match=r"'g0': .*orders.*known_lengths"):
+        engine.rollout(groups_of(1), policy="longest-first")
 
 
 async def test_groups_come_whole_and_in_order_of_members(engine):
@@ -183,6 +194,25 @@ async def test_one_rollout_at_a_time(engine):
         async for _ in engine.rollout(groups_of(1)):
             pass
     assert len([r async for r in first]) == 15
+
+
+async def test_a_rollout_that_waits_for_groups_is_told_as_that(engine):
+    more = asyncio.Event()
+
+    async def groups():
+        yield groups_of(1)[0]
+        await more.wait()
+
+    first = aiter(engine.rollout(groups()))
+    for _ in range(4):
+        await anext(first)
+    waits = r"that waits for groups is in progress; iterate it to its end first"
+    with pytest.raises(aseer.RolloutInProgressError, match=f"{waits}$"):
+        await engine.sleep()
+    with pytest.raises(aseer.RolloutInProgressError, match=f"{waits}, or give pause="):
+        await engine.update_weights({})
+    more.set()
+    assert [r async for r in first] == []
 
 
 async def test_the_module_function_uses_the_engine_that_is_open_here(engine):

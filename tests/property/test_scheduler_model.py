@@ -269,7 +269,6 @@ class SchedulersAgree(RuleBasedStateMachine):
             Waiting(
                 request_id=request_id,
                 group_id=group,
-                group_size=GROUP_SIZE,
                 arrival=GROUPS.index(group) * GROUP_SIZE + index,
                 is_probe=index == 0,
                 num_tokens=num_prompt_tokens,

@@ -80,7 +80,6 @@ def waiting_of(
     return Waiting(
         request_id=request_id_of(GroupId(group_id), index),
         group_id=GroupId(group_id),
-        group_size=8,
         arrival=order if arrival is None else arrival,
         is_probe=index == 0,
         num_tokens=num_prompt_tokens + num_generated,

@@ -88,6 +88,8 @@ def test_a_directory_is_a_model() -> None:
     [
         ("dtype", object()),
         ("engine_args", {"download_dir": Path("/models")}),
+        ("engine_args", None),
+        ("env", None),
         ("kv_transfer_config", {"kv_connector": object()}),
         ("env", {"OMP_NUM_THREADS": 1}),
     ],

@@ -76,7 +76,7 @@ def test_an_unknown_group_goes_before_a_known_shorter_one() -> None:
 
 def test_a_request_runs_chunk_by_chunk_to_its_end() -> None:
     controller = with_instances(100)
-    commands = controller.add_group(task_of(num_requests=1, max_tokens=20), 0.0)
+    commands = controller.add_groups([task_of(num_requests=1, max_tokens=20)], 0.0)
     lengths, response = [], None
     while response is None:
         (chunk,) = chunks_in(commands)
@@ -94,7 +94,7 @@ def test_a_request_runs_chunk_by_chunk_to_its_end() -> None:
 
 def test_chunks_and_reservations_are_given_back_at_the_end() -> None:
     controller = with_instances(10)
-    commands = controller.add_group(task_of(num_requests=3), 0.0)
+    commands = controller.add_groups([task_of(num_requests=3)], 0.0)
     fleet = controller.scheduler.fleet
     assert (fleet.num_running(A), fleet.num_free_blocks(A)) == (3, 1)
     controller.progress(
@@ -107,7 +107,7 @@ def test_chunks_and_reservations_are_given_back_at_the_end() -> None:
 
 def test_progress_without_an_end_decides_nothing() -> None:
     controller = with_instances(3)
-    (chunk,) = chunks_in(controller.add_group(task_of(), 0.0))
+    (chunk,) = chunks_in(controller.add_groups([task_of()], 0.0))
     assert controller.progress([report_of(chunk.chunk_id, [1, 2])], 1.0) == []
     assert controller.longest_running() == ("g/0", 2)
     assert controller.context[G].num_tokens == 2
@@ -126,7 +126,7 @@ def test_who_is_next_is_known_of_those_that_ran_before() -> None:
 
 def test_late_and_repeated_reports_change_nothing() -> None:
     controller = with_instances(3)
-    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=1), 0.0))
+    (chunk,) = chunks_in(controller.add_groups([task_of(num_requests=1)], 0.0))
     end = report_of(chunk.chunk_id, [1], end="stop")
     assert len(finished_in(controller.progress([end, end], 1.0))) == 1
     assert controller.progress([end], 2.0) == []
@@ -139,7 +139,7 @@ def test_late_and_repeated_reports_change_nothing() -> None:
 
 def test_a_resumed_request_stays_with_its_kv() -> None:
     controller = with_instances(100, 100)
-    first, second = chunks_in(controller.add_group(task_of(num_requests=2), 0.0))
+    first, second = chunks_in(controller.add_groups([task_of(num_requests=2)], 0.0))
     assert (first.instance_id, second.instance_id) == (A, B)
     for chunk in (second, first):
         report = report_of(chunk.chunk_id, range(5), end="length")
@@ -151,7 +151,7 @@ def test_a_resumed_request_stays_with_its_kv() -> None:
 
 def test_a_request_migrates_when_its_instance_has_no_room() -> None:
     controller = with_instances(6, 100, policy="fcfs")
-    commands = controller.add_group(task_of(num_requests=4), 0.0)
+    commands = controller.add_groups([task_of(num_requests=4)], 0.0)
     assert placed(commands) == [("g/0", 1), ("g/1", 0), ("g/2", 1), ("g/3", 0)]
     # g/1 needs 5 blocks next; beside g/3 there are 3 on A.
     second = chunks_in(commands)[1]
@@ -165,7 +165,7 @@ def test_a_request_migrates_when_its_instance_has_no_room() -> None:
 
 def test_a_lost_instances_requests_go_on_elsewhere_with_what_they_have() -> None:
     controller = with_instances(100, 100)
-    first, second = chunks_in(controller.add_group(task_of(num_requests=2), 0.0))
+    first, second = chunks_in(controller.add_groups([task_of(num_requests=2)], 0.0))
     assert (first.instance_id, second.instance_id) == (A, B)
     controller.progress([report_of(first.chunk_id, [1, 2, 3])], 1.0)
     (chunk,) = chunks_in(controller.instance_down(A, 2.0, "it burnt"))
@@ -182,7 +182,7 @@ def test_a_lost_instances_requests_go_on_elsewhere_with_what_they_have() -> None
 
 def test_the_kv_of_waiting_requests_is_lost_with_their_instance() -> None:
     controller = with_instances(9, policy="fcfs")
-    commands = controller.add_group(task_of(num_requests=3), 0.0)
+    commands = controller.add_groups([task_of(num_requests=3)], 0.0)
     last = chunks_in(commands)[2]
     # It needs 5 blocks next, and there are 3.
     controller.progress([report_of(last.chunk_id, range(5), end="length")], 1.0)
@@ -193,7 +193,7 @@ def test_the_kv_of_waiting_requests_is_lost_with_their_instance() -> None:
 
 def test_what_a_lost_instance_still_says_changes_nothing() -> None:
     controller = with_instances(100, 100)
-    first, _ = chunks_in(controller.add_group(task_of(num_requests=2), 0.0))
+    first, _ = chunks_in(controller.add_groups([task_of(num_requests=2)], 0.0))
     controller.instance_down(A, 1.0, "silent")
     assert controller.progress([report_of(first.chunk_id, [9], end="stop")], 2.0) == []
     assert controller.instance_down(A, 3.0, "again") == []
@@ -202,7 +202,7 @@ def test_what_a_lost_instance_still_says_changes_nothing() -> None:
 
 def test_without_instances_requests_wait_and_go_on_when_one_is_back() -> None:
     controller = with_instances(100)
-    controller.add_group(task_of(num_requests=2), 0.0)
+    controller.add_groups([task_of(num_requests=2)], 0.0)
     assert controller.instance_down(A, 1.0, "it burnt") == []
     assert controller.num_waiting == 2
     assert placed(controller.instance_up(info_of(0), 2.0)) == [("g/0", 0), ("g/1", 0)]
@@ -212,7 +212,7 @@ def test_without_instances_requests_wait_and_go_on_when_one_is_back() -> None:
 def test_tokens_that_a_request_has_to_make_again_are_counted_once() -> None:
     controller = with_instances(100)
     task = task_of(num_requests=1, undivided_because="presence_penalty")
-    (chunk,) = chunks_in(controller.add_group(task, 0.0))
+    (chunk,) = chunks_in(controller.add_groups([task], 0.0))
     assert chunk.max_tokens == 100
     controller.progress([report_of(chunk.chunk_id, [1, 2, 3])], 1.0)
     controller.instance_down(A, 2.0, "it burnt")
@@ -226,7 +226,7 @@ def test_tokens_that_a_request_has_to_make_again_are_counted_once() -> None:
 
 def test_losing_too_often_is_an_error_and_the_others_go_on() -> None:
     controller = with_instances(3, max_request_retries=1)
-    controller.add_group(task_of(num_requests=2), 0.0)
+    controller.add_groups([task_of(num_requests=2)], 0.0)
     controller.instance_down(A, 1.0, "it burnt")
     controller.instance_up(info_of(0, num_kv_blocks=3), 2.0)
     (response,) = finished_in(controller.instance_down(A, 3.0, "it burnt"))
@@ -241,7 +241,7 @@ def test_a_cancelled_group_ends_what_waits_at_once_and_what_runs_when_it_stops()
     None
 ):
     controller = with_instances(3)
-    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=3), 0.0))
+    (chunk,) = chunks_in(controller.add_groups([task_of(num_requests=3)], 0.0))
     commands = controller.cancel_group(G, 1.0)
     assert [r.index for r in finished_in(commands)] == [1, 2]
     assert {r.finish_reason for r in finished_in(commands)} == {"aborted"}
@@ -266,10 +266,10 @@ def test_a_cancelled_groups_room_goes_to_the_others() -> None:
 
 def test_who_waited_behind_a_cancelled_group_goes_on_at_once() -> None:
     controller = with_instances(12, policy="fcfs")
-    controller.add_group(task_of("g", num_requests=1), 0.0)
-    controller.add_group(task_of("h", num_requests=1, num_prompt_tokens=40), 0.0)
+    controller.add_groups([task_of("g", num_requests=1)], 0.0)
+    controller.add_groups([task_of("h", num_requests=1, num_prompt_tokens=40)], 0.0)
     # 9 of 12 blocks are free, but kept for h.
-    assert controller.add_group(task_of("i", num_requests=1), 1.0) == []
+    assert controller.add_groups([task_of("i", num_requests=1)], 1.0) == []
     commands = controller.cancel_group(H, 2.0)
     assert [r.group_id for r in finished_in(commands)] == ["h"]
     assert placed(commands) == [("i/0", 0)]
@@ -278,14 +278,14 @@ def test_who_waited_behind_a_cancelled_group_goes_on_at_once() -> None:
 
 def test_cancelling_a_finished_group_does_nothing() -> None:
     controller = with_instances(3)
-    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=1), 0.0))
+    (chunk,) = chunks_in(controller.add_groups([task_of(num_requests=1)], 0.0))
     controller.progress([report_of(chunk.chunk_id, [1], end="stop")], 1.0)
     assert controller.cancel_group(G, 2.0) == []
 
 
 def test_a_request_that_stops_while_it_is_cancelled_has_stopped() -> None:
     controller = with_instances(3)
-    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=1), 0.0))
+    (chunk,) = chunks_in(controller.add_groups([task_of(num_requests=1)], 0.0))
     controller.cancel_group(G, 1.0)
     end = report_of(chunk.chunk_id, [1], end="stop")
     (response,) = finished_in(controller.progress([end], 2.0))
@@ -294,7 +294,7 @@ def test_a_request_that_stops_while_it_is_cancelled_has_stopped() -> None:
 
 def test_cancelled_requests_teach_nothing() -> None:
     controller = with_instances(3)
-    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=1), 0.0))
+    (chunk,) = chunks_in(controller.add_groups([task_of(num_requests=1)], 0.0))
     controller.cancel_group(G, 1.0)
     controller.progress([report_of(chunk.chunk_id, [1], end="aborted")], 2.0)
     assert controller.context.length_estimate(G) == 100
@@ -336,9 +336,9 @@ def test_when_nothing_can_run_any_more_everything_ends_as_an_error(
 
 def test_a_group_is_in_a_rollout_once() -> None:
     controller = with_instances(3)
-    controller.add_group(task_of(), 0.0)
+    controller.add_groups([task_of()], 0.0)
     with pytest.raises(ValueError, match="group 'g' is in this rollout already"):
-        controller.add_group(task_of(), 1.0)
+        controller.add_groups([task_of()], 1.0)
 
 
 def test_an_unknown_group_cannot_be_cancelled() -> None:
@@ -348,7 +348,7 @@ def test_an_unknown_group_cannot_be_cancelled() -> None:
 
 def test_responses_carry_the_weights_they_were_sampled_with() -> None:
     controller = with_instances(3, weight_version=7)
-    (chunk,) = chunks_in(controller.add_group(task_of(num_requests=1), 0.0))
+    (chunk,) = chunks_in(controller.add_groups([task_of(num_requests=1)], 0.0))
     end = report_of(chunk.chunk_id, [1], end="stop")
     (response,) = finished_in(controller.progress([end], 1.0))
     assert response.weight_version == 7
@@ -385,7 +385,7 @@ def test_counters_add_up_to_the_responses() -> None:
 def test_moves_are_told_apart_by_whether_their_kv_was_found() -> None:
     controller = with_instances(100, 100)
     controller.residency.use_pool(4, lambda instance_id: 0)
-    commands = controller.add_group(task_of("g", num_requests=1), 0.0)
+    commands = controller.add_groups([task_of("g", num_requests=1)], 0.0)
     seen = []
     for now in range(1, 5):
         (chunk,) = chunks_in(commands)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from aseer.config import EngineConfig
 from aseer.errors import ConfigError
-from aseer.groups import Group, GroupResolver
+from aseer.groups import Group, GroupResolver, HuggingFaceTokenizer
 from aseer.sampling import SamplingParams
 from aseer.types import InstanceId, InstanceInfo
 
@@ -78,6 +81,10 @@ def test_a_prompt_is_ids_or_text_or_messages(prompt, tokens):
             r"'a': min_tokens=5 is more than the 4 tokens that fit",
         ),
         (Group([1], n=2, known_lengths=[1], group_id="a"), r"'a'.*1 entries for n=2"),
+        (
+            Group([1], n=1, known_lengths=[1.5], group_id="a"),
+            r"'a'.*\[1.5\].*give 1 ints",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_with_words(group, message):
@@ -131,3 +138,76 @@ def test_settings_that_speculation_cannot_honour_are_refused_with_it(setting):
     with pytest.raises(ConfigError, match="vLLM refuses while it speculates"):
         r.resolve(group)
     assert resolver().resolve(group).num_requests == 8
+
+
+def test_lengths_may_be_numpys():
+    task = resolver().resolve(Group([1], n=2, known_lengths=np.array([3, 4])))
+    assert task.known_lengths == [3, 4]
+
+
+def test_a_policy_that_goes_by_lengths_refuses_groups_without():
+    r = GroupResolver(INFO, WordTokenizer(), SamplingParams(), needs_lengths=True)
+    with pytest.raises(ConfigError, match=r"'a': .*'longest-first'.*known_lengths"):
+        r.resolve(Group([1], group_id="a"))
+    assert r.resolve(Group([1], n=2, known_lengths=[3, 4])).known_lengths == [3, 4]
+
+
+class Loader:
+    """In place of transformers: what it was asked to load, and how."""
+
+    chat_template = True
+
+    def from_pretrained(self, name, **how):
+        self.name, self.how = name, how
+        return self
+
+    def encode(self, text, **_how):
+        return list(text.encode())
+
+    def apply_chat_template(self, messages, **_how):
+        if not self.chat_template:
+            raise ValueError("chat_template is not set")
+        return "".join(m["content"] for m in messages)
+
+
+@pytest.fixture
+def loader(monkeypatch):
+    loader = Loader()
+    monkeypatch.setitem(
+        sys.modules, "transformers", SimpleNamespace(AutoTokenizer=loader)
+    )
+    return loader
+
+
+def test_the_tokenizer_is_the_one_that_the_engines_load(loader):
+    args = {"trust_remote_code": True, "revision": "r1", "hf_token": "secret"}
+    config = EngineConfig(model="m", engine_args=args)
+    assert HuggingFaceTokenizer(config).encode_text("a") == [97]
+    assert loader.name == "m"
+    assert loader.how["trust_remote_code"] is True
+    assert (loader.how["revision"], loader.how["token"]) == ("r1", "secret")
+    args = {"revision": "r1", "tokenizer_revision": "r2"}
+    config = EngineConfig(model="m", tokenizer="t", engine_args=args)
+    HuggingFaceTokenizer(config).encode_text("a")
+    assert (loader.name, loader.how["revision"]) == ("t", "r2")
+
+
+def test_remote_code_is_refused_and_not_asked_about(loader):
+    HuggingFaceTokenizer(EngineConfig(model="m")).encode_text("a")
+    assert loader.how["trust_remote_code"] is False
+
+
+def test_a_tokenizer_that_only_vllm_has_is_not_replaced_by_another(loader):
+    config = EngineConfig(model="m", engine_args={"tokenizer_mode": "mistral"})
+    with pytest.raises(ConfigError, match=r"tokenizer_mode='mistral'.*token ids"):
+        HuggingFaceTokenizer(config).encode_text("a")
+
+
+def test_a_chat_without_a_template_is_refused_with_words(loader):
+    loader.chat_template = False
+    r = GroupResolver(
+        INFO, HuggingFaceTokenizer(EngineConfig(model="m")), SamplingParams()
+    )
+    group = Group([{"role": "user", "content": "hi"}], group_id="a")
+    with pytest.raises(ConfigError, match=r"'a': the chat template of 'm'.*not set"):
+        r.resolve(group)

@@ -106,13 +106,6 @@ def test_none_means_nothing_in_a_list_as_in_vllm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "greedy"), [(0.0, True), (1e-6, True), (1e-5, False), (1.0, False)]
-)
-def test_greedy_is_vllms_greedy(temperature: float, greedy: bool) -> None:
-    assert SamplingParams(temperature=temperature).greedy is greedy
-
-
-@pytest.mark.parametrize(
     "setting",
     [
         {"presence_penalty": 0.5},

@@ -36,7 +36,7 @@ def test_tokens_that_are_known_are_skipped_and_gaps_ignored(log):
     log.update_cst("g", "a", 1, tokens(2, 3, 4), now=0.0)
     log.update_cst("g", "a", 0, tokens(1, 2), now=0.0)
     log.update_cst("g", "a", 6, tokens(7), now=0.0)
-    assert log.text("g", "a") == tokens(1, 2, 3, 4)
+    assert given(log, {}) == {"a": [0, [1, 2, 3, 4]]}
 
 
 def test_a_fetch_brings_what_lies_beyond_the_askers_offsets(log):
@@ -81,26 +81,33 @@ def test_texts_of_a_finished_group_serve_the_next_with_its_prompt(log):
     assert given(log, {}, "other") == {"new": [0, [5]]}
 
 
-def test_kept_texts_can_be_dropped(log):
-    log.register_group("g", b"key", ttl_s=10.0, now=0.0)
-    log.finish_group("g")
+def kept(log: TokenLog, key: str) -> set[str]:
+    """Requests whose texts a new group with that prompt is given."""
+    log.update_cst(f"later {key}", "new", 0, tokens(5), now=0.0)
+    log.register_group(f"later {key}", key.encode(), ttl_s=10.0, now=0.0)
+    return set(given(log, {}, f"later {key}")) - {"new"}
+
+
+def keep(log: TokenLog, *names: str) -> None:
+    """Groups of two tokens each that are finished."""
+    for name in names:
+        log.update_cst(name, name, 0, tokens(1, 2), now=0.0)
+        log.register_group(name, name.encode(), ttl_s=10.0, now=0.0)
+        log.finish_group(name)
+
+
+def test_kept_texts_can_be_dropped_which_makes_room():
+    log = TokenLog(max_kept_tokens=5)
+    keep(log, "a", "b")
     log.forget_kept()
-    log.update_cst("h", "new", 0, tokens(5), now=0.0)
-    log.register_group("h", b"key", ttl_s=10.0, now=0.0)
-    assert log.num_kept_tokens == 0
-    assert given(log, {}, "h") == {"new": [0, [5]]}
+    keep(log, "c", "d")
+    assert [kept(log, key) for key in "abcd"] == [set(), set(), {"c"}, {"d"}]
 
 
 def test_what_is_kept_is_bounded_and_the_oldest_goes_first():
     log = TokenLog(max_kept_tokens=5)
-    for name in ("a", "b", "c"):
-        log.update_cst(name, name, 0, tokens(1, 2), now=0.0)
-        log.register_group(name, name.encode(), ttl_s=10.0, now=0.0)
-        log.finish_group(name)
-    assert log.num_kept_tokens == 4
-    log.update_cst("later", "new", 0, tokens(5), now=0.0)
-    log.register_group("later", b"a", ttl_s=10.0, now=0.0)
-    assert given(log, {}, "later") == {"new": [0, [5]]}
+    keep(log, "a", "b", "c")
+    assert [kept(log, key) for key in "abc"] == [set(), {"b"}, {"c"}]
 
 
 def test_a_prompt_keeps_its_latest_texts():

@@ -6,7 +6,12 @@ import pytest
 
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError
-from aseer.instance.launch import Machine, free_memory_bytes, plan_instances
+from aseer.instance.launch import (
+    Machine,
+    free_memory_bytes,
+    plan_instances,
+    visible_gpus,
+)
 
 GIB = 1 << 30
 
@@ -46,7 +51,30 @@ def test_on_gpus_there_is_an_engine_for_each_and_each_sees_only_its_own():
     config = EngineConfig(model="m", gpus_per_instance=2)
     launches = plan_instances(config, machine(gpus=("4", "5", "6", "7")))
     assert devices(launches) == ["4,5", "6,7"]
+    assert launches[0].env["HIP_VISIBLE_DEVICES"] == "4,5"
     assert launches[0].engine_args["tensor_parallel_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "nvidia", "amd", "ids"),
+    [
+        ({}, (), (), ()),
+        ({}, ("nvidia10", "nvidia2", "nvidiactl", "nvidia-uvm"), (), ("2", "10")),
+        ({}, (), ("0", "50432", "0", "4711"), ("0", "1")),
+        ({"CUDA_VISIBLE_DEVICES": "3, GPU-a"}, ("nvidia0",), (), ("3", "GPU-a")),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, ("nvidia0",), (), ()),
+        ({"HIP_VISIBLE_DEVICES": "1"}, (), ("4711", "50432"), ("1",)),
+    ],
+)
+def test_gpus_are_those_the_environment_names_or_all(
+    tmp_path, environ, nvidia, amd, ids
+):
+    for name in nvidia:
+        (tmp_path / name).touch()
+    for number, gpu_id in enumerate(amd):
+        (tmp_path / "nodes" / str(number)).mkdir(parents=True)
+        (tmp_path / "nodes" / str(number) / "gpu_id").write_text(f"{gpu_id}\n")
+    assert visible_gpus(environ, tmp_path, tmp_path / "nodes") == ids
 
 
 def test_a_cpu_build_of_vllm_runs_on_the_cpu_though_there_are_gpus():
