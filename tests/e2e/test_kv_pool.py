@@ -374,12 +374,25 @@ def test_a_language_models_requests_hop():
     ]
     with aseer.Engine(config) as engine:
         expected = undivided(engine, groups)
+        in_other_batches = undivided(engine, groups[:4]) | undivided(engine, groups[4:])
         rollout = engine.rollout_sync(groups)
         found = by_request(list(rollout))
-        for request_id, response in found.items():
-            assert response.token_ids == expected[request_id].token_ids
-            assert response.logprobs == pytest.approx(
-                expected[request_id].logprobs, abs=2e-5
-            )
-        assert rollout.report.num_migrations > 40
-        assert rollout.report.num_recomputed_tokens == 0
+    assert {k: r.token_ids for k, r in found.items()} == {
+        k: r.token_ids for k, r in expected.items()
+    }
+    # A CPU's matrix products round by the number of rows, hops or not.
+    by_batch = largest_difference(in_other_batches, expected)
+    by_hops = largest_difference(found, expected)
+    assert by_hops <= 2 * by_batch, (by_hops, by_batch)
+    assert by_batch < 1e-4
+    assert rollout.report.num_migrations > 40
+    assert rollout.report.num_recomputed_tokens == 0
+
+
+def largest_difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Of two logprobs of the same token."""
+    return max(
+        abs(a - b)
+        for request_id, response in found.items()
+        for a, b in zip(response.logprobs, expected[request_id].logprobs, strict=True)
+    )
