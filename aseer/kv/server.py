@@ -61,7 +61,7 @@ from lmcache.v1.multiprocess.modules.engine_driven_transfer import (
 from lmcache.v1.multiprocess.server import run_cache_server
 
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
-from aseer.kv.settings import SHM_PREFIX, version_of
+from aseer.kv.settings import SHM_PREFIX, WATERMARK, version_of
 
 _log = logging.getLogger("aseer.kv")
 
@@ -303,7 +303,8 @@ class PoolServer:
                 break
             with suppress(ValueError, CacheControlError):
                 in_dram, on_disk = self._ledger.held(set(self._keys_of(what)))
-                if set(on_disk) - set(in_dram):
+                num_missing = len(set(on_disk) - set(in_dram))
+                if 0 < num_missing <= self._num_room():
                     tokens = array("i", what.tokens).tolist()
                     job = self._prefetcher.submit(
                         what.model,
@@ -314,6 +315,12 @@ class PoolServer:
                         target_tier=Tier.L1,
                     )
                     self._prefetching[str(job["request_id"])] = len(in_dram)
+
+    def _num_room(self) -> int:
+        """Chunks that DRAM takes before it drops others, which are as much wanted."""
+        sizes = [manager.get_memory_usage() for manager in self._managers]
+        room = sum(int(WATERMARK * capacity) - used for used, capacity in sizes)
+        return room // max(1, self.counts().per_chunk)
 
     def _free(self) -> None:
         wanted = set(self._to_free)

@@ -33,7 +33,7 @@ _DRAM_SHARE = 0.2  # of the memory that is free at the start
 _SHM_SHARE = 0.9  # of what is free in /dev/shm
 # LMCache drops stores and disk loads for which there is no room at once: with a lower
 # watermark eviction keeps ahead of them.
-_WATERMARK = 0.6
+WATERMARK = 0.6
 _START_TIMEOUT_S = 60.0
 _GIB = 1 << 30
 
@@ -183,7 +183,7 @@ def server_args(plan: PoolPlan, port: int, shm_name: str, disk_dir: Path) -> lis
         "--l1-size-gb": repr(plan.dram_bytes / _GIB),
         "--chunk-size": str(plan.chunk_tokens),
         "--eviction-policy": "LRU",
-        "--eviction-trigger-watermark": str(_WATERMARK),
+        "--eviction-trigger-watermark": str(WATERMARK),
         "--supported-transfer-mode": "engine_driven" if plan.on_cpu else "auto",
         "--shm-name": shm_name,
     }
