@@ -320,7 +320,8 @@ class PoolServer:
         """Chunks that DRAM takes before it drops others, which are as much wanted."""
         sizes = [manager.get_memory_usage() for manager in self._managers]
         room = sum(int(WATERMARK * capacity) - used for used, capacity in sizes)
-        return room // max(1, self.counts().per_chunk)
+        num_chunks: int = room // max(1, self.counts().per_chunk)
+        return num_chunks
 
     def _free(self) -> None:
         wanted = set(self._to_free)
