@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
-import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -21,6 +18,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from aseer.cli.probes import (
+    PLATFORM,
+    PROBE_TIMEOUT_S,
+    SAMPLER,
+    TORCH,
+    TRANSFORMERS,
+    ProbeError,
+    probe,
+)
 from aseer.config import EngineConfig
 from aseer.engine import Engine
 from aseer.errors import AseerError, ConfigError
@@ -41,40 +47,12 @@ if TYPE_CHECKING:
 Status = Literal["ok", "warn", "fail", "skip"]
 
 MIN_PYTHON = (3, 11)
-PROBE_TIMEOUT_S = 300.0
 _GIB = 1 << 30
 LITTLE_MEMORY = 6 * _GIB  # two small engines and the model's preparation
 TOO_LITTLE_MEMORY = 2 * _GIB
 LITTLE_SHM = 256 << 20
 # Packages that must be of the same build as torch, and break transformers if not.
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec", "triton")
-
-_TORCH_PROBE = """
-import json, torch
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
-                  "hip": torch.version.hip}))
-"""
-_TRANSFORMERS_PROBE = """
-import json, transformers
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
-print(json.dumps({"version": transformers.__version__}))
-"""
-_PLATFORM_PROBE = """
-import json, sys
-from pathlib import Path
-from aseer.models.tiny import make_tiny
-from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
-model = make_tiny(Path(sys.argv[1]))
-config = EngineArgs(model=str(model), max_model_len=256).create_engine_config()
-runner = "V2" if getattr(config, "use_v2_model_runner", False) else "V1"
-print(json.dumps({"device": current_platform.device_type, "runner": runner}))
-"""
-_PROBE_ENV = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +83,6 @@ class Check:
     needs: tuple[str, ...] = ()
 
 
-class ProbeError(AseerError):
-    """A probe's process failed; the text says how."""
-
-
 def all_checks(scratch: Path, *, with_engine: bool) -> list[Check]:
     """The checks in the order that helps; `scratch` is for a model's files."""
     model = scratch / "tiny"
@@ -123,7 +97,9 @@ def all_checks(scratch: Path, *, with_engine: bool) -> list[Check]:
         Check(name="memory", run=check_memory),
         Check(name="shared memory", run=check_shared_memory),
         Check(name="gpus", run=check_gpus),
+        Check(name="kv pool", run=check_kv_pool),
         Check(name="platform", run=lambda: check_platform(model), needs=libraries),
+        Check(name="drafts", run=check_drafts, needs=("platform",)),
     ]
     if with_engine:
         checks.append(
@@ -159,7 +135,7 @@ def check_torch() -> Finding:
     """Whether torch is there, and is what vLLM was built for."""
     name, version = check_vllm()
     try:
-        torch = probe(_TORCH_PROBE)
+        torch = probe(TORCH)
     except ProbeError as exc:
         return _fail(str(exc), f"install {name} {version} anew, with what it requires")
     return judge_torch(torch, name, version, pinned_torch(name))
@@ -203,7 +179,7 @@ def check_transformers() -> Finding:
     """Whether transformers imports, which mismatched companions of torch prevent."""
     companions = [f"{n} {v}" for n in COMPANIONS if (v := _version(n))]
     try:
-        found = probe(_TRANSFORMERS_PROBE)
+        found = probe(TRANSFORMERS)
     except ProbeError as exc:
         if not companions:
             return _fail(str(exc), "install transformers anew")
@@ -255,6 +231,16 @@ def check_shared_memory() -> Finding:
     return _ok(detail)
 
 
+def check_kv_pool() -> Finding:
+    """Whether engines of this machine can find each other's KV."""
+    if importlib.util.find_spec("lmcache") is None:
+        return _warn(
+            "LMCache is not installed, so chunks that move compute their prefix again",
+            "pip install --no-deps lmcache==0.5.6 sortedcontainers",
+        )
+    return _ok(f"LMCache {_version('lmcache')}")
+
+
 def check_gpus() -> Finding:
     """Whether the GPUs here and vLLM's build go together."""
     found = installed_vllm()
@@ -279,12 +265,28 @@ def judge_gpus(gpus: tuple[str, ...], *, cpu_build: bool) -> Finding:
 def check_platform(model: Path) -> Finding:
     """What vLLM makes of this machine; leaves a tiny model in `model`."""
     try:
-        found = probe(_PLATFORM_PROBE, str(model))
+        found = probe(PLATFORM, str(model))
     except ProbeError as exc:
         return _fail(str(exc), "see what `python -c 'import vllm'` says")
     if not found["device"]:
         return _fail("vLLM finds no device it can run on", "check the lines above")
     return _ok(f"{found['device']}, model runner {found['runner']}")
+
+
+def check_drafts() -> Finding:
+    """Whether vLLM's sampler draws as it should where it verifies drafts."""
+    try:
+        found = probe(SAMPLER)
+    except ProbeError as exc:
+        return _warn(str(exc), "set speculation='off'; the rest works without")
+    draws = f"{found['num_draws']} draws on {found['device']}"
+    if not found["is_right"]:
+        return _warn(
+            f"vLLM's sampler for drafts is wrong ({found['fault']}; {draws})",
+            "engines here refuse to speculate; another version of vLLM may be right",
+        )
+    mended = ", mended: this version's is wrong" if found["was_mended"] else ""
+    return _ok(f"the sampler draws as it should{mended} ({draws})")
 
 
 def check_engine(model: Path) -> Finding:
@@ -321,37 +323,6 @@ async def _try_engine(config: EngineConfig) -> Finding:
     if lengths != [80, 80]:
         return _fail(f"{detail}, but 2 x 80 were asked for", "report this")
     return _ok(detail)
-
-
-def probe(code: str, *args: str, timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, Any]:
-    """Run code in a Python of its own; its last line of output is a JSON object.
-
-    Raises:
-        ProbeError: it failed, printed something else, or took too long.
-    """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *args],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-            env={**os.environ, **_PROBE_ENV},
-        )
-    except subprocess.TimeoutExpired:
-        raise ProbeError(f"no answer within {timeout_s:g} s") from None
-    said = done.stdout.strip().splitlines()
-    if done.returncode == 0 and said:
-        try:
-            found = json.loads(said[-1])
-        except ValueError:
-            found = None
-        if isinstance(found, dict):
-            return found
-    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    raise ProbeError(lines[-1] if lines else f"exit status {done.returncode}")
 
 
 def _version(distribution: str) -> str | None:

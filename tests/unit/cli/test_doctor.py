@@ -84,6 +84,37 @@ def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None
     assert found["checks"]["b"]["advice"] == "do this"
 
 
+@pytest.mark.parametrize(
+    ("told", "status", "text"),
+    [
+        ({}, "ok", "draws as it should (900 draws on cpu)"),
+        ({"was_mended": True}, "ok", "mended"),
+        ({"is_right": False, "fault": "p-value 0"}, "warn", "wrong (p-value 0; 900"),
+    ],
+)
+def test_a_sampler_that_is_wrong_is_told(monkeypatch, told, status, text) -> None:
+    right = {"is_right": True, "num_draws": 900, "fault": "", "was_mended": False}
+    monkeypatch.setattr(checks, "probe", lambda _: right | {"device": "cpu"} | told)
+    found = checks.check_drafts()
+    assert found.status == status
+    assert text in found.detail
+
+
+def test_a_sampler_that_cannot_be_tested_is_no_reason_to_fail(monkeypatch) -> None:
+    def fails(_: str) -> None:
+        raise checks.ProbeError("it crashed")
+
+    monkeypatch.setattr(checks, "probe", fails)
+    assert checks.check_drafts().status == "warn"
+
+
+def test_without_lmcache_the_doctor_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda _: None)
+    found = checks.check_kv_pool()
+    assert found.status == "warn"
+    assert "lmcache==" in found.advice
+
+
 def test_the_engine_check_can_be_left_out(tmp_path: Path) -> None:
     names = [c.name for c in checks.all_checks(tmp_path, with_engine=False)]
     assert "engine" not in names
