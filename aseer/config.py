@@ -163,8 +163,8 @@ class EngineConfig:
             "group-round-robin", "group-least-unfinished".
         speculation: how tokens are drafted: a method's name ("off", "dgds", "suffix",
             "ngram") or a `SpeculationConfig`, which it is turned into.
-        kv_pool: where KV is kept that other engines can load: a mode ("auto", "off",
-            "lmcache") or a `KvPoolConfig`, which it is turned into.
+        kv_pool: where KV is kept that other engines can load: a mode of
+            `KvPoolConfig`, or a whole one, which it is turned into.
         kv_transfer_config: another KV connector of vLLM's, with its settings, as vLLM
             takes them; there is no pool of ours then.
         starvation_interval: every so many decisions the longest waiting request goes
@@ -202,7 +202,7 @@ class EngineConfig:
     chunk_size: int = 2048
     policy: PolicyName = "context-aware"
     speculation: SpeculationConfig | SpeculationMethod = "off"
-    kv_pool: KvPoolConfig | KvPoolMode = "off"
+    kv_pool: KvPoolConfig | KvPoolMode = "auto"
     kv_transfer_config: Mapping[str, Any] | None = None
     starvation_interval: int = 32
     max_pending_requests: int = 65_536

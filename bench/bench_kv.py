@@ -139,7 +139,7 @@ def rollouts(engines: dict[str, aseer.Engine], args: argparse.Namespace) -> Any:
     reports: list[Any] = []
     for repetition in range(-1, args.repetitions):
         groups = [
-            aseer.Group(p, n=4, seed=repetition + 1000 * i, sampling=sampling)
+            aseer.Group(p, n=4, sampling=sampling | {"seed": repetition + 1000 * i})
             for i, p in enumerate(prompts)
         ]
         order = list(engines) if repetition % 2 else list(engines)[::-1]
@@ -175,8 +175,10 @@ def run(args: argparse.Namespace, model: Path, disk: Path) -> dict[str, Any]:
         figures |= resume(args, model, POOL_WAYS, {"kv_pool": pool})
     if "mooncake" in args.parts:
         # A prompt of 8 thousand tokens of SmolLM2 is 360 MB.
-        sizes = {"node_mb": 1024, "buffer_mb": 512}
+        sizes = {"node_mb": 1536, "buffer_mb": 1024}
         with mooncake_nodes(disk.parent, **sizes) as settings:
+            # It refuses more than some 4,000 transfers, a layer and block each.
+            settings["engine_args"] = {"block_size": 128}
             figures["mooncake"] = resume(args, model, MOONCAKE_WAYS, settings)
         figures |= {k: v for k, v in figures["mooncake"].items() if "mooncake" in k}
     if "rollout" in args.parts:
