@@ -5,7 +5,8 @@ divided rollout, context-aware scheduling as the paper has it, what aseer adds t
 and grouped drafts. Then what nobody has, to know what knowledge is worth: all lengths
 of a group told as soon as its first response is finished, the longest length of each
 group told at the start, and the oracle, which knows every length. Speedups and tail
-times are relative to the first arm, and ratios to the oracle of the same seed.
+times are relative to the first arm, and ratios to the oracle of the same seed, with
+drafts or without.
 
 Expected: the order of the paper's arms, and its pathologies in the first (idle engines,
 thousands of preemptions, a long tail) where KV is short. Not its seconds: the roofline
@@ -152,10 +153,12 @@ def measure(name: str, args: argparse.Namespace, runs: Runs) -> list[dict[str, A
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for arm in ARMS:
             figures[arm].append(runs.get(name, seed, args.scale, arm))
-    bases, oracles = figures["groups in turn"], figures["oracle"]
+    bases = figures["groups in turn"]
     rows = []
     for arm, rollouts in figures.items():
         both = list(zip(bases, rollouts, strict=True))
+        drafts = ARMS[arm].get("drafting")
+        oracles = figures["oracle + drafts" if drafts else "oracle"]
         over_oracle = zip(oracles, rollouts, strict=True)
         row = {
             "arm": arm,
@@ -177,6 +180,22 @@ def measure(name: str, args: argparse.Namespace, runs: Runs) -> list[dict[str, A
             flush=True,
         )
     return rows
+
+
+def markdown(workloads_rows: dict[str, list[dict[str, Any]]]) -> str:
+    """The medians as a table: speedup (the paper's), share of the oracle, tail."""
+    lines = ["| | " + " | ".join(workloads_rows) + " |"]
+    lines.append("|---" * (1 + len(workloads_rows)) + "|")
+    for rows in zip(*workloads_rows.values(), strict=True):
+        cells = [rows[0]["arm"]]
+        for row in rows:
+            speedup, of_oracle, tail = (
+                row[key]["median"] for key in ("speedup", "of_oracle", "tail")
+            )
+            paper = f" ({row['paper']:.2f})" if row["paper"] else ""
+            cells.append(f"{speedup:.2f}{paper}, {of_oracle:.1%}, {tail:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def draw_lengths(path: str, scale: float) -> None:
@@ -215,6 +234,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         "workloads": {name: measure(name, args, runs) for name in names},
     }
+    print(markdown(figures["workloads"]))
     figures["simulated_at_commits"] = sorted(map(str, runs.commits))
     kept = ("workload", "first_seed", "seeds", "scale")
     settings = {k: v for k, v in vars(args).items() if k in kept}
