@@ -63,10 +63,11 @@ def rank_told(request: Waiting, length_estimate: int) -> Rank:
 
 
 CONTEXT = POLICIES["context-aware"]
+ORACLE = {"policy": "longest-first", "starvation_interval": 32}
 ARMS: dict[str, dict[str, Any]] = {
     "groups in turn": {"policy": "group-round-robin"},
     "least loaded (today)": {"policy": "least-loaded"},
-    "divided": {"policy": "fcfs"},
+    "divided": {"policy": "fcfs", "starvation_interval": 32},
     "+ context-aware": {"starvation_interval": 32},
     "+ starved less often": {"starvation_interval": 256},
     "+ chunks of 1024": {"chunk_size": 1024, "starvation_interval": 256},
@@ -76,9 +77,9 @@ ARMS: dict[str, dict[str, Any]] = {
         "known": "lengths",
         "starvation_interval": 256,
     },
-    "longest of group known": {"policy": "longest-first", "known": "longest"},
-    "oracle": {"policy": "longest-first"},
-    "oracle + drafts": {"policy": "longest-first", "drafting": "grouped"},
+    "longest of group known": {**ORACLE, "known": "longest"},
+    "oracle": ORACLE,
+    "oracle + drafts": {**ORACLE, "drafting": "grouped"},
 }
 
 

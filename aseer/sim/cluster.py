@@ -77,7 +77,7 @@ def simulate(
     known_lengths: Sequence[Sequence[int]] | None = None,
     chunk_size: int = 2048,
     drafting: DraftingName = "off",
-    starvation_interval: int = 32,
+    starvation_interval: int = 256,
     progress: Callable[[int, int], object] | None = None,
 ) -> RolloutReport:
     """Roll a workload out.
