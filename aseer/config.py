@@ -204,7 +204,7 @@ class EngineConfig:
     speculation: SpeculationConfig | SpeculationMethod = "off"
     kv_pool: KvPoolConfig | KvPoolMode = "auto"
     kv_transfer_config: Mapping[str, Any] | None = None
-    starvation_interval: int = 32
+    starvation_interval: int = 256
     max_pending_requests: int = 65_536
     report_interval_s: float = 0.25
     start_timeout_s: float = 1200.0

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aseer.buffer import Request, RequestBuffer
 from aseer.context import ContextManager
 from aseer.kv.residency import DEFAULT_MOVE_PRICE, KvResidency
-from aseer.scheduler import POLICIES, Scheduler
+from aseer.scheduler import POLICIES, Policy, Scheduler
 from aseer.types import (
     Chunk,
     ChunkId,
@@ -88,7 +88,7 @@ class Controller:
     def __init__(
         self,
         *,
-        policy: PolicyName,
+        policy: PolicyName | Policy,
         chunk_size: int,
         starvation_interval: int = 0,
         max_request_retries: int = 3,
@@ -107,7 +107,7 @@ class Controller:
         self.context = ContextManager()
         self.residency = KvResidency()
         self.scheduler = Scheduler(
-            POLICIES[policy],
+            policy if isinstance(policy, Policy) else POLICIES[policy],
             chunk_size=chunk_size,
             granularity=granularity,
             starvation_interval=starvation_interval,

@@ -1,26 +1,41 @@
 """The Seer paper's ablation, on simulated clusters of its size, beside its figures.
 
 For each workload of its Table 3: groups in turn on undivided engines (its veRL),
-divided rollout, context-aware scheduling, grouped drafts, and an oracle that knows the
-lengths. Speedups and tail times are relative to the first.
+divided rollout, context-aware scheduling as the paper has it, what aseer adds to that,
+and grouped drafts. Then what nobody has, to know what knowledge is worth: all lengths
+of a group told as soon as its first response is finished, the longest length of each
+group told at the start, and the oracle, which knows every length. Speedups and tail
+times are relative to the first arm, and ratios to the oracle of the same seed, with
+drafts or without.
 
 Expected: the order of the paper's arms, and its pathologies in the first (idle engines,
 thousands of preemptions, a long tail) where KV is short. Not its seconds: the roofline
 knows nothing of what its engines lost to communication and framework. Drafts gain more
 than the paper's: in the simulator verifying a token costs its FLOPs and nothing else.
+
+Rollouts that `--runs FILE` has from an earlier call are not simulated again, so that
+many seeds can be done bit by bit; the result says which commits they are of.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from typing import Any
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from common import print_result, quantiles, result_line
+from common import commit, print_result, quantiles, result_line
 
-from aseer.cli.simulate import ARMS
+from aseer.scheduler import POLICIES
 from aseer.sim import GPUS, MODELS, Cluster, Roofline, simulate
 from aseer.sim import workload as workloads
+
+if TYPE_CHECKING:
+    from aseer.sim import Workload
+    from aseer.waiting import Rank, Waiting
 
 # Instances and GPUs of each (Table 3), and speedups over its veRL (its ablation).
 CLUSTERS = {"moonlight": (32, 1), "qwen2-vl-72b": (16, 8), "kimi-k2": (8, 32)}
@@ -37,6 +52,44 @@ PAPER = {
 LOAD_BYTES_PER_S = 50e9  # one of a node's 400 Gb/s links
 
 
+def rank_told(request: Waiting, length_estimate: int) -> Rank:
+    """By true lengths, once the group's first response is finished."""
+    length = request.known_length
+    assert length is not None
+    if length_estimate >= request.num_generated + request.remaining:  # none is
+        priority = 0 if request.is_probe else 1
+        return (priority, request.num_generated - length_estimate, request.arrival)
+    return (1, request.num_generated - length, request.arrival)
+
+
+CONTEXT = POLICIES["context-aware"]
+ORACLE = {"policy": "longest-first", "starvation_interval": 32}
+ARMS: dict[str, dict[str, Any]] = {
+    "groups in turn": {"policy": "group-round-robin"},
+    "least loaded (today)": {"policy": "least-loaded"},
+    "divided": {"policy": "fcfs", "starvation_interval": 32},
+    "+ context-aware": {"starvation_interval": 32},
+    "+ starved less often": {"starvation_interval": 256},
+    "+ chunks of 1024": {"chunk_size": 1024, "starvation_interval": 256},
+    "+ grouped drafts": {"drafting": "grouped", "starvation_interval": 256},
+    "told at first finish": {
+        "policy": replace(CONTEXT, rank=rank_told),
+        "known": "lengths",
+        "starvation_interval": 256,
+    },
+    "longest of group known": {**ORACLE, "known": "longest"},
+    "oracle": ORACLE,
+    "oracle + drafts": {**ORACLE, "drafting": "grouped"},
+}
+
+
+def known_lengths(work: Workload, known: str | None) -> list[list[int]] | None:
+    """What an arm is told of the lengths."""
+    if known == "longest":
+        return [[max(lengths)] * len(lengths) for lengths in work.lengths]
+    return [list(lengths) for lengths in work.lengths] if known else None
+
+
 def make_cluster(name: str, scale: float) -> Cluster:
     """The paper's, or a share of it."""
     num_instances, num_gpus = CLUSTERS[name]
@@ -50,51 +103,79 @@ def make_cluster(name: str, scale: float) -> Cluster:
     )
 
 
-def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def run_arm(
+    work: Workload, cluster: Cluster, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """One rollout's figures."""
+    settings = dict(settings)
+    known = known_lengths(work, settings.pop("known", None))
+    started = time.perf_counter()
+    report = simulate(work, cluster, known_lengths=known, **settings)
+    return {
+        "wall_s": report.wall_s,
+        "tail_s": report.tail_s,
+        "idle": report.idle_fraction,
+        "preemptions": report.num_preemptions,
+        "simulated_in_s": time.perf_counter() - started,
+    }
+
+
+class Runs:
+    """Rollouts by what was simulated, kept in a file with a line each."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = Path(path) if path else None
+        self._known: dict[str, dict[str, Any]] = {}
+        self.commits: set[str | None] = set()
+        if self._path is not None and self._path.exists():
+            for line in self._path.read_text().splitlines():
+                run = json.loads(line)
+                self._known[run["key"]] = run
+
+    def get(self, name: str, seed: int, scale: float, arm: str) -> dict[str, Any]:
+        """As kept, or else simulated now."""
+        key = json.dumps([name, seed, scale, arm])
+        run = self._known.get(key)
+        if run is None:
+            work = workloads.paper(name, seed=seed, scale=scale)
+            figures = run_arm(work, make_cluster(name, scale), ARMS[arm])
+            run = {"key": key, "commit": commit(), "figures": figures}
+            if self._path is not None:
+                with self._path.open("a") as file:
+                    file.write(json.dumps(run) + "\n")
+        self.commits.add(run["commit"])
+        figures = run["figures"]
+        return figures
+
+
+def measure(name: str, args: argparse.Namespace, runs: Runs) -> list[dict[str, Any]]:
     """A row an arm."""
-    cluster = make_cluster(name, args.scale)
-    figures: dict[str, list[tuple[float, float, float, int, float]]] = {}
-    for seed in range(args.seeds):
-        work = workloads.paper(name, seed=seed, scale=args.scale)
-        base = None
+    figures: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for arm in ARMS:
-            started = time.perf_counter()
-            report = simulate(
-                work,
-                cluster,
-                policy=arm.policy,
-                chunk_size=args.chunk_size,
-                drafting=arm.drafting,
-            )
-            took_s = time.perf_counter() - started
-            base = base or report
-            figures.setdefault(arm.name, []).append(
-                (
-                    base.wall_s / report.wall_s,
-                    report.tail_s / base.tail_s,
-                    report.idle_fraction,
-                    report.num_preemptions,
-                    took_s,
-                )
-            )
+            figures[arm].append(runs.get(name, seed, args.scale, arm))
+    bases = figures["groups in turn"]
     rows = []
-    for arm_name, values in figures.items():
-        speedup, tail, idle, preempted, took = zip(*values, strict=True)
-        rows.append(
-            {
-                "arm": arm_name,
-                "speedup": quantiles(speedup),
-                "paper": PAPER[name].get(arm_name),
-                "tail": quantiles(tail),
-                "idle": quantiles(idle),
-                "preemptions": quantiles(preempted, 0),
-                "simulated_in_s": quantiles(took, 1),
-            }
-        )
-        row = rows[-1]
+    for arm, rollouts in figures.items():
+        both = list(zip(bases, rollouts, strict=True))
+        drafts = ARMS[arm].get("drafting")
+        oracles = figures["oracle + drafts" if drafts else "oracle"]
+        over_oracle = zip(oracles, rollouts, strict=True)
+        row = {
+            "arm": arm,
+            "speedup": quantiles([b["wall_s"] / r["wall_s"] for b, r in both]),
+            "paper": PAPER[name].get(arm),
+            "of_oracle": quantiles([o["wall_s"] / r["wall_s"] for o, r in over_oracle]),
+            "tail": quantiles([r["tail_s"] / b["tail_s"] for b, r in both]),
+            "idle": quantiles([r["idle"] for r in rollouts]),
+            "preemptions": quantiles([r["preemptions"] for r in rollouts], 0),
+            "simulated_in_s": quantiles([r["simulated_in_s"] for r in rollouts], 1),
+        }
+        rows.append(row)
         print(
-            f"{name:14s} {arm_name:22s} speedup {row['speedup']['median']:.2f} "
-            f"(paper {row['paper'] or '-'}), tail {row['tail']['median']:.2f}, "
+            f"{name:14s} {arm:22s} speedup {row['speedup']['median']:.2f} "
+            f"(paper {row['paper'] or '-'}), {row['of_oracle']['median']:.3f} of the "
+            f"oracle, tail {row['tail']['median']:.2f}, "
             f"idle {row['idle']['median']:.2f}, "
             f"preemptions {row['preemptions']['median']:.0f}",
             flush=True,
@@ -102,20 +183,62 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def markdown(workloads_rows: dict[str, list[dict[str, Any]]]) -> str:
+    """The medians as a table: speedup (the paper's), share of the oracle, tail."""
+    lines = ["| | " + " | ".join(workloads_rows) + " |"]
+    lines.append("|---" * (1 + len(workloads_rows)) + "|")
+    for rows in zip(*workloads_rows.values(), strict=True):
+        cells = [rows[0]["arm"]]
+        for row in rows:
+            speedup, of_oracle, tail = (
+                row[key]["median"] for key in ("speedup", "of_oracle", "tail")
+            )
+            paper = f" ({row['paper']:.2f})" if row["paper"] else ""
+            cells.append(f"{speedup:.2f}{paper}, {of_oracle:.1%}, {tail:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw_lengths(path: str, scale: float) -> None:
+    """The workloads' lengths as a picture, like the paper's Figure 4."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    for axes, name in zip(figure.subplots(len(CLUSTERS)), CLUSTERS, strict=True):
+        work = workloads.paper(name, scale=scale)
+        columns = list(zip(*work.lengths[:80], strict=True))
+        image = axes.imshow(columns, aspect="auto", cmap="viridis", vmin=0)
+        axes.set_title(f"{name}: a column a group, a cell a response", fontsize=9)
+        axes.set(xticks=[], yticks=[])
+        figure.colorbar(image, ax=axes, label="tokens", pad=0.01)
+    figure.savefig(path, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workload", choices=sorted(CLUSTERS), help="default: all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="of groups, instances")
-    parser.add_argument("--chunk-size", type=int, default=2048)
     parser.add_argument("--smoke", action="store_true", help="seconds")
+    parser.add_argument("--runs", metavar="FILE", help="keep rollouts there; go on")
+    parser.add_argument("--lengths", metavar="PNG", help="only draw the lengths")
     parser.add_argument("--save", metavar="FILE", help="write the result there too")
     args = parser.parse_args()
+    if args.lengths:
+        draw_lengths(args.lengths, args.scale)
+        return
     if args.smoke:
         args.workload, args.scale, args.seeds = "qwen2-vl-72b", 1 / 16, 1
     names = [args.workload] if args.workload else sorted(CLUSTERS)
-    figures = {"workloads": {name: measure(name, args) for name in names}}
-    settings = {k: v for k, v in vars(args).items() if k != "save"}
+    runs = Runs(args.runs)
+    figures: dict[str, Any] = {
+        "workloads": {name: measure(name, args, runs) for name in names},
+    }
+    print(markdown(figures["workloads"]))
+    figures["simulated_at_commits"] = sorted(map(str, runs.commits))
+    kept = ("workload", "first_seed", "seeds", "scale")
+    settings = {k: v for k, v in vars(args).items() if k in kept}
     line = result_line("simulate", settings=settings, figures=figures)
     print_result(line, save_as=args.save)
 

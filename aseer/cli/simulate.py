@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,10 +20,12 @@ from rich.table import Table
 
 from aseer import plot
 from aseer.cli.arguments import positive_float, positive_int
+from aseer.config import check_policy
 from aseer.errors import ConfigError
 from aseer.scheduler import POLICIES
 from aseer.sim import GPUS, MODELS, Cluster, ModelShape, Roofline, simulate
 from aseer.sim import workload as workloads
+from aseer.sim.fit import LinearSteps, Measured, read_report
 
 if TYPE_CHECKING:
     import argparse
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from aseer.sim.cluster import DraftingName
 
 _DEFAULT_CHUNK_SIZE = 2048
+_DEFAULT_INSTANCES = 8
 
 
 class Arm(NamedTuple):
@@ -91,7 +94,12 @@ def add_parser(
         "--gpu", choices=sorted(GPUS), default="H100", help="default: H100"
     )
     _add(cluster, "--gpus-per-instance", 1, "GPUs an engine has")
-    _add(cluster, "--instances", 8, "engines")
+    cluster.add_argument(
+        "--instances",
+        type=positive_int,
+        metavar="N",
+        help=f"engines (default: {_DEFAULT_INSTANCES}, or the report's)",
+    )
     _add(cluster, "--max-num-seqs", 256, "requests an engine runs at once")
     cluster.add_argument(
         "--memory-share",
@@ -106,6 +114,13 @@ def add_parser(
         metavar="X",
         help="an engine reads KV from a pool at that rate (default: no pool, requests "
         "that move are computed anew)",
+    )
+    cluster.add_argument(
+        "--fit",
+        type=Path,
+        metavar="REPORT",
+        help="a rollout's report.json: engines at the pace of its own, instead of "
+        "--model and --gpu, and its lengths unless others are given",
     )
     work = parser.add_argument_group("work")
     work.add_argument(
@@ -160,10 +175,15 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: an option does not fit the others.
     """
     console = Console(quiet=args.json, highlight=False)
-    work, cluster = make_workload(args), make_cluster(args)
+    measured = None
+    if args.fit is not None:
+        measured = read_report(args.fit, max_num_seqs=args.max_num_seqs)
+    work, cluster = make_workload(args, measured), make_cluster(args, measured)
     sizes = parse_sizes(args.chunk_size)
     arms = [(arm, sizes[0]) for arm in ARMS] + [(ARMS[4], n) for n in sizes[1:]]
     console.print(describe(work, cluster), markup=False)
+    if measured is not None:
+        console.print(check(measured), markup=False)
     results = []
     with Progress(console=console, transient=True) as bar:
         for arm, chunk_size in arms:
@@ -195,12 +215,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_workload(args: argparse.Namespace) -> Workload:
+def check(measured: Measured) -> str:
+    """How near the simulation comes to the rollout that it was fitted to."""
+    if measured.speculated:
+        return "That rollout drafted, and simulated drafts are the Seer paper's."
+    report = measured.report
+    again = simulate(
+        measured.workload,
+        measured.cluster,
+        policy=check_policy(report["policy"]),
+        chunk_size=report["chunk_size"],
+    )
+    return f"That rollout took {report['wall_s']:,.1f} s; simulated {again.wall_s:,.1f}"
+
+
+def make_workload(
+    args: argparse.Namespace, measured: Measured | None = None
+) -> Workload:
     """The rollout that the options describe."""
     if args.paper is not None:
         return workloads.paper(args.paper, seed=args.seed)
     if args.workload is not None:
         return workloads.load(args.workload)
+    if measured is not None:
+        return measured.workload
     return workloads.lognormal(
         name="drawn",
         num_groups=args.groups,
@@ -211,8 +249,11 @@ def make_workload(args: argparse.Namespace) -> Workload:
     )
 
 
-def make_cluster(args: argparse.Namespace) -> Cluster:
+def make_cluster(args: argparse.Namespace, measured: Measured | None = None) -> Cluster:
     """The instances that the options describe."""
+    if measured is not None:
+        fitted = measured.cluster
+        return replace(fitted, num_instances=args.instances or fitted.num_instances)
     shape = Roofline(
         model=make_model(args), gpu=GPUS[args.gpu], num_gpus=args.gpus_per_instance
     )
@@ -224,7 +265,7 @@ def make_cluster(args: argparse.Namespace) -> Cluster:
         )
     bandwidth = args.pool_gb_per_s
     return Cluster(
-        num_instances=args.instances,
+        num_instances=args.instances or _DEFAULT_INSTANCES,
         step_time=shape,
         num_kv_tokens=num_kv_tokens,
         max_num_seqs=args.max_num_seqs,
@@ -259,16 +300,26 @@ def parse_sizes(text: str) -> list[int]:
 
 def describe(work: Workload, cluster: Cluster) -> str:
     """What is simulated, in a line or two."""
-    shape = cluster.step_time
-    assert isinstance(shape, Roofline)
     longest = max(n for members in work.lengths for n in members)
     share = cluster.num_kv_tokens * cluster.num_instances / work.num_tokens
+    engines = f"{cluster.num_instances} instances {describe_steps(cluster)}"
     return (
         f"{work.name}: {work.num_requests:,} responses, {work.num_tokens:,} tokens, "
         f"mean {work.num_tokens / work.num_requests:,.0f}, longest {longest:,}\n"
-        f"{cluster.num_instances} instances of {shape.model.name} on "
-        f"{shape.num_gpus} x {shape.gpu.name}, each with {cluster.num_kv_tokens:,} "
-        f"tokens of KV: {share:.0%} of the rollout fits at once"
+        f"{engines}, each with {cluster.num_kv_tokens:,} tokens of KV: {share:.0%} of "
+        "the rollout fits at once"
+    )
+
+
+def describe_steps(cluster: Cluster) -> str:
+    """Where the step times are from."""
+    steps = cluster.step_time
+    if isinstance(steps, Roofline):
+        return f"of {steps.model.name} on {steps.num_gpus} x {steps.gpu.name}"
+    assert isinstance(steps, LinearSteps)
+    return (
+        f"whose steps take {1e3 * steps.base_s:.3g} ms, {1e3 * steps.token_s:.3g} ms a "
+        f"token, and {1e9 * steps.kv_token_s:.3g} ns a token of KV"
     )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from aseer.controller import Controller, Dispatch, Finished
 from aseer.errors import ConfigError
 from aseer.recorder import Recorder
-from aseer.scheduler import POLICIES
+from aseer.scheduler import POLICIES, Policy
 from aseer.sim.drafting import Drafting
 from aseer.sim.engine import SimEngine
 from aseer.types import (
@@ -34,7 +34,7 @@ from aseer.types import (
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from aseer.config import PolicyName
     from aseer.controller import Command
@@ -73,16 +73,19 @@ def simulate(
     workload: Workload,
     cluster: Cluster,
     *,
-    policy: PolicyName = "context-aware",
+    policy: PolicyName | Policy = "context-aware",
+    known_lengths: Sequence[Sequence[int]] | None = None,
     chunk_size: int = 2048,
     drafting: DraftingName = "off",
-    starvation_interval: int = 32,
+    starvation_interval: int = 256,
     progress: Callable[[int, int], object] | None = None,
 ) -> RolloutReport:
     """Roll a workload out.
 
     Args:
-        policy: see `EngineConfig`. "longest-first" is told the lengths.
+        policy: see `EngineConfig`; or one of your own, for experiments.
+        known_lengths: [num_groups][group size] what the policy is told of the lengths;
+            None = the truth for "longest-first", and nothing for the others.
         drafting: "own" drafts from a request's own text, "grouped" from its finished
             siblings' too.
         progress: called now and then with the requests finished, and all there are.
@@ -93,8 +96,18 @@ def simulate(
     Raises:
         ConfigError: a request does not fit into an instance's KV cache.
     """
+    if isinstance(policy, str):
+        if policy == "longest-first" and known_lengths is None:
+            known_lengths = workload.lengths
+        policy = POLICIES[policy]
     return _Rollout(
-        workload, cluster, policy, chunk_size, drafting, starvation_interval
+        workload,
+        cluster,
+        policy,
+        known_lengths,
+        chunk_size,
+        drafting,
+        starvation_interval,
     ).run(progress)
 
 
@@ -105,7 +118,8 @@ class _Rollout:
         self,
         workload: Workload,
         cluster: Cluster,
-        policy: PolicyName,
+        policy: Policy,
+        known_lengths: Sequence[Sequence[int]] | None,
         chunk_size: int,
         drafting: DraftingName,
         starvation_interval: int,
@@ -113,17 +127,17 @@ class _Rollout:
         _check(workload, cluster)
         self._workload = workload
         self._cluster = cluster
-        self._knows_lengths = policy == "longest-first"
+        self._known_lengths = known_lengths
         self._controller = Controller(
             policy=policy,
-            chunk_size=chunk_size if POLICIES[policy].divided else 0,
+            chunk_size=chunk_size if policy.divided else 0,
             starvation_interval=starvation_interval,
             new_array=cast("Callable[[str], array[Any]]", _Counted),
         )
         if cluster.load_bytes_per_s is not None:
             self._controller.residency.use_pool(cluster.block_size, lambda _: 0)
             self._controller.set_move_price(_move_price(cluster))
-        self._recorder = Recorder(self._controller, policy, chunk_size, 0)
+        self._recorder = Recorder(self._controller, policy.name, chunk_size, 0)
         self._drafting = _new_drafting(drafting, workload)
         self._engines = [
             SimEngine(
@@ -175,7 +189,7 @@ class _Rollout:
         self._take(self._controller.add_groups(self._tasks(), 0.0))
 
     def _tasks(self) -> Iterable[Task]:
-        workload = self._workload
+        workload, known = self._workload, self._known_lengths
         prompts = {n: bytes(4 * n) for n in set(workload.num_prompt_tokens)}
         for g, lengths in enumerate(workload.lengths):
             group_id = GroupId(f"g{g}")
@@ -189,7 +203,7 @@ class _Rollout:
                 prompt=prompts[num_prompt_tokens],
                 num_prompt_tokens=num_prompt_tokens,
                 max_tokens=workload.max_tokens,
-                known_lengths=lengths if self._knows_lengths else None,
+                known_lengths=known[g] if known is not None else None,
             )
 
     def _advance(self, i: int, now: float) -> None:

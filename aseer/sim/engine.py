@@ -209,7 +209,7 @@ class SimEngine:
             while heap and heap[0][0] <= class_.done + _EPSILON * max(1.0, class_.rate):
                 end_at, chunk_id = heapq.heappop(heap)
                 work = self._running.get(chunk_id)
-                if work is None or work.end_at != end_at:
+                if work is None or not self._is_entry(work, class_, end_at):
                     continue  # it left this class
                 del self._running[chunk_id]
                 class_.count -= 1
@@ -256,6 +256,10 @@ class SimEngine:
         class_.count -= 1
         work.left = max(0.0, work.end_at - class_.done)
         work.end_at = -1.0
+
+    def _is_entry(self, work: _Work, class_: _Class, end_at: float) -> bool:
+        """Whether a class's heap means this by an entry; classes may count alike."""
+        return work.end_at == end_at and self._classes[work.class_] is class_
 
     def _preempt(self) -> None:
         """Drop whom vLLM would: the last that was admitted; never the only one."""
@@ -309,7 +313,7 @@ class SimEngine:
         while heap:
             end_at, chunk_id = heap[0]
             work = self._running.get(chunk_id)
-            if work is not None and work.end_at == end_at:
+            if work is not None and self._is_entry(work, class_, end_at):
                 return max(0.0, end_at - class_.done) / class_.rate
             heapq.heappop(heap)
         return _ALL

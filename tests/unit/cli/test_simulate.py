@@ -7,6 +7,8 @@ import json
 import pytest
 
 from aseer.cli.main import main
+from aseer.sim import Cluster, Workload, simulate
+from aseer.sim.fit import LinearSteps
 
 SMALL = ["--groups=6", "--n=4", "--instances=2", "--mean=300", "--max-tokens=2000"]
 
@@ -43,6 +45,24 @@ def test_own_lengths_and_an_own_model(capsys, tmp_path):
     out = simulated(capsys, f"--workload={path}", f"--model-shape={json.dumps(shape)}")
     assert "mine: 2 responses, 70 tokens" in out
     assert "2 instances of mine" in out
+
+
+def test_a_report_gives_the_engines_and_the_lengths(capsys, tmp_path):
+    lengths = [[300, 400], [900, 800]]
+    cluster = Cluster(
+        num_instances=2,
+        step_time=LinearSteps(base_s=0.01, token_s=1e-5, kv_token_s=1e-7),
+        num_kv_tokens=5000,
+    )
+    work = Workload(name="w", lengths=lengths, num_prompt_tokens=[9, 9], max_tokens=900)
+    report = simulate(work, cluster, chunk_size=16, policy="fcfs")
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report.to_dict()))
+    assert main(["simulate", f"--fit={path}"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "report: 4 responses, 2,400 tokens" in out
+    assert "2 instances whose steps take 10 ms" in out
+    assert "That rollout took" in out
 
 
 def test_a_plot_is_written(capsys, tmp_path):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from aseer.config import POLICY_NAMES
 from aseer.errors import ConfigError
+from aseer.scheduler import POLICIES
 from aseer.sim import GPUS, MODELS, Cluster, Roofline, Workload, simulate
 from aseer.sim import workload as workloads
 from aseer.sim.drafting import Drafting, acceptance, expected_yield
+from aseer.sim.engine import SimEngine
+from aseer.sim.fit import LinearSteps
 
 
 @dataclass(frozen=True)
@@ -249,3 +253,41 @@ def test_nothing_is_drafted_where_it_does_not_pay():
     assert 1.6 < rates[0] < rates[1] < 2.5
     assert num_drafted > 0
     assert math.isfinite(num_drafted)
+
+
+def test_a_request_that_changes_its_class_is_counted_in_one():
+    # Drafts do not pay, so all classes advance alike, and so do their counters.
+    steps = LinearSteps(base_s=0.0, token_s=0.01, kv_token_s=0.0)
+    engine = SimEngine(
+        step_time=steps, num_kv_tokens=1000, max_num_seqs=4, drafting=Drafting(4)
+    )
+
+    def run(request_id, chunk_id, class_):
+        chunk = SimpleNamespace(
+            chunk_id=chunk_id, request_id=request_id, prompt=b"", generated=b""
+        )
+        engine.add(chunk, 8)
+        engine.set_class(chunk_id, class_)
+        while (at := engine.next_event()) < math.inf:
+            engine.advance(at)
+            engine.take_ended()
+
+    run("a", chunk_id=0, class_=1)
+    run("b", chunk_id=1, class_=1)
+    assert engine.num_generated == pytest.approx(16)
+    assert engine.now == pytest.approx(16 * 0.01)
+
+
+def test_a_policy_of_ones_own_is_told_what_one_likes():
+    def rank_shortest_first(request, length_estimate):
+        return (request.known_length, request.arrival)
+
+    work = workload([500, 100], [300, 50])
+    told = []
+    policy = replace(POLICIES["fcfs"], rank=rank_shortest_first)
+    for known in (work.lengths, [[1, 2], [3, 4]]):
+        report = simulate(
+            work, cluster(1, max_num_seqs=1), policy=policy, known_lengths=known
+        )
+        told.append([c.num_output_tokens for c in report.completions])
+    assert told == [[50, 100, 300, 500], [500, 100, 300, 50]]
