@@ -200,20 +200,28 @@ Drafts SuffixForest::Draft(std::span<const Handle> requests,
   }
   while (!paths.empty()) {
     Walk(paths);
+    for (Path& path : paths) Forecast(path);
     std::erase_if(paths, [&](Path& path) { return !Extend(path, min_confidence); });
   }
   return Collect(rows, min_confidence);
 }
 
-// Forecasts one token more; false if the path ends. A token that is too doubtful to
-// be drafted is forecast too, so that doubt is put right as readily as confidence.
-bool SuffixForest::Extend(Path& path, double min_confidence) const {
+// Forecasts one token more, if there is any.
+void SuffixForest::Forecast(Path& path) const {
   std::vector<Prediction>& forecasts = path.request->forecasts;
   Prediction& best = forecasts.emplace_back();
-  if (blend_.Predict(*path.tree, path.orders, path.request->reader, {&best, 1}) == 0) {
-    forecasts.pop_back();
-    return false;
-  }
+  path.forecast =
+      blend_.Predict(*path.tree, path.orders, path.request->reader, {&best, 1}) > 0;
+  if (!path.forecast) forecasts.pop_back();
+}
+
+// Goes on to after the token forecast last; false if the path ends. A token that is
+// too doubtful to be drafted stays forecast, so that doubt is put right as readily as
+// confidence. Apart from Forecast, as no processor should wait here for one path's
+// confidence before it looks at the next.
+bool SuffixForest::Extend(Path& path, double min_confidence) {
+  if (!path.forecast) return false;
+  const Prediction& best = path.request->forecasts.back();
   path.confidence *= best.probability;
   if (path.confidence < min_confidence || --path.tokens_left == 0) return false;
   path.context = path.tree->Advance(*best.edge, best.match_length);

@@ -99,6 +99,7 @@ class SuffixForest {
     Orders orders;  // Of the context.
     uint32_t tokens_left;
     double confidence = 1;
+    bool forecast = false;  // That there is a next token.
   };
 
   Group& group(Handle handle);
@@ -108,7 +109,8 @@ class SuffixForest {
   std::vector<Request*> Rows(std::span<const Handle> requests);
   void Forget(Handle request);
   static void Walk(std::span<Path> paths);
-  bool Extend(Path& path, double min_confidence) const;
+  void Forecast(Path& path) const;
+  static bool Extend(Path& path, double min_confidence);
   static Drafts Collect(std::span<Request* const> rows, double min_confidence);
   void DraftTreeRow(const Request& request, uint32_t max_tokens, uint32_t top_k,
                     double min_confidence, Drafts& drafts) const;
