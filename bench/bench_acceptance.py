@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from common import print_result, result_line
-from drafting import Group, add_arguments, import_arctic, read_traces
+from drafting import Group, add_arguments, import_arctic, read_traces, settings_of
 
 from aseer.dgds.cst import SuffixForest
 
@@ -283,9 +283,9 @@ def main() -> None:
         ]
     if args.plot:
         plot(points, curves, args.plot)
-    settings = {key: str(value) for key, value in vars(args).items()}
     figures = {"points": points, "calibration": curves}
-    print_result(result_line("bench_acceptance", settings=settings, figures=figures))
+    line = result_line("bench_acceptance", settings=settings_of(args), figures=figures)
+    print_result(line, save_as=args.save)
 
 
 if __name__ == "__main__":

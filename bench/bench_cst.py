@@ -23,6 +23,7 @@ from drafting import (
     add_arguments,
     import_arctic,
     read_traces,
+    settings_of,
     synthetic_traces,
 )
 
@@ -292,9 +293,9 @@ def main() -> None:
         )
     }
     figures["scaling"] = scaling(total, args.depth, args.seed)
-    settings = {key: str(value) for key, value in vars(args).items()}
     figures = {**ratios, **figures}
-    print_result(result_line("bench_cst", settings=settings, figures=figures))
+    line = result_line("bench_cst", settings=settings_of(args), figures=figures)
+    print_result(line, save_as=args.save)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from aseer import trace
 from aseer.trace import TraceGroup as Group
 
 if TYPE_CHECKING:
-    from argparse import ArgumentParser
+    from argparse import ArgumentParser, Namespace
     from types import ModuleType
 
 VOCABULARY = 4096
@@ -69,3 +69,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="seconds, not minutes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", metavar="FILE", help="write the result there too")
+
+
+def settings_of(args: Namespace) -> dict[str, str]:
+    """What a run was asked for; files by their names alone."""
+    return {
+        key: value.name if isinstance(value, Path) else str(value)
+        for key, value in vars(args).items()
+        if key != "save"
+    }

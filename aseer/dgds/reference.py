@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from aseer.dgds.cst import DEFAULT_MAX_MATCH, PROMPT_WRITER, Continuation, Order
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ PROMPT_SLOT = -1
 
 MAX_ORDERS = 4
 MAX_CANDIDATES = 4
-RANKED = 4
+RANKED = 3
 STRENGTH = 1.0
 SHORT_STRENGTH = 4.0
 OWN_BONUS = 2.0
@@ -324,7 +326,7 @@ class ReferenceForest:
                 for best in self._predict(opened, context)[:top_k]
                 if (confidence := so_far * best.probability) >= min_confidence
             ]
-            wider.sort(key=lambda path: -path[3])
+            wider.sort(key=lambda path: -np.float32(path[3]))
             beam = []
             for context, parent, best, confidence in wider[:top_k]:
                 nodes.append(TreeNode(best.token, parent, confidence))

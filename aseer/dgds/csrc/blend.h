@@ -23,11 +23,50 @@
 namespace aseer::dgds {
 
 inline constexpr size_t kNumFeatures = 10;
-using Features = std::array<double, kNumFeatures>;
+using Features = std::array<float, kNumFeatures>;
+
+struct Order {
+  const State* state;
+  uint32_t match;  // Tokens of the context.
+};
+
+// The longest orders of a context, found by a walk along links. The states are mostly
+// out of cache: each step asks for what the next one and Blend will read, so that
+// walks that take turns wait for nothing. Valid until the tree changes.
+class Orders {
+ public:
+  static constexpr uint32_t kMax = 4;
+
+  explicit Orders(const Context& context)
+      : next_(context.state), length_(context.length) {}
+
+  // Visits one state; false if the walk is over.
+  bool Step(const SuffixTree& tree) {
+    if (next_ == kRoot) return false;
+    const State& state = tree.state(next_);
+    if (state.length >= length_) size_ = 0;  // Of these the last has the context.
+    if (state.total > 0) {
+      orders_[size_++] = {&state, std::min(state.length, length_)};
+      tree.PrefetchEdges(state);
+    }
+    next_ = size_ == kMax ? kRoot : state.link;
+    tree.Prefetch(next_);
+    return next_ != kRoot;
+  }
+
+  uint32_t size() const { return size_; }
+  const Order& operator[](size_t i) const { return orders_[i]; }
+
+ private:
+  StateId next_;
+  uint32_t length_;
+  uint32_t size_ = 0;
+  std::array<Order, kMax> orders_;
+};
 
 // The request that a prediction is for.
 struct Reader {
-  Writers writer;       // Its bit.
+  Writers writer = 0;   // Its bit.
   double recent = 0.5;  // Share of its forecasts that came true, lately.
 };
 
@@ -43,9 +82,9 @@ class Blend {
  public:
   Blend();
 
-  // Fills `best` with the likeliest continuations of `context`; returns how many there
-  // are. O(1): only the longest kMaxOrders orders vote.
-  size_t Predict(const SuffixTree& tree, const Context& context, const Reader& reader,
+  // Fills `best` with the likeliest continuations of a context, given its orders;
+  // returns how many there are. O(1).
+  size_t Predict(const SuffixTree& tree, const Orders& orders, const Reader& reader,
                  std::span<Prediction> best) const;
   // One step of gradient descent for a prediction whose token came, or did not.
   void Learn(const Prediction& prediction, bool right, Reader& reader);
@@ -56,7 +95,7 @@ class Blend {
  private:
   double Probability(const Features& features) const;
 
-  Features weights_;
+  std::array<double, kNumFeatures> weights_;
 };
 
 }  // namespace aseer::dgds

@@ -106,10 +106,10 @@ void SuffixTree::Remove(std::span<const uint32_t> slots) {
 
 // Every array is made anew, so that the memory of what was removed is returned.
 void SuffixTree::Rebuild() {
-  states_ = {};
-  pool_ = {};
-  free_ = {};
-  index_ = {};
+  states_ = std::vector<State>();  // Not {}, which would keep the memory.
+  pool_ = std::vector<Edge>();
+  free_ = std::vector<uint32_t>();
+  index_ = EdgeIndex();
   num_tokens_ = 0;
   AddState(0);
   pool_.emplace_back();  // The empty block.
@@ -201,14 +201,6 @@ void SuffixTree::MoveCursor(Request& request, Token token) {
   }
   const Context cursor = Locate({request.cursor, before});
   request.cursor = Locate(Advance(*Find(cursor.state, token), before)).state;
-}
-
-StateId SuffixTree::PrefetchNext(StateId id) const {
-  if (id == kRoot) return kRoot;
-  const State& state = states_[id];
-  __builtin_prefetch(&pool_[state.block]);
-  Prefetch(state.link);
-  return state.link;
 }
 
 uint32_t SuffixTree::PositionOf(const State& state, StateId id, Token token) const {

@@ -43,7 +43,7 @@ using Writers = uint32_t;  // Bit i: request slot i mod 31; bit 31: the prompt.
 inline constexpr StateId kRoot = 0;
 inline constexpr StateId kNone = UINT32_MAX;
 inline constexpr Writers kPromptWriter = Writers{1} << 31;
-inline constexpr uint32_t kRanked = 4;  // Edges kept in order of frequency.
+inline constexpr uint32_t kRanked = 3;  // Edges kept in order of frequency.
 
 inline Writers WriterOf(uint32_t slot) { return Writers{1} << (slot % 31); }
 
@@ -60,7 +60,7 @@ inline bool Precedes(const Edge& a, const Edge& b) {
   return a.count != b.count ? a.count > b.count : a.token < b.token;
 }
 
-struct State {
+struct alignas(32) State {
   uint32_t length = 0;   // Of its longest string.
   StateId link = kNone;  // State of its longest suffix that occurs elsewhere too.
   uint32_t total = 0;    // Sum of its edges' counts.
@@ -135,12 +135,13 @@ class SuffixTree {
 
   StateId tip(uint32_t slot) const { return requests_[slot].tip; }
 
-  // Hints for a batch whose trees are out of cache. Prefetch asks for a state;
-  // PrefetchNext, once it is there, for its edges and for the state it links to,
-  // which is returned.
+  // Hints for a batch whose trees are out of cache.
   void PrefetchRequest(uint32_t slot) const { __builtin_prefetch(&requests_[slot]); }
   void Prefetch(StateId id) const { __builtin_prefetch(&states_[id]); }
-  StateId PrefetchNext(StateId id) const;
+  void PrefetchEdges(const State& state) const {
+    __builtin_prefetch(&pool_[state.block]);
+    __builtin_prefetch(&pool_[state.block] + kRanked - 1);
+  }
 
   const State& state(StateId id) const { return states_[id]; }
   // The edges of a state but the best; the first kRanked - 1 are in order.

@@ -8,8 +8,6 @@
 namespace aseer::dgds {
 namespace {
 
-constexpr int kWarmRounds = 4;
-
 void Require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -40,9 +38,11 @@ const SuffixForest::Group& SuffixForest::group(Handle handle) const {
 }
 
 const SuffixForest::Request& SuffixForest::request(Handle handle) const {
-  const auto found = requests_.find(handle);
-  if (found == requests_.end()) throw std::out_of_range("no such request");
-  return found->second;
+  const auto i = static_cast<uint32_t>(handle);
+  if (i >= requests_.size() || requests_[i].handle != handle) {
+    throw std::out_of_range("no such request");
+  }
+  return requests_[i];
 }
 
 SuffixForest::Group& SuffixForest::group(Handle handle) {
@@ -57,6 +57,9 @@ std::vector<SuffixForest::Request*> SuffixForest::Rows(
     std::span<const Handle> requests) {
   std::vector<Request*> rows;
   rows.reserve(requests.size());
+  for (const Handle handle : requests) {
+    __builtin_prefetch(requests_.data() + static_cast<uint32_t>(handle));
+  }
   for (const Handle handle : requests) rows.push_back(&request(handle));
   for (const Request* row : rows) {
     __builtin_prefetch(&row->group->tree);
@@ -76,14 +79,29 @@ Handle SuffixForest::OpenRequest(Handle group_handle) {
   const std::lock_guard lock(mutex_);
   Group& owner = group(group_handle);
   const uint32_t slot = owner.tree.Open();
-  requests_.emplace(next_handle_, Request{&owner, slot, {WriterOf(slot)}, {}});
-  owner.requests.push_back(next_handle_);
-  return next_handle_++;
+  if (closed_.empty()) {
+    closed_.push_back(static_cast<uint32_t>(requests_.size()));
+    requests_.emplace_back();
+  }
+  const uint32_t i = closed_.back();
+  closed_.pop_back();
+  const Handle handle = (next_handle_++ << 32) | i;
+  requests_[i] = {handle, &owner, slot, {WriterOf(slot)}, {}};
+  owner.requests.push_back(handle);
+  return handle;
+}
+
+void SuffixForest::Forget(Handle handle) {
+  request(handle) = {};
+  closed_.push_back(static_cast<uint32_t>(handle));
+  if (closed_.size() < requests_.size()) return;
+  requests_ = std::vector<Request>();
+  closed_ = std::vector<uint32_t>();
 }
 
 void SuffixForest::CloseGroup(Handle handle) {
   const std::lock_guard lock(mutex_);
-  for (const Handle member : group(handle).requests) requests_.erase(member);
+  for (const Handle member : group(handle).requests) Forget(member);
   groups_.erase(handle);
 }
 
@@ -96,19 +114,18 @@ void SuffixForest::CloseRequests(std::span<const Handle> requests) {
   for (const Request* row : Rows(requests)) slots[row->group].push_back(row->slot);
   for (const Handle handle : requests) {
     std::erase(request(handle).group->requests, handle);
-    requests_.erase(handle);
+    Forget(handle);
   }
   for (const auto& [owner, removed] : slots) owner->tree.Remove(removed);
 }
 
-// The states that a path is at are mostly out of cache, and each is found by way of
-// the one before: what one path waits for, all others can ask for meanwhile.
-void SuffixForest::Warm(std::span<Path> paths) {
-  for (Path& path : paths) path.request->group->tree.Prefetch(path.warm);
-  for (int round = 0; round < kWarmRounds; ++round) {
-    for (Path& path : paths) {
-      path.warm = path.request->group->tree.PrefetchNext(path.warm);
-    }
+// States are mostly out of cache, and each is found by way of the one before: what one
+// path waits for, all others can ask for meanwhile.
+void SuffixForest::Walk(std::span<Path> paths) {
+  for (const Path& path : paths) path.tree->Prefetch(path.context.state);
+  for (bool walking = true; walking;) {
+    walking = false;
+    for (Path& path : paths) walking |= path.orders.Step(*path.tree);
   }
 }
 
@@ -125,12 +142,14 @@ std::vector<int64_t> SuffixForest::Append(std::span<const Handle> requests,
           "tokens must not be negative");
   const std::lock_guard lock(mutex_);
   const std::vector<Request*> rows = Rows(requests);
+  // Appending visits the states that a walk visits.
   std::vector<Path> paths;
   paths.reserve(rows.size());
   for (Request* row : rows) {
-    paths.push_back({row, row->group->tree.tip(row->slot)});
+    const SuffixTree& tree = row->group->tree;
+    paths.emplace_back(row, Context{tree.tip(row->slot), UINT32_MAX}, 0);
   }
-  Warm(paths);
+  Walk(paths);
   for (size_t i = 0; i < rows.size(); ++i) {
     SuffixTree& tree = rows[i]->group->tree;
     const auto known = static_cast<int64_t>(tree.log(rows[i]->slot).size());
@@ -177,27 +196,36 @@ Drafts SuffixForest::Draft(std::span<const Handle> requests,
     if (max_tokens[i] == 0) continue;
     const Context context = rows[i]->group->tree.Cursor(rows[i]->slot);
     const auto tokens_left = static_cast<uint32_t>(max_tokens[i]);
-    paths.push_back({rows[i], context.state, tokens_left, context});
+    paths.emplace_back(rows[i], context, tokens_left);
   }
   while (!paths.empty()) {
-    Warm(paths);
+    Walk(paths);
+    for (Path& path : paths) Forecast(path);
     std::erase_if(paths, [&](Path& path) { return !Extend(path, min_confidence); });
   }
   return Collect(rows, min_confidence);
 }
 
-// Forecasts one token more; false if the path ends. A token that is too doubtful to
-// be drafted is forecast too, so that doubt is put right as readily as confidence.
-bool SuffixForest::Extend(Path& path, double min_confidence) const {
-  Request& request = *path.request;
-  Prediction best;
-  const SuffixTree& tree = request.group->tree;
-  if (blend_.Predict(tree, path.context, request.reader, {&best, 1}) == 0) return false;
-  request.forecasts.push_back(best);
+// Forecasts one token more, if there is any.
+void SuffixForest::Forecast(Path& path) const {
+  std::vector<Prediction>& forecasts = path.request->forecasts;
+  Prediction& best = forecasts.emplace_back();
+  path.forecast =
+      blend_.Predict(*path.tree, path.orders, path.request->reader, {&best, 1}) > 0;
+  if (!path.forecast) forecasts.pop_back();
+}
+
+// Goes on to after the token forecast last; false if the path ends. A token that is
+// too doubtful to be drafted stays forecast, so that doubt is put right as readily as
+// confidence. Apart from Forecast, as no processor should wait here for one path's
+// confidence before it looks at the next.
+bool SuffixForest::Extend(Path& path, double min_confidence) {
+  if (!path.forecast) return false;
+  const Prediction& best = path.request->forecasts.back();
   path.confidence *= best.probability;
   if (path.confidence < min_confidence || --path.tokens_left == 0) return false;
-  path.context = tree.Advance(*best.edge, best.match_length);
-  path.warm = path.context.state;
+  path.context = path.tree->Advance(*best.edge, best.match_length);
+  path.orders = Orders(path.context);
   return true;
 }
 
@@ -242,6 +270,8 @@ void SuffixForest::DraftTreeRow(const Request& request, uint32_t max_tokens,
     int32_t node;
     double confidence;
     Token token = 0;
+    // The same whatever the order of its factors.
+    float rank() const { return static_cast<float>(confidence); }
   };
   const SuffixTree& tree = request.group->tree;
   const auto first = static_cast<int32_t>(drafts.tokens.size());
@@ -250,8 +280,10 @@ void SuffixForest::DraftTreeRow(const Request& request, uint32_t max_tokens,
   for (uint32_t depth = 0; depth < max_tokens && !beam.empty(); ++depth) {
     std::vector<Branch> wider;
     for (const Branch& branch : beam) {
-      const size_t size =
-          blend_.Predict(tree, branch.context, request.reader, predictions);
+      Orders orders(branch.context);
+      while (orders.Step(tree)) {
+      }
+      const size_t size = blend_.Predict(tree, orders, request.reader, predictions);
       for (const Prediction& next : std::span(predictions).first(size)) {
         const double confidence = branch.confidence * next.probability;
         if (confidence < min_confidence) continue;
@@ -259,7 +291,7 @@ void SuffixForest::DraftTreeRow(const Request& request, uint32_t max_tokens,
                          confidence, next.token});
       }
     }
-    std::ranges::stable_sort(wider, std::ranges::greater{}, &Branch::confidence);
+    std::ranges::stable_sort(wider, std::ranges::greater{}, &Branch::rank);
     if (wider.size() > top_k) wider.resize(top_k);
     for (Branch& branch : wider) {
       drafts.tokens.push_back(branch.token);
@@ -329,8 +361,9 @@ size_t SuffixForest::memory_bytes() const {
   const std::lock_guard lock(mutex_);
   size_t bytes = 0;
   for (const auto& [handle, owner] : groups_) bytes += owner.tree.memory_bytes();
-  for (const auto& [handle, row] : requests_) {
-    bytes += sizeof(row) + row.forecasts.capacity() * sizeof(Prediction);
+  bytes += requests_.capacity() * sizeof(Request);
+  for (const Request& row : requests_) {
+    bytes += row.forecasts.capacity() * sizeof(Prediction);
   }
   return bytes;
 }

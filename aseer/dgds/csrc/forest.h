@@ -78,19 +78,28 @@ class SuffixForest {
     std::vector<Handle> requests;  // In order of opening.
   };
   struct Request {
-    Group* group;
-    uint32_t slot;
+    Handle handle = 0;  // 0: closed.
+    Group* group = nullptr;
+    uint32_t slot = 0;
     Reader reader;
     std::vector<Prediction> forecasts;  // Tokens that were predicted and not yet seen.
     uint64_t batch = 0;                 // The last that drafted for it.
   };
   // A draft in the making.
   struct Path {
+    Path(Request* request, const Context& context, uint32_t tokens_left)
+        : request(request),
+          tree(&request->group->tree),
+          context(context),
+          orders(context),
+          tokens_left(tokens_left) {}
     Request* request;
-    StateId warm;  // What Warm asks for next.
-    uint32_t tokens_left = 0;
-    Context context = {};
+    const SuffixTree* tree;
+    Context context;
+    Orders orders;  // Of the context.
+    uint32_t tokens_left;
     double confidence = 1;
+    bool forecast = false;  // That there is a next token.
   };
 
   Group& group(Handle handle);
@@ -98,8 +107,10 @@ class SuffixForest {
   Request& request(Handle handle);
   const Request& request(Handle handle) const;
   std::vector<Request*> Rows(std::span<const Handle> requests);
-  static void Warm(std::span<Path> paths);
-  bool Extend(Path& path, double min_confidence) const;
+  void Forget(Handle request);
+  static void Walk(std::span<Path> paths);
+  void Forecast(Path& path) const;
+  static bool Extend(Path& path, double min_confidence);
   static Drafts Collect(std::span<Request* const> rows, double min_confidence);
   void DraftTreeRow(const Request& request, uint32_t max_tokens, uint32_t top_k,
                     double min_confidence, Drafts& drafts) const;
@@ -110,7 +121,8 @@ class SuffixForest {
   Handle next_handle_ = 1;
   uint64_t num_batches_ = 0;
   std::unordered_map<Handle, Group> groups_;
-  std::unordered_map<Handle, Request> requests_;
+  std::vector<Request> requests_;  // By the lower half of their handles.
+  std::vector<uint32_t> closed_;   // Of these.
   Blend blend_;
 };
 

@@ -239,3 +239,27 @@ def test_threads_may_share_a_forest() -> None:
     for thread in threads:
         thread.join()
     assert forest.num_tokens == 3 + 4 * 200 * 3
+
+
+def test_closing_requests_returns_the_memory_of_what_they_wrote() -> None:
+    forest = SuffixForest()
+    group = forest.open_group(limits(1, 2, 3))
+    small, large = (forest.open_request(group) for _ in range(2))
+    before = forest.memory_bytes
+    tokens = np.arange(20_000, dtype=np.int32)
+    forest.append(handles(large), tokens, handles(0, len(tokens)))
+    forest.close_requests(handles(large))
+    assert forest.memory_bytes < 2 * before
+    assert forest.tokens(small).tolist() == []
+
+
+def test_a_closed_requests_handle_names_no_other_request() -> None:
+    forest = SuffixForest()
+    group = forest.open_group(limits())
+    kept, closed = (forest.open_request(group) for _ in range(2))
+    forest.close_requests(handles(closed))
+    again = forest.open_request(group)
+    assert len({kept, closed, again}) == 3
+    with pytest.raises(KeyError):
+        forest.tokens(closed)
+    assert forest.requests(group).tolist() == [kept, again]
