@@ -39,6 +39,7 @@ from aseer.instance.versions import (
     is_cpu_build,
     is_newer_than_tested,
 )
+from aseer.kv.settings import LMCACHE_INSTALL
 from aseer.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def check_kv_pool() -> Finding:
     if importlib.util.find_spec("lmcache") is None:
         return _warn(
             "LMCache is not installed, so chunks that move compute their prefix again",
-            "pip install --no-deps lmcache==0.5.6 sortedcontainers",
+            LMCACHE_INSTALL,
         )
     return _ok(f"LMCache {_version('lmcache')}")
 

@@ -26,6 +26,7 @@ CONNECTOR = "GuardedConnector"
 CONNECTOR_MODULE = "aseer.kv.connector"
 TIMEOUT_KEY = "aseer.timeout_s"
 SHM_PREFIX = "lmcache_l1_pool_"  # LMCache's, of files in shared memory
+LMCACHE_INSTALL = "pip install --no-deps lmcache==0.5.6 sortedcontainers"
 QUIET_LMCACHE = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
 MIN_DRAM_BYTES = 64 << 20
 
@@ -144,7 +145,7 @@ def _obstacle(config: EngineConfig, *, is_installed: bool) -> str | None:
     if not is_installed:
         return (
             "LMCache is not installed; for chunks that move without recomputing run "
-            "`pip install --no-deps lmcache==0.5.6 sortedcontainers`"
+            f"`{LMCACHE_INSTALL}`"
         )
     if "@" in str(config.model):
         return f"LMCache's keys do not allow the '@' in {config.model!r}"
