@@ -42,6 +42,7 @@ class Arm(NamedTuple):
     Attributes:
         drafting: whose engines it runs on.
         knows_lengths: of all responses beforehand, which nobody does in training.
+        wanted: share of the groups that ends the rollout; the others are aborted.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Arm(NamedTuple):
     policy: PolicyName
     drafting: Literal["off", "suffix", "dgds"] = "off"
     knows_lengths: bool = False
+    wanted: float = 1.0
 
 
 class Run(NamedTuple):
@@ -78,6 +80,12 @@ ARMS = (
     Arm("full", "+ grouped drafts (DGDS)", "context-aware", "dgds"),
     Arm("oracle", "longest first (true lengths)", "longest-first", knows_lengths=True),
     Arm("oracle+dgds", "with DGDS", "longest-first", "dgds", knows_lengths=True),
+    Arm(
+        "partial",
+        "OFF-POLICY: ends with half of the groups",
+        "least-loaded",
+        wanted=0.5,
+    ),
 )
 
 

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from replaying import Arm, Run
+
+    from aseer.report import RolloutReport
 
 _TITLE = "Rollouts on vLLM, replayed"
 _STYLE = """
@@ -41,6 +44,14 @@ _COLUMNS = (  # heading, figure, digits
     ("moved", "migrations", 0),
     ("acceptance length", "acceptance_length", 2),
     ("drafted a token", "drafted_per_token", 2),
+    ("mean length of the finished", "mean_finished_tokens", 0),
+)
+_LOADS = (  # of an engine, in requests in its steps: label, at most, color
+    ("nothing", 0, "#dddddd"),
+    ("1-2 requests", 2, "#d55e00"),
+    ("3-8", 8, "#e69f00"),
+    ("9-16", 16, "#56b4e9"),
+    ("more", math.inf, "#0072b2"),
 )
 _NOTES = """
 <p>Every arm replays the same recorded rollout on the same engines: each request emits
@@ -48,8 +59,10 @@ the recorded tokens, and every token was checked. Throughput is output tokens ov
 time; the tail is the time from the completion of the 90th-percentile request to the
 end. Figures are medians, with the 10th and 90th percentile over repetitions below;
 ratios are of the same repetition. Arms with true lengths know what nobody knows in
-training. What engines compute again after a preemption is in the time, but not in the
-column of recomputed tokens, which counts what a chunk did not find when it started.</p>
+training; the off-policy arm trains on texts that earlier weights began, and finishes
+the short ones first. What engines compute again after a preemption is in the time, but
+not in the column of recomputed tokens, which counts what a chunk did not find when it
+started.</p>
 """
 
 
@@ -78,6 +91,10 @@ def write_page(
         "<h2>Responses finished over time</h2>",
         "<p>Each arm's run of median throughput; the tail is above the line.</p>",
         _image(_completions(arms, typical)),
+        "<h2>Where the time went</h2>",
+        "<p>The engines' time by how many requests their steps served: a step with few "
+        "takes hardly less time than one with many.</p>",
+        _image(_loads(arms, typical)),
         "<h2>Running requests and KV in use, by instance</h2>",
         _image(_timelines(arms, typical)),
         "<h2>Settings</h2>",
@@ -147,6 +164,40 @@ def _completions(arms: Sequence[Arm], typical: Mapping[str, Run]) -> Figure:
     axes.set(xlabel="seconds", ylabel="responses finished, %", ylim=(0, 101))
     axes.legend(fontsize=8, ncols=2)
     return drawn
+
+
+def _loads(arms: Sequence[Arm], typical: Mapping[str, Run]) -> Figure:
+    """A bar an arm: seconds of all engines by the number of requests in a step."""
+    drawn = Figure(figsize=(11, 1.1 + 0.3 * len(arms)), layout="constrained")
+    axes = drawn.subplots()
+    names = [arm.name for arm in arms]
+    spent = [load_times(typical[name].report) for name in names]
+    left = [0.0] * len(names)
+    for i, (label, _, color) in enumerate(_LOADS):
+        widths = [times[i] for times in spent]
+        axes.barh(names, widths, left=left, color=color, label=label)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds, all engines together")
+    axes.legend(
+        fontsize=8, ncols=len(_LOADS), loc="lower center", bbox_to_anchor=(0.5, 1)
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
+def load_times(report: RolloutReport) -> list[float]:
+    """Seconds of all instances in each of the `_LOADS`."""
+    times = [0.0] * len(_LOADS)
+    for instance in report.instances:
+        own = [s for s in report.timeline if s.instance_id == instance.instance_id]
+        ends = [*(s.t_s for s in own), report.wall_s]
+        times[0] += ends[0]
+        for sample, end in zip(own, ends[1:], strict=True):
+            load = sample.num_running - sample.num_waiting
+            place = next(i for i, (_, most, _) in enumerate(_LOADS) if load <= most)
+            times[place] += max(0.0, min(end, report.wall_s) - sample.t_s)
+    return times
 
 
 def _timelines(arms: Sequence[Arm], typical: Mapping[str, Run]) -> Figure:
