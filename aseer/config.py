@@ -167,6 +167,9 @@ class EngineConfig:
             `KvPoolConfig`, or a whole one, which it is turned into.
         kv_transfer_config: another KV connector of vLLM's, with its settings, as vLLM
             takes them; there is no pool of ours then.
+        length_priors: whether a group starts with what an earlier rollout of this
+            engine learnt of its prompt: how long its longest response was. It needs no
+            probe then. For training that comes back to a prompt after few updates.
         starvation_interval: every so many decisions the longest waiting request goes
             first, whatever the policy; 0 = never.
         max_pending_requests: groups are taken from an iterator only while fewer
@@ -204,6 +207,7 @@ class EngineConfig:
     speculation: SpeculationConfig | SpeculationMethod = "off"
     kv_pool: KvPoolConfig | KvPoolMode = "auto"
     kv_transfer_config: Mapping[str, Any] | None = None
+    length_priors: bool = False
     starvation_interval: int = 256
     max_pending_requests: int = 65_536
     report_interval_s: float = 0.25
@@ -250,6 +254,8 @@ class EngineConfig:
         if self.device not in ("auto", "cuda", "cpu", "sim"):
             raise _bad("device", self.device, "one of auto, cuda, cpu, sim")
         check_policy(self.policy)
+        if not isinstance(self.length_priors, bool):
+            raise _bad("length_priors", self.length_priors, "True or False")
         object.__setattr__(self, "speculation", check_speculation(self.speculation))
         object.__setattr__(self, "kv_pool", check_kv_pool(self.kv_pool))
         if not isinstance(self.sampling, SamplingParams):

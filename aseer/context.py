@@ -4,15 +4,24 @@ Seer §3.3: siblings have similar lengths, so the first to finish (the probe, wh
 scheduled ahead of everything else) tells how long the others will take. A group's
 *length estimate* is its `max_tokens` until a request of it finishes, then the longest
 finished one. Cancelled and failed requests teach nothing.
+
+Beyond the paper: with `LengthPriors` the longest response to a prompt in an earlier
+rollout is known before anything runs. It counts as one more finished request, and the
+group needs no probe.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aseer.types import GroupId
+
+MAX_PRIORS = 1_000_000
+_KEY_BYTES = 16
 
 
 @dataclass(slots=True)
@@ -20,17 +29,20 @@ class GroupContext:
     """One group's lengths.
 
     Attributes:
-        num_tokens: generated so far by all its requests (the service it received).
+        prior: the longest response to its prompt in an earlier rollout.
     """
 
     max_tokens: int
     num_requests: int
+    prior: int | None = None
     completed: list[int] = field(default_factory=list)
-    num_tokens: int = 0
 
     @property
     def length_estimate(self) -> int:
-        return max(self.completed) if self.completed else self.max_tokens
+        longest = max(self.completed, default=self.prior)
+        if longest is None:
+            return self.max_tokens
+        return max(longest, self.prior or 0)
 
 
 class ContextManager:
@@ -42,23 +54,34 @@ class ContextManager:
     def __getitem__(self, group_id: GroupId) -> GroupContext:
         return self._groups[group_id]
 
-    def add_group(self, group_id: GroupId, max_tokens: int, num_requests: int) -> None:
-        """Begin with the safe estimate: as long as allowed.
+    def add_group(
+        self,
+        group_id: GroupId,
+        max_tokens: int,
+        num_requests: int,
+        prior: int | None = None,
+    ) -> None:
+        """Begin with the safe estimate, as long as allowed, or with a prior.
 
         Raises:
             ValueError: the group is known already.
         """
         if group_id in self._groups:
             raise ValueError(f"group {group_id!r} is known already")
-        self._groups[group_id] = GroupContext(max_tokens, num_requests)
+        if prior is not None:
+            prior = min(prior, max_tokens)
+        self._groups[group_id] = GroupContext(max_tokens, num_requests, prior)
 
     def length_estimate(self, group_id: GroupId) -> int:
         """Tokens the longest response of the group is expected to have."""
         return self._groups[group_id].length_estimate
 
-    def record_tokens(self, group_id: GroupId, num_tokens: int) -> None:
-        """Count service the group received."""
-        self._groups[group_id].num_tokens += num_tokens
+    def longest(self, group_id: GroupId) -> int | None:
+        """Tokens of the longest response, once all have ended by themselves."""
+        group = self._groups[group_id]
+        if len(group.completed) < group.num_requests:
+            return None
+        return max(group.completed)
 
     def record_finished(self, group_id: GroupId, length: int) -> bool:
         """Learn from a request that ended by itself.
@@ -70,3 +93,34 @@ class ContextManager:
         before = group.length_estimate
         group.completed.append(length)
         return group.length_estimate != before
+
+
+class LengthPriors:
+    """The longest response to every prompt in the last rollout that had it.
+
+    Args:
+        max_prompts: to remember; those not seen for the longest time go first.
+    """
+
+    def __init__(self, *, max_prompts: int = MAX_PRIORS) -> None:
+        self._max_prompts = max_prompts
+        self._longest: OrderedDict[bytes, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._longest)
+
+    def get(self, prompt: bytes) -> int | None:
+        """Tokens of the longest response to a prompt (token ids as bytes)."""
+        return self._longest.get(_key(prompt))
+
+    def learn(self, prompt: bytes, longest: int) -> None:
+        """Take what a rollout showed, instead of what an earlier one did."""
+        key = _key(prompt)
+        self._longest[key] = longest
+        self._longest.move_to_end(key)
+        if len(self._longest) > self._max_prompts:
+            self._longest.popitem(last=False)
+
+
+def _key(prompt: bytes) -> bytes:
+    return hashlib.blake2b(prompt, digest_size=_KEY_BYTES).digest()

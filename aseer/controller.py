@@ -159,7 +159,9 @@ class Controller:
         for task in tasks:
             if self.buffer.has_group(task.group_id):
                 raise ValueError(f"group {task.group_id!r} is in this rollout already")
-            self.context.add_group(task.group_id, task.max_tokens, task.num_requests)
+            self.context.add_group(
+                task.group_id, task.max_tokens, task.num_requests, task.length_prior
+            )
             self.counters.num_groups += 1
             self._arrivals[task.group_id] = self._num_arrived
             self._num_arrived += task.num_requests
@@ -319,9 +321,7 @@ class Controller:
         return commands
 
     def _count_tokens(self, request: Request, num_before: int) -> None:
-        num_new = len(request.tokens) - num_before
-        self.counters.num_output_tokens += num_new
-        self.context.record_tokens(request.group.group_id, num_new)
+        self.counters.num_output_tokens += len(request.tokens) - num_before
 
     def _count_move(self, request: Request, chunk: Chunk, num_cached: int) -> None:
         places = request.instances
@@ -338,7 +338,7 @@ class Controller:
             request_id=request.request_id,
             group_id=task.group_id,
             arrival=self._arrivals[task.group_id] + request.index,
-            is_probe=request.is_probe,
+            is_probe=request.is_probe and task.length_prior is None,
             num_tokens=request.num_tokens,
             num_generated=len(request.tokens),
             remaining=request.remaining,

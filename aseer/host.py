@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvloop
 
+from aseer.context import LengthPriors
 from aseer.dgds.server import make_draft_server
 from aseer.errors import (
     ConfigError,
@@ -80,6 +81,7 @@ class Host:
         self._next_chunk_id = 0
         self._pool: InstancePool | None = None
         self._draft_server = make_draft_server(config, self.run_dir)
+        self._length_priors = LengthPriors() if config.length_priors else None
         self.kv_pool: KvPool | None = None
         if pool_plan is not None:
             self.kv_pool = KvPool(pool_plan, config, len(launches), self.log_dir)
@@ -167,6 +169,7 @@ class Host:
             loop=self._loop,
             draft_server=self._draft_server,
             kv_pool=self.kv_pool,
+            length_priors=self._length_priors,
         )
         for instance_id, info in sorted(self.infos.items()):
             session.instance_up(info, self._loads[instance_id])

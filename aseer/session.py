@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aseer.controller import Abort, Command, Controller, Dispatch, Finished
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from aseer.config import PolicyName
+    from aseer.context import LengthPriors
     from aseer.dgds.server import DraftServer
     from aseer.instance.messages import Report
     from aseer.instance.pool import InstancePool
@@ -63,10 +65,12 @@ class Session:
         loop: asyncio.AbstractEventLoop,
         draft_server: DraftServer | None = None,
         kv_pool: KvPool | None = None,
+        length_priors: LengthPriors | None = None,
     ) -> None:
         self._pool = pool
         self._draft_server = draft_server
         self._kv_pool = kv_pool
+        self._length_priors = length_priors
         self._rollout_id = first_chunk_id
         self._weight_version = weight_version
         if draft_server is not None:
@@ -121,6 +125,9 @@ class Session:
     def add(self, tasks: Iterable[Task]) -> None:
         """Take groups."""
         if self._intake_open:
+            priors = self._length_priors
+            if priors is not None:
+                tasks = [replace(t, length_prior=priors.get(t.prompt)) for t in tasks]
             self._do(self._controller.add_groups(tasks, self._now()))
             if self._fatal is not None:
                 self.exhausted(self._fatal)
@@ -247,13 +254,24 @@ class Session:
                 tokens = array("i", request.group.prompt) + request.tokens
                 pool.prefetch(info, self._weight_version, tokens.tobytes())
 
+    def _learn(self, priors: LengthPriors, group_id: GroupId) -> None:
+        """What a finished group tells of its prompt's next rollout."""
+        longest = self._controller.context.longest(group_id)
+        if longest is not None:
+            priors.learn(
+                self._controller.buffer.group(group_id)[0].group.prompt, longest
+            )
+
     def _finish(self, response: Response) -> None:
         self._recorder.finished(response)
         group_id = GroupId(response.group_id)
         if self._kv_pool is not None:
             self._free_kv(self._kv_pool, response)
-        if self._draft_server and self._controller.is_group_finished(group_id):
-            self._draft_server.finish_group(f"{self._rollout_id}:{group_id}")
+        if self._controller.is_group_finished(group_id):
+            if self._draft_server is not None:
+                self._draft_server.finish_group(f"{self._rollout_id}:{group_id}")
+            if self._length_priors is not None:
+                self._learn(self._length_priors, group_id)
         if response.finish_reason == "error":
             self._errors.append(f"{response.request_id}: {response.error}")
         if not self._left:

@@ -344,6 +344,7 @@ class Task:
             divisible.
         known_lengths: lengths of the members if known beforehand (oracle policies
             only).
+        length_prior: the longest response to the prompt in an earlier rollout.
     """
 
     group_id: GroupId
@@ -356,4 +357,5 @@ class Task:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     undivided_because: str | None = None
     known_lengths: Sequence[int] | None = None
+    length_prior: int | None = None
     metadata: Any = None

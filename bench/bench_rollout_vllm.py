@@ -13,7 +13,9 @@ Arms with the same drafts share engines, of which all are up at once; those of o
 arms idle meanwhile. Repetitions are interleaved, in an order that turns, and each arm
 is compared with verl's way in the same repetition. No run finds KV, drafts or suffixes
 of an earlier one. By default engines have KV for a third of what the requests that they
-may run at once would need; `--kv plentiful` has enough for all.
+may run at once would need; `--kv plentiful` has enough for all. At the end the arms
+without drafts are simulated at the measured pace, to see how far simulations can be
+believed.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common import print_result, quantiles, result_line
 from replaying import ARMS, Arm, Run, find_trace, fit, make_model
 from rollout_page import write_page
+from simulating import simulated_walls
 
 import aseer
 from aseer import trace
@@ -118,7 +121,7 @@ def groups_of(recorded: Trace, arm: Arm, args: argparse.Namespace) -> list[aseer
         "detokenize": False,
     }
     groups = []
-    for place, group in enumerate(recorded.groups):
+    for place, group in arm.order(recorded):
         lengths = [len(response) for response in group.responses]
         groups.append(
             aseer.Group(
@@ -129,8 +132,6 @@ def groups_of(recorded: Trace, arm: Arm, args: argparse.Namespace) -> list[aseer
                 known_lengths=lengths if arm.knows_lengths else None,
             )
         )
-    if arm.knows_lengths and arm.policy == "group-least-unfinished":
-        groups.sort(key=lambda g: -sum(g.known_lengths or ()))
     return groups
 
 
@@ -225,8 +226,14 @@ def run(
     return runs, sizes
 
 
-def summaries(arms: Sequence[Arm], runs: Sequence[Run]) -> dict[str, Any]:
-    """Each arm's figures, and its throughput over verl's in the same repetition."""
+def summaries(
+    arms: Sequence[Arm], runs: Sequence[Run], simulated: Mapping[str, float]
+) -> dict[str, Any]:
+    """Each arm's figures, and its throughput over verl's in the same repetition.
+
+    Args:
+        simulated: seconds, of the arms that were simulated.
+    """
     rates = {(r.repetition, r.arm): r.figures["throughput_tok_s"] for r in runs}
     tails = {(r.repetition, r.arm): r.figures["tail_s"] for r in runs}
     base = BASE if any(arm.name == BASE for arm in arms) else arms[0].name
@@ -247,6 +254,11 @@ def summaries(arms: Sequence[Arm], runs: Sequence[Run]) -> dict[str, Any]:
                 for name in own[0].figures
             },
         }
+        if arm.name in simulated:
+            seconds = simulated[arm.name]
+            summary[arm.name]["simulated_over_measured"] = quantiles(
+                [seconds / r.figures["wall_s"] for r in own]
+            )
     return summary
 
 
@@ -340,7 +352,14 @@ def main() -> None:
         "repetitions": len({r.repetition for r in runs}),
         **sizes._asdict(),
     }
-    figures: Mapping[str, Any] = {"arms": summaries(arms, runs)}
+    simulated = simulated_walls(
+        arms,
+        runs,
+        recorded,
+        max_num_seqs=args.max_num_seqs,
+        chunk_size=args.chunk_size,
+    )
+    figures: Mapping[str, Any] = {"arms": summaries(arms, runs, simulated)}
     line = result_line("rollout_vllm", settings=settings, figures=figures)
     if args.page is not None:
         write_page(args.page, arms, runs, json.loads(line))

@@ -2,11 +2,14 @@
 
 For each workload of its Table 3: groups in turn on undivided engines (its veRL),
 divided rollout, context-aware scheduling as the paper has it, what aseer adds to that,
-and grouped drafts. Then what nobody has, to know what knowledge is worth: all lengths
-of a group told as soon as its first response is finished, the longest length of each
-group told at the start, and the oracle, which knows every length. Speedups and tail
-times are relative to the first arm, and ratios to the oracle of the same seed, with
-drafts or without.
+and grouped drafts. Then rollouts that come back to their prompts (`length_priors`):
+they know each group's longest response of the last epoch, whose lengths are drawn anew
+for the same groups; "drifted", each group's have changed by a factor of their own
+since. Last what nobody has, to know what knowledge is worth: all lengths of a group
+told as soon as its first response is finished, the longest length of each group told at
+the start, and the oracle, which knows every length. Speedups and tail times are
+relative to the first arm, and ratios to the oracle of the same seed, with drafts or
+without.
 
 Expected: the order of the paper's arms, and its pathologies in the first (idle engines,
 thousands of preemptions, a long tail) where KV is short. Not its seconds: the roofline
@@ -27,6 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from common import commit, print_result, quantiles, result_line
 
 from aseer.scheduler import POLICIES
@@ -49,6 +53,7 @@ PAPER = {
     },
     "kimi-k2": {"divided": 1.16, "+ context-aware": 1.27, "+ grouped drafts": 1.53},
 }
+# "priors" is how far groups drifted since: standard deviation of the logarithm.
 LOAD_BYTES_PER_S = 50e9  # one of a node's 400 Gb/s links
 
 
@@ -72,6 +77,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "+ starved less often": {"starvation_interval": 256},
     "+ chunks of 1024": {"chunk_size": 1024, "starvation_interval": 256},
     "+ grouped drafts": {"drafting": "grouped", "starvation_interval": 256},
+    "+ priors": {"priors": 0.0, "starvation_interval": 256},
+    "+ priors, drifted": {"priors": 0.3, "starvation_interval": 256},
+    "+ priors, drafts": {
+        "priors": 0.0,
+        "drafting": "grouped",
+        "starvation_interval": 256,
+    },
     "told at first finish": {
         "policy": replace(CONTEXT, rank=rank_told),
         "known": "lengths",
@@ -90,6 +102,19 @@ def known_lengths(work: Workload, known: str | None) -> list[list[int]] | None:
     return [list(lengths) for lengths in work.lengths] if known else None
 
 
+def length_priors(
+    name: str, seed: int, scale: float, drift: float | None
+) -> list[int] | None:
+    """The longest response of each group in the last epoch."""
+    if drift is None:
+        return None
+    last = workloads.paper(name, seed=seed, scale=scale, epoch=1)
+    factors = np.exp(
+        drift * np.random.default_rng(seed).standard_normal(len(last.lengths))
+    )
+    return [round(f * max(n)) for f, n in zip(factors, last.lengths, strict=True)]
+
+
 def make_cluster(name: str, scale: float) -> Cluster:
     """The paper's, or a share of it."""
     num_instances, num_gpus = CLUSTERS[name]
@@ -103,14 +128,20 @@ def make_cluster(name: str, scale: float) -> Cluster:
     )
 
 
-def run_arm(
-    work: Workload, cluster: Cluster, settings: dict[str, Any]
-) -> dict[str, Any]:
+def run_arm(name: str, seed: int, scale: float, arm: str) -> dict[str, Any]:
     """One rollout's figures."""
-    settings = dict(settings)
+    settings = dict(ARMS[arm])
+    work = workloads.paper(name, seed=seed, scale=scale)
     known = known_lengths(work, settings.pop("known", None))
+    priors = length_priors(name, seed, scale, settings.pop("priors", None))
     started = time.perf_counter()
-    report = simulate(work, cluster, known_lengths=known, **settings)
+    report = simulate(
+        work,
+        make_cluster(name, scale),
+        known_lengths=known,
+        length_priors=priors,
+        **settings,
+    )
     return {
         "wall_s": report.wall_s,
         "tail_s": report.tail_s,
@@ -137,8 +168,7 @@ class Runs:
         key = json.dumps([name, seed, scale, arm])
         run = self._known.get(key)
         if run is None:
-            work = workloads.paper(name, seed=seed, scale=scale)
-            figures = run_arm(work, make_cluster(name, scale), ARMS[arm])
+            figures = run_arm(name, seed, scale, arm)
             run = {"key": key, "commit": commit(), "figures": figures}
             if self._path is not None:
                 with self._path.open("a") as file:

@@ -52,6 +52,13 @@ class Arm(NamedTuple):
     knows_lengths: bool = False
     wanted: float = 1.0
 
+    def order(self, recorded: Trace) -> list[tuple[int, TraceGroup]]:
+        """The groups as they are handed out, each with its place in the trace."""
+        groups = list(enumerate(recorded.groups))
+        if self.knows_lengths and self.policy == "group-least-unfinished":
+            groups.sort(key=lambda item: -sum(map(len, item[1].responses)))
+        return groups
+
 
 class Run(NamedTuple):
     """One arm's rollout in one repetition."""

@@ -45,6 +45,7 @@ _COLUMNS = (  # heading, figure, digits
     ("acceptance length", "acceptance_length", 2),
     ("drafted a token", "drafted_per_token", 2),
     ("mean length of the finished", "mean_finished_tokens", 0),
+    ("simulated over measured time", "simulated_over_measured", 2),
 )
 _LOADS = (  # of an engine, in requests in its steps: label, at most, color
     ("nothing", 0, "#dddddd"),
@@ -115,14 +116,17 @@ def _table(arms: Mapping[str, Any]) -> str:
     rows = []
     for name, figures in arms.items():
         cells = "".join(
-            f"<td>{_number(figures[key], digits)}</td>" for _, key, digits in _COLUMNS
+            f"<td>{_number(figures.get(key), digits)}</td>"
+            for _, key, digits in _COLUMNS
         )
         what = html.escape(figures["what"])
         rows.append(f"<tr><td><b>{name}</b></td><td>{what}</td>{cells}</tr>")
     return f"<table><tr><th>arm</th><th></th>{headings}</tr>{''.join(rows)}</table>"
 
 
-def _number(figure: Mapping[str, float], digits: int) -> str:
+def _number(figure: Mapping[str, float] | None, digits: int) -> str:
+    if figure is None:
+        return ""
     middle, low, high = (f"{figure[k]:,.{digits}f}" for k in ("median", "p10", "p90"))
     return f"{middle}<br><span class='spread'>{low} – {high}</span>"  # noqa: RUF001
 

@@ -75,6 +75,7 @@ def simulate(
     *,
     policy: PolicyName | Policy = "context-aware",
     known_lengths: Sequence[Sequence[int]] | None = None,
+    length_priors: Sequence[int] | None = None,
     chunk_size: int = 2048,
     drafting: DraftingName = "off",
     starvation_interval: int = 256,
@@ -86,6 +87,7 @@ def simulate(
         policy: see `EngineConfig`; or one of your own, for experiments.
         known_lengths: [num_groups][group size] what the policy is told of the lengths;
             None = the truth for "longest-first", and nothing for the others.
+        length_priors: [num_groups] the longest response that an earlier rollout had.
         drafting: "own" drafts from a request's own text, "grouped" from its finished
             siblings' too.
         progress: called now and then with the requests finished, and all there are.
@@ -105,6 +107,7 @@ def simulate(
         cluster,
         policy,
         known_lengths,
+        length_priors,
         chunk_size,
         drafting,
         starvation_interval,
@@ -120,6 +123,7 @@ class _Rollout:
         cluster: Cluster,
         policy: Policy,
         known_lengths: Sequence[Sequence[int]] | None,
+        length_priors: Sequence[int] | None,
         chunk_size: int,
         drafting: DraftingName,
         starvation_interval: int,
@@ -128,6 +132,7 @@ class _Rollout:
         self._workload = workload
         self._cluster = cluster
         self._known_lengths = known_lengths
+        self._length_priors = length_priors
         self._controller = Controller(
             policy=policy,
             chunk_size=chunk_size if policy.divided else 0,
@@ -190,6 +195,7 @@ class _Rollout:
 
     def _tasks(self) -> Iterable[Task]:
         workload, known = self._workload, self._known_lengths
+        priors = self._length_priors
         prompts = {n: bytes(4 * n) for n in set(workload.num_prompt_tokens)}
         for g, lengths in enumerate(workload.lengths):
             group_id = GroupId(f"g{g}")
@@ -204,6 +210,7 @@ class _Rollout:
                 num_prompt_tokens=num_prompt_tokens,
                 max_tokens=workload.max_tokens,
                 known_lengths=known[g] if known is not None else None,
+                length_prior=priors[g] if priors is not None else None,
             )
 
     def _advance(self, i: int, now: float) -> None:

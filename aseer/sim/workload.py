@@ -73,6 +73,7 @@ def lognormal(
     correlation: float = 0.85,
     num_prompt_tokens: int = 512,
     seed: int = 0,
+    epoch: int = 0,
 ) -> Workload:
     """Draw a workload.
 
@@ -80,12 +81,15 @@ def lognormal(
         mean: of the lengths, after they are cut off at `max_tokens`.
         sigma: standard deviation of the logarithm of a length.
         correlation: of siblings' logarithms (the share of sigma^2 between groups).
+        epoch: of the same prompts with other responses.
     """
     if not 0 < mean < max_tokens:
         raise ConfigError(f"mean={mean} must be above 0 and below {max_tokens}")
     rng = np.random.default_rng(seed)
     between = sigma * correlation**0.5 * rng.standard_normal((num_groups, 1))
     within = sigma * (1 - correlation) ** 0.5
+    if epoch:
+        rng = np.random.default_rng((seed, epoch))
     shape = np.exp(between + within * rng.standard_normal((num_groups, group_size)))
     lengths = _scaled(shape, mean, max_tokens)
     return Workload(
@@ -110,15 +114,18 @@ def _scaled(
     return np.clip(np.rint(high * shape), 1, max_tokens).astype(np.int64)
 
 
-def paper(name: str, *, seed: int = 0, scale: float = 1.0) -> Workload:
+def paper(name: str, *, seed: int = 0, scale: float = 1.0, epoch: int = 0) -> Workload:
     """One iteration of a workload of Seer's Table 3: a key of `PAPER`.
 
     Args:
         scale: of the number of groups, for quicker runs.
+        epoch: of the same prompts.
     """
     settings = PAPER[name]
     num_groups = max(1, round(scale * settings["num_groups"]))
-    return lognormal(name=name, seed=seed, **{**settings, "num_groups": num_groups})
+    return lognormal(
+        name=name, seed=seed, epoch=epoch, **{**settings, "num_groups": num_groups}
+    )
 
 
 # Prompts and sigma are ours; sigma such that the longest reach the maximum.

@@ -57,6 +57,31 @@ async def test_the_policy_that_needs_lengths_says_so(engine):
         engine.rollout(groups_of(1), policy="longest-first")
 
 
+@pytest.mark.parametrize("length_priors", [False, True])
+async def test_the_next_rollout_of_the_same_prompts_starts_with_the_longest(
+    length_priors,
+):
+    """An instance that runs one request at a time, so that order is completion."""
+    config = config_of(
+        num_instances=1,
+        max_num_seqs=1,
+        chunk_size=0,
+        length_priors=length_priors,
+        starvation_interval=0,
+    )
+    async with aseer.Engine(config) as engine:
+        first = [r async for r in engine.rollout(groups_of(5, n=2))]
+        second = [r async for r in engine.rollout(groups_of(5, n=2))]
+    assert content(second) == content(first)
+    lengths = {r.group_id: len(r.token_ids) for r in first}
+    assert len(set(lengths.values())) > 2
+    order = [lengths[r.group_id] for r in second]
+    if length_priors:
+        assert order == sorted(order, reverse=True)
+    else:  # probes in the order of the groups, then the longest group's
+        assert [r.group_id for r in second[:5]] == [f"g{i}" for i in range(5)]
+
+
 async def test_groups_come_whole_and_in_order_of_members(engine):
     seen = [
         [(r.group_id, r.index) for r in group]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aseer.context import ContextManager
+from aseer.context import ContextManager, LengthPriors
 from aseer.types import GroupId
 
 G, H = GroupId("g"), GroupId("h")
@@ -35,12 +35,41 @@ def test_groups_learn_nothing_from_each_other() -> None:
     assert (context.length_estimate(G), context.length_estimate(H)) == (7, 500)
 
 
-def test_service_adds_up() -> None:
+@pytest.mark.parametrize(
+    ("prior", "estimates"),
+    [
+        (200, [200, 200, 300]),
+        (0, [0, 120, 300]),
+        (5000, [1000, 1000, 1000]),  # no response can be as long today
+    ],
+)
+def test_a_prior_counts_like_a_finished_sibling(
+    prior: int, estimates: list[int]
+) -> None:
     context = ContextManager()
-    context.add_group(G, max_tokens=1000, num_requests=4)
-    for num_tokens in (5, 0, 7):
-        context.record_tokens(G, num_tokens)
-    assert context[G].num_tokens == 12
+    context.add_group(G, max_tokens=1000, num_requests=4, prior=prior)
+    seen = [context.length_estimate(G)]
+    for length in (120, 300):
+        context.record_finished(G, length)
+        seen.append(context.length_estimate(G))
+    assert seen == estimates
+
+
+def test_the_longest_is_known_once_all_have_ended_by_themselves() -> None:
+    context = ContextManager()
+    context.add_group(G, max_tokens=1000, num_requests=2, prior=700)
+    context.record_finished(G, 30)
+    assert context.longest(G) is None
+    context.record_finished(G, 20)
+    assert context.longest(G) == 30
+
+
+def test_priors_are_of_the_last_rollout_and_the_oldest_are_forgotten() -> None:
+    priors = LengthPriors(max_prompts=2)
+    for prompt, longest in ((b"a", 5), (b"b", 6), (b"a", 4), (b"c", 7)):
+        priors.learn(prompt, longest)
+    assert [priors.get(p) for p in (b"a", b"b", b"c")] == [4, None, 7]
+    assert len(priors) == 2
 
 
 def test_a_group_is_added_once() -> None:

@@ -278,6 +278,21 @@ def test_a_request_that_changes_its_class_is_counted_in_one():
     assert engine.now == pytest.approx(16 * 0.01)
 
 
+def test_priors_start_the_longest_group_first():
+    work = workload([50, 100], [300, 500])
+    report = simulate(work, cluster(1, max_num_seqs=1), length_priors=[90, 400])
+    assert [c.group_id for c in report.completions] == ["g1", "g1", "g0", "g0"]
+
+
+def test_another_epoch_has_the_same_prompts_and_other_lengths():
+    first, again, second = (
+        workloads.paper("qwen2-vl-72b", scale=0.2, epoch=epoch) for epoch in (0, 0, 1)
+    )
+    assert first.lengths == again.lengths != second.lengths
+    means = np.log([np.mean(w.lengths, axis=1) for w in (first, second)])
+    assert np.corrcoef(means)[0, 1] > 0.9
+
+
 def test_a_policy_of_ones_own_is_told_what_one_likes():
     def rank_shortest_first(request, length_estimate):
         return (request.known_length, request.arrival)

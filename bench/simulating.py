@@ -1,0 +1,89 @@
+"""The arms of `bench_rollout_vllm.py` on simulated engines of the measured pace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from aseer.errors import ConfigError
+from aseer.sim.cluster import Cluster, simulate
+from aseer.sim.fit import fit_steps
+from aseer.sim.workload import Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from replaying import Arm, Run
+
+    from aseer.report import TimelineSample
+    from aseer.trace import Trace
+
+_INSTANCES_A_RUN = 1000
+
+
+def simulated_walls(
+    arms: Sequence[Arm],
+    runs: Sequence[Run],
+    recorded: Trace,
+    *,
+    max_num_seqs: int,
+    chunk_size: int,
+) -> dict[str, float]:
+    """Seconds that each arm's rollout takes when it is simulated.
+
+    All runs without drafts together give the price of a step. Arms with drafts are left
+    out, whose acceptance the simulator takes from the paper, and those that end early.
+    """
+    arms = [arm for arm in arms if arm.drafting == "off" and arm.wanted == 1]
+    names = {arm.name for arm in arms}
+    reports = [run.report for run in runs if run.arm in names]
+    if not reports:
+        return {}
+    instances = reports[0].instances
+    capacity = instances[0].num_kv_blocks * instances[0].block_size
+    timeline = [
+        replace(sample, instance_id=number * _INSTANCES_A_RUN + sample.instance_id)
+        for number, report in enumerate(reports)
+        for sample in report.timeline
+    ]
+    try:
+        step_time = fit_steps(timeline, dict.fromkeys(_ids(timeline), capacity))
+    except ConfigError as error:
+        print(f"nothing is simulated: {error}")
+        return {}
+    cluster = Cluster(
+        num_instances=len(instances),
+        step_time=step_time,
+        num_kv_tokens=capacity,
+        block_size=instances[0].block_size,
+        max_num_seqs=max_num_seqs,
+    )
+    print(f"simulates steps of {step_time}")
+    walls = {}
+    for arm in arms:
+        workload = _workload(recorded, arm)
+        known = workload.lengths if arm.knows_lengths else None
+        report = simulate(
+            workload,
+            cluster,
+            policy=arm.policy,
+            known_lengths=known,
+            chunk_size=chunk_size,
+        )
+        walls[arm.name] = report.wall_s
+    return walls
+
+
+def _ids(timeline: Sequence[TimelineSample]) -> set[int]:
+    return {sample.instance_id for sample in timeline}
+
+
+def _workload(recorded: Trace, arm: Arm) -> Workload:
+    """In the order in which the arm gets the groups."""
+    groups = [group for _, group in arm.order(recorded)]
+    return Workload(
+        name=arm.name,
+        lengths=[[len(r) for r in group.responses] for group in groups],
+        num_prompt_tokens=[len(group.prompt) for group in groups],
+        max_tokens=recorded.max_tokens,
+    )
