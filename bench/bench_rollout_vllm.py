@@ -299,6 +299,7 @@ def parse() -> argparse.Namespace:
         default="smollm2",
         help="smollm2, small (random, its shape, 4096 tokens), tiny, or a directory",
     )
+    parser.add_argument("--layers", type=int, default=30, help="of --model small")
     parser.add_argument("--load-format", default="auto", help="such as dummy")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--engines", type=int, default=2)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SMALL_SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 576,
-    "num_layers": 30,
     "num_heads": 9,
     "num_kv_heads": 3,
     "intermediate_size": 1536,
@@ -130,7 +129,8 @@ def make_model(args: argparse.Namespace, folder: Path) -> Path:
     if args.model == "smollm2":
         return smollm2.prepare(dtype=dtype, progress=print)
     if args.model == "small":
-        return tiny.make_tiny(folder / "small", dtype=dtype, **SMALL_SHAPE)
+        shape = SMALL_SHAPE | {"num_layers": args.layers}
+        return tiny.make_tiny(folder / "small", dtype=dtype, **shape)
     if args.model == "tiny":
         return tiny.make_tiny(folder / "tiny")
     return Path(args.model)
