@@ -10,12 +10,13 @@ every token that comes back is checked. Arms do not know the lengths, except tho
 say so.
 
 Arms with the same drafts share engines, of which all are up at once; those of other
-arms idle meanwhile. Repetitions are interleaved, in an order that turns, and each arm
-is compared with verl's way in the same repetition. No run finds KV, drafts or suffixes
-of an earlier one. By default engines have KV for a third of what the requests that they
-may run at once would need; `--kv plentiful` has enough for all. At the end the arms
-without drafts are simulated at the measured pace, to see how far simulations can be
-believed.
+arms idle meanwhile. Arms that divide requests have engines with a KV pool, as aseer has
+by default where LMCache is installed: without one, what waits is computed again.
+Repetitions are interleaved, in an order that turns, and each arm is compared with
+verl's way in the same repetition. No run finds KV, drafts or suffixes of an earlier
+one. By default engines have KV for a third of what the requests that they may run at
+once would need; `--kv plentiful` has enough for all. At the end the arms without drafts
+are simulated at the measured pace, to see how far simulations can be believed.
 """
 
 from __future__ import annotations
@@ -83,12 +84,24 @@ def _round_up(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_SIZE) * BLOCK_SIZE
 
 
+class Kind(NamedTuple):
+    """What engines of different arms differ in."""
+
+    drafting: Any
+    pool: bool
+
+
+def kind_of(arm: Arm, args: argparse.Namespace) -> Kind:
+    """The engines that an arm runs on."""
+    return Kind(arm.drafting, arm.pool and args.kv_pool != "off")
+
+
 def config_of(
-    model: Path, drafting: Any, sizes: Sizes, args: argparse.Namespace
+    model: Path, kind: Kind, sizes: Sizes, args: argparse.Namespace
 ) -> aseer.EngineConfig:
-    """The engines of all arms with the same drafts."""
-    speculation = aseer.SpeculationConfig(method=drafting)
-    if drafting == "suffix":
+    """The engines of all arms of a kind."""
+    speculation = aseer.SpeculationConfig(method=kind.drafting)
+    if kind.drafting == "suffix":
         speculation = aseer.SpeculationConfig(
             method="suffix",
             max_draft_tokens=MAX_DRAFT_TOKENS,
@@ -101,7 +114,7 @@ def config_of(
         max_model_len=sizes.max_model_len,
         max_num_seqs=args.max_num_seqs,
         speculation=speculation,
-        kv_pool=args.kv_pool,
+        kv_pool=args.kv_pool if kind.pool else "off",
         engine_args={
             "num_gpu_blocks_override": sizes.num_kv_blocks,
             "block_size": BLOCK_SIZE,
@@ -207,15 +220,15 @@ def run(
         trace.save(recorded, file)
         process.COMMAND = (sys.executable, "-m", "aseer.instance.replay", str(file))
         engines = {}
-        for drafting in dict.fromkeys(arm.drafting for arm in arms):
-            config = config_of(model, drafting, sizes, args)
-            engines[drafting] = stack.enter_context(aseer.Engine(config))
-            warm_up(engines[drafting], args)
+        for kind in dict.fromkeys(kind_of(arm, args) for arm in arms):
+            config = config_of(model, kind, sizes, args)
+            engines[kind] = stack.enter_context(aseer.Engine(config))
+            warm_up(engines[kind], args)
         for repetition in range(args.repetitions):
             since = time.monotonic()
             shift = repetition * len(arms) // args.repetitions
             for arm in [*arms[shift:], *arms[:shift]]:
-                report = replay(engines[arm.drafting], arm, recorded, args)
+                report = replay(engines[kind_of(arm, args)], arm, recorded, args)
                 runs.append(Run(repetition, arm.name, figures_of(report), report))
                 print(repetition, arm.name, runs[-1].figures, flush=True)
             now = time.monotonic()
@@ -305,7 +318,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--kv", choices=("limited", "plentiful"), default="limited")
     parser.add_argument("--kv-share", type=float, default=1 / 3, help="if limited")
-    parser.add_argument("--kv-pool", choices=("off", "auto", "lmcache"), default="off")
+    parser.add_argument(
+        "--kv-pool",
+        choices=("off", "auto", "lmcache"),
+        default="auto",
+        help="for divided arms",
+    )
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--chunk-size", type=int, default=256)
     parser.add_argument("--temperature", type=float, help="default: the trace's")

@@ -41,6 +41,7 @@ class Arm(NamedTuple):
     Attributes:
         drafting: whose engines it runs on.
         knows_lengths: of all responses beforehand, which nobody does in training.
+        pool: engines find each other's KV, as aseer has it by default.
         wanted: share of the groups that ends the rollout; the others are aborted.
     """
 
@@ -49,6 +50,7 @@ class Arm(NamedTuple):
     policy: PolicyName
     drafting: Literal["off", "suffix", "dgds"] = "off"
     knows_lengths: bool = False
+    pool: bool = False
     wanted: float = 1.0
 
     def order(self, recorded: Trace) -> list[tuple[int, TraceGroup]]:
@@ -81,11 +83,11 @@ ARMS = (
     Arm("verl-today+suffix", "with vLLM's suffix drafts", "least-loaded", "suffix"),
     Arm("paper-verl+suffix", "the same", "group-round-robin", "suffix"),
     Arm("openrlhf+suffix", "the same", "group-least-unfinished", "suffix"),
-    Arm("divided", "chunks, first come first served", "fcfs"),
-    Arm("context-aware", "+ probes and length estimates", "context-aware"),
-    Arm("full", "+ grouped drafts (DGDS)", "context-aware", "dgds"),
-    Arm("oracle", "longest first (true lengths)", "longest-first", knows_lengths=True),
-    Arm("oracle+dgds", "with DGDS", "longest-first", "dgds", knows_lengths=True),
+    Arm("divided", "chunks, first come first served", "fcfs", pool=True),
+    Arm("context-aware", "+ probes and length estimates", "context-aware", pool=True),
+    Arm("full", "+ grouped drafts (DGDS)", "context-aware", "dgds", pool=True),
+    Arm("oracle", "longest first (true lengths)", "longest-first", "off", True, True),
+    Arm("oracle+dgds", "with DGDS", "longest-first", "dgds", True, True),
     Arm(
         "partial",
         "OFF-POLICY: ends with half of the groups",

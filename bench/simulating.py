@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aseer.trace import Trace
 
 _INSTANCES_A_RUN = 1000
+_AT_ONCE = 1e30  # bytes a second
 
 
 def simulated_walls(
@@ -31,7 +32,8 @@ def simulated_walls(
 ) -> dict[str, float]:
     """Seconds that each arm's rollout takes when it is simulated.
 
-    All runs without drafts together give the price of a step. Arms with drafts are left
+    All runs without drafts together give the price of a step, and loads from the pool
+    take no time (they take little). Arms with drafts are left
     out, whose acceptance the simulator takes from the paper, and those that end early.
     """
     arms = [arm for arm in arms if arm.drafting == "off" and arm.wanted == 1]
@@ -65,7 +67,7 @@ def simulated_walls(
         known = workload.lengths if arm.knows_lengths else None
         report = simulate(
             workload,
-            cluster,
+            replace(cluster, load_bytes_per_s=_AT_ONCE if arm.pool else None),
             policy=arm.policy,
             known_lengths=known,
             chunk_size=chunk_size,

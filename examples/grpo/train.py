@@ -346,7 +346,7 @@ def save(
     unfinished.replace(path)
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--out", default="runs/grpo", help="results and checkpoints; goes on from them")
@@ -370,7 +370,7 @@ def parse() -> argparse.Namespace:
     add("--eval-every", type=int, default=5)
     add("--threads", type=int, default=2, help="the trainer's; engines idle meanwhile")
     add("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.dynamic and args.engine == "vllm":
         parser.error("--dynamic needs --engine aseer")
     return args
