@@ -114,7 +114,10 @@ def config_of(
         max_model_len=sizes.max_model_len,
         max_num_seqs=args.max_num_seqs,
         speculation=speculation,
-        kv_pool=args.kv_pool if kind.pool else "off",
+        kv_pool=aseer.KvPoolConfig(
+            mode=args.kv_pool if kind.pool else "off",
+            chunk_tokens=min(128, _round_up(args.chunk_size)),
+        ),
         engine_args={
             "num_gpu_blocks_override": sizes.num_kv_blocks,
             "block_size": BLOCK_SIZE,
@@ -230,6 +233,10 @@ def run(
             for arm in [*arms[shift:], *arms[:shift]]:
                 report = replay(engines[kind_of(arm, args)], arm, recorded, args)
                 runs.append(Run(repetition, arm.name, figures_of(report), report))
+                if args.reports is not None:
+                    args.reports.mkdir(parents=True, exist_ok=True)
+                    path = args.reports / f"{arm.name}-{repetition}.json"
+                    path.write_text(json.dumps(report.to_dict()))
                 print(repetition, arm.name, runs[-1].figures, flush=True)
             now = time.monotonic()
             next_end_s = now - began + (now - since)
@@ -330,6 +337,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int)
     parser.add_argument("--minutes", type=float, help="begin no repetition beyond")
     parser.add_argument("--save", type=Path, help="file for the result")
+    parser.add_argument("--reports", type=Path, help="folder for every run's report")
     parser.add_argument("--page", type=Path, help="file for the HTML page")
     args = parser.parse_args()
     if args.smoke:
@@ -360,7 +368,7 @@ def main() -> None:
     settings: dict[str, Any] = {
         name: value
         for name, value in vars(args).items()
-        if name not in ("save", "page")
+        if name not in ("save", "page", "reports")
     }
     settings |= {
         "model": Path(args.model).name,
