@@ -23,6 +23,11 @@ replaces the paper's fixed spread of 32 requests by a price: staying with the KV
 worth one request of imbalance for every `RECOMPUTE_TOKENS_PER_REQUEST` tokens that
 would have to be computed again, which is 0 where a shared pool has them.
 
+Without a pool, what waits may lose its KV to what runs, and every change of requests
+that was not needed is computed again. Context-aware scheduling then keeps siblings, and
+probes, in the order of their arrival instead of by generated tokens, so that a request
+whose chunk ended goes on unless a longer group is waiting.
+
 Starvation (the paper gives no rate): every `starvation_interval`-th assignment is owed
 to the request that has waited longest, and stays owed until there is room for it.
 
@@ -55,13 +60,19 @@ _NEVER = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How to order and place; see the module's table."""
+    """How to order and place; see the module's table.
+
+    Attributes:
+        rank_in_place: the order where engines do not find each other's KV; None = the
+            same.
+    """
 
     name: PolicyName
     rank: Callable[[Waiting, int], Rank]
     placement: Placement
     divided: bool = True
     reserves_kv: bool = True
+    rank_in_place: Callable[[Waiting, int], Rank] | None = None
 
 
 def rank_context_aware(request: Waiting, length_estimate: int) -> Rank:
@@ -69,6 +80,15 @@ def rank_context_aware(request: Waiting, length_estimate: int) -> Rank:
     if request.is_probe:
         return (0, request.num_generated, request.arrival)
     return (1, -length_estimate, request.num_generated, request.arrival)
+
+
+def rank_context_aware_in_place(request: Waiting, length_estimate: int) -> Rank:
+    """The same, but who runs goes on before a sibling starts, and a probe before the
+    next.
+    """
+    if request.is_probe:
+        return (0, request.arrival)
+    return (1, -length_estimate, request.arrival)
 
 
 def rank_fcfs(request: Waiting, length_estimate: int) -> Rank:
@@ -87,7 +107,12 @@ def rank_longest_first(request: Waiting, length_estimate: int) -> Rank:
 POLICIES: Mapping[PolicyName, Policy] = {
     p.name: p
     for p in (
-        Policy("context-aware", rank_context_aware, "affinity"),
+        Policy(
+            "context-aware",
+            rank_context_aware,
+            "affinity",
+            rank_in_place=rank_context_aware_in_place,
+        ),
         Policy("fcfs", rank_fcfs, "affinity"),
         Policy("longest-first", rank_longest_first, "affinity"),
         Policy("group-round-robin", rank_fcfs, "group-round-robin", False, False),
@@ -152,6 +177,7 @@ class Scheduler:
         chunk_size: int,
         granularity: int | None = None,
         starvation_interval: int = 0,
+        shares_kv: bool = True,
     ) -> None:
         """Start empty.
 
@@ -159,10 +185,12 @@ class Scheduler:
             chunk_size: tokens; 0 or an undividing policy = requests run to their end.
             granularity: of KV reuse in tokens; None = the instance's block size.
             starvation_interval: in assignments; 0 = never.
+            shares_kv: whether KV of what waits is kept, and found by any instance.
         """
         self.policy = policy
         self.fleet = Fleet()
-        self._queue = WaitingQueue(policy.rank)
+        in_place = None if shares_kv else policy.rank_in_place
+        self._queue = WaitingQueue(in_place or policy.rank)
         self._chunk_size = chunk_size if policy.divided else 0
         self._granularity = granularity
         self._starvation_interval = starvation_interval or _NEVER

@@ -31,10 +31,14 @@ def scheduler_of(
     chunk_size: int = 8,
     max_num_seqs: int = 100,
     starvation_interval: int = 0,
+    shares_kv: bool = True,
 ) -> Scheduler:
     """With instances of so many blocks of 4 tokens; one large one if none is given."""
     scheduler = Scheduler(
-        POLICIES[policy], chunk_size=chunk_size, starvation_interval=starvation_interval
+        POLICIES[policy],
+        chunk_size=chunk_size,
+        starvation_interval=starvation_interval,
+        shares_kv=shares_kv,
     )
     for i, blocks in enumerate(num_kv_blocks or (10_000,)):
         scheduler.fleet.add(info_of(i, num_kv_blocks=blocks, max_num_seqs=max_num_seqs))
@@ -153,6 +157,26 @@ def test_within_a_group_the_fewest_tokens_go_first_then_the_first_to_arrive() ->
     for index, num_generated in [(3, 8), (2, 0), (1, 8), (4, 4)]:
         scheduler.add(waiting_of("a", index, num_generated=num_generated), 100)
     assert order_of(scheduler.schedule(no_kv)) == ["a/2", "a/4", "a/1", "a/3"]
+
+
+@pytest.mark.parametrize("shares_kv", [True, False])
+def test_without_shared_kv_who_has_tokens_goes_on_before_what_has_none(
+    shares_kv: bool,
+) -> None:
+    scheduler = scheduler_of(shares_kv=shares_kv)
+    for request in (
+        waiting_of("a", 0, num_generated=9),  # probes
+        waiting_of("b", 0),
+        waiting_of("c", 1, num_generated=16),  # siblings
+        waiting_of("c", 2),
+        waiting_of("d", 1),  # a longer group
+    ):
+        scheduler.add(request, {"c": 50, "d": 60}.get(request.group_id, 100))
+    order = order_of(scheduler.schedule(no_kv))
+    if shares_kv:
+        assert order == ["b/0", "a/0", "d/1", "c/2", "c/1"]
+    else:
+        assert order == ["a/0", "b/0", "d/1", "c/1", "c/2"]
 
 
 def test_a_finished_probe_does_not_make_another_request_a_probe() -> None:
