@@ -10,13 +10,14 @@ every token that comes back is checked. Arms do not know the lengths, except tho
 say so.
 
 Arms with the same drafts share engines, of which all are up at once; those of other
-arms idle meanwhile. Arms that divide requests have engines with a KV pool, as aseer has
-by default where LMCache is installed: without one, what waits is computed again.
-Repetitions are interleaved, in an order that turns, and each arm is compared with
-verl's way in the same repetition. No run finds KV, drafts or suffixes of an earlier
-one. By default engines have KV for a third of what the requests that they may run at
-once would need; `--kv plentiful` has enough for all. At the end the arms without drafts
-are simulated at the measured pace, to see how far simulations can be believed.
+arms idle meanwhile (or, with `--restart`, are started when their turn comes). Arms that
+divide requests have engines with a KV pool, as aseer has by default where LMCache is
+installed: without one, what waits is computed again. Repetitions are interleaved, in an
+order that turns, and each arm is compared with verl's way in the same repetition. No
+run finds KV, drafts or suffixes of an earlier one. By default engines have KV for a
+third of what the requests that they may run at once would need; `--kv plentiful` has
+enough for all. At the end the arms without drafts are simulated at the measured pace,
+to see how far simulations can be believed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common import print_result, quantiles, result_line
 from replaying import ARMS, Arm, Run, find_trace, fit, make_model
 from rollout_page import write_page
-from simulating import simulated_walls
+from simulating import measure_prefill, simulated_walls
 
 import aseer
 from aseer import trace
@@ -122,9 +123,42 @@ def config_of(
             "num_gpu_blocks_override": sizes.num_kv_blocks,
             "block_size": BLOCK_SIZE,
             "load_format": args.load_format,
+            **json.loads(args.engine_args),
         },
         env={"VLLM_USE_V2_MODEL_RUNNER": "0"},
     )
+
+
+class Engines:
+    """Engines of every kind: all up at once, or one kind after the other."""
+
+    def __init__(self, model: Path, sizes: Sizes, args: argparse.Namespace) -> None:
+        self._model, self._sizes, self._args = model, sizes, args
+        self._stack = ExitStack()
+        self._engines: dict[Kind, aseer.Engine] = {}
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End those that are up."""
+        self._engines.clear()
+        self._stack.close()
+
+    def of(self, kind: Kind) -> aseer.Engine:
+        """The engine of a kind, warmed up; those of others are ended if need be."""
+        engine = self._engines.get(kind)
+        if engine is None:
+            if self._args.restart:
+                self.close()
+            config = config_of(self._model, kind, self._sizes, self._args)
+            engine = self._stack.enter_context(aseer.Engine(config))
+            self._engines[kind] = engine
+            warm_up(engine, self._args)
+        return engine
 
 
 def groups_of(recorded: Trace, arm: Arm, args: argparse.Namespace) -> list[aseer.Group]:
@@ -222,16 +256,23 @@ def run(
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "trace.json"
         trace.save(recorded, file)
         process.COMMAND = (sys.executable, "-m", "aseer.instance.replay", str(file))
-        engines = {}
-        for kind in dict.fromkeys(kind_of(arm, args) for arm in arms):
-            config = config_of(model, kind, sizes, args)
-            engines[kind] = stack.enter_context(aseer.Engine(config))
-            warm_up(engines[kind], args)
+        engines = stack.enter_context(Engines(model, sizes, args))
+        kinds = list(dict.fromkeys(kind_of(arm, args) for arm in arms))
+        for kind in kinds if not args.restart else ():
+            engines.of(kind)
+        args.prefill_token_s = measure_prefill(
+            engines.of(kinds[0]), sizes.max_model_len
+        )
         for repetition in range(args.repetitions):
             since = time.monotonic()
             shift = repetition * len(arms) // args.repetitions
-            for arm in [*arms[shift:], *arms[:shift]]:
-                report = replay(engines[kind_of(arm, args)], arm, recorded, args)
+            order = [*arms[shift:], *arms[:shift]]
+            if args.restart:
+                engines.close()
+                order.sort(key=lambda arm: kinds.index(kind_of(arm, args)))
+                kinds = [*kinds[1:], kinds[0]]
+            for arm in order:
+                report = replay(engines.of(kind_of(arm, args)), arm, recorded, args)
                 runs.append(Run(repetition, arm.name, figures_of(report), report))
                 if args.reports is not None:
                     args.reports.mkdir(parents=True, exist_ok=True)
@@ -317,9 +358,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--model",
         default="smollm2",
-        help="smollm2, small (random, its shape, 4096 tokens), tiny, or a directory",
+        help="smollm2, small (random, its shape, 4096 tokens), qwen3-8b (dummy weights "
+        "in its shape), tiny, or a directory",
     )
-    parser.add_argument("--layers", type=int, default=30, help="of --model small")
+    parser.add_argument("--layers", type=int, help="of small or qwen3-8b")
+    parser.add_argument(
+        "--engine-args", default="{}", metavar="JSON", help="further ones of vLLM's"
+    )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="one kind of engines at a time, started anew in every repetition: where "
+        "there is no memory for all",
+    )
     parser.add_argument("--load-format", default="auto", help="such as dummy")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--engines", type=int, default=2)
@@ -385,6 +436,7 @@ def main() -> None:
         recorded,
         max_num_seqs=args.max_num_seqs,
         chunk_size=args.chunk_size,
+        prefill_token_s=args.prefill_token_s,
     )
     figures: Mapping[str, Any] = {"arms": summaries(arms, runs, simulated)}
     line = result_line("rollout_vllm", settings=settings, figures=figures)

@@ -29,9 +29,31 @@ if TYPE_CHECKING:
 SMALL_SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 576,
+    "num_layers": 30,
     "num_heads": 9,
     "num_kv_heads": 3,
     "intermediate_size": 1536,
+}
+# Of Qwen3-8B's configuration what makes its shape.
+QWEN3_8B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "dtype": "bfloat16",
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "bos_token_id": tiny.EOS_ID,
+    "eos_token_id": tiny.EOS_ID,
 }
 
 
@@ -131,8 +153,15 @@ def make_model(args: argparse.Namespace, folder: Path) -> Path:
     if args.model == "smollm2":
         return smollm2.prepare(dtype=dtype, progress=print)
     if args.model == "small":
-        shape = SMALL_SHAPE | {"num_layers": args.layers}
+        shape = SMALL_SHAPE | ({"num_layers": args.layers} if args.layers else {})
         return tiny.make_tiny(folder / "small", dtype=dtype, **shape)
+    if args.model == "qwen3-8b":
+        model = tiny.make_tiny(folder / "qwen3-8b")  # for its tokenizer
+        (model / "model.safetensors").unlink()
+        layers = {"num_hidden_layers": args.layers} if args.layers else {}
+        (model / "config.json").write_text(json.dumps(QWEN3_8B | layers))
+        args.load_format = "dummy"
+        return model
     if args.model == "tiny":
         return tiny.make_tiny(folder / "tiny")
     return Path(args.model)

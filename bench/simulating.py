@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import aseer
 from aseer.errors import ConfigError
 from aseer.sim.cluster import Cluster, simulate
 from aseer.sim.fit import fit_steps
@@ -29,10 +32,12 @@ def simulated_walls(
     *,
     max_num_seqs: int,
     chunk_size: int,
+    prefill_token_s: float,
 ) -> dict[str, float]:
     """Seconds that each arm's rollout takes when it is simulated.
 
-    All runs without drafts together give the price of a step, and loads from the pool
+    All runs without drafts together give the price of a step; that of a prompt's token
+    is measured (`measure_prefill`), and loads from the pool
     take no time (they take little). Arms with drafts are left
     out, whose acceptance the simulator takes from the paper, and those that end early.
     """
@@ -49,10 +54,11 @@ def simulated_walls(
         for sample in report.timeline
     ]
     try:
-        step_time = fit_steps(timeline, dict.fromkeys(_ids(timeline), capacity))
+        fitted = fit_steps(timeline, dict.fromkeys(_ids(timeline), capacity))
     except ConfigError as error:
         print(f"nothing is simulated: {error}")
         return {}
+    step_time = replace(fitted, prefill_token_s=prefill_token_s)
     cluster = Cluster(
         num_instances=len(instances),
         step_time=step_time,
@@ -74,6 +80,23 @@ def simulated_walls(
         )
         walls[arm.name] = report.wall_s
     return walls
+
+
+def measure_prefill(engine: aseer.Engine, max_model_len: int) -> float:
+    """Seconds that an engine takes for a token of a long prompt."""
+    times = {}
+    lengths = (max_model_len // 4, max_model_len - 32)
+    for place, length in enumerate(lengths):
+        tries = []
+        for number in range(3):  # another prompt each, so that no KV is found
+            prompt = [5 + 3 * place + number, 20] * (length // 2)
+            group = aseer.Group(prompt, n=1, sampling={"max_tokens": 1})
+            since = time.perf_counter()
+            list(engine.rollout_sync([group]))
+            tries.append(time.perf_counter() - since)
+        times[length] = statistics.median(tries)
+    short, long = lengths
+    return max(0.0, times[long] - times[short]) / (long - short)
 
 
 def _ids(timeline: Sequence[TimelineSample]) -> set[int]:

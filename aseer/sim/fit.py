@@ -40,19 +40,26 @@ _OUTLIER = 4.0  # median deviations
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSteps:
-    """`StepTime` with a price for a step, a token in it, and a token of KV it reads."""
+    """`StepTime` with a price for a step, a token in it, and a token of KV it reads.
+
+    Attributes:
+        prefill_token_s: of a prompt's token, of which steps take many at once; None =
+            `token_s`, since a timeline does not tell.
+    """
 
     base_s: float
     token_s: float
     kv_token_s: float
+    prefill_token_s: float | None = None
 
     def seconds(self, num_tokens: float, num_kv_tokens: float) -> float:
         """See `StepTime`."""
         return self.base_s + self.token_s * num_tokens + self.kv_token_s * num_kv_tokens
 
     def prefill_s(self, num_tokens: int) -> float:
-        """See `StepTime`. A prompt's token costs what any token of a step does."""
-        return self.token_s * num_tokens
+        """See `StepTime`."""
+        price = self.prefill_token_s
+        return (self.token_s if price is None else price) * num_tokens
 
 
 def fit_steps(
