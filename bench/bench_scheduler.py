@@ -241,7 +241,6 @@ class Deciding:
         num_tokens = request.num_tokens + num_new
         finished = num_generated == length
         where, num_blocks = ended.instance_id, ended.num_reserved_blocks
-        self._context.record_tokens(request.group_id, num_new)
         self._scheduler.fleet.release(where, num_blocks)
         self._residency.release(
             where, request.request_id, num_blocks, 0 if finished else num_tokens - 1
