@@ -134,10 +134,7 @@ class Host:
     # On the engine's thread
 
     async def open_session(
-        self,
-        mailbox: Mailbox[Response],
-        policy: PolicyName,
-        chunk_size: int,
+        self, mailbox: Mailbox[Response], policy: PolicyName, chunk_size: int
     ) -> Session:
         """Begin a rollout.
 

@@ -268,7 +268,8 @@ def run(
             shift = repetition * len(arms) // args.repetitions
             order = [*arms[shift:], *arms[:shift]]
             if args.restart:
-                engines.close()
+                if repetition:
+                    engines.close()
                 order.sort(key=lambda arm: kinds.index(kind_of(arm, args)))
                 kinds = [*kinds[1:], kinds[0]]
             for arm in order:
@@ -399,6 +400,8 @@ def parse() -> argparse.Namespace:
     for name, value in QUICK.items() if args.quick else ():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.engines == 1 and args.kv_pool == "auto":
+        args.kv_pool = "off"  # which "auto" means for one engine; arms share it then
     if args.repetitions is None:
         args.repetitions = 1 if args.smoke else 3
     return args

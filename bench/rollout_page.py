@@ -93,8 +93,8 @@ def write_page(
         "<p>Each arm's run of median throughput; the tail is above the line.</p>",
         _image(_completions(arms, typical)),
         "<h2>Where the time went</h2>",
-        "<p>The engines' time by how many requests their steps served: a step with few "
-        "takes hardly less time than one with many.</p>",
+        "<p>The engines' time by how many requests their steps served: they share what "
+        "a step costs beyond its tokens.</p>",
         _image(_loads(arms, typical)),
         "<h2>Running requests and KV in use, by instance</h2>",
         _image(_timelines(arms, typical)),

@@ -36,10 +36,12 @@ def simulated_walls(
 ) -> dict[str, float]:
     """Seconds that each arm's rollout takes when it is simulated.
 
-    All runs without drafts together give the price of a step; that of a prompt's token
-    is measured (`measure_prefill`), and loads from the pool
-    take no time (they take little). Arms with drafts are left
-    out, whose acceptance the simulator takes from the paper, and those that end early.
+    All runs without drafts together give the price of a step, and loads from the pool
+    take no time (they take little). Arms with drafts are left out, whose acceptance the
+    simulator takes from the paper, and those that end early.
+
+    Args:
+        prefill_token_s: as `measure_prefill` has it; a timeline does not tell.
     """
     arms = [arm for arm in arms if arm.drafting == "off" and arm.wanted == 1]
     names = {arm.name for arm in arms}
