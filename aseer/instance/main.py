@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from aseer.types import Chunk, ChunkId
 
 _log = logging.getLogger("aseer.instance")
+_ending = threading.Lock()  # held by whoever ends this process, to the end
 
 
 class Instance:
@@ -225,12 +226,13 @@ def _watch_lifeline(*folders: str) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
     _log.error("the controller is gone; this instance ends")
-    # All at once and last: when its engine dies, this process begins to exit.
-    group = os.getpgrp()
-    remove_shared_memory(shared_memory_of(group), group=group)
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    os.killpg(group, signal.SIGKILL)
+    with _ending:
+        # All at once and last: when its engine dies, this process begins to exit.
+        group = os.getpgrp()
+        remove_shared_memory(shared_memory_of(group), group=group)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(group, signal.SIGKILL)
 
 
 def main() -> None:
@@ -251,7 +253,12 @@ def main() -> None:
     lifeline.start()
     if spec.cores:
         os.sched_setaffinity(0, spec.cores)  # this thread's, and so its children's
-    sys.exit(uvloop.run(_main(spec)))
+    status = uvloop.run(_main(spec))
+    sys.stdout.flush()
+    with _ending:
+        # Not sys.exit: taking torch down lasts seconds in which no thread runs, and a
+        # controller that died then would have left nobody to clean up.
+        os._exit(status)
 
 
 if __name__ == "__main__":

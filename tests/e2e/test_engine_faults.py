@@ -75,7 +75,7 @@ config = tiny_config(num_instances=1, model=sys.argv[1])
 sampling = {"max_tokens": 1000, "ignore_eos": True}
 with aseer.Engine(config) as engine:
     print(engine.run_dir, engine.instances[0].pid, flush=True)
-    for _ in engine.rollout_sync([aseer.Group([1, 2], n=32, sampling=sampling)]):
+    for _ in engine.rollout_sync([aseer.Group([1, 2], n=4096, sampling=sampling)]):
         pass
 """
 

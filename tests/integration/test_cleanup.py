@@ -1,12 +1,16 @@
-"""What a killed process group leaves in shared memory is removed, and nothing else."""
+"""What processes that end or are killed leave behind is removed, and nothing else."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from multiprocessing import shared_memory
 from pathlib import Path
 
+import msgspec
+
+from aseer.instance.base import InstanceSpec
 from aseer.instance.cleanup import (
     SHARED_MEMORY,
     kill_group,
@@ -49,3 +53,50 @@ def test_only_what_the_group_alone_had_is_removed():
     finally:
         ours.close()
         ours.unlink()
+
+
+ENDS_WHILE_IT_CLEANS_UP = """
+import shutil, threading, time
+import uvloop
+from aseer.instance.main import main
+
+began = threading.Event()
+remove = shutil.rmtree
+
+def slowly(*args, **kwargs):
+    began.set()
+    time.sleep(0.5)
+    remove(*args, **kwargs)
+
+def run(work):
+    work.close()
+    began.wait(10)
+    return 0
+
+shutil.rmtree, uvloop.run = slowly, run
+main()
+"""
+
+
+def test_an_instance_that_ends_waits_for_its_own_cleanup(tmp_path):
+    spec = InstanceSpec(
+        endpoint="",
+        identity="",
+        run_dir=str(tmp_path / "run"),
+        weights_dir=str(tmp_path / "weights"),
+        instance_id=0,
+        backend="sim",
+        report_interval_s=1.0,
+        engine_args={},
+    )
+    folders = [Path(spec.run_dir), Path(spec.weights_dir)]
+    for folder in folders:
+        folder.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDS_WHILE_IT_CLEANS_UP],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        process.communicate(msgspec.json.encode(spec) + b"\n", timeout=30)
+    assert process.returncode == -signal.SIGKILL  # of its whole group, when all is gone
+    assert not any(folder.exists() for folder in folders)
