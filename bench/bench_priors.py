@@ -98,7 +98,7 @@ def error_factor(pairs: Sequence[tuple[int, int]]) -> float:
 
 def run(warm: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train, and measure both arms in every iteration."""
-    task, rng = train.Countdown(), random.Random(args.seed)
+    task, rng = train.Countdown(warm), random.Random(args.seed)
     settings = train.parse([])
     problems = [
         aseer.Group(g.prompt, g.n, g.sampling, metadata=g.metadata, group_id=str(i))

@@ -51,7 +51,7 @@ class Log:
         axes = figure.subplots()
         for name, style in (("reward", "-"), ("eval", "o-")):
             points = [(int(r["iteration"]), float(r[name])) for r in rows if r[name]]
-            label = "training" if name == "reward" else "held out, greedy"
+            label = "training" if name == "reward" else "held out"
             axes.plot(*zip(*points, strict=True), style, label=label)
         axes.set(xlabel="iteration", ylabel="mean reward", ylim=(0, 1))
         axes.legend()

@@ -18,10 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from countdown import make_problem, reward, solved_problem
+from countdown import Problem, example, make_problem, reward, write_tokenizer
 from metrics import Log
 from samplers import AseerSampler, Sample, VllmSampler
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 import aseer
 from aseer.models import smollm2, tiny
@@ -30,8 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 EOS = tiny.EOS_ID
-IDS = {char: i for i, char in enumerate(tiny.vocabulary(128))}
-CHARS = {i: char for char, i in IDS.items()}
 
 
 class Trained(NamedTuple):
@@ -41,53 +44,60 @@ class Trained(NamedTuple):
     advantage: float
 
 
-class Countdown:
-    """The task for the small policy: one token a character."""
+class Task:
+    """Groups of prompts for a model that has a tokenizer, and what responses earn."""
+
+    max_tokens: int
+
+    def __init__(self, model: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def group(self, rng: random.Random, n: int) -> aseer.Group:
+        """A problem at random; evaluation samples from the model as training does."""
+        text, problem = self.problem(rng)
+        prompt = self.tokenizer.encode(text, add_special_tokens=False)
+        sampling = {"temperature": 1.0, "max_tokens": self.max_tokens}
+        return aseer.Group(prompt, n, sampling, metadata=problem)
+
+    def reward(self, sample: Sample) -> float:
+        text = self.tokenizer.decode(sample.response, skip_special_tokens=True)
+        return self.score(sample.problem, text)
+
+    def problem(self, rng: random.Random) -> tuple[str, Any]:
+        """A prompt, and what its responses are to be scored by."""
+        raise NotImplementedError
+
+    def score(self, problem: Any, response: str) -> float:
+        raise NotImplementedError
+
+
+class Countdown(Task):
+    """The task for the small policy."""
 
     max_tokens = 192
 
-    def group(self, rng: random.Random, n: int) -> aseer.Group:
+    def problem(self, rng: random.Random) -> tuple[str, Problem]:
         problem = make_problem(rng)
-        return aseer.Group(
-            encode(problem.prompt), n, sampling(n, self.max_tokens), metadata=problem
-        )
+        return problem.prompt, problem
 
-    def reward(self, sample: Sample) -> float:
-        text = "".join(CHARS[i] for i in sample.response if i != EOS)
-        return reward(sample.problem, text)
+    def score(self, problem: Problem, response: str) -> float:
+        return reward(problem, response)
 
 
-class Sums:
+class Sums(Task):
     """The task for SmolLM2: a sum in words; right if the last number is the sum."""
 
     max_tokens = 128
 
-    def __init__(self, model: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
-
-    def group(self, rng: random.Random, n: int) -> aseer.Group:
+    def problem(self, rng: random.Random) -> tuple[str, int]:
         numbers = [rng.randint(2, 30) for _ in range(rng.randint(2, 4))]
         text = f"What is {' + '.join(map(str, numbers))}? Think step by step."
         text = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-        prompt = self._tokenizer.encode(text, add_special_tokens=False)
-        limits = sampling(n, self.max_tokens)
-        return aseer.Group(prompt, n, limits, metadata=sum(numbers))
+        return text, sum(numbers)
 
-    def reward(self, sample: Sample) -> float:
-        text = self._tokenizer.decode(sample.response, skip_special_tokens=True)
-        words = "".join(c if c.isdigit() else " " for c in text).split()
-        return float(bool(words) and int(words[-1]) == sample.problem)
-
-
-def sampling(n: int, max_tokens: int) -> dict[str, Any]:
-    """Training samples as the model is, evaluation its likeliest answer."""
-    return {"temperature": 1.0 if n > 1 else 0.0, "max_tokens": max_tokens}
-
-
-def encode(text: str) -> list[int]:
-    return [IDS[tiny.VISIBLE_BLANKS.get(char, char)] for char in text]
+    def score(self, problem: int, response: str) -> float:
+        words = "".join(c if c.isdigit() else " " for c in response).split()
+        return float(bool(words) and int(words[-1]) == problem)
 
 
 # The policy
@@ -98,10 +108,12 @@ def make_warm(folder: Path, args: argparse.Namespace) -> None:
     rng = random.Random(f"warm-{args.seed}")
     torch.manual_seed(args.seed)
     width, heads = args.hidden_size, args.hidden_size // 64
-    tiny.make_tiny(  # for its configuration and tokenizer
+    tiny.make_tiny(  # for its configuration
         folder, hidden_size=width, intermediate_size=width * 8 // 3, num_heads=heads,
         num_kv_heads=heads, max_positions=512,
     )  # fmt: skip
+    write_tokenizer(folder, vocab_size=128)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     config = LlamaForCausalLM.config_class.from_pretrained(folder)
     policy = LlamaForCausalLM(config)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.01)
@@ -109,7 +121,7 @@ def make_warm(folder: Path, args: argparse.Namespace) -> None:
         optimiser, 2e-3, total_steps=args.warm_steps, pct_start=0.1
     )
     print(f"warm start: {policy.num_parameters():,} parameters", flush=True)
-    for step, batch in enumerate(example_batches(rng, args.warm_steps)):
+    for step, batch in enumerate(example_batches(rng, tokenizer, args.warm_steps)):
         logprobs = policy_logprobs(policy, [p + r for p, r in batch])
         mask = response_mask(batch, logprobs)
         loss = -(logprobs * mask).sum() / mask.sum()
@@ -124,14 +136,17 @@ def make_warm(folder: Path, args: argparse.Namespace) -> None:
 
 
 def example_batches(
-    rng: random.Random, num: int, size: int = 64
+    rng: random.Random, tokenizer: Any, num: int, size: int = 64
 ) -> Iterator[list[tuple[list[int], list[int]]]]:
     """Batches of (prompt, response), each of about the same lengths."""
     ready: list[list[tuple[list[int], list[int]]]] = []
     for _ in range(num):
         if not ready:
-            pool = [solved_problem(rng, hit=0.12) for _ in range(8 * size)]
-            pairs = [(encode(p), [*encode(r), EOS]) for p, r in pool]
+            pool = [example(rng, hit=0.15, give_up=0.3) for _ in range(8 * size)]
+            pairs = [
+                (tokenizer.encode(prompt), [*tokenizer.encode(response), EOS])
+                for prompt, response in pool
+            ]
             pairs.sort(key=lambda pair: len(pair[1]))
             ready = [pairs[k : k + size] for k in range(0, len(pairs), size)]
             rng.shuffle(ready)
@@ -161,7 +176,7 @@ def response_mask(
 
 
 async def collect(
-    sampler: Any, task: Any, problems: Iterator[aseer.Group], args: argparse.Namespace
+    sampler: Any, task: Task, problems: Iterator[aseer.Group], args: argparse.Namespace
 ) -> tuple[list[Trained], dict[str, float]]:
     """Roll out, rewarding groups as they arrive.
 
@@ -258,11 +273,11 @@ def train_on(
     return measured | {"clipped": share, "gradient_norm": norm.item()}
 
 
-async def evaluate(sampler: Any, task: Any, args: argparse.Namespace) -> float:
+async def evaluate(sampler: Any, task: Task, args: argparse.Namespace) -> float:
     """Mean reward on problems that are never trained on."""
     rng = random.Random("held out")
-    groups = [task.group(rng, 1) for _ in range(args.eval_problems)]
-    rewards = [task.reward(s) async for (s,) in sampler.rollout(groups)]
+    groups = [task.group(rng, 4) for _ in range(args.eval_problems)]
+    rewards = [task.reward(s) async for group in sampler.rollout(groups) for s in group]
     return sum(rewards) / len(rewards)
 
 
@@ -273,14 +288,13 @@ async def main(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    task: Any = Countdown()
     if args.model == "smollm2":
         warm = smollm2.prepare(dtype="float32")
-        task = Sums(warm)
     else:
         warm = Path(args.warm or out / "warm")
         if not (warm / "model.safetensors").exists():
             make_warm(warm, args)
+    task = (Sums if args.model == "smollm2" else Countdown)(warm)
     policy = AutoModelForCausalLM.from_pretrained(warm, dtype=torch.float32)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
     rng = random.Random(f"train-{args.seed}")
@@ -353,7 +367,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--engine", choices=["aseer", "vllm"], default="aseer")
     add("--model", choices=["small", "smollm2"], default="small")
     add("--warm", help="directory of the warm-started model; made if it is not there")
-    add("--warm-steps", type=int, default=350)
+    add("--warm-steps", type=int, default=1000)
     add("--hidden-size", type=int, default=192, help="of the small model")
     add("--iterations", type=int, default=45)
     add("--groups", type=int, default=32, help="in an iteration")
@@ -362,11 +376,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--max-refill", type=int, default=3, help="batches of groups it may drop")
     add("--speculation", choices=["off", "dgds"], default="off")
     add("--minibatches", type=int, default=2)
-    add("--micro-batch", type=int, default=64, help="responses in a forward pass")
+    add("--micro-batch", type=int, default=16, help="responses in a forward pass")
     add("--lr", type=float, default=2e-4)
     add("--clip-low", type=float, default=0.2)
     add("--clip-high", type=float, default=0.28)
-    add("--eval-problems", type=int, default=256)
+    add("--eval-problems", type=int, default=128)
     add("--eval-every", type=int, default=5)
     add("--threads", type=int, default=2, help="the trainer's; engines idle meanwhile")
     add("--seed", type=int, default=0)

@@ -39,6 +39,11 @@ NEEDS_VLLM = pytest.mark.skipif(
             marks=[NEEDS_VLLM, pytest.mark.slow, pytest.mark.timeout(500)],
         ),
         pytest.param(
+            "grpo",
+            {"vllm", "aseer", "aseer minus vllm"},
+            marks=[NEEDS_VLLM, pytest.mark.slow, pytest.mark.timeout(500)],
+        ),
+        pytest.param(
             "cst", {"append_ratio", "lookup_ratio", "memory_ratio"}, marks=COMPARES
         ),
         pytest.param("acceptance", {"points"}, marks=COMPARES),
