@@ -37,7 +37,7 @@ from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.session import Session
 from aseer.transport.zeromq import bind_router
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
-from aseer.weights.keeper import WeightKeeper, weights_dir_of
+from aseer.weights.keeper import NO_INSTANCE, WeightKeeper, weights_dir_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -242,6 +242,8 @@ class Host:
 
     async def _ask_all(self, what: Question, **arguments: Any) -> None:
         assert self._pool is not None
+        if not self.infos:
+            raise EngineError(self._exhausted or NO_INSTANCE)
         asked = [self._pool.ask(i, what, **arguments) for i in self.infos]
         for error in await asyncio.gather(*asked, return_exceptions=True):
             if isinstance(error, BaseException):
@@ -300,10 +302,8 @@ class Host:
 
     @property
     def log_paths(self) -> list[Path]:
-        return [
-            self.log_dir / f"instance-{launch.instance_id}.log"
-            for launch in self._launches
-        ]
+        ids = [launch.instance_id for launch in self._launches]
+        return [self.log_dir / f"instance-{i}.log" for i in ids]
 
     def _run(self) -> None:
         try:

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 
 Pause = Literal["abort", "wait"]
+NO_INSTANCE = (
+    "no instance is up at the moment; what was lost is started again: try again then"
+)
 
 
 def weights_dir_of(config: EngineConfig, run_dir: Path) -> Path:
@@ -104,10 +107,7 @@ class WeightKeeper:
             if self._expected is None:
                 one = next(iter(sorted(instances)), None)
                 if one is None:
-                    raise EngineError(
-                        "no instance is up at the moment; what was lost is started "
-                        "again: try again then"
-                    )
+                    raise EngineError(NO_INSTANCE)
                 said = await pool.ask(one, "describe_weights")
                 self._expected = msgspec.convert(said, dict[str, TensorSpec])
             self._num_plans += 1

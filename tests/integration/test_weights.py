@@ -224,6 +224,19 @@ async def test_an_engine_that_sleeps_does_nothing_until_it_is_woken():
         assert await roll(engine) == before
 
 
+async def test_with_no_instance_up_nobody_can_be_asked_to_sleep():
+    args = {"weights": SHAPES, "start_s": 1.0}
+    config = config_of(num_instances=1, engine_args=args)
+    async with aseer.Engine(config) as engine:
+        os.kill(engine.instances[0].pid, signal.SIGKILL)
+        for _ in range(3000):
+            if not engine.instances:
+                break
+            await asyncio.sleep(0.01)
+        with pytest.raises(aseer.EngineError, match="no instance is up"):
+            await engine.sleep()
+
+
 SCRIPT = """
 import sys, time, torch
 import aseer
