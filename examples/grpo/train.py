@@ -322,6 +322,8 @@ async def main(args: argparse.Namespace) -> None:
         if first == 1:
             log.write({"iteration": 0, "eval": await evaluate(sampler, task, args)})
         for iteration in range(first, args.iterations + 1):
+            for group in optimiser.param_groups:  # down to 0 at the end
+                group["lr"] = args.lr * (1 - (iteration - 1) / args.iterations)
             clock = [time.monotonic()]
             batch, row = await collect(sampler, task, problems, args)
             clock.append(time.monotonic())
@@ -369,7 +371,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--warm", help="directory of the warm-started model; made if it is not there")
     add("--warm-steps", type=int, default=1000)
     add("--hidden-size", type=int, default=192, help="of the small model")
-    add("--iterations", type=int, default=45)
+    add("--iterations", type=int, default=40)
     add("--groups", type=int, default=32, help="in an iteration")
     add("--group-size", type=int, default=8)
     add("--dynamic", action="store_true", help="drop groups that teach nothing (DAPO)")
@@ -377,7 +379,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--speculation", choices=["off", "dgds"], default="off")
     add("--minibatches", type=int, default=2)
     add("--micro-batch", type=int, default=16, help="responses in a forward pass")
-    add("--lr", type=float, default=2e-4)
+    add("--lr", type=float, default=2e-4, help="at first; it falls linearly")
     add("--clip-low", type=float, default=0.2)
     add("--clip-high", type=float, default=0.28)
     add("--eval-problems", type=int, default=128)
