@@ -189,8 +189,8 @@ def main() -> None:
     if args.problems % args.groups:
         parser.error("--problems must be a multiple of --groups")
     with tempfile.TemporaryDirectory() as folder:
-        warm = args.warm or Path(folder)
-        if not (warm / "model.safetensors").exists():
+        warm = args.warm or Path(folder) / "warm"
+        if not warm.exists():
             train.make_warm(warm, train.parse(options))
         figures = run(warm, args)
     settings = {k: v for k, v in vars(args).items() if k not in ("save", "warm")}

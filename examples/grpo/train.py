@@ -108,13 +108,14 @@ def make_warm(folder: Path, args: argparse.Namespace) -> None:
     rng = random.Random(f"warm-{args.seed}")
     torch.manual_seed(args.seed)
     width, heads = args.hidden_size, args.hidden_size // 64
+    unfinished = folder.with_name(f"{folder.name}.new")
     tiny.make_tiny(  # for its configuration
-        folder, hidden_size=width, intermediate_size=width * 8 // 3, num_heads=heads,
+        unfinished, hidden_size=width, intermediate_size=width * 8 // 3, num_heads=heads,
         num_kv_heads=heads, max_positions=512,
     )  # fmt: skip
-    write_tokenizer(folder, vocab_size=128)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = LlamaForCausalLM.config_class.from_pretrained(folder)
+    write_tokenizer(unfinished, vocab_size=128)
+    tokenizer = AutoTokenizer.from_pretrained(unfinished)
+    config = LlamaForCausalLM.config_class.from_pretrained(unfinished)
     policy = LlamaForCausalLM(config)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -132,7 +133,8 @@ def make_warm(folder: Path, args: argparse.Namespace) -> None:
         optimiser.zero_grad()
         if step % 50 == 0 or step == args.warm_steps - 1:
             print(f"  step {step}: loss {loss.item():.3f}", flush=True)
-    policy.save_pretrained(folder)
+    policy.save_pretrained(unfinished)
+    unfinished.replace(folder)
 
 
 def example_batches(
@@ -292,7 +294,7 @@ async def main(args: argparse.Namespace) -> None:
         warm = smollm2.prepare(dtype="float32")
     else:
         warm = Path(args.warm or out / "warm")
-        if not (warm / "model.safetensors").exists():
+        if not warm.exists():
             make_warm(warm, args)
     task = (Sums if args.model == "smollm2" else Countdown)(warm)
     policy = AutoModelForCausalLM.from_pretrained(warm, dtype=torch.float32)
