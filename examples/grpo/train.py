@@ -110,8 +110,8 @@ def make_warm(folder: Path, args: argparse.Namespace) -> None:
     width, heads = args.hidden_size, args.hidden_size // 64
     unfinished = folder.with_name(f"{folder.name}.new")
     tiny.make_tiny(  # for its configuration
-        unfinished, hidden_size=width, intermediate_size=width * 8 // 3, num_heads=heads,
-        num_kv_heads=heads, max_positions=512,
+        unfinished, hidden_size=width, intermediate_size=width * 8 // 3,
+        num_heads=heads, num_kv_heads=heads, max_positions=512,
     )  # fmt: skip
     write_tokenizer(unfinished, vocab_size=128)
     tokenizer = AutoTokenizer.from_pretrained(unfinished)
