@@ -225,8 +225,8 @@ def _watch_lifeline(*folders: str) -> None:
     """
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    _log.error("the controller is gone; this instance ends")
     with _ending:
+        _log.error("the controller is gone; this instance ends")
         # All at once and last: when its engine dies, this process begins to exit.
         group = os.getpgrp()
         remove_shared_memory(shared_memory_of(group), group=group)
