@@ -106,9 +106,6 @@ class LengthPriors:
         self._max_prompts = max_prompts
         self._longest: OrderedDict[bytes, int] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._longest)
-
     def get(self, prompt: bytes) -> int | None:
         """Tokens of the longest response to a prompt (token ids as bytes)."""
         return self._longest.get(_key(prompt))

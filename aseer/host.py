@@ -54,6 +54,12 @@ _POOL_GRACE_S = 3.0
 T = TypeVar("T")
 
 
+def _log_failure(asked: asyncio.Future[Any]) -> None:
+    error = None if asked.cancelled() else asked.exception()
+    if error is not None:
+        _log.error("an instance does not sleep, unlike the others: %s", error)
+
+
 class Host:
     """The engine's thread and what runs on it."""
 
@@ -76,7 +82,7 @@ class Host:
         self.ended = threading.Event()
         self._loads: dict[InstanceId, InstanceLoad] = {}
         self._exhausted: str | None = None
-        self._is_asleep = False
+        self._sleep_level: int | None = None  # while asleep
         self._session: Session | None = None
         self._next_chunk_id = 0
         self._pool: InstancePool | None = None
@@ -233,12 +239,17 @@ class Host:
             with suppress(Exception):  # all sleep or none does
                 await self._ask_all("wake")
             raise
-        self._is_asleep = True
+        assert self._pool is not None
+        self._pool.hold_starts()  # they would take what was released
+        self._sleep_level = level
 
     async def wake(self) -> None:
         """See `Engine.wake`."""
-        await self._ask_all("wake")
-        self._is_asleep = False
+        assert self._pool is not None
+        self._pool.allow_starts()
+        if self.infos:
+            await self._ask_all("wake")
+        self._sleep_level = None
 
     async def _ask_all(self, what: Question, **arguments: Any) -> None:
         assert self._pool is not None
@@ -250,7 +261,7 @@ class Host:
                 raise error
 
     def _check_awake(self) -> None:
-        if self._is_asleep:
+        if self._sleep_level is not None:
             raise EngineError("the engine is asleep; wake() it first")
 
     async def _end_left(self) -> None:
@@ -278,6 +289,10 @@ class Host:
         self.weights.instance_up(info.instance_id)
         self.infos[info.instance_id] = self.limits = info
         self._loads[info.instance_id] = InstanceLoad()
+        if self._sleep_level is not None:  # it was starting when the others fell asleep
+            assert self._pool is not None
+            asked = self._pool.ask(info.instance_id, "sleep", level=self._sleep_level)
+            asked.add_done_callback(_log_failure)
         if self._session is not None:
             self._session.instance_up(info, InstanceLoad())
 

@@ -97,6 +97,8 @@ class InstancePool:
         seed = secrets.randbits(31) if config.seed is None else config.seed
         self._seeds = random.Random(seed)
         self._num_asked = 0
+        self._may_start = asyncio.Event()
+        self._may_start.set()
         self.weights: str | None = None  # index of what a new instance must load first
 
     def num_restarts(self, instance_id: InstanceId) -> int:
@@ -164,6 +166,14 @@ class InstancePool:
     def replace(self, instance_id: InstanceId, why: str) -> None:
         """Kill an instance; it is started again like any other."""
         self._slots[instance_id].kill(why)
+
+    def hold_starts(self) -> None:
+        """Start no instance again until `allow_starts`."""
+        self._may_start.clear()
+
+    def allow_starts(self) -> None:
+        """Start again what is dead, now and from now on."""
+        self._may_start.set()
 
     def kill_busy(self, why: str) -> None:
         """Kill the instances that run chunks; they are started again like any other."""
@@ -324,6 +334,7 @@ class InstancePool:
 
     async def _restart(self, slot: Slot, why: str) -> bool:
         while self._restarts_left:
+            await self._may_start.wait()
             self._restarts_left -= 1
             try:
                 await self._bring_up(slot)

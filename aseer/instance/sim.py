@@ -68,6 +68,7 @@ class SimBackend:
         self._cached: dict[bytes, int] = {}
         self._prepared: int | None = None
         self._weights = 0
+        self._is_asleep = False
 
     async def start(self) -> InstanceInfo:
         """See `Backend`."""
@@ -88,6 +89,7 @@ class SimBackend:
 
     async def run(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
         """See `Backend`."""
+        assert not self._is_asleep, "wake it first"
         self._num_waiting += 1
         async with self._slots:
             self._num_waiting -= 1
@@ -175,9 +177,12 @@ class SimBackend:
 
     async def sleep(self, level: int) -> None:
         """See `Backend`."""
+        self._is_asleep = True
 
     async def wake(self) -> None:
         """See `Backend`."""
+        assert self._is_asleep, "nobody told it to sleep"
+        self._is_asleep = False
 
     def _fault(self, step: str) -> None:
         identity, at, how = self._args["weights_fault"] or ("", "", "")

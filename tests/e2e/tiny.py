@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ def tiny_model() -> Path:
     directory = Path(tempfile.gettempdir()) / f"tiny-{os.getpid()}"
     if not directory.exists():
         make_tiny(directory)
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
 
 

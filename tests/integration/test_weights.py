@@ -224,6 +224,33 @@ async def test_an_engine_that_sleeps_does_nothing_until_it_is_woken():
         assert await roll(engine) == before
 
 
+async def test_what_dies_while_the_engine_sleeps_is_started_again_at_its_waking():
+    async with aseer.Engine(sims()) as engine:
+        before = await roll(engine)
+        await engine.sleep()
+        for info in engine.instances:
+            os.kill(info.pid, signal.SIGKILL)
+        await until(lambda: not engine.instances)
+        await asyncio.sleep(2.0)  # a simulated instance starts in less
+        assert not engine.instances
+        await engine.wake()
+        assert await roll(engine) == before
+
+
+async def test_an_instance_that_starts_while_the_engine_falls_asleep_sleeps_too():
+    args = {"weights": SHAPES, "start_s": 1.0}
+    async with aseer.Engine(config_of(engine_args=args)) as engine:
+        before = await roll(engine)
+        num_instances = len(engine.instances)
+        os.kill(engine.instances[0].pid, signal.SIGKILL)
+        await until(lambda: len(engine.instances) == num_instances - 1)
+        await asyncio.sleep(0.3)  # it is starting
+        await engine.sleep()
+        await until(lambda: len(engine.instances) == num_instances)
+        await engine.wake()  # which one that does not sleep refuses
+        assert await roll(engine) == before
+
+
 async def test_with_no_instance_up_nobody_can_be_asked_to_sleep():
     args = {"weights": SHAPES, "start_s": 1.0}
     config = config_of(num_instances=1, engine_args=args)
