@@ -6,9 +6,10 @@ and compares their metrics: `vllm` is plain vLLM, `aseer` the library as it come
 after an interruption.
 
 Reported for each sampler: the reward on held-out problems before and after, by seed;
-the rollout's share of an iteration; tokens per second, reward, and acceptance length by
-thirds of the training. Rewards after training are means over the last evaluations, and
-compared over seeds with their standard error.
+the rollout's share of an iteration; tokens per second of rollouts, and of the trainer's
+steps, which tell how fast the machine was meanwhile; tokens per second, reward, and
+acceptance length by thirds of the training. Rewards after training are means over the
+last evaluations, and compared over seeds with their standard error.
 
 Expected: rewards differ by no more than seeds do, since all sample from the same
 distribution. The rollout's share is about a half, and hardly differs: responses of this
@@ -114,6 +115,10 @@ def figures_of(runs: dict[str, list[Rows]]) -> dict[str, Any]:
             "rollout_share": quantiles([share_of_rollout(row) for row in steps]),
             "iteration_s": quantiles(
                 [r["rollout_s"] + r["train_s"] + r["update_s"] for r in steps]
+            ),
+            "rollout_tokens_per_s": quantiles([r["tokens_per_s"] for r in steps]),
+            "trainer_tokens_per_s": quantiles(
+                [r["num_tokens"] / r["train_s"] for r in steps]
             ),
             "tokens_per_s": [thirds(rows, "tokens_per_s") for rows in seeds],
             "acceptance_length": [thirds(rows, "acceptance_length") for rows in seeds],

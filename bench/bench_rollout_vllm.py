@@ -26,7 +26,6 @@ import argparse
 import importlib.util
 import json
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -34,14 +33,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import print_result, quantiles, result_line
-from replaying import ARMS, Arm, Run, find_trace, fit, make_model
+from replaying import (
+    ARMS,
+    Arm,
+    Run,
+    check,
+    emit,
+    find_trace,
+    fit,
+    forget,
+    make_model,
+    sampling_of,
+)
 from rollout_page import write_page
 from simulating import measure_prefill, simulated_walls
 
 import aseer
 from aseer import trace
 from aseer.cli import record
-from aseer.instance import process
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -163,13 +172,7 @@ class Engines:
 
 def groups_of(recorded: Trace, arm: Arm, args: argparse.Namespace) -> list[aseer.Group]:
     """The trace's groups, named by their places in it, as an arm is given them."""
-    sampling = {
-        "temperature": args.temperature,
-        "max_tokens": recorded.max_tokens,
-        "ignore_eos": True,
-        "stop_token_ids": [args.end_token],
-        "detokenize": False,
-    }
+    sampling = sampling_of(recorded, args.temperature, args.end_token)
     groups = []
     for place, group in arm.order(recorded):
         lengths = [len(response) for response in group.responses]
@@ -189,19 +192,15 @@ def replay(
     engine: aseer.Engine, arm: Arm, recorded: Trace, args: argparse.Namespace
 ) -> RolloutReport:
     """One rollout, of which every token is checked."""
-    assert engine._host is not None
-    engine._host.weights.version += 1  # what earlier runs left is not found under it
+    forget(engine)
     groups = groups_of(recorded, arm, args)
     rollout = engine.rollout_sync(groups, policy=arm.policy, chunk_size=args.chunk_size)
     missing = {str(g.group_id): g.n for g in groups}
     num_spare = int((1 - arm.wanted) * len(groups))
     for response in rollout:
-        expected = recorded.groups[int(response.group_id)].responses[response.index]
-        num_tokens = len(expected)
-        if num_spare and response.finish_reason == "aborted":
-            num_tokens = len(response.token_ids)
-        if response.token_ids != expected[:num_tokens].tolist():
-            raise RuntimeError(f"{arm.name}: {response.request_id} has other tokens")
+        if response.finish_reason == "aborted" and not num_spare:
+            raise RuntimeError(f"{arm.name}: {response.request_id} was aborted")
+        check(response, recorded)
         missing[response.group_id] -= 1
         unfinished = [group_id for group_id, count in missing.items() if count]
         if len(unfinished) == num_spare:
@@ -255,7 +254,7 @@ def run(
     with ExitStack() as stack:
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "trace.json"
         trace.save(recorded, file)
-        process.COMMAND = (sys.executable, "-m", "aseer.instance.replay", str(file))
+        emit(file)
         engines = stack.enter_context(Engines(model, sizes, args))
         kinds = list(dict.fromkeys(kind_of(arm, args) for arm in arms))
         for kind in kinds if not args.restart else ():

@@ -1,189 +1,237 @@
 """What does drafting from the group gain, by the number of requests an engine runs?
 
-One-core engines with SmolLM2, one pair of engines an arm, all up at once; an arm's
-engines idle while another's work. For each batch size the arms take turns, in an order
-that alternates: a rollout of that many requests an engine, all of them started at once,
-in groups of at most 8. Lengths are bounded, not fixed, so what is compared is tokens a
-second. On a shared machine wall time says little, so the headline is tokens a second of
-the engine processes' own CPU time, each engine being one thread; wall time stands
-beside it. The samples differ between arms, their distribution does not (the sampler is
-tested at the engines' start).
+A recorded rollout (`aseer record`) is replayed: whatever the model samples, a request
+emits its recorded tokens, so that every arm does the same work; every token is checked.
+One pair of one-core engines an arm, all up at once; an arm's engines idle while
+another's work. A run has so many requests an engine, in groups of at most 8, all
+started at once, of the recorded groups with the longest responses, cut off at
+`--max-tokens`: so nearly all run to the end. Arms take turns within a repetition, and
+each is compared with the first arm in the same repetition.
 
-Expected at T = 0.7: a gain with up to 4 requests an engine, none with 16, where a core
-spends on sampling from 49k tokens what a draft would save. Aimed at: never below 0.99x;
-drafting takes under 1% of a step.
+Beside the gain stands what drafts of the same acceptance would gain if making them cost
+nothing and a step took what undrafted steps of as many tokens take, interpolated
+between batch sizes: `at_cost` is the ceiling of these drafts on this engine.
+
+Expected: over 1.5 with up to 4 requests an engine on a model whose step is mostly its
+weights, never below 0.99, and nothing with SmolLM2 at 16 and more, where a core spends
+on sampling from 49k tokens what a draft would save. Drafting takes under 1% of a step.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
-import random
 import tempfile
-import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
+import numpy as np
 from common import print_result, quantiles, result_line
+from replaying import check, emit, find_trace, fit, forget, make_model, sampling_of
 
 import aseer
-from aseer.data import load_prompts
-from aseer.models import smollm2, tiny
+from aseer import trace
+from aseer.trace import Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+
+METHODS = ("off", "dgds", "suffix", "ngram")
+Runs = dict[int, list[dict[str, float]]]  # of an arm, by batch size
 
 
-def config_of(model: Path, arm: str, args: argparse.Namespace) -> aseer.EngineConfig:
+def config_of(
+    model: Path, arm: str, recorded: Trace, args: argparse.Namespace
+) -> aseer.EngineConfig:
     """Engines of one arm: a method's name, or a budget of our own method's."""
-    methods = {"off": "off", "dgds": "dgds", "suffix": "suffix", "ngram": "ngram"}
-    speculation: Any = methods.get(arm) or aseer.SpeculationConfig(budget=arm)
+    speculation: Any = arm if arm in METHODS else aseer.SpeculationConfig(budget=arm)
+    longest = max(len(group.prompt) for group in recorded.groups)
     return aseer.EngineConfig(
         model=str(model),
         device="cpu",
         num_instances=args.engines,
-        max_model_len=1024,
+        dtype=args.dtype,
+        max_model_len=longest + recorded.max_tokens + 32,
         max_num_seqs=max(args.batches),
-        kv_cache_bytes=256 << 20,
+        kv_cache_bytes=args.kv_cache_bytes,
         chunk_size=args.chunk_size,
+        kv_pool="off",
         speculation=speculation,
     )
 
 
-def cpu_seconds(engine: aseer.Engine) -> float:
-    """CPU time that the engines' processes have used."""
-    total = 0.0
-    for info in engine.instances:
-        process = psutil.Process(info.pid)
-        for each in [process, *process.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = each.cpu_times()
-                total += times.user + times.system
-    return total
-
-
 def groups_of(
-    prompts: Iterator[Any], batch: int, args: argparse.Namespace
+    recorded: Trace, batch: int, start: int, args: argparse.Namespace
 ) -> list[aseer.Group]:
-    """Groups of `batch` requests for each engine."""
-    left = batch * args.engines
+    """Groups with `batch` requests for each engine, from place `start` on, in turn."""
+    sampling = sampling_of(recorded, args.temperature, args.end_token)
     groups = []
+    left, place = batch * args.engines, start
     while left:
-        n = min(8, left)
-        sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens}
-        groups.append(aseer.Group(next(prompts), n=n, sampling=sampling))
+        group = recorded.groups[place % len(recorded.groups)]
+        n = min(8, left, len(group.responses))
+        name = str(place % len(recorded.groups))
+        groups.append(
+            aseer.Group(group.prompt.tolist(), n=n, group_id=name, sampling=sampling)
+        )
         left -= n
+        place += 1
     return groups
 
 
-def measure(engine: aseer.Engine, groups: Sequence[aseer.Group]) -> dict[str, Any]:
+def measure(
+    engine: aseer.Engine, groups: Sequence[aseer.Group], recorded: Trace
+) -> dict[str, float]:
     """One rollout's figures."""
-    cpu_s, since = cpu_seconds(engine), time.perf_counter()
+    forget(engine)
     rollout = engine.rollout_sync(groups)
-    num_tokens = sum(len(response.token_ids) for response in rollout)
-    wall_s = time.perf_counter() - since
-    cpu_s = cpu_seconds(engine) - cpu_s
-    speculation = rollout.report.speculation
+    for response in rollout:
+        check(response, recorded)
+    report = rollout.report
+    drafts, num_tokens = report.speculation, report.num_output_tokens
+    num_steps = num_tokens - (sum(drafts.accepted) if drafts else 0)  # of requests
     return {
-        "tokens": num_tokens,
-        "tok_per_cpu_s": num_tokens / cpu_s,
-        "tok_per_wall_s": num_tokens / wall_s,
-        "acceptance_length": speculation.acceptance_length if speculation else 1.0,
-        "drafted_per_token": sum(speculation.drafted) / num_tokens
-        if speculation
-        else 0.0,
-        "drafting_share": speculation.drafting_share if speculation else 0.0,
+        "tokens_per_s": report.throughput_tok_s,
+        "tokens_per_step": num_tokens / num_steps,
+        "drafted_per_step": sum(drafts.drafted) / num_steps if drafts else 0.0,
+        "acceptance_length": drafts.acceptance_length if drafts else 1.0,
+        "drafting_share": drafts.drafting_share if drafts else 0.0,
     }
 
 
-def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians of an arm's runs at one batch size; rates are pooled."""
-    figures: dict[str, Any] = {
-        name: quantiles([run[name] for run in runs])
-        for name in ("tok_per_cpu_s", "tok_per_wall_s")
+def summary(runs: Runs, base: Runs, num_engines: int) -> dict[str, Any]:
+    """An arm's figures by batch size.
+
+    Args:
+        base: the first arm's runs, which did not draft.
+    """
+    # Seconds that an undrafted step of an engine takes, by its tokens.
+    step_s = {
+        batch: float(np.median([batch * num_engines / r["tokens_per_s"] for r in own]))
+        for batch, own in base.items()
     }
-    for name in ("acceptance_length", "drafted_per_token", "drafting_share"):
-        figures[name] = round(sum(run[name] for run in runs) / len(runs), 4)
+    figures = {}
+    for batch, own in runs.items():
+        pairs = zip(own, base[batch], strict=True)
+        gains = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
+        at_cost = [
+            r["tokens_per_step"]
+            * step_s[batch]
+            / price(step_s, batch * (1 + r["drafted_per_step"]))
+            for r in own
+        ]
+        figures[str(batch)] = {
+            "gain": quantiles(gains),
+            "at_cost": quantiles(at_cost),
+            **{name: quantiles([r[name] for r in own], 4) for name in own[0]},
+        }
     return figures
 
 
-def run(args: argparse.Namespace, model: Path) -> dict[str, Any]:
+def price(step_s: Mapping[int, float], num_tokens: float) -> float:
+    """Seconds of a step of so many tokens: a line fitted to those without drafts."""
+    if len(step_s) < 2:
+        return next(iter(step_s.values()))
+    sizes, seconds = list(step_s), list(step_s.values())
+    if num_tokens <= max(sizes):
+        return float(np.interp(num_tokens, sizes, seconds))
+    slope, offset = np.polyfit(sizes, seconds, 1)
+    return float(offset + slope * num_tokens)
+
+
+def run(
+    model: Path, recorded: Trace, args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
     """All arms and batch sizes."""
-    prompts: list[Any] = [[5, 6, i] for i in range(7, 40)]
-    if not args.smoke:
-        prompts = [r.messages or r.prompt for r in load_prompts()]
-    random.Random(args.seed).shuffle(prompts)
-    results: dict[str, dict[int, list[dict[str, Any]]]] = {
+    results: dict[str, Runs] = {
         arm: {batch: [] for batch in args.batches} for arm in args.arms
     }
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "trace.json"
+        trace.save(recorded, file)
+        emit(file)
         engines = {
-            arm: stack.enter_context(aseer.Engine(config_of(model, arm, args)))
+            arm: stack.enter_context(
+                aseer.Engine(config_of(model, arm, recorded, args))
+            )
             for arm in args.arms
         }
         for engine in engines.values():  # the first steps of a process are slow
-            measure(engine, groups_of(iter(prompts), max(args.batches), args))
+            measure(engine, groups_of(recorded, max(args.batches), 0, args), recorded)
         for repetition in range(args.repetitions):
             for batch in args.batches:
-                start = repetition * 16
-                order = args.arms if repetition % 2 else args.arms[::-1]
-                for arm in order:
-                    texts = itertools.islice(itertools.cycle(prompts), start, None)
-                    figures = measure(engines[arm], groups_of(texts, batch, args))
+                groups = groups_of(recorded, batch, repetition * args.stride, args)
+                shift = repetition % len(args.arms)
+                for arm in [*args.arms[shift:], *args.arms[:shift]]:
+                    figures = measure(engines[arm], groups, recorded)
                     results[arm][batch].append(figures)
                     print(repetition, batch, arm, figures, flush=True)
-    return {
-        arm: {str(batch): summary(runs) for batch, runs in by_batch.items()}
-        for arm, by_batch in results.items()
-    }
+    base = results[args.arms[0]]
+    return {arm: summary(runs, base, args.engines) for arm, runs in results.items()}
 
 
-def speedups(arms: Mapping[str, Any], rate: str) -> dict[str, dict[str, float]]:
-    """Each arm's median rate over the first arm's, by batch size."""
-    base = next(iter(arms.values()))
-    return {
-        arm: {
-            batch: round(f[rate]["median"] / base[batch][rate]["median"], 3)
-            for batch, f in by_batch.items()
-        }
-        for arm, by_batch in arms.items()
-    }
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--arms", nargs="+", default=["off", "dgds"], help="the first does not draft")
+    add("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
+    add("--repetitions", type=int, default=5)
+    add("--trace", type=Path, help="a recorded rollout")
+    add("--groups", type=int, default=16, help="the longest so many of them")
+    add("--stride", type=int, default=3, help="groups that a repetition starts later")
+    add("--max-tokens", type=int, default=256, help="cut responses off there")
+    add("--model", default="smollm2", help="or small (random, its shape, 4096 tokens)")
+    add("--layers", type=int, help="of small")
+    add("--dtype", default="auto")
+    add("--temperature", type=float, help="default: the trace's")
+    add("--engines", type=int, default=2)
+    add("--kv-cache-bytes", type=int, default=1 << 30)
+    add("--chunk-size", type=int, default=2048)
+    add("--save", help="file for the result")
+    add("--smoke", action="store_true", help="tiny model, one run")
+    args = parser.parse_args()
+    args.quick, args.load_format = False, "auto"
+    if args.smoke:
+        args.batches, args.repetitions, args.engines = [2], 1, 1
+        args.model, args.groups = "tiny", None
+    if args.arms[0] != "off":
+        parser.error("the first arm is off: others are compared with it")
+    return args
+
+
+def longest_groups(recorded: Trace, num_groups: int | None, max_tokens: int) -> Trace:
+    """Those with the most tokens, as with a smaller `max_tokens`."""
+    cut = recorded.part(None, max_tokens)
+    groups = sorted(cut.groups, key=lambda g: -sum(map(len, g.responses)))
+    return Trace(groups=groups[:num_groups], settings=cut.settings)
 
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arms", nargs="+", default=["off", "dgds"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--engines", type=int, default=2)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--chunk-size", type=int, default=2048)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", help="file for the result")
-    parser.add_argument("--smoke", action="store_true", help="tiny model, one run")
-    args = parser.parse_args()
-    if args.smoke:
-        args.batches, args.repetitions, args.engines = [2], 1, 1
-        args.max_tokens = 32
+    args = parse()
+    num_groups, args.groups = args.groups, None
+    max_tokens, args.max_tokens = args.max_tokens, None
     with tempfile.TemporaryDirectory() as folder:
-        if args.smoke:
-            tiny.make_tiny(model := Path(folder) / "tiny")
-        else:
-            model = smollm2.prepare()
-        arms = run(args, model)
-    line = result_line(
-        "speculation",
-        settings={k: v for k, v in vars(args).items() if k != "save"},
-        figures={
-            "speedup_cpu": speedups(arms, "tok_per_cpu_s"),
-            "speedup_wall": speedups(arms, "tok_per_wall_s"),
-            "arms": arms,
-        },
-    )
+        model = make_model(args, Path(folder))
+        original = find_trace(args)
+        recorded, args.end_token = fit(original, model)
+        if args.temperature is None:
+            args.temperature = recorded.settings.get("temperature", 1.0)
+        recorded = longest_groups(recorded, num_groups, max_tokens)
+        arms = run(model, recorded, args)
+    settings = {k: v for k, v in vars(args).items() if k not in ("save", "quick")}
+    settings |= {
+        "model": Path(args.model).name,
+        "trace_sha256": original.sha256,
+        "groups": num_groups,
+        "max_tokens": max_tokens,
+        "mean_tokens": recorded.num_tokens / recorded.num_requests,
+    }
+    settings["trace"] = dict(original.settings)
+    line = result_line("speculation", settings=settings, figures={"arms": arms})
     print_result(line, save_as=args.save)
 
 

@@ -1,9 +1,10 @@
-"""What `bench_rollout_vllm.py` compares, and what it replays on which model."""
+"""What benchmarks replay, on which model, and what `bench_rollout_vllm.py` compares."""
 
 from __future__ import annotations
 
 import json
 import random
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,12 +16,14 @@ from aseer import trace
 from aseer.cli import record
 from aseer.cli.main import build_parser
 from aseer.errors import ConfigError
+from aseer.instance import process
 from aseer.models import fast_cpu_dtype, smollm2, tiny
 from aseer.trace import Trace, TraceGroup
 
 if TYPE_CHECKING:
     import argparse
 
+    import aseer
     from aseer.config import PolicyName
     from aseer.report import RolloutReport
 
@@ -165,6 +168,41 @@ def make_model(args: argparse.Namespace, folder: Path) -> Path:
     if args.model == "tiny":
         return tiny.make_tiny(folder / "tiny")
     return Path(args.model)
+
+
+def emit(path: Path) -> None:
+    """Engines that start from now on emit the texts of the trace in that file."""
+    process.COMMAND = (sys.executable, "-m", "aseer.instance.replay", str(path))
+
+
+def sampling_of(recorded: Trace, temperature: float, end_token: int) -> dict[str, Any]:
+    """With which a request emits its recorded tokens."""
+    return {
+        "temperature": temperature,
+        "max_tokens": recorded.max_tokens,
+        "ignore_eos": True,
+        "stop_token_ids": [end_token],
+        "detokenize": False,
+    }
+
+
+def check(response: aseer.Response, recorded: Trace) -> None:
+    """A response has its recorded tokens; one that was aborted, the first of them.
+
+    Raises:
+        RuntimeError: it has not.
+    """
+    expected = recorded.groups[int(response.group_id)].responses[response.index]
+    if response.finish_reason == "aborted":
+        expected = expected[: len(response.token_ids)]
+    if response.token_ids != expected.tolist():
+        raise RuntimeError(f"{response.request_id} has other tokens")
+
+
+def forget(engine: aseer.Engine) -> None:
+    """What earlier rollouts left, KV and drafts, is not found any more."""
+    assert engine._host is not None
+    engine._host.weights.version += 1
 
 
 def fit(recorded: Trace, model: Path) -> tuple[Trace, int]:
