@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aseer.instance")
 
 _TIMES_INTERVAL_S = 1.0
+_WATCH_INTERVAL_S = 0.1
 # Requests of a step, and tokens drafted for each; the first warms up.
 _PROFILE = (
     *((1, 8), (1, 0), (1, 3), (1, 8), (4, 0), (4, 8)),
@@ -90,15 +92,19 @@ class Speculation:
     async def attend(self, is_busy: Callable[[], bool]) -> None:
         """Keep the times up to date, until cancelled.
 
-        An engine that is idle is not asked: a worker that is called every second never
-        stops polling for the next call, and takes its core from others.
+        An engine is asked while it is busy and as soon as it is not, but not when it is
+        idle: a worker polls for the next call after each, and takes its core from
+        others.
         """
         was_busy = False
+        asked_at = 0.0
         while self.drafts_by_group:
-            await asyncio.sleep(_TIMES_INTERVAL_S)
+            await asyncio.sleep(_WATCH_INTERVAL_S)
             was_busy, before = is_busy(), was_busy
-            if not (was_busy or before):
+            is_due = was_busy and time.monotonic() - asked_at >= _TIMES_INTERVAL_S
+            if not (is_due or (before and not was_busy)):
                 continue
+            asked_at = time.monotonic()
             step_s, draft_s = await self._times()
             self._counts = replace(
                 self._counts,

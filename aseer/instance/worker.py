@@ -7,6 +7,7 @@ engine. Drafts are made in the first worker alone; vLLM hands them to the others
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from typing import Any
@@ -21,6 +22,25 @@ from aseer.dgds.steptime import StepTimeModel
 from aseer.weights.files import Index, map_tensors, read_index
 
 _log = logging.getLogger("aseer.instance")
+_POLL_S = 0.1  # longer than a step's pause, far shorter than a trainer's
+
+
+def poll_less() -> None:
+    """Have a CPU engine's workers stop polling soon after their last call.
+
+    vLLM's wait for the next call by polling for a second, and only then sleep. On a CPU
+    that second is taken from whoever computes there next, such as the trainer.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
+    from vllm.platforms import current_platform
+
+    waiting = getattr(shm_broadcast, "SpinCondition", None)
+    if waiting is None or not current_platform.is_cpu():
+        return
+    waiting.__init__ = functools.partialmethod(waiting.__init__, busy_loop_s=_POLL_S)
+
+
+poll_less()  # vLLM imports this in a worker, before the worker's queues are made
 
 
 class WorkerExtension:

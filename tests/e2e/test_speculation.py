@@ -6,9 +6,11 @@ import json
 import math
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pytest
 
 import aseer
@@ -129,3 +131,18 @@ def test_sampled_responses_are_distributed_as_without_speculation(plain, draftin
         error = math.sqrt(np.var(a) / len(a) + np.var(b) / len(b))
         # 15 statistics at 4.5 standard errors: one false alarm in 10,000 runs.
         assert abs(np.mean(a) - np.mean(b)) < 4.5 * error, name
+
+
+def test_engines_leave_their_cores_to_others_soon_after_a_rollout(drafting):
+    list(drafting.rollout_sync(GROUPS[:1]))
+    time.sleep(0.7)
+    before = cpu_seconds(drafting)
+    time.sleep(0.5)
+    assert cpu_seconds(drafting) - before < 0.2
+
+
+def cpu_seconds(engine: aseer.Engine) -> float:
+    """CPU time that the engines' processes have used."""
+    leaders = [psutil.Process(info.pid) for info in engine.instances]
+    processes = [*leaders, *(c for p in leaders for c in p.children(recursive=True))]
+    return sum(sum(p.cpu_times()[:2]) for p in processes)
