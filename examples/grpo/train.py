@@ -85,15 +85,15 @@ class Countdown(Task):
 
 
 class Sums(Task):
-    """The task for SmolLM2: a sum in words; right if the last number is the sum."""
+    """The task for SmolLM2, which can hardly add: right if the last number is it."""
 
-    max_tokens = 128
+    max_tokens = 96
 
     def problem(self, rng: random.Random) -> tuple[str, int]:
-        numbers = [rng.randint(2, 30) for _ in range(rng.randint(2, 4))]
-        text = f"What is {' + '.join(map(str, numbers))}? Think step by step."
+        a, b = rng.randint(1, 9), rng.randint(1, 9)
+        text = f"What is {a} + {b}? Answer with the number only."
         text = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-        return text, sum(numbers)
+        return text, a + b
 
     def score(self, problem: int, response: str) -> float:
         words = "".join(c if c.isdigit() else " " for c in response).split()
