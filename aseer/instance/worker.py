@@ -40,6 +40,28 @@ def poll_less() -> None:
     waiting.__init__ = functools.partialmethod(waiting.__init__, busy_loop_s=_POLL_S)
 
 
+def pack_tied_heads(model: Any) -> None:
+    """Have a CPU's output layer follow the embedding that it shares its weight with.
+
+    vLLM's reload writes the new values to the weight they share; but a CPU computes
+    logits from a packed copy of it, which is made anew only for layers that a
+    checkpoint has tensors of.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        UnquantizedEmbeddingMethod,
+    )
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and isinstance(
+            module.quant_method, UnquantizedEmbeddingMethod
+        ):
+            module.quant_method.process_weights_after_loading(module)
+
+
 poll_less()  # vLLM imports this in a worker, before the worker's queues are made
 
 
@@ -61,6 +83,7 @@ class WorkerExtension:
         index, self.aseer_weights = self.aseer_weights, None
         assert index is not None, "prepare first"
         self.reload_weights(weights_iterator=map_tensors(index))
+        pack_tied_heads(self.model_runner.model)
 
     def aseer_discard_weights(self) -> None:
         """Forget what was prepared."""

@@ -6,6 +6,7 @@ responses are equal to its token for token and logprob for logprob.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -191,6 +192,32 @@ def test_killed_instances_come_back_with_the_new_weights(engine, expected, train
         os.kill(pid, signal.SIGKILL)
     until(lambda: len({i.pid for i in engine.instances} - victims) == 2)
     assert_same(roll(engine), expected)
+
+
+def make_tied(directory: Path, seed: int) -> Path:
+    """A tiny model whose output layer has the embedding's weight."""
+    from safetensors.torch import save_file
+
+    make_tiny(directory, seed=seed)
+    config = directory / "config.json"
+    tied = json.loads(config.read_text()) | {"tie_word_embeddings": True}
+    config.write_text(json.dumps(tied))
+    weights = state_dict_of(directory)
+    del weights["lm_head.weight"]
+    weights["model.embed_tokens.weight"] *= 0.1  # else a token is followed by itself
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def test_an_output_layer_that_shares_the_embedding_follows_it(tmp_path):
+    old, new = (make_tied(tmp_path / str(seed), seed) for seed in (1, 2))
+    with aseer.Engine(tiny_config(num_instances=1, model=new)) as engine:
+        expected = roll(engine)
+    with aseer.Engine(tiny_config(num_instances=1, model=old)) as engine:
+        assert roll(engine) != expected
+        engine.update_weights_sync(new)
+        found = roll(engine)
+    assert_same(found, expected)
 
 
 def test_on_a_cpu_sleep_says_why_not(engine):
