@@ -92,8 +92,7 @@ class Sums(Task):
     def problem(self, rng: random.Random) -> tuple[str, int]:
         a, b = rng.randint(1, 9), rng.randint(1, 9)
         text = f"What is {a} + {b}? Answer with the number only."
-        text = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-        return text, a + b
+        return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", a + b
 
     def score(self, problem: int, response: str) -> float:
         words = "".join(c if c.isdigit() else " " for c in response).split()
@@ -381,7 +380,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--speculation", choices=["off", "dgds"], default="off")
     add("--minibatches", type=int, default=2)
     add("--micro-batch", type=int, default=16, help="responses in a forward pass")
-    add("--lr", type=float, default=2e-4, help="at first; it falls linearly")
+    add("--lr", type=float, help="at first; falls (default: 2e-4, with smollm2 1e-5)")
     add("--clip-low", type=float, default=0.2)
     add("--clip-high", type=float, default=0.28)
     add("--eval-problems", type=int, default=128)
@@ -389,6 +388,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=2, help="the trainer's; engines idle meanwhile")
     add("--seed", type=int, default=0)
     args = parser.parse_args(words)
+    if args.lr is None:
+        args.lr = 1e-5 if args.model == "smollm2" else 2e-4
     if args.dynamic and args.engine == "vllm":
         parser.error("--dynamic needs --engine aseer")
     return args
