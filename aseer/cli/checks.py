@@ -286,8 +286,8 @@ def check_drafts() -> Finding:
             f"vLLM's sampler for drafts is wrong ({found['fault']}; {draws})",
             "engines here refuse to speculate; another version of vLLM may be right",
         )
-    mended = ", mended: this version's is wrong" if found["was_mended"] else ""
-    return _ok(f"the sampler draws as it should{mended} ({draws})")
+    mended = "; vLLM's own is wrong here, and mended" if found["was_mended"] else ""
+    return _ok(f"the sampler draws as it should ({draws}){mended}")
 
 
 def check_engine(model: Path) -> Finding:

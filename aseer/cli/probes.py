@@ -43,14 +43,14 @@ from vllm.platforms import current_platform
 current_platform.import_kernels()
 if hasattr(current_platform, "register_triton_kernel_overrides"):
     current_platform.register_triton_kernel_overrides()
-from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 from aseer.dgds.sampler import mend, test_sampler
+from aseer.dgds.verifier import DraftVerifier
 device = torch.device(current_platform.device_type)
-was_mended = mend(device)
-right, p_value, num_draws, fault = test_sampler(RejectionSampler(Sampler()), device)
+verifier = DraftVerifier(Sampler("processed_logprobs"))
+right, p_value, num_draws, fault = test_sampler(verifier, device)
 print(json.dumps({"is_right": bool(right), "num_draws": num_draws, "fault": fault,
-                  "was_mended": was_mended, "device": device.type}))
+                  "was_mended": mend(device), "device": device.type}))
 """
 _PROBE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",

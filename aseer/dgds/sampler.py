@@ -1,10 +1,11 @@
-"""vLLM's verified sampler: mended where it is wrong, and tested before it is trusted.
+"""Samplers that verify drafts: tested before they are trusted, vLLM's own also mended.
 
-With drafts, vLLM samples through a rejection sampler. On its CPU backend (at least up
-to 0.32) the function that spreads per-request settings over drafted tokens writes
-floats into a copy, so logits are divided by uninitialised memory; it is replaced. What
-remains is tested by drawing: on the engine's own kernels and device, with known logits,
-every token drawn must follow its distribution, whatever was drafted.
+One is tested by drawing: on the engine's own kernels and device, with known logits,
+every token drawn must follow its distribution, whatever was drafted, and come with its
+logprob. Our drafts are verified by `DraftVerifier`, vLLM's own by its RejectionSampler.
+On vLLM's CPU backend (at least up to 0.32) the function that there spreads per-request
+settings over drafted tokens writes floats into a copy, so logits are divided by
+uninitialised memory; it is replaced.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _NUM_BATCHES = 16
 _MIN_EXPECTED = 5.0
 # About one right sampler in ten thousand fails.
 _MIN_P_VALUE = 1e-6
+_MAX_LOGPROB_ERROR = 1e-4
 
 
 class Settings(NamedTuple):
@@ -58,6 +60,15 @@ class Verdict(NamedTuple):
     min_p_value: float
     num_draws: int
     fault: str
+
+
+class _Drawn(NamedTuple):
+    """A token of `TESTED[which]`, after `position` accepted drafts."""
+
+    which: int
+    position: int
+    token: int
+    logprob: float
 
 
 def expand_batch_to_tokens(
@@ -105,39 +116,53 @@ def _expands_rightly(function: Callable[..., torch.Tensor], device: Any) -> bool
 
 
 def test_sampler(sampler: Any, device: torch.device) -> Verdict:
-    """Draw thousands of tokens through vLLM's `RejectionSampler` and compare.
+    """Draw thousands of tokens through a sampler and compare.
 
     Rows of all settings and draft lengths share a batch. Given that all drafts before
     it were accepted, the token at position j is a sample of the j-th distribution: a
-    G-test for each setting and position.
+    G-test for each setting and position. Its logprob is that distribution's.
+
+    Args:
+        sampler: vLLM's `RejectionSampler`, or one that is called like it.
     """
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (_MAX_DRAFT_TOKENS + 1, _VOCAB_SIZE)).astype(np.float32)
     # Likely drafts, and one that is not.
     drafts = logits[:-1].argsort(axis=1)[:, -2].tolist()
     drafts[-1] = int(logits[-2].argsort()[-6])
-    counts = np.zeros((len(TESTED), _MAX_DRAFT_TOKENS + 1, _VOCAB_SIZE), np.int64)
+    shape = (len(TESTED), _MAX_DRAFT_TOKENS + 1, _VOCAB_SIZE)
+    counts, said = np.zeros(shape, np.int64), np.zeros(shape)
     try:
         for _ in range(_NUM_BATCHES):
-            for which, position, token in _draw(sampler, logits, drafts, device):
-                counts[which, position, token] += 1
-    except (RuntimeError, IndexError) as error:  # settings that are garbage
-        return Verdict(False, 0.0, int(counts.sum()), f"it fails: {error}")
+            for drawn in _draw(sampler, logits, drafts, device):
+                counts[drawn.which, drawn.position, drawn.token] += 1
+                said[drawn.which, drawn.position, drawn.token] = drawn.logprob
+    except Exception as error:  # garbage as settings, or another vLLM's interface
+        return Verdict(False, 0.0, int(counts.sum()), f"it fails: {error!r}")
+    num_draws = int(counts.sum())
     worst, fault = 1.0, ""
     for which, settings in enumerate(TESTED):
         for position, row in enumerate(logits):
-            p_value = g_test(counts[which, position], distribution(row, settings))
+            seen = counts[which, position]
+            expected = distribution(row, settings)
+            p_value = g_test(seen, expected)
             if p_value < worst:
                 worst = p_value
                 fault = f"{settings} at position {position}: p-value {p_value:.1e}"
+            off = np.abs(said[which, position] - _logprobs(row, settings))[seen > 0]
+            if not (off <= _MAX_LOGPROB_ERROR).all():
+                fault = (
+                    f"{settings} at position {position}: logprobs off by {off.max()}"
+                )
+                return Verdict(False, worst, num_draws, fault)
     is_right = worst >= _MIN_P_VALUE
-    return Verdict(is_right, worst, int(counts.sum()), "" if is_right else fault)
+    return Verdict(is_right, worst, num_draws, "" if is_right else fault)
 
 
 def _draw(
     sampler: Any, logits: NDArray[np.float32], drafts: list[int], device: Any
-) -> Iterator[tuple[int, int, int]]:
-    """One batch: settings' index, position and token of all that was drawn."""
+) -> Iterator[_Drawn]:
+    """One batch: all that was drawn and counts."""
     lengths = range(_MAX_DRAFT_TOKENS + 1)
     kinds = list(itertools.product(range(len(TESTED)), lengths)) * _ROWS_OF_EACH
     metadata = _draft_metadata([drafts[:length] for _, length in kinds], device)
@@ -148,11 +173,13 @@ def _draw(
         torch.from_numpy(rows).to(device),
         _sampling_metadata([TESTED[which] for which, _ in kinds], device),
     )
-    for (which, length), tokens in zip(
-        kinds, output.sampled_token_ids.tolist(), strict=True
+    shape = output.sampled_token_ids.shape
+    logprobs = output.logprobs_tensors.logprobs[:, 0].reshape(shape).tolist()
+    for (which, length), tokens, scores in zip(
+        kinds, output.sampled_token_ids.tolist(), logprobs, strict=True
     ):
         for position in range(length + 1):
-            yield which, position, tokens[position]
+            yield _Drawn(which, position, tokens[position], scores[position])
             if position < length and tokens[position] != drafts[position]:
                 break
 
@@ -181,7 +208,7 @@ def _sampling_metadata(rows: list[Settings], device: Any) -> Any:
         top_p=torch.tensor([r.top_p for r in rows], device=device),
         top_k=torch.tensor([r.top_k for r in rows], dtype=torch.int32, device=device),
         generators={},
-        max_num_logprobs=None,
+        max_num_logprobs=0,
         no_penalties=True,
         prompt_token_ids=None,
         frequency_penalties=zeros,
@@ -211,6 +238,14 @@ def distribution(
     probs[order[before >= settings.top_p]] = 0
     probs /= probs.sum()
     return probs
+
+
+def _logprobs(logits: NDArray[np.float32], settings: Settings) -> NDArray[np.float64]:
+    """What the sampled tokens' logprobs are to be; greedy tokens have the model's."""
+    if not settings.temperature:
+        settings = settings._replace(temperature=1.0)
+    with np.errstate(divide="ignore"):
+        return np.log(distribution(logits, settings))
 
 
 def g_test(counts: NDArray[np.int64], expected: NDArray[np.float64]) -> float:

@@ -37,6 +37,7 @@ _MAX_CPU_INSTANCES = 2
 _GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _WORKER_EXTENSION = "aseer.instance.worker.WorkerExtension"
 _DRAFTER = "aseer.dgds.proposer.GroupDrafter"
+EXECUTOR = "aseer.instance.executor.DraftingExecutor"
 COMMAND = (sys.executable, "-m", "aseer.instance.main")
 
 
@@ -139,11 +140,13 @@ def _plan_cores(config: EngineConfig, machine: Machine) -> list[Launch]:
     cores = machine.cores
     num = config.num_instances or min(len(cores), _MAX_CPU_INSTANCES)
     free = int(machine.free_memory_bytes * _CPU_KV_SHARE) // num
-    defaults = {
+    defaults: dict[str, Any] = {
         "enforce_eager": True,  # compiling takes long, at every first start
         "block_size": _CPU_BLOCK_SIZE,
         "kv_cache_memory_bytes": config.kv_cache_bytes or min(_MAX_CPU_KV_BYTES, free),
     }
+    if check_speculation(config.speculation).method == "dgds":
+        defaults["distributed_executor_backend"] = EXECUTOR
     args = _engine_args(config) | defaults
     args |= config.engine_args
     launches = []

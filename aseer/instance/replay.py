@@ -28,6 +28,7 @@ import torch
 from vllm.v1.sample import rejection_sampler
 
 from aseer import trace
+from aseer.dgds.verifier import DraftVerifier
 from aseer.instance import main as instance
 from aseer.instance.vllm import VllmBackend
 from aseer.instance.worker import WorkerExtension
@@ -76,6 +77,22 @@ class Recorded:
         found, is_recorded = self._next(batch, num_rows, 1)
         return torch.where(is_recorded, found[:, 0].to(sampled.dtype), sampled)
 
+    def instead_of_all(
+        self, sampled: torch.Tensor, num_draft_tokens: Sequence[int], batch: Any
+    ) -> torch.Tensor:
+        """Tokens for what was sampled after the text and after each draft of a row.
+
+        Args:
+            sampled: [rows + drafts], one row's after the other's.
+        """
+        found, is_recorded = self._next(
+            batch, len(num_draft_tokens), max(num_draft_tokens) + 1
+        )
+        counts = torch.tensor(num_draft_tokens, device=self._device)[:, None]
+        is_used = torch.arange(found.shape[1], device=self._device) <= counts
+        is_recorded = is_recorded[:, None].expand_as(found)[is_used]
+        return torch.where(is_recorded, found[is_used].to(sampled.dtype), sampled)
+
     def instead_of_verified(
         self,
         output: torch.Tensor,
@@ -83,7 +100,7 @@ class Recorded:
         num_draft_tokens: Sequence[int],
         batch: Any,
     ) -> torch.Tensor:
-        """[num_rows, most drafted + 1] tokens for what the verified sampler chose.
+        """[num_rows, most drafted + 1] tokens for what vLLM's verified sampler chose.
 
         Args:
             draft_token_ids: of all rows, one after the other.
@@ -144,7 +161,16 @@ class ReplayExtension(WorkerExtension):
         def replay_sample(logits: Any, *args: Any, **kwargs: Any) -> Any:
             sampled, logprobs = sample(logits, *args, **kwargs)
             batch = runner.input_batch
+            if len(sampled) > batch.num_reqs:  # drafts too: replaced by what verifies
+                return sampled, logprobs
             return recorded.instead_of_sampled(sampled, batch, len(sampled)), logprobs
+
+        def replay_all(
+            sample_all: Any, logits: Any, metadata: Any, sampling: Any
+        ) -> tuple[Any, Any]:
+            sampled, logprobs = sample_all(logits, metadata, sampling)
+            batch, num_drafts = runner.input_batch, metadata.num_draft_tokens
+            return recorded.instead_of_all(sampled, num_drafts, batch), logprobs
 
         def replay_verify(
             draft_token_ids: Any, num_draft_tokens: Any, *args: Any, **kwargs: Any
@@ -156,6 +182,10 @@ class ReplayExtension(WorkerExtension):
 
         runner.sampler.sample = replay_sample
         rejection_sampler.rejection_sample = replay_verify
+        verifier = getattr(runner, "rejection_sampler", None)
+        if isinstance(verifier, DraftVerifier):
+            ours: Any = verifier
+            ours.sample_all = partial(replay_all, verifier.sample_all)
 
     def aseer_forget_texts(self) -> None:
         """Let vLLM's suffix drafter begin anew."""

@@ -17,8 +17,11 @@ import msgspec
 from aseer.dgds.budget import make_budget
 from aseer.dgds.client import DraftClient
 from aseer.dgds.messages import DraftingSpec
+from aseer.dgds.proposer import GroupDrafter
 from aseer.dgds.replica import Replica
 from aseer.dgds.steptime import StepTimeModel
+from aseer.instance.executor import send_drafts_along
+from aseer.instance.launch import EXECUTOR
 from aseer.weights.files import Index, map_tensors, read_index
 
 _log = logging.getLogger("aseer.instance")
@@ -69,6 +72,7 @@ class WorkerExtension:
     """Mixed into vLLM's worker class."""
 
     model_runner: Any
+    vllm_config: Any
     reload_weights: Any
     device: Any
     rank: int
@@ -90,17 +94,22 @@ class WorkerExtension:
         self.aseer_weights = None
 
     def aseer_check_sampler(self) -> dict[str, Any]:
-        """Mend the verified sampler if it must be, and test it; a `Verdict` as a dict.
+        """Set up the sampler that verifies drafts, and test it; a `Verdict` as a dict.
 
-        `was_mended` is added.
+        That of vLLM's own drafters is mended if it must be; `was_mended` is added.
         """
         from aseer.dgds.sampler import mend, test_sampler
+        from aseer.dgds.verifier import DraftVerifier
 
-        sampler = getattr(self.model_runner, "rejection_sampler", None)
-        if sampler is None:
+        runner = self.model_runner
+        if getattr(runner, "rejection_sampler", None) is None:
             return {"is_right": True, "fault": "", "was_mended": False}
-        was_mended = mend(self.device)
-        verdict = test_sampler(sampler, self.device)
+        was_mended = False
+        if isinstance(getattr(runner, "drafter", None), GroupDrafter):
+            runner.rejection_sampler = DraftVerifier(runner.sampler)
+        else:
+            was_mended = mend(self.device)
+        verdict = test_sampler(runner.rejection_sampler, self.device)
         return {**verdict._asdict(), "was_mended": was_mended}
 
     def aseer_refuse_drafts(self) -> None:
@@ -120,6 +129,8 @@ class WorkerExtension:
         # drafts end in time by themselves.
         if hasattr(runner, "effective_drafter_max_model_len"):
             runner.effective_drafter_max_model_len += runner.num_spec_tokens
+        if self.vllm_config.parallel_config.distributed_executor_backend == EXECUTOR:
+            send_drafts_along(runner)
         if self.rank != 0:
             return
         drafting = msgspec.convert(spec, DraftingSpec)
