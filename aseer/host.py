@@ -33,6 +33,7 @@ from aseer.errors import (
 )
 from aseer.instance.messages import FROM_INSTANCE, Report
 from aseer.instance.pool import InstancePool
+from aseer.instance.sleep import Sleep
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.session import Session
 from aseer.transport.zeromq import bind_router
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
     from aseer.config import EngineConfig, PolicyName
     from aseer.instance.launch import Launch
-    from aseer.instance.messages import Question
     from aseer.mailbox import Mailbox
     from aseer.types import Response
     from aseer.weights.keeper import Pause, Plan, SwitchTimes
@@ -52,12 +52,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aseer")
 _POOL_GRACE_S = 3.0
 T = TypeVar("T")
-
-
-def _log_failure(asked: asyncio.Future[Any]) -> None:
-    error = None if asked.cancelled() else asked.exception()
-    if error is not None:
-        _log.error("an instance does not sleep, unlike the others: %s", error)
 
 
 class Host:
@@ -82,7 +76,7 @@ class Host:
         self.ended = threading.Event()
         self._loads: dict[InstanceId, InstanceLoad] = {}
         self._exhausted: str | None = None
-        self._sleep_level: int | None = None  # while asleep
+        self._sleep: Sleep | None = None
         self._session: Session | None = None
         self._next_chunk_id = 0
         self._pool: InstancePool | None = None
@@ -150,7 +144,8 @@ class Host:
         """
         if self._exhausted is not None:
             raise EngineError(self._exhausted)
-        self._check_awake()
+        assert self._sleep is not None
+        self._sleep.check_over()
         await self._end_left()
         await self.weights.idle()  # from here to its end nothing else may run
         last = self._session
@@ -203,7 +198,8 @@ class Host:
             WeightUpdateError: the version is not a later one.
         """
         assert self._pool is not None
-        self._check_awake()
+        assert self._sleep is not None
+        self._sleep.check_over()
         plan = await self.weights.begin(self._pool, self.infos, version)
         try:
             await self._make_way(pause, ", or give pause='wait' or pause='abort'")
@@ -231,38 +227,17 @@ class Host:
 
     async def sleep(self, level: int) -> None:
         """See `Engine.sleep`."""
+        assert self._sleep is not None
         await self._make_way()
         await self.weights.idle()
-        try:
-            await self._ask_all("sleep", level=level)
-        except BaseException:
-            with suppress(Exception):  # all sleep or none does
-                await self._ask_all("wake")
-            raise
-        assert self._pool is not None
-        self._pool.hold_starts()  # they would take what was released
-        self._sleep_level = level
+        if not self.infos:
+            raise EngineError(self._exhausted or NO_INSTANCE)
+        await self._sleep.begin(self.infos, level)
 
     async def wake(self) -> None:
         """See `Engine.wake`."""
-        assert self._pool is not None
-        self._pool.allow_starts()
-        if self.infos:
-            await self._ask_all("wake")
-        self._sleep_level = None
-
-    async def _ask_all(self, what: Question, **arguments: Any) -> None:
-        assert self._pool is not None
-        if not self.infos:
-            raise EngineError(self._exhausted or NO_INSTANCE)
-        asked = [self._pool.ask(i, what, **arguments) for i in self.infos]
-        for error in await asyncio.gather(*asked, return_exceptions=True):
-            if isinstance(error, BaseException):
-                raise error
-
-    def _check_awake(self) -> None:
-        if self._sleep_level is not None:
-            raise EngineError("the engine is asleep; wake() it first")
+        assert self._sleep is not None
+        await self._sleep.end(self.infos)
 
     async def _end_left(self) -> None:
         """End a rollout that its user walked away from."""
@@ -289,10 +264,8 @@ class Host:
         self.weights.instance_up(info.instance_id)
         self.infos[info.instance_id] = self.limits = info
         self._loads[info.instance_id] = InstanceLoad()
-        if self._sleep_level is not None:  # it was starting when the others fell asleep
-            assert self._pool is not None
-            asked = self._pool.ask(info.instance_id, "sleep", level=self._sleep_level)
-            asked.add_done_callback(_log_failure)
+        if self._sleep is not None:
+            self._sleep.instance_up(info.instance_id)
         if self._session is not None:
             self._session.instance_up(info, InstanceLoad())
 
@@ -374,6 +347,7 @@ class Host:
                 self.kv_pool,
             )
             self._pool = pool
+            self._sleep = Sleep(pool)
             try:
                 async with asyncio.TaskGroup() as tasks:
                     talking = tasks.create_task(router.run(pool.on_message))

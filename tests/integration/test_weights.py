@@ -237,6 +237,15 @@ async def test_what_dies_while_the_engine_sleeps_is_started_again_at_its_waking(
         assert await roll(engine) == before
 
 
+async def test_waking_does_not_need_an_instance_that_dies_meanwhile():
+    async with aseer.Engine(sims()) as engine:
+        before = await roll(engine)
+        await engine.sleep()
+        os.kill(engine.instances[0].pid, signal.SIGKILL)
+        await engine.wake()  # before anybody has seen it die
+        assert await roll(engine) == before
+
+
 async def test_an_instance_that_starts_while_the_engine_falls_asleep_sleeps_too():
     args = {"weights": SHAPES, "start_s": 1.0}
     async with aseer.Engine(config_of(engine_args=args)) as engine:
