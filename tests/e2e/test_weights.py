@@ -209,14 +209,17 @@ def make_tied(directory: Path, seed: int) -> Path:
     return directory
 
 
-def test_an_output_layer_that_shares_the_embedding_follows_it(tmp_path):
+def test_an_output_layer_that_shares_the_embedding_follows_it(engine, tmp_path):
     old, new = (make_tied(tmp_path / str(seed), seed) for seed in (1, 2))
-    with aseer.Engine(tiny_config(num_instances=1, model=new)) as engine:
-        expected = roll(engine)
-    with aseer.Engine(tiny_config(num_instances=1, model=old)) as engine:
-        assert roll(engine) != expected
-        engine.update_weights_sync(new)
-        found = roll(engine)
+    # The same with an output layer of its own.
+    untied = state_dict_of(new)
+    untied["lm_head.weight"] = untied["model.embed_tokens.weight"].clone()
+    engine.update_weights_sync(untied)
+    expected = roll(engine)
+    with aseer.Engine(tiny_config(num_instances=1, model=old)) as tied:
+        assert roll(tied) != expected
+        tied.update_weights_sync(new)
+        found = roll(tied)
     assert_same(found, expected)
 
 
