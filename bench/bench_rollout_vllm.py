@@ -412,7 +412,7 @@ def main() -> None:
     arms = chosen_arms(args)
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(args, Path(folder))
-        original = find_trace(args)
+        original = find_trace(args).part(args.groups, args.max_tokens)
         recorded, args.end_token = fit(original, model)
         print(record.describe(original), flush=True)
         if args.temperature is None:

@@ -38,6 +38,8 @@ from aseer.sim import GPUS, MODELS, Cluster, Roofline, simulate
 from aseer.sim import workload as workloads
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aseer.sim import Workload
     from aseer.waiting import Rank, Waiting
 
@@ -93,6 +95,19 @@ ARMS: dict[str, dict[str, Any]] = {
     "oracle": ORACLE,
     "oracle + drafts": {**ORACLE, "drafting": "grouped"},
 }
+
+
+# Whose throughput is compared with whose, over the seeds.
+PAIRS = (
+    ("+ starved less often", "+ context-aware"),
+    ("+ chunks of 1024", "+ starved less often"),
+    ("+ starved less often", "oracle"),
+    ("+ priors", "+ starved less often"),
+    ("+ priors, drifted", "+ starved less often"),
+    ("+ priors, drafts", "+ grouped drafts"),
+    ("told at first finish", "oracle"),
+    ("+ grouped drafts", "oracle + drafts"),
+)
 
 
 def known_lengths(work: Workload, known: str | None) -> list[list[int]] | None:
@@ -178,12 +193,39 @@ class Runs:
         return figures
 
 
-def measure(name: str, args: argparse.Namespace, runs: Runs) -> list[dict[str, Any]]:
-    """A row an arm."""
+def rollouts_of(
+    name: str, args: argparse.Namespace, runs: Runs
+) -> dict[str, list[dict[str, Any]]]:
+    """Every arm's rollouts, by seed."""
     figures: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for arm in ARMS:
             figures[arm].append(runs.get(name, seed, args.scale, arm))
+        print(f"{name}: seed {seed} done", flush=True)
+    return figures
+
+
+def ratios(figures: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean ratios of throughput, with their standard errors."""
+    rows = []
+    for arm, base in PAIRS:
+        both = zip(figures[base], figures[arm], strict=True)
+        values = [b["wall_s"] / a["wall_s"] for b, a in both]
+        error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+        row = {
+            "arm": arm,
+            "over": base,
+            "mean": round(float(np.mean(values)), 4),
+            "standard_error": None if error is None else round(float(error), 4),
+        }
+        rows.append(row)
+    return rows
+
+
+def summary(
+    name: str, figures: dict[str, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """A row an arm."""
     bases = figures["groups in turn"]
     rows = []
     for arm, rollouts in figures.items():
@@ -213,20 +255,33 @@ def measure(name: str, args: argparse.Namespace, runs: Runs) -> list[dict[str, A
     return rows
 
 
-def markdown(workloads_rows: dict[str, list[dict[str, Any]]]) -> str:
-    """The medians as a table: speedup (the paper's), share of the oracle, tail."""
-    lines = ["| | " + " | ".join(workloads_rows) + " |"]
-    lines.append("|---" * (1 + len(workloads_rows)) + "|")
-    for rows in zip(*workloads_rows.values(), strict=True):
-        cells = [rows[0]["arm"]]
-        for row in rows:
-            speedup, of_oracle, tail = (
-                row[key]["median"] for key in ("speedup", "of_oracle", "tail")
-            )
-            paper = f" ({row['paper']:.2f})" if row["paper"] else ""
-            cells.append(f"{speedup:.2f}{paper}, {of_oracle:.1%}, {tail:.2f}")
+def markdown(
+    by_workload: dict[str, list[dict[str, Any]]],
+    name: Callable[[dict[str, Any]], str],
+    cell: Callable[[dict[str, Any]], str],
+) -> str:
+    """Rows of all workloads as a table."""
+    lines = ["| | " + " | ".join(by_workload) + " |"]
+    lines.append("|---" * (1 + len(by_workload)) + "|")
+    for rows in zip(*by_workload.values(), strict=True):
+        cells = [name(rows[0]), *map(cell, rows)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def medians(row: dict[str, Any]) -> str:
+    """Speedup (the paper's), share of the oracle, tail."""
+    speedup, of_oracle, tail = (
+        row[key]["median"] for key in ("speedup", "of_oracle", "tail")
+    )
+    paper = f" ({row['paper']:.2f})" if row["paper"] else ""
+    return f"{speedup:.2f}{paper}, {of_oracle:.1%}, {tail:.2f}"
+
+
+def mean(row: dict[str, Any]) -> str:
+    """A ratio with its standard error."""
+    error = row["standard_error"]
+    return f"{row['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def draw_lengths(path: str, scale: float) -> None:
@@ -262,10 +317,15 @@ def main() -> None:
         args.workload, args.scale, args.seeds = "qwen2-vl-72b", 1 / 16, 1
     names = [args.workload] if args.workload else sorted(CLUSTERS)
     runs = Runs(args.runs)
+    rollouts = {name: rollouts_of(name, args, runs) for name in names}
     figures: dict[str, Any] = {
-        "workloads": {name: measure(name, args, runs) for name in names},
+        "workloads": {name: summary(name, rollouts[name]) for name in names},
+        "ratios": {name: ratios(rollouts[name]) for name in names},
     }
-    print(markdown(figures["workloads"]))
+    print(markdown(figures["workloads"], lambda row: row["arm"], medians))
+    print(
+        markdown(figures["ratios"], lambda row: f"{row['arm']} / {row['over']}", mean)
+    )
     figures["simulated_at_commits"] = sorted(map(str, runs.commits))
     kept = ("workload", "first_seed", "seeds", "scale")
     settings = {k: v for k, v in vars(args).items() if k in kept}

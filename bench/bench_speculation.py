@@ -212,22 +212,18 @@ def longest_groups(recorded: Trace, num_groups: int | None, max_tokens: int) -> 
 def main() -> None:
     """Parse, measure, print."""
     args = parse()
-    num_groups, args.groups = args.groups, None
-    max_tokens, args.max_tokens = args.max_tokens, None
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(args, Path(folder))
         original = find_trace(args)
         recorded, args.end_token = fit(original, model)
         if args.temperature is None:
             args.temperature = recorded.settings.get("temperature", 1.0)
-        recorded = longest_groups(recorded, num_groups, max_tokens)
+        recorded = longest_groups(recorded, args.groups, args.max_tokens)
         arms = run(model, recorded, args)
     settings = {k: v for k, v in vars(args).items() if k not in ("save", "quick")}
     settings |= {
         "model": Path(args.model).name,
         "trace_sha256": original.sha256,
-        "groups": num_groups,
-        "max_tokens": max_tokens,
         "mean_tokens": recorded.num_tokens / recorded.num_requests,
     }
     settings["trace"] = dict(original.settings)

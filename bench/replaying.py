@@ -129,7 +129,7 @@ def find_trace(args: argparse.Namespace) -> Trace:
     path = args.trace or record.default_path(0.7)
     if path.exists() or args.trace is not None:
         print(f"replays {path.name}")
-        return trace.load(path).part(args.groups, args.max_tokens)
+        return trace.load(path)
     if not args.quick:
         raise SystemExit(f"there is no {path}; run `aseer record` first")
     print(f"there is no {path}: recording {args.groups} groups", flush=True)
