@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 # Only tokens that may be worth anything are looked at.
 MIN_CONFIDENCE = 0.02
-# A step with drafts must yield so much more than one without.
-_MARGIN = 0.02
+# A step with drafts must yield so much more than one without: the more so as those are
+# chosen whose price is underestimated.
+_MARGIN = 0.05
 # Requests in a step at which drafts may be `tail_draft_tokens` long.
 _TAIL_ROWS = 4
 # After so many steps whose drafts did not pay, trees are asked only every so often.

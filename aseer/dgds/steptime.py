@@ -58,7 +58,7 @@ class StepTimeModel:
         if not self._scale_s:
             self._scale_s = step_s
         features = _features(num_rows, np.array([num_drafted]), num_context_tokens)[0]
-        relative = step_s / self._scale_s
+        relative = expected = step_s / self._scale_s
         if self._num_observed > 3 * _SOLVE_EVERY:
             expected = float(features @ self._coefficients)
             relative = min(max(relative, expected / _OUTLIER), expected * _OUTLIER)
@@ -67,7 +67,7 @@ class StepTimeModel:
         sums = self._profile if is_profile else self._recent
         if not is_profile:
             self._recent.decay(1 - 1 / _MEMORY_STEPS)
-        sums.add(features, relative)
+        sums.add(features, relative, expected)
         if self._num_observed < _SOLVE_EVERY or not self._num_observed % _SOLVE_EVERY:
             self._solve()
         self._num_observed += 1
@@ -104,8 +104,9 @@ class _Sums:
         self.matrix *= factor
         self.vector *= factor
 
-    def add(self, features: NDArray[np.float64], value: float) -> None:
-        weight = 1 / value**2
+    def add(self, features: NDArray[np.float64], value: float, expected: float) -> None:
+        # By what was measured itself, quick steps of a noisy machine would weigh most.
+        weight = 1 / expected**2
         self.matrix += weight * np.outer(features, features)
         self.vector += weight * value * features
 

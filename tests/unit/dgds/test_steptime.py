@@ -67,3 +67,10 @@ def test_the_profile_is_not_forgotten():
 
 def test_it_predicts_nothing_before_it_has_seen_a_step():
     assert not StepTimeModel().predict(4, 3, 100).any()
+
+
+def test_a_noisy_machine_is_not_taken_for_a_quicker_one():
+    model = StepTimeModel()
+    for i in range(2000):
+        model.observe(4, 0, 400, 0.010 * (0.7 if i % 2 else 1.3))
+    assert model.predict(4, 0, 400)[0] == pytest.approx(0.010, rel=0.05)
