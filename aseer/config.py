@@ -48,7 +48,8 @@ class SpeculationConfig:
     """How engines draft tokens that the model then verifies, several a step.
 
     Samples keep their distribution whatever is drafted: an engine whose verified
-    sampler fails its test at the start says so and does not speculate.
+    sampler fails its test at the start says so and does not speculate. Seeded requests
+    are not repeatable: how much a step draws depends on what was drafted.
 
     Attributes:
         method: "dgds" drafts from what the whole group has generated so far, on every
