@@ -275,7 +275,7 @@ def check_platform(model: Path) -> Finding:
 
 
 def check_drafts() -> Finding:
-    """Whether vLLM's sampler draws as it should where it verifies drafts."""
+    """Whether what verifies drafts samples as it should on this vLLM and device."""
     try:
         found = probe(SAMPLER)
     except ProbeError as exc:
@@ -283,7 +283,7 @@ def check_drafts() -> Finding:
     draws = f"{found['num_draws']} draws on {found['device']}"
     if not found["is_right"]:
         return _warn(
-            f"vLLM's sampler for drafts is wrong ({found['fault']}; {draws})",
+            f"the sampler that verifies drafts is wrong ({found['fault']}; {draws})",
             "engines here refuse to speculate; another version of vLLM may be right",
         )
     mended = "; vLLM's own is wrong here, and mended" if found["was_mended"] else ""

@@ -35,7 +35,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"structured_outputs": {"regex": "[a-f]{70}[0-9]{40}"}},
 ]
 GROUPS = [
-    aseer.Group([5, 6, 7 + i], n=4, sampling=GREEDY | settings)
+    aseer.Group([5, 6, 7 + i], n=6, sampling=GREEDY | settings)
     for i, settings in enumerate(SETTINGS)
 ]
 # Every draft there is, so that verification is tried hard.
@@ -79,7 +79,10 @@ def plain() -> Iterator[aseer.Engine]:
 
 @pytest.fixture(scope="module")
 def drafting() -> Iterator[aseer.Engine]:
-    config = tiny_config(num_instances=2, chunk_size=32, speculation=ALL_DRAFTS)
+    # Few at once: most requests draft from what siblings have finished.
+    config = tiny_config(
+        num_instances=2, chunk_size=32, speculation=ALL_DRAFTS, max_num_seqs=8
+    )
     with aseer.Engine(config) as engine:
         yield engine
 
@@ -137,7 +140,7 @@ def test_greedy_responses_are_those_without_speculation(plain, drafting):
     report = rollout.report
     assert report.num_chunks > 100
     assert report.speculation.num_drafts > 100
-    assert report.speculation.acceptance_length > 1.2  # by who is ahead
+    assert report.speculation.acceptance_length > 1.5
     assert 0 < report.speculation.drafting_share < 1
 
 
