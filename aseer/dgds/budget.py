@@ -197,6 +197,7 @@ class Calibration:
     _NUM_BINS = 12
     _PRIOR_TOKENS = 10.0
     _MEMORY_TOKENS = 4000.0
+    _FIT_EVERY = 32  # tokens: a fit takes longer than all else here
 
     def __init__(self) -> None:
         centres = (np.arange(self._NUM_BINS) + 0.5) / self._NUM_BINS
@@ -221,7 +222,9 @@ class Calibration:
         ):
             sums *= keep
             sums += np.bincount(bins, values, minlength=self._NUM_BINS)
-        self._fit()
+        self._num_new += len(bins)
+        if self._num_new >= self._FIT_EVERY:
+            self._fit()
 
     def survivals(self, confidences: NDArray[np.float32]) -> NDArray[np.float64]:
         """[num_tokens], calibrated."""
@@ -229,6 +232,7 @@ class Calibration:
         return survivals
 
     def _fit(self) -> None:
+        self._num_new = 0
         total = self._num + self._PRIOR_TOKENS
         said = (self._said + self._believed) / total
         true = rising_fit((self._survived + self._believed) / total, total)

@@ -5,9 +5,11 @@ nothing until the worker extension has joined it to the runner. Requests are tol
 by what the controller put into their `extra_args`; one without that gets no drafts.
 
 A chunk's prompt holds what earlier chunks generated. The group's prompt is shorter, and
-what follows it is the request's text, the same on whichever engine it runs. Drafts
-never reach past the chunk's `max_tokens`: what the engine would sample there is thrown
-away, and must not be in the tree.
+what follows it is the request's text, the same on whichever engine it runs. A chunk's
+last token is sampled without a draft: vLLM keeps the KV of a step's tokens for others
+only once the next step begins, and the next chunk would compute again what was accepted
+in the last. Nor do drafts reach past the chunk's `max_tokens`: what the engine would
+sample there is thrown away, and must not be in the tree.
 """
 
 from __future__ import annotations
@@ -116,6 +118,7 @@ class StepClock:
         self.draft_s = 0.0
         self.num_scheduled: dict[str, int] = {}
         self.num_tokens = 0
+        self.was_idle = True  # before the step, so that it took its time to begin
         self._started_at = 0.0
         self._ended_at = 0.0
         self._execute = runner.execute_model
@@ -123,8 +126,8 @@ class StepClock:
 
     def _timed_execute(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         now = time.perf_counter()
-        was_idle = now - self._ended_at > _MAX_IDLE_S
-        self._started_at = now if was_idle else self._ended_at
+        self.was_idle = now - self._ended_at > _MAX_IDLE_S
+        self._started_at = now if self.was_idle else self._ended_at
         self.num_tokens = scheduler_output.total_num_scheduled_tokens
         self.num_scheduled = {
             request_id: len(tokens)
@@ -306,6 +309,7 @@ class _Drafting:
         texts = num_tokens[places]
         ends = np.fromiter((r.end for r in rows), np.int64, num_rows)
         stops = np.fromiter((r.may_stop_at for r in rows), np.int64, num_rows)
+        ends -= 1  # the last token is sampled by itself
         ends = np.where(texts < stops, np.minimum(stops, ends), ends)
         # Every step samples one token more than it accepts.
         room = np.clip(ends - texts - 1, 0, most).astype(np.int32)
@@ -333,6 +337,8 @@ class _Drafting:
         is_profile: bool,
     ) -> None:
         """Learn what a step takes, if it only decoded and was all ours."""
+        if self._clock.was_idle:
+            return
         num_drafted = sum(self._clock.num_scheduled.values())
         if num_tracked == num_rows and self._clock.num_tokens == num_rows + num_drafted:
             self._model.observe(

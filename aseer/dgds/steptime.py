@@ -9,6 +9,7 @@ with f piecewise linear between powers of two: flat where an engine waits for me
 rising where it computes. a and b are what verification costs beyond the tokens' own
 computation, c is attention's. The coefficients are the least squares of relative errors
 over the recent steps, with a pull towards straight lines where nothing was measured.
+No step is believed to take less than half of the fastest one seen.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ _NUM_FEATURES = len(_KNOTS) + 3
 _MEMORY_STEPS = 500
 _SOLVE_EVERY = 16
 _OUTLIER = 1.5  # times what was predicted, or so many times less
+_LEAST = 0.5  # of the fastest step: what any step takes at least
 _STRAIGHTNESS = 1e-2
 _RIDGE = 1e-6
 _CONTEXT_UNIT = 1e4  # tokens
+_DRAFT_UNIT = 8.0
 
 
 class StepTimeModel:
@@ -36,7 +39,7 @@ class StepTimeModel:
     def __init__(self) -> None:
         self._profile = _Sums()
         self._recent = _Sums()
-        self._scale_s = 0.0
+        self._floor_s = 0.0
         self._num_observed = 0
         self._coefficients: NDArray[np.float64] = np.zeros(_NUM_FEATURES)
 
@@ -55,19 +58,17 @@ class StepTimeModel:
             num_context_tokens: over all rows.
             is_profile: never forgotten.
         """
-        if not self._scale_s:
-            self._scale_s = step_s
-        features = _features(num_rows, np.array([num_drafted]), num_context_tokens)[0]
-        relative = expected = step_s / self._scale_s
+        features = _features(num_rows, num_drafted, num_context_tokens)
+        least_s = _LEAST * step_s
+        self._floor_s = min(self._floor_s or least_s, least_s)
+        expected_s = step_s
         if self._num_observed > 3 * _SOLVE_EVERY:
-            expected = float(features @ self._coefficients)
-            relative = min(max(relative, expected / _OUTLIER), expected * _OUTLIER)
-        if relative <= 0:
-            return
+            expected_s = max(float(features @ self._coefficients), self._floor_s)
+            step_s = min(max(step_s, expected_s / _OUTLIER), expected_s * _OUTLIER)
         sums = self._profile if is_profile else self._recent
         if not is_profile:
             self._recent.decay(1 - 1 / _MEMORY_STEPS)
-        sums.add(features, relative, expected)
+        sums.add(features, step_s, expected_s)
         if self._num_observed < _SOLVE_EVERY or not self._num_observed % _SOLVE_EVERY:
             self._solve()
         self._num_observed += 1
@@ -80,15 +81,19 @@ class StepTimeModel:
         Zeros while nothing was measured.
         """
         drafted = np.arange(max_drafted + 1)
-        features = _features(num_rows, drafted, num_context_tokens)
-        seconds: NDArray[np.float64] = features @ self._coefficients * self._scale_s
-        np.maximum(seconds, 0.0, out=seconds)
+        of_knots = self._coefficients[:-3]
+        of_any, of_drafted, of_context = self._coefficients[-3:].tolist()
+        seconds: NDArray[np.float64] = np.interp(num_rows + drafted, _KNOTS, of_knots)
+        seconds += of_context * num_context_tokens / _CONTEXT_UNIT
+        seconds += of_drafted / _DRAFT_UNIT * drafted
+        seconds[1:] += of_any
+        np.maximum(seconds, self._floor_s, out=seconds)
         np.maximum.accumulate(seconds, out=seconds)
         return seconds
 
     def _solve(self) -> None:
         matrix = self._profile.matrix + self._recent.matrix
-        matrix += _straightness(self._coefficients)
+        matrix += _straightness(self._coefficients, self._floor_s)
         vector = self._profile.vector + self._recent.vector
         self._coefficients = np.asarray(np.linalg.solve(matrix, vector), np.float64)
 
@@ -112,19 +117,18 @@ class _Sums:
 
 
 def _features(
-    num_rows: int, drafted: NDArray[np.int64], num_context_tokens: int
+    num_rows: int, num_drafted: int, num_context_tokens: int
 ) -> NDArray[np.float64]:
-    """[len(drafted), _NUM_FEATURES]."""
-    tokens = np.clip(num_rows + drafted, _KNOTS[0], _KNOTS[-1])
-    left = np.minimum(np.searchsorted(_KNOTS, tokens, "right") - 1, len(_KNOTS) - 2)
-    share = (tokens - _KNOTS[left]) / (_KNOTS[left + 1] - _KNOTS[left])
-    features = np.zeros((len(drafted), _NUM_FEATURES))
-    rows = np.arange(len(drafted))
-    features[rows, left] = 1 - share
-    features[rows, left + 1] = share
-    features[:, -3] = drafted > 0
-    features[:, -2] = drafted / 8
-    features[:, -1] = num_context_tokens / _CONTEXT_UNIT
+    """[_NUM_FEATURES], what the coefficients are multiplied with."""
+    num_tokens = min(max(num_rows + num_drafted, 1), 1 << (len(_KNOTS) - 1))
+    left = min(num_tokens.bit_length() - 1, len(_KNOTS) - 2)
+    share = num_tokens / (1 << left) - 1
+    features = np.zeros(_NUM_FEATURES)
+    features[left] = 1 - share
+    features[left + 1] = share
+    features[-3] = num_drafted > 0
+    features[-2] = num_drafted / _DRAFT_UNIT
+    features[-1] = num_context_tokens / _CONTEXT_UNIT
     return features
 
 
@@ -142,9 +146,11 @@ def _bends() -> NDArray[np.float64]:
 _BENDS = _bends()
 
 
-def _straightness(coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
+def _straightness(
+    coefficients: NDArray[np.float64], floor_s: float
+) -> NDArray[np.float64]:
     """The squares of the bends, each relative to what f is there."""
-    weights = _STRAIGHTNESS / np.maximum(coefficients[2 : len(_KNOTS)], 1.0) ** 2
-    ridge: NDArray[np.float64] = np.eye(_NUM_FEATURES) * _RIDGE
-    ridge += _BENDS.T @ (weights[:, None] * _BENDS)
+    seconds = np.maximum(coefficients[2 : len(_KNOTS)], floor_s)
+    ridge: NDArray[np.float64] = np.eye(_NUM_FEATURES) * (_RIDGE / floor_s**2)
+    ridge += _BENDS.T @ ((_STRAIGHTNESS / seconds**2)[:, None] * _BENDS)
     return ridge

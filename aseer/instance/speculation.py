@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from vllm import SamplingParams
+from vllm.config import SpeculativeConfig
 from vllm.sampling_params import RequestOutputKind
 
 from aseer.dgds.messages import EXTRA_ARGS_KEY, DraftingSpec
@@ -35,6 +36,7 @@ _PROFILE = (
     *((16, 0), (16, 3), (64, 0)),
 )
 _PROFILE_STEPS = 4
+_SCHEDULE = "num_speculative_tokens_per_batch_size"
 
 
 def draft_identity(chunk: Chunk) -> dict[str, Any]:
@@ -46,6 +48,25 @@ def draft_identity(chunk: Chunk) -> dict[str, Any]:
         "prompt_tokens": len(chunk.prompt) // 4,
         "probe": chunk.request_id.endswith("/0"),
     }
+
+
+def unpadded(settings: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's `speculative_config`, so that it drafts what we draft and no more.
+
+    vLLM has a request that begins with one token to compute, as a chunk does that finds
+    its KV, verify as many made-up tokens as are ever drafted, to give all steps one
+    shape. It does not where the number drafted depends on the batch's size; that it
+    says the same for every size does not matter.
+    """
+    is_known = _SCHEDULE in {field.name for field in fields(SpeculativeConfig)}
+    if settings["method"] != "custom_class" or not is_known:
+        return settings
+    return {_SCHEDULE: [(1, 1, settings["num_speculative_tokens"])], **settings}
+
+
+def ends_with_chunk(config: Any) -> bool:
+    """Whether no drafted token's KV lies past its chunk's end; of vLLM's config."""
+    return config.method == "custom_class" and bool(getattr(config, _SCHEDULE, None))
 
 
 class Speculation:

@@ -33,7 +33,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from aseer.dgds.messages import EXTRA_ARGS_KEY
 from aseer.errors import EngineError, describe
 from aseer.instance.base import EngineDied
-from aseer.instance.speculation import Speculation, draft_identity
+from aseer.instance.speculation import (
+    Speculation,
+    draft_identity,
+    ends_with_chunk,
+    unpadded,
+)
 from aseer.instance.stats import Stats
 from aseer.instance.versions import installed_vllm
 from aseer.kv.settings import cache_salt
@@ -78,6 +83,8 @@ class VllmBackend:
         args = dict(self._spec.engine_args)
         if not _HAS_REQUEST_INTERVAL:
             args.setdefault("stream_interval", STREAM_INTERVAL)
+        if self._spec.drafting is not None:
+            args["speculative_config"] = unpadded(args["speculative_config"])
         engine_args = AsyncEngineArgs(
             **args,
             logprobs_mode="processed_logprobs",
@@ -321,7 +328,12 @@ def _end(done: Any, text: _Text | None) -> ChunkEnd:
 
 
 def _num_lookahead_tokens(config: Any) -> int:
-    """KV slots one step may write past a request's last token."""
+    """KV slots one step may write past a request's last token.
+
+    Our own drafts end where the chunk does.
+    """
     speculative = config.speculative_config
-    drafts = speculative.num_speculative_tokens if speculative else 0
+    drafts = 0
+    if speculative is not None and not ends_with_chunk(speculative):
+        drafts = speculative.num_speculative_tokens
     return int(drafts) + bool(config.scheduler_config.async_scheduling)

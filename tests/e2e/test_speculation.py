@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import psutil
 import pytest
 
 import aseer
+from tests.e2e.distributions import assert_alike
 from tests.e2e.tiny import by_request, tiny_config
 
 if TYPE_CHECKING:
@@ -141,35 +140,23 @@ def test_greedy_responses_are_those_without_speculation(plain, drafting):
     assert report.num_chunks > 100
     assert report.speculation.num_drafts > 100
     assert report.speculation.acceptance_length > 1.5
+    assert not any(report.speculation.drafted[ALL_DRAFTS.max_draft_tokens :])
     assert 0 < report.speculation.drafting_share < 1
 
 
 def test_sampled_responses_are_distributed_as_without_speculation(plain, drafting):
     """Some tens of thousands of tokens a side; statistics of whole responses."""
 
-    def responses(engine: aseer.Engine) -> list[aseer.Response]:
-        groups = [aseer.Group([9, 8, 7], n=16, sampling=SAMPLED) for _ in range(16)]
+    def responses(engine: aseer.Engine, **other: float) -> list[aseer.Response]:
+        sampling = SAMPLED | other
+        groups = [aseer.Group([9, 8, 7], n=16, sampling=sampling) for _ in range(16)]
         return list(engine.rollout_sync(groups))
 
     one, other = responses(plain), responses(drafting)
     assert sum(len(r.token_ids) for r in other) > 20_000
-    common = np.bincount([t for r in one for t in r.token_ids], minlength=128)
-    statistics: dict[str, Any] = {
-        "length": lambda r: len(r.token_ids),
-        "logprob": lambda r: np.mean(r.logprobs),
-        "squared logprob": lambda r: np.mean(np.square(r.logprobs)),
-        **{
-            f"share of token {t}": lambda r, t=t: (
-                r.token_ids.count(t) / len(r.token_ids)
-            )
-            for t in common.argsort()[-12:].tolist()
-        },
-    }
-    for name, statistic in statistics.items():
-        a, b = ([statistic(r) for r in side] for side in (one, other))
-        error = math.sqrt(np.var(a) / len(a) + np.var(b) / len(b))
-        # 15 statistics at 4.5 standard errors: one false alarm in 10,000 runs.
-        assert abs(np.mean(a) - np.mean(b)) < 4.5 * error, name
+    assert_alike(one, other)
+    with pytest.raises(AssertionError):
+        assert_alike(one, responses(drafting, temperature=1.1))
 
 
 def test_engines_leave_their_cores_to_others_soon_after_a_rollout(drafting):

@@ -120,9 +120,17 @@ def test_a_resumed_chunk_appends_what_it_generates_once(engine):
 def test_drafts_end_where_the_chunk_does(engine):
     engine.add("a", [5, 6, 7, 8, 9] * 3)
     engine.add("b", [], max_tokens=4)
-    # One is sampled, three may follow: two drafts and the model's own token.
-    assert len(engine.step([5], [5])[1]) == 2
-    assert len(engine.step([6], [6, 7, 8])[1]) == 0
+    # One is sampled, three may follow: a draft, the model's own token, and the last.
+    assert len(engine.step([5], [5])[1]) == 1
+    assert len(engine.step([6], [6, 7])[1]) == 0
+    assert len(engine.step([7], [8])[1]) == 0
+
+
+def test_a_chunks_last_token_is_sampled_without_a_draft(engine):
+    engine.add("a", [5, 6, 7, 8, 9] * 3)
+    engine.add("b", [], max_tokens=7)
+    assert engine.step([5], [5])[1] == [6, 7, 8, 9]
+    assert engine.step([6], [6, 7, 8, 9, 5])[1] == []
 
 
 def test_no_draft_crosses_the_place_from_which_a_request_may_stop(engine):

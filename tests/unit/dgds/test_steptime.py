@@ -13,6 +13,13 @@ def roofline(rows: int, drafted: int, context: int) -> float:
     return (busy + 3 * (drafted > 0) + 0.2 * drafted + context / 5000) / 1000
 
 
+PROFILE = [(1, 8), (1, 0), (1, 3), (4, 0), (4, 16), (4, 48), (16, 0), (16, 240)]
+
+
+def linear(rows: int, drafted: int) -> float:
+    return 0.01 + 0.0006 * (rows + drafted)
+
+
 def trained(noise: float = 0.0, num_steps: int = 3000) -> StepTimeModel:
     rng = np.random.default_rng(0)
     model = StepTimeModel()
@@ -74,3 +81,29 @@ def test_a_noisy_machine_is_not_taken_for_a_quicker_one():
     for i in range(2000):
         model.observe(4, 0, 400, 0.010 * (0.7 if i % 2 else 1.3))
     assert model.predict(4, 0, 400)[0] == pytest.approx(0.010, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", [104, 238, 310])
+def test_a_slow_first_step_does_not_put_it_off_for_good(seed):
+    # With these seeds some step is soon predicted to take no time at all.
+    rng = np.random.default_rng(seed)
+    model = StepTimeModel()
+    model.observe(1, 0, 3, 0.3, is_profile=True)
+    for rows, drafted in PROFILE * 3:
+        step_s = linear(rows, drafted) * rng.lognormal(0, 0.25)
+        model.observe(rows, drafted, 3 * rows, step_s, is_profile=True)
+    rows = 31
+    for length in range(600):
+        if rng.random() < 0.03:
+            rows = int(rng.integers(1, 18))
+        drafted = 16 * int(rng.integers(1, 4)) if rng.random() < 0.1 else 0
+        step_s = linear(rows, drafted) * rng.lognormal(0, 0.2)
+        model.observe(rows, drafted, rows * (20 + length), step_s)
+    for rows in (1, 2, 4, 8, 16):
+        predicted = model.predict(rows, 0, 600 * rows)[0]
+        assert predicted == pytest.approx(linear(rows, 0), rel=0.4)
+
+
+def test_no_step_takes_less_than_half_of_the_fastest():
+    predicted = trained(noise=0.3, num_steps=50).predict(1, 8, 0)
+    assert (predicted > 0.01).all()
