@@ -151,12 +151,14 @@ class Speculation:
 
     async def _profile(self) -> None:
         """Measure short steps of several sizes; the drafter learns from them."""
-        limit = self._llm.vllm_config.scheduler_config.max_num_seqs
+        config = self._llm.vllm_config
+        most = config.speculative_config.num_speculative_tokens
         for num_rows, num_drafted in _PROFILE:
-            if num_rows <= limit:
+            if num_rows <= config.scheduler_config.max_num_seqs:
                 async with asyncio.TaskGroup() as tasks:
                     for i in range(num_rows):
-                        tasks.create_task(self._profile_request(i, num_drafted))
+                        request = self._profile_request(i, min(num_drafted, most))
+                        tasks.create_task(request)
 
     async def _profile_request(self, index: int, num_drafted: int) -> None:
         told = {

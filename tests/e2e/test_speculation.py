@@ -144,6 +144,30 @@ def test_greedy_responses_are_those_without_speculation(plain, drafting):
     assert 0 < report.speculation.drafting_share < 1
 
 
+@pytest.mark.parametrize(("max_num_seqs", "max_draft_tokens"), [(1, 64), (5, 1)])
+def test_drafts_of_any_length_in_odd_chunks(plain, max_num_seqs, max_draft_tokens):
+    groups = [
+        aseer.Group([5, 6, 7] * k, n=3, sampling=GREEDY | {"max_tokens": max_tokens})
+        for k, max_tokens in [(1, 1), (2, 2), (40, 60), (30, 37), (9, 33)]
+    ]
+    expected = by_request(list(plain.rollout_sync(groups)))
+    config = tiny_config(
+        num_instances=1,
+        max_num_seqs=max_num_seqs,
+        chunk_size=17,
+        speculation=aseer.SpeculationConfig(
+            budget="fixed",
+            max_draft_tokens=1,
+            tail_draft_tokens=max_draft_tokens,
+        ),
+    )
+    with aseer.Engine(config) as engine:
+        found = by_request(list(engine.rollout_sync(groups)))
+    for request_id, response in found.items():
+        assert response.token_ids == expected[request_id].token_ids
+        assert response.finish_reason == expected[request_id].finish_reason
+
+
 def test_sampled_responses_are_distributed_as_without_speculation(plain, drafting):
     """Some tens of thousands of tokens a side; statistics of whole responses."""
 
