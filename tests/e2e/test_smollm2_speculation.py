@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-# By the shape of the batch the last bits of a matrix product differ.
-ROUNDING = 2e-5
+# By the shape of the batch the last bits of a matrix product differ, and drafts change
+# the shape. (Seen: 2.1e-5.)
+ROUNDING = 5e-5
 
 
 def config(**settings: Any) -> aseer.EngineConfig:
