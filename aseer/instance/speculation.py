@@ -56,7 +56,8 @@ def unpadded(settings: dict[str, Any]) -> dict[str, Any]:
     vLLM has a request that begins with one token to compute, as a chunk does that finds
     its KV, verify as many made-up tokens as are ever drafted, to give all steps one
     shape. It does not where the number drafted depends on the batch's size; that it
-    says the same for every size does not matter.
+    says the same for every size does not matter. On a GPU its CUDA graphs are piecewise
+    then; whole ones are for steps of one shape.
     """
     is_known = _SCHEDULE in {field.name for field in fields(SpeculativeConfig)}
     if settings["method"] != "custom_class" or not is_known:

@@ -53,4 +53,6 @@ def _apart(
         ]
         apart += sides[1].mean() - sides[0].mean()
         variance += sum(side.var(ddof=1) / len(side) for side in sides)
-    return apart / np.sqrt(variance) if variance else 0.0
+    if not variance:  # the same in every response of a side
+        return float(np.sign(apart)) * np.inf if apart else 0.0
+    return apart / np.sqrt(variance)

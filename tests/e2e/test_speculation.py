@@ -157,12 +157,13 @@ def test_drafts_of_any_length_in_odd_chunks(plain, max_num_seqs, max_draft_token
         chunk_size=17,
         speculation=aseer.SpeculationConfig(
             budget="fixed",
-            max_draft_tokens=1,
+            max_draft_tokens=max_draft_tokens,
             tail_draft_tokens=max_draft_tokens,
         ),
     )
     with aseer.Engine(config) as engine:
         found = by_request(list(engine.rollout_sync(groups)))
+    assert found.keys() == expected.keys()
     for request_id, response in found.items():
         assert response.token_ids == expected[request_id].token_ids
         assert response.finish_reason == expected[request_id].finish_reason
