@@ -95,7 +95,6 @@ class Controller:
         weight_version: int = 0,
         first_chunk_id: int = 0,
         granularity: int | None = None,
-        shares_kv: bool = True,
         new_array: Callable[[str], array[Any]] = array,
     ) -> None:
         """Start with no groups and no instances; `EngineConfig` has the settings."""
@@ -112,7 +111,6 @@ class Controller:
             chunk_size=chunk_size,
             granularity=granularity,
             starvation_interval=starvation_interval,
-            shares_kv=shares_kv,
         )
         self.counters = Counters()
         self._weight_version = weight_version

@@ -6,8 +6,8 @@ whether KV is reserved before a chunk is admitted. The `Scheduler` keeps waiting
 requests in the policy's order and turns free capacity into assignments. It has no
 clock, no randomness and no I/O, so a sequence of calls is a trace that replays.
 
-    context-aware           waiting probes first, fewest generated tokens first; then
-                            the group with the largest length estimate (Seer, Alg. 2)
+    context-aware           waiting probes first; then who is expected to be longest,
+                            by the group's length estimate (Seer, Alg. 2)
     fcfs                    arrival order (divided rollout alone)
     longest-first           most tokens left first, by lengths known beforehand
                             (an oracle)
@@ -23,10 +23,12 @@ replaces the paper's fixed spread of 32 requests by a price: staying with the KV
 worth one request of imbalance for every `RECOMPUTE_TOKENS_PER_REQUEST` tokens that
 would have to be computed again, which is 0 where a shared pool has them.
 
-Without a pool, what waits may lose its KV to what runs, and every change of requests
-that was not needed is computed again. Context-aware scheduling then keeps siblings, and
-probes, in the order of their arrival instead of by generated tokens, so that a request
-whose chunk ended goes on unless a longer group is waiting.
+Context-aware scheduling differs from the paper's in two points. Whatever its group's
+estimate, a request is expected to become at least twice as long as it is, so that the
+one long response of a group of short ones does not wait behind longer groups until the
+end. And of those alike the one with the most tokens goes first, not the one with the
+fewest: who runs goes on, and fewer change places, each time at the price of loading
+(or, without a pool, computing) KV.
 
 Starvation (the paper gives no rate): every `starvation_interval`-th assignment is owed
 to the request that has waited longest, and stays owed until there is room for it.
@@ -55,40 +57,28 @@ Placement = Literal[
 ]
 
 RECOMPUTE_TOKENS_PER_REQUEST = 256
+AT_LEAST = 2  # times as long as it is, a request is expected to become
 _NEVER = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How to order and place; see the module's table.
-
-    Attributes:
-        rank_in_place: the order where engines do not find each other's KV; None = the
-            same.
-    """
+    """How to order and place; see the module's table."""
 
     name: PolicyName
     rank: Callable[[Waiting, int], Rank]
     placement: Placement
     divided: bool = True
     reserves_kv: bool = True
-    rank_in_place: Callable[[Waiting, int], Rank] | None = None
 
 
 def rank_context_aware(request: Waiting, length_estimate: int) -> Rank:
-    """Probes by shortest first, the rest by their group's longest first."""
-    if request.is_probe:
-        return (0, request.num_generated, request.arrival)
-    return (1, -length_estimate, request.num_generated, request.arrival)
-
-
-def rank_context_aware_in_place(request: Waiting, length_estimate: int) -> Rank:
-    """The same, but who runs goes on before a sibling starts, and a probe before the
-    next.
-    """
+    """Probes as they came, the rest by the longest expected first."""
     if request.is_probe:
         return (0, request.arrival)
-    return (1, -length_estimate, request.arrival)
+    generated = request.num_generated
+    at_least = min(AT_LEAST * generated, generated + request.remaining)
+    return (1, -max(length_estimate, at_least), -generated, request.arrival)
 
 
 def rank_fcfs(request: Waiting, length_estimate: int) -> Rank:
@@ -107,12 +97,7 @@ def rank_longest_first(request: Waiting, length_estimate: int) -> Rank:
 POLICIES: Mapping[PolicyName, Policy] = {
     p.name: p
     for p in (
-        Policy(
-            "context-aware",
-            rank_context_aware,
-            "affinity",
-            rank_in_place=rank_context_aware_in_place,
-        ),
+        Policy("context-aware", rank_context_aware, "affinity"),
         Policy("fcfs", rank_fcfs, "affinity"),
         Policy("longest-first", rank_longest_first, "affinity"),
         Policy("group-round-robin", rank_fcfs, "group-round-robin", False, False),
@@ -177,7 +162,6 @@ class Scheduler:
         chunk_size: int,
         granularity: int | None = None,
         starvation_interval: int = 0,
-        shares_kv: bool = True,
     ) -> None:
         """Start empty.
 
@@ -185,12 +169,10 @@ class Scheduler:
             chunk_size: tokens; 0 or an undividing policy = requests run to their end.
             granularity: of KV reuse in tokens; None = the instance's block size.
             starvation_interval: in assignments; 0 = never.
-            shares_kv: whether KV of what waits is kept, and found by any instance.
         """
         self.policy = policy
         self.fleet = Fleet()
-        in_place = None if shares_kv else policy.rank_in_place
-        self._queue = WaitingQueue(in_place or policy.rank)
+        self._queue = WaitingQueue(policy.rank)
         self._chunk_size = chunk_size if policy.divided else 0
         self._granularity = granularity
         self._starvation_interval = starvation_interval or _NEVER
@@ -252,7 +234,7 @@ class Scheduler:
             tokens = chunk_tokens(
                 request.num_tokens, request.remaining, chunk_size, granularity
             )
-            needs = request.num_tokens + tokens
+            needs = request.num_tokens + tokens - 1  # the last one's KV is not written
             if needs <= room and fleet.select(needs):
                 where = place_by_affinity(holders(request.request_id), fleet)
                 blocks = fleet.reserve(where, needs)

@@ -84,7 +84,6 @@ class Session:
             weight_version=weight_version,
             first_chunk_id=first_chunk_id,
             granularity=kv_pool.granularity if kv_pool else None,
-            shares_kv=kv_pool is not None,
         )
         self._recorder = Recorder(
             self._controller, policy, chunk_size, weight_version, kv_pool

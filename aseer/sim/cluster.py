@@ -137,7 +137,6 @@ class _Rollout:
             policy=policy,
             chunk_size=chunk_size if policy.divided else 0,
             starvation_interval=starvation_interval,
-            shares_kv=cluster.load_bytes_per_s is not None,
             new_array=cast("Callable[[str], array[Any]]", _Counted),
         )
         if cluster.load_bytes_per_s is not None:

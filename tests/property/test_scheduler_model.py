@@ -164,7 +164,8 @@ class NaiveScheduler:
 
     def needs(self, i: InstanceId, num_tokens: int) -> int:
         info = self.instances[i].info
-        return -(-(num_tokens + info.num_lookahead_tokens) // info.block_size)
+        num_written = num_tokens - 1 + info.num_lookahead_tokens
+        return -(-num_written // info.block_size)
 
     def assign(self, request: Waiting, tokens: int, where: InstanceId) -> Assignment:
         instance = self.instances[where]

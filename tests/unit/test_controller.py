@@ -114,7 +114,7 @@ def test_chunks_and_reservations_are_given_back_at_the_end() -> None:
     controller = with_instances(10)
     commands = controller.add_groups([task_of(num_requests=3)], 0.0)
     fleet = controller.scheduler.fleet
-    assert (fleet.num_running(A), fleet.num_free_blocks(A)) == (3, 1)
+    assert (fleet.num_running(A), fleet.num_free_blocks(A)) == (3, 4)
     controller.progress(
         [report_of(c.chunk_id, end="stop") for c in chunks_in(commands)], 1
     )
@@ -167,10 +167,10 @@ def test_a_resumed_request_stays_with_its_kv() -> None:
 
 
 def test_a_request_migrates_when_its_instance_has_no_room() -> None:
-    controller = with_instances(6, 100, policy="fcfs")
+    controller = with_instances(5, 100, policy="fcfs")
     commands = controller.add_groups([task_of(num_requests=4)], 0.0)
     assert placed(commands) == [("g/0", 1), ("g/1", 0), ("g/2", 1), ("g/3", 0)]
-    # g/1 needs 5 blocks next; beside g/3 there are 3 on A.
+    # g/1 needs 4 blocks next; beside g/3 there are 3 on A.
     second = chunks_in(commands)[1]
     report = report_of(second.chunk_id, range(5), end="length")
     assert placed(controller.progress([report], 1.0)) == [("g/1", 1)]
@@ -198,10 +198,10 @@ def test_a_lost_instances_requests_go_on_elsewhere_with_what_they_have() -> None
 
 
 def test_the_kv_of_waiting_requests_is_lost_with_their_instance() -> None:
-    controller = with_instances(9, policy="fcfs")
+    controller = with_instances(7, policy="fcfs")
     commands = controller.add_groups([task_of(num_requests=3)], 0.0)
     last = chunks_in(commands)[2]
-    # It needs 5 blocks next, and there are 3.
+    # It needs 4 blocks next, and there are 3.
     controller.progress([report_of(last.chunk_id, range(5), end="length")], 1.0)
     assert controller.residency.holders(last.request_id) == {A: 8}
     controller.instance_down(A, 2.0, "it burnt")

@@ -31,14 +31,12 @@ def scheduler_of(
     chunk_size: int = 8,
     max_num_seqs: int = 100,
     starvation_interval: int = 0,
-    shares_kv: bool = True,
 ) -> Scheduler:
     """With instances of so many blocks of 4 tokens; one large one if none is given."""
     scheduler = Scheduler(
         POLICIES[policy],
         chunk_size=chunk_size,
         starvation_interval=starvation_interval,
-        shares_kv=shares_kv,
     )
     for i, blocks in enumerate(num_kv_blocks or (10_000,)):
         scheduler.fleet.add(info_of(i, num_kv_blocks=blocks, max_num_seqs=max_num_seqs))
@@ -111,18 +109,19 @@ def test_kv_is_reserved_for_prompt_generated_and_chunk() -> None:
     scheduler = scheduler_of()
     scheduler.add(waiting_of("a", 0, num_generated=9), 100)
     (assignment,) = scheduler.schedule(no_kv)
-    assert (assignment.max_tokens, assignment.num_reserved_blocks) == (8, 6)  # 13 + 8
+    assert (assignment.max_tokens, assignment.num_reserved_blocks) == (8, 5)
+    # 13 + 8 tokens, of which the last one's KV is never written
 
 
 # Who: context-aware (Seer, Algorithm 2)
 
 
-def test_probes_go_first_those_with_the_fewest_tokens_before_others() -> None:
+def test_probes_go_first_as_they_came() -> None:
     scheduler = scheduler_of("context-aware")
     for group, num_generated in [("a", 30), ("b", 10), ("c", 20)]:
         scheduler.add(waiting_of(group, 1), 100)
         scheduler.add(waiting_of(group, 0, num_generated=num_generated), 100)
-    assert order_of(scheduler.schedule(no_kv))[:3] == ["b/0", "c/0", "a/0"]
+    assert order_of(scheduler.schedule(no_kv))[:3] == ["a/0", "b/0", "c/0"]
 
 
 def test_without_probes_the_group_with_the_largest_estimate_goes_first() -> None:
@@ -152,31 +151,29 @@ def test_a_new_estimate_changes_the_order_at_once() -> None:
     assert order_of(scheduler.schedule(no_kv)) == ["b/1", "a/1"]
 
 
-def test_within_a_group_the_fewest_tokens_go_first_then_the_first_to_arrive() -> None:
+def test_within_a_group_the_most_tokens_go_first_then_the_first_to_arrive() -> None:
     scheduler = scheduler_of("context-aware")
     for index, num_generated in [(3, 8), (2, 0), (1, 8), (4, 4)]:
         scheduler.add(waiting_of("a", index, num_generated=num_generated), 100)
-    assert order_of(scheduler.schedule(no_kv)) == ["a/2", "a/4", "a/1", "a/3"]
+    assert order_of(scheduler.schedule(no_kv)) == ["a/1", "a/3", "a/4", "a/2"]
 
 
-@pytest.mark.parametrize("shares_kv", [True, False])
-def test_without_shared_kv_who_has_tokens_goes_on_before_what_has_none(
-    shares_kv: bool,
-) -> None:
-    scheduler = scheduler_of(shares_kv=shares_kv)
-    for request in (
-        waiting_of("a", 0, num_generated=9),  # probes
-        waiting_of("b", 0),
-        waiting_of("c", 1, num_generated=16),  # siblings
-        waiting_of("c", 2),
-        waiting_of("d", 1),  # a longer group
-    ):
-        scheduler.add(request, {"c": 50, "d": 60}.get(request.group_id, 100))
+def test_a_request_is_expected_to_become_twice_as_long_as_it_is() -> None:
+    scheduler = scheduler_of("context-aware")
+    scheduler.add(waiting_of("a", 1), 10)
+    scheduler.add(waiting_of("a", 2, num_generated=30), 10)  # 60, whatever its group
+    scheduler.add(waiting_of("b", 1), 50)
+    scheduler.add(waiting_of("c", 1), 70)
+    scheduler.add(waiting_of("d", 1, num_generated=25), 50)  # 50, but it is under way
     order = order_of(scheduler.schedule(no_kv))
-    if shares_kv:
-        assert order == ["b/0", "a/0", "d/1", "c/2", "c/1"]
-    else:
-        assert order == ["a/0", "b/0", "d/1", "c/1", "c/2"]
+    assert order == ["c/1", "a/2", "d/1", "b/1", "a/1"]
+
+
+def test_nobody_is_expected_to_become_longer_than_allowed() -> None:
+    scheduler = scheduler_of("context-aware")
+    scheduler.add(waiting_of("a", 1, num_generated=90, max_tokens=100), 10)
+    scheduler.add(waiting_of("b", 1, max_tokens=150), 110)
+    assert order_of(scheduler.schedule(no_kv)) == ["b/1", "a/1"]
 
 
 def test_a_finished_probe_does_not_make_another_request_a_probe() -> None:
@@ -269,9 +266,9 @@ def test_no_interval_means_no_such_turns() -> None:
 
 
 def test_nothing_is_assigned_beyond_the_blocks() -> None:
-    scheduler = scheduler_of("fcfs", 10)
+    scheduler = scheduler_of("fcfs", 7)
     for group in "abcdef":
-        scheduler.add(waiting_of(group), 100)  # 9 tokens: 3 blocks
+        scheduler.add(waiting_of(group), 100)  # 8 tokens' KV: 2 blocks
     assert order_of(scheduler.schedule(no_kv)) == ["a/0", "b/0", "c/0"]
     assert len(scheduler) == 3
 
@@ -292,11 +289,11 @@ def test_without_instances_everything_waits() -> None:
 
 
 def test_smaller_requests_go_on_where_the_large_one_does_not_wait() -> None:
-    scheduler = scheduler_of("fcfs", 12, 12)
+    scheduler = scheduler_of("fcfs", 9, 9)
     scheduler.add(waiting_of("a"), 100)
     scheduler.add(waiting_of("b"), 100)
-    scheduler.schedule(no_kv)  # 9 blocks left on each
-    scheduler.add(waiting_of("c", num_prompt_tokens=40), 100)  # 12 blocks
+    scheduler.schedule(no_kv)  # 7 blocks left on each
+    scheduler.add(waiting_of("c", num_prompt_tokens=32), 100)  # 9 blocks
     for group in "defg":
         scheduler.add(waiting_of(group), 100)
     assert places_of(scheduler.schedule(no_kv)) == [("d/0", 1), ("e/0", 1), ("f/0", 1)]

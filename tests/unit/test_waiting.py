@@ -88,12 +88,12 @@ def test_a_request_from_the_middle_of_its_group_is_gone_everywhere() -> None:
 def test_a_request_that_comes_back_counts_as_it_is_now() -> None:
     queue = WaitingQueue(rank_context_aware)
     for index in (1, 2):
-        queue.add(waiting_of("a", index), 100)
+        queue.add(waiting_of("a", index, num_generated=20), 100)
     queue.begin_round()
     request = queue.first(PLENTY)
     assert request is not None
     queue.remove(request)
-    queue.add(waiting_of("a", 1, num_generated=40), 100)
+    queue.add(waiting_of("a", 1, num_generated=10), 100)  # started over, say
     assert drain(queue) == ["a/2", "a/1"]
 
 
