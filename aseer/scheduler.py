@@ -23,12 +23,13 @@ replaces the paper's fixed spread of 32 requests by a price: staying with the KV
 worth one request of imbalance for every `RECOMPUTE_TOKENS_PER_REQUEST` tokens that
 would have to be computed again, which is 0 where a shared pool has them.
 
-Context-aware scheduling differs from the paper's in two points. Whatever its group's
+Context-aware scheduling differs from the paper's in three points. Whatever its group's
 estimate, a request is expected to become at least twice as long as it is, so that the
 one long response of a group of short ones does not wait behind longer groups until the
 end. And of those alike the one with the most tokens goes first, not the one with the
 fewest: who runs goes on, and fewer change places, each time at the price of loading
-(or, without a pool, computing) KV.
+(or, without a pool, computing) KV. Last, a chunk is no longer than what the response is
+expected to take: short responses reserve little, however large chunks may be.
 
 Starvation (the paper gives no rate): every `starvation_interval`-th assignment is owed
 to the request that has waited longest, and stays owed until there is room for it.
@@ -63,22 +64,40 @@ _NEVER = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How to order and place; see the module's table."""
+    """How to order and place; see the module's table.
+
+    Attributes:
+        expect: the tokens a response will have in the end, from what is known of it and
+            its group's length estimate; None = the policy does not ask.
+    """
 
     name: PolicyName
     rank: Callable[[Waiting, int], Rank]
     placement: Placement
     divided: bool = True
     reserves_kv: bool = True
+    expect: Callable[[Waiting, int], int] | None = None
+
+
+def expect_like_group(request: Waiting, length_estimate: int) -> int:
+    """As long as the group's estimate, but at least twice as long as it is."""
+    generated = request.num_generated
+    at_least = min(AT_LEAST * generated, generated + request.remaining)
+    return max(length_estimate, at_least)
+
+
+def expect_known(request: Waiting, length_estimate: int) -> int:
+    """What is known beforehand; the estimate where nobody knows."""
+    length = request.known_length
+    return length_estimate if length is None else length
 
 
 def rank_context_aware(request: Waiting, length_estimate: int) -> Rank:
     """Probes as they came, the rest by the longest expected first."""
     if request.is_probe:
         return (0, request.arrival)
-    generated = request.num_generated
-    at_least = min(AT_LEAST * generated, generated + request.remaining)
-    return (1, -max(length_estimate, at_least), -generated, request.arrival)
+    expected = expect_like_group(request, length_estimate)
+    return (1, -expected, -request.num_generated, request.arrival)
 
 
 def rank_fcfs(request: Waiting, length_estimate: int) -> Rank:
@@ -88,18 +107,19 @@ def rank_fcfs(request: Waiting, length_estimate: int) -> Rank:
 
 
 def rank_longest_first(request: Waiting, length_estimate: int) -> Rank:
-    """By the tokens that are really left; by the estimate where nobody knows."""
-    length = request.known_length
-    left = (length_estimate if length is None else length) - request.num_generated
+    """By the tokens that are really left."""
+    left = expect_known(request, length_estimate) - request.num_generated
     return (-left, request.arrival)
 
 
 POLICIES: Mapping[PolicyName, Policy] = {
     p.name: p
     for p in (
-        Policy("context-aware", rank_context_aware, "affinity"),
+        Policy(
+            "context-aware", rank_context_aware, "affinity", expect=expect_like_group
+        ),
         Policy("fcfs", rank_fcfs, "affinity"),
-        Policy("longest-first", rank_longest_first, "affinity"),
+        Policy("longest-first", rank_longest_first, "affinity", expect=expect_known),
         Policy("group-round-robin", rank_fcfs, "group-round-robin", False, False),
         Policy("least-loaded", rank_fcfs, "least-loaded", False, False),
         Policy(
@@ -179,6 +199,7 @@ class Scheduler:
         self._num_since_oldest = 0
         self._group_homes: dict[GroupId, InstanceId] = {}
         self._num_groups_placed = 0
+        self._estimates: dict[GroupId, int] = {}
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -193,10 +214,12 @@ class Scheduler:
             ValueError: it waits already.
         """
         self._queue.add(request, length_estimate)
+        self._estimates[request.group_id] = length_estimate
 
     def set_length_estimate(self, group_id: GroupId, length_estimate: int) -> None:
         """Re-rank a group whose estimate changed."""
         self._queue.set_length_estimate(group_id, length_estimate)
+        self._estimates[group_id] = length_estimate
 
     def remove_group(self, group_id: GroupId) -> None:
         """Drop a cancelled group's waiting requests."""
@@ -229,11 +252,7 @@ class Scheduler:
                 break
             if (queue.num_passed or not oldest_fits) and fleet.hold_freest():
                 continue  # kept for the first that did not fit; there is less room now
-            chunk_size = self._chunk_size if request.divisible else 0
-            granularity = self._granularity or fleet.block_size
-            tokens = chunk_tokens(
-                request.num_tokens, request.remaining, chunk_size, granularity
-            )
+            tokens = self._chunk_tokens(request)
             needs = request.num_tokens + tokens - 1  # the last one's KV is not written
             if needs <= room and fleet.select(needs):
                 where = place_by_affinity(holders(request.request_id), fleet)
@@ -248,6 +267,16 @@ class Scheduler:
             else:
                 queue.pass_over(needs)
         return assignments
+
+    def _chunk_tokens(self, request: Waiting) -> int:
+        """A whole chunk, or what the response is expected to take, in full blocks."""
+        granularity = self._granularity or self.fleet.block_size
+        size = self._chunk_size if request.divisible else 0
+        if size and self.policy.expect is not None:
+            estimate = self._estimates[request.group_id]
+            left = self.policy.expect(request, estimate) - request.num_generated
+            size = min(size, max(1, left) + granularity - 1)
+        return chunk_tokens(request.num_tokens, request.remaining, size, granularity)
 
     def _schedule_unreserved(self) -> list[Assignment]:
         """A baseline's way: everything at once, whatever the engines have free."""

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from common import commit, print_result, quantiles, result_line
 
-from aseer.scheduler import POLICIES
+from aseer.scheduler import POLICIES, Policy
 from aseer.sim import GPUS, MODELS, Cluster, Roofline, simulate
 from aseer.sim import workload as workloads
 
@@ -69,14 +69,23 @@ def rank_told(request: Waiting, length_estimate: int) -> Rank:
     return (1, request.num_generated - length, request.arrival)
 
 
+def rank_paper(request: Waiting, length_estimate: int) -> Rank:
+    """Seer's Algorithm 2: of those alike, whoever has the fewest tokens."""
+    if request.is_probe:
+        return (0, request.num_generated, request.arrival)
+    return (1, -length_estimate, request.num_generated, request.arrival)
+
+
 CONTEXT = POLICIES["context-aware"]
+PAPERS = Policy("context-aware", rank_paper, "affinity")
 ORACLE = {"policy": "longest-first", "starvation_interval": 32}
 ARMS: dict[str, dict[str, Any]] = {
     "groups in turn": {"policy": "group-round-robin"},
     "least loaded (today)": {"policy": "least-loaded"},
     "divided": {"policy": "fcfs", "starvation_interval": 32},
-    "+ context-aware": {"starvation_interval": 32},
-    "+ starved less often": {"starvation_interval": 256},
+    "+ context-aware": {"policy": PAPERS, "starvation_interval": 32},
+    "+ starved less often": {"policy": PAPERS, "starvation_interval": 256},
+    "+ who runs goes on": {"starvation_interval": 256},
     "+ chunks of 1024": {"chunk_size": 1024, "starvation_interval": 256},
     "+ grouped drafts": {"drafting": "grouped", "starvation_interval": 256},
     "+ priors": {"priors": 0.0, "starvation_interval": 256},
@@ -100,10 +109,11 @@ ARMS: dict[str, dict[str, Any]] = {
 # Whose throughput is compared with whose, over the seeds.
 PAIRS = (
     ("+ starved less often", "+ context-aware"),
-    ("+ chunks of 1024", "+ starved less often"),
-    ("+ starved less often", "oracle"),
-    ("+ priors", "+ starved less often"),
-    ("+ priors, drifted", "+ starved less often"),
+    ("+ who runs goes on", "+ starved less often"),
+    ("+ chunks of 1024", "+ who runs goes on"),
+    ("+ who runs goes on", "oracle"),
+    ("+ priors", "+ who runs goes on"),
+    ("+ priors, drifted", "+ who runs goes on"),
     ("+ priors, drafts", "+ grouped drafts"),
     ("told at first finish", "oracle"),
     ("+ grouped drafts", "oracle + drafts"),

@@ -92,11 +92,13 @@ class NaiveScheduler:
 
     def tokens_of(self, request: Waiting) -> int:
         divided = self.policy.divided and request.divisible
+        size = self.chunk_size if divided else 0
+        if size and self.policy.expect is not None:
+            expected = self.policy.expect(request, self.estimates[request.group_id])
+            left = max(1, expected - request.num_generated)
+            size = min(size, left + self.block_size - 1)
         return chunk_tokens(
-            request.num_tokens,
-            request.remaining,
-            self.chunk_size if divided else 0,
-            self.block_size,
+            request.num_tokens, request.remaining, size, self.block_size
         )
 
     def could_take_more(self, i: InstanceId, held: InstanceId | None) -> bool:

@@ -113,6 +113,35 @@ def test_kv_is_reserved_for_prompt_generated_and_chunk() -> None:
     # 13 + 8 tokens, of which the last one's KV is never written
 
 
+@pytest.mark.parametrize(
+    ("num_generated", "estimate", "most"),
+    [(0, 10, 13), (0, 100, 61), (4, 20, 17), (20, 10, 21), (90, 95, 10)],
+)
+def test_a_chunk_is_as_long_as_the_response_is_expected_to_become(
+    num_generated: int, estimate: int, most: int
+) -> None:
+    scheduler = scheduler_of("context-aware", chunk_size=64)
+    scheduler.add(waiting_of("a", 1, num_generated=num_generated), 100)
+    scheduler.set_length_estimate(GroupId("a"), estimate)
+    (assignment,) = scheduler.schedule(no_kv)
+    left = max(estimate, min(2 * num_generated, 100)) - num_generated
+    assert min(left, 61) <= assignment.max_tokens <= most
+
+
+def test_the_oracles_chunks_end_with_the_response() -> None:
+    scheduler = scheduler_of("longest-first", chunk_size=64)
+    scheduler.add(waiting_of("a", known_length=10), 100)
+    scheduler.add(waiting_of("b"), 100)
+    unknown, known = scheduler.schedule(no_kv)
+    assert (known.max_tokens, unknown.max_tokens) == (13, 61)
+
+
+def test_first_come_first_served_knows_nothing_of_lengths() -> None:
+    scheduler = scheduler_of("fcfs", chunk_size=64)
+    scheduler.add(waiting_of("a", known_length=10), 10)
+    assert scheduler.schedule(no_kv)[0].max_tokens == 61
+
+
 # Who: context-aware (Seer, Algorithm 2)
 
 
