@@ -93,8 +93,13 @@ class Fleet:
     def remove(self, instance_id: InstanceId) -> None:
         """The instance is gone, and all that ran there with it."""
 
-    def reserve(self, instance_id: InstanceId, num_tokens: int) -> int:
-        """Take a place for a chunk that ends with `num_tokens` tokens (0 = no KV).
+    def reserve(
+        self, instance_id: InstanceId, num_tokens: int, num_shared_blocks: int = 0
+    ) -> int:
+        """Take a place for a chunk that writes `num_tokens` tokens' KV (0 = none).
+
+        Args:
+            num_shared_blocks: of them that are reserved already.
 
         Returns:
             The reserved KV blocks, to be given back by `release`.
@@ -118,6 +123,9 @@ class Fleet:
         Returns:
             Whether there is one.
         """
+
+    def fits(self, instance_id: InstanceId, num_tokens: int) -> bool:
+        """Whether an instance has room for a chunk that writes so many tokens' KV."""
 
     def select_alive(self) -> bool:
         """Candidates: every instance that is up; False if there is none."""

@@ -172,7 +172,7 @@ class Controller:
 
     def instance_up(self, info: InstanceInfo, now: float) -> list[Command]:
         """An instance can take work, with empty caches."""
-        self.scheduler.fleet.add(info)
+        self.scheduler.add_instance(info)
         self.residency.add_instance(
             info.instance_id, info.num_kv_blocks, info.block_size
         )
@@ -200,6 +200,9 @@ class Controller:
             self._count_tokens(request, num_before)
             if report.num_cached_tokens is not None:
                 self._count_move(request, chunk, report.num_cached_tokens)
+                self.scheduler.begin(
+                    chunk.group_id, chunk.instance_id, chunk.request_id
+                )
             if outcome == "running":
                 continue
             ended = True
@@ -280,6 +283,7 @@ class Controller:
         fleet = self.scheduler.fleet
         for instance_id, chunks in self._running.items():
             reserved = sum(c.num_reserved_blocks for c in chunks.values())
+            reserved += self.scheduler.num_prompt_blocks(instance_id)
             total = fleet.info(instance_id).num_kv_blocks
             assert reserved + fleet.num_free_blocks(instance_id) == total
             assert len(chunks) == fleet.num_running(instance_id)
@@ -291,7 +295,7 @@ class Controller:
         chunks = self._running.pop(instance_id, None)
         if chunks is None:
             return []
-        self.scheduler.fleet.remove(instance_id)
+        self.scheduler.remove_instance(instance_id)
         self.residency.drop_instance(instance_id)
         commands: list[Command] = []
         for chunk_id in chunks:
@@ -350,7 +354,9 @@ class Controller:
     def _release(self, chunk: Chunk, request: Request) -> None:
         where = chunk.instance_id
         del self._running[where][chunk.chunk_id]
-        self.scheduler.fleet.release(where, chunk.num_reserved_blocks)
+        self.scheduler.end(
+            chunk.group_id, where, chunk.request_id, chunk.num_reserved_blocks
+        )
         # The last token's KV is not computed until the next step.
         computed = 0 if request.state.is_finished else request.num_tokens - 1
         self.residency.release(

@@ -44,6 +44,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from aseer.fleet import Fleet
+from aseer.prompts import SharedPrompts
 from aseer.types import Assignment
 from aseer.waiting import Rank, Waiting, WaitingQueue
 
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aseer.config import PolicyName
-    from aseer.types import GroupId, InstanceId, RequestId
+    from aseer.types import GroupId, InstanceId, InstanceInfo, RequestId
 
 Placement = Literal[
     "affinity", "group-round-robin", "least-loaded", "group-least-unfinished"
@@ -200,12 +201,49 @@ class Scheduler:
         self._group_homes: dict[GroupId, InstanceId] = {}
         self._num_groups_placed = 0
         self._estimates: dict[GroupId, int] = {}
+        self._prompts = SharedPrompts()
+        self._shares_prompts = False
 
     def __len__(self) -> int:
         return len(self._queue)
 
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._queue
+
+    def add_instance(self, info: InstanceInfo) -> None:
+        """An instance can take work.
+
+        Raises:
+            ValueError: it is up already.
+        """
+        self.fleet.add(info)
+        self._shares_prompts |= info.shares_prompts
+
+    def remove_instance(self, instance_id: InstanceId) -> None:
+        """It is gone, and all that ran there with it."""
+        self.fleet.remove(instance_id)
+        self._prompts.drop_instance(instance_id)
+
+    def begin(
+        self, group_id: GroupId, instance_id: InstanceId, request_id: RequestId
+    ) -> None:
+        """A chunk that was assigned has its first token."""
+        self._prompts.begin(group_id, instance_id, request_id)
+
+    def end(
+        self,
+        group_id: GroupId,
+        instance_id: InstanceId,
+        request_id: RequestId,
+        num_reserved_blocks: int,
+    ) -> None:
+        """A chunk is over: what it reserved is free."""
+        of_prompt = self._prompts.end(group_id, instance_id, request_id)
+        self.fleet.release(instance_id, num_reserved_blocks + of_prompt)
+
+    def num_prompt_blocks(self, instance_id: InstanceId) -> int:
+        """Blocks reserved there for prompts, which no assignment counts."""
+        return self._prompts.num_blocks(instance_id)
 
     def add(self, request: Waiting, length_estimate: int) -> None:
         """Take a request that waits.
@@ -254,9 +292,9 @@ class Scheduler:
                 continue  # kept for the first that did not fit; there is less room now
             tokens = self._chunk_tokens(request)
             needs = request.num_tokens + tokens - 1  # the last one's KV is not written
-            if needs <= room and fleet.select(needs):
-                where = place_by_affinity(holders(request.request_id), fleet)
-                blocks = fleet.reserve(where, needs)
+            where = self._place(request, needs, room, holders)
+            if where is not None:
+                blocks = self._reserve(request, where, needs)
                 assignments.append(
                     Assignment(request.request_id, where, tokens, blocks)
                 )
@@ -265,8 +303,51 @@ class Scheduler:
             elif owed:
                 oldest_fits = False
             else:
-                queue.pass_over(needs)
+                queue.pass_over(needs - self._num_shared_tokens(request))
         return assignments
+
+    def _place(
+        self,
+        request: Waiting,
+        needs: int,
+        room: int,
+        holders: Callable[[RequestId], Mapping[InstanceId, int]],
+    ) -> InstanceId | None:
+        """Where so many tokens' KV fit; None = nowhere."""
+        fleet, group_id = self.fleet, request.group_id
+        if needs <= room and fleet.select(needs):
+            kv = holders(request.request_id)
+            if not kv:
+                shared = self._num_shared_tokens(request)
+                kv = dict.fromkeys(self._prompts.holders(group_id), shared)
+            return place_by_affinity(kv, fleet)
+        fits = [
+            i
+            for i in self._prompts.holders(group_id)
+            if fleet.fits(
+                i,
+                needs - self._num_prompt_blocks(request, i) * fleet.info(i).block_size,
+            )
+        ]
+        return min(fits, key=fleet.num_running, default=None)
+
+    def _reserve(self, request: Waiting, where: InstanceId, needs: int) -> int:
+        """Take the place; blocks of the chunk's own."""
+        if not self.fleet.info(where).shares_prompts:
+            return self.fleet.reserve(where, needs)
+        of_prompt = self._num_prompt_blocks(request, where)
+        if self._prompts.start(request.group_id, where, of_prompt):
+            return self.fleet.reserve(where, needs, of_prompt)
+        return self.fleet.reserve(where, needs) - of_prompt
+
+    def _num_prompt_blocks(self, request: Waiting, where: InstanceId) -> int:
+        return self._num_shared_tokens(request) // self.fleet.info(where).block_size
+
+    def _num_shared_tokens(self, request: Waiting) -> int:
+        """Of its prompt, but the last: a request computes at least one token."""
+        if not self._shares_prompts:
+            return 0
+        return request.num_tokens - request.num_generated - 1
 
     def _chunk_tokens(self, request: Waiting) -> int:
         """A whole chunk, or what the response is expected to take, in full blocks."""

@@ -52,6 +52,7 @@ class InstanceInfo:
         max_model_len: prompt and generated tokens a request may have together.
         num_lookahead_tokens: KV slots past a request's last token that one step may
             write (draft tokens), 0 without speculation.
+        shares_prompts: running requests that begin alike share KV (prefix caching).
         vocab_size: token ids a prompt may use are below it; 0 = unknown.
     """
 
@@ -61,6 +62,7 @@ class InstanceInfo:
     max_num_seqs: int
     max_model_len: int
     num_lookahead_tokens: int = 0
+    shares_prompts: bool = False
     vocab_size: int = 0
     model: str = ""
     dtype: str = ""

@@ -65,10 +65,10 @@ void Fleet::Remove(size_t instance) {
   Update(instance);
 }
 
-int64_t Fleet::Reserve(size_t instance, int64_t num_tokens) {
+int64_t Fleet::Reserve(size_t instance, int64_t num_tokens, int64_t num_shared_blocks) {
   Instance& i = instances_.at(instance);
-  const int64_t blocks =
-      num_tokens ? std::min(i.BlocksFor(num_tokens), i.num_kv_blocks) : 0;
+  int64_t blocks = num_tokens ? std::min(i.BlocksFor(num_tokens), i.num_kv_blocks) : 0;
+  blocks = std::max(int64_t{0}, blocks - num_shared_blocks);
   if (blocks > i.free) {
     PyErr_SetString(PyExc_AssertionError, "reservation beyond capacity");
     throw nb::python_error();
@@ -129,6 +129,10 @@ bool Fleet::Select(int64_t num_tokens) {
 bool Fleet::SelectAlive() {
   for (size_t i = 0; i < instances_.size(); ++i) selected_[i] = instances_[i].is_alive;
   return Size() > 0;
+}
+
+bool Fleet::Fits(size_t instance, int64_t num_tokens) const {
+  return room_.at(instance) >= instances_[instance].BlocksFor(num_tokens);
 }
 
 int64_t Fleet::LeastLoaded() const {

@@ -19,7 +19,7 @@ class Fleet {
   void Add(const nb::object& info);
   void Remove(size_t instance);
 
-  int64_t Reserve(size_t instance, int64_t num_tokens);
+  int64_t Reserve(size_t instance, int64_t num_tokens, int64_t num_shared_blocks);
   void Release(size_t instance, int64_t num_blocks);
   int64_t NumRunning(size_t instance) const { return instances_.at(instance).running; }
   int64_t NumFreeBlocks(size_t instance) const { return instances_.at(instance).free; }
@@ -27,6 +27,7 @@ class Fleet {
   int64_t MostTokens();
   bool Select(int64_t num_tokens);
   bool SelectAlive();
+  bool Fits(size_t instance, int64_t num_tokens) const;
   bool IsSelected(size_t instance) const { return selected_.at(instance) != 0; }
   int64_t LeastLoaded() const;
   void HoldNone();

@@ -113,6 +113,7 @@ class VllmBackend:
             max_model_len=config.model_config.max_model_len,
             vocab_size=config.model_config.get_vocab_size(),
             num_lookahead_tokens=_num_lookahead_tokens(config),
+            shares_prompts=bool(config.cache_config.enable_prefix_caching),
             model=config.model_config.model,
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             device=config.device_config.device_type,

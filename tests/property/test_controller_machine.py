@@ -28,9 +28,14 @@ NUM_INSTANCES = 3
 
 @dataclass
 class Running:
-    """A chunk on an engine; its tokens are their own positions in the response."""
+    """A chunk on an engine; its tokens are their own positions in the response.
+
+    Attributes:
+        copy: of its prompt's KV, which siblings that run may use, too.
+    """
 
     chunk: Chunk
+    copy: ChunkId
     made: int = 0
     aborted: bool = False
 
@@ -102,10 +107,18 @@ class ControllerMachine(RuleBasedStateMachine):
         i=st.integers(0, NUM_INSTANCES - 1),
         num_kv_blocks=st.integers(11, 40),
         max_num_seqs=st.integers(1, 6),
+        shares_prompts=st.booleans(),
     )
-    def instance_comes_up(self, i: int, num_kv_blocks: int, max_num_seqs: int) -> None:
+    def instance_comes_up(
+        self, i: int, num_kv_blocks: int, max_num_seqs: int, shares_prompts: bool
+    ) -> None:
         if InstanceId(i) not in self.alive:
-            info = info_of(i, num_kv_blocks=num_kv_blocks, max_num_seqs=max_num_seqs)
+            info = info_of(
+                i,
+                num_kv_blocks=num_kv_blocks,
+                max_num_seqs=max_num_seqs,
+                shares_prompts=shares_prompts,
+            )
             self.alive[info.instance_id] = info
             self.do(self.controller.instance_up(info, self.tick()))
 
@@ -163,16 +176,21 @@ class ControllerMachine(RuleBasedStateMachine):
             return
         for instance_id, info in self.alive.items():
             here = [
-                r.chunk
-                for r in self.running.values()
-                if r.chunk.instance_id == instance_id
+                r for r in self.running.values() if r.chunk.instance_id == instance_id
             ]
-            reserved = sum(chunk.num_reserved_blocks for chunk in here)
-            assert reserved <= info.num_kv_blocks
             assert len(here) <= info.max_num_seqs
-            for chunk in here:
+            of_copies = 0
+            for copy in {r.copy: r for r in here}.values():
+                of_copies += self.num_prompt_blocks(copy.chunk)
+            for chunk in (r.chunk for r in here):
                 total = len(chunk.prompt + chunk.generated) // 4 + chunk.max_tokens
-                assert chunk.num_reserved_blocks == info.blocks_for(total - 1)
+                own = info.blocks_for(total - 1) - self.num_prompt_blocks(chunk)
+                assert chunk.num_reserved_blocks == own
+            used = of_copies + sum(r.chunk.num_reserved_blocks for r in here)
+            free = self.controller.scheduler.fleet.num_free_blocks(instance_id)
+            assert used <= info.num_kv_blocks - free <= info.num_kv_blocks
+            if not here:
+                assert free == info.num_kv_blocks
 
     @invariant()
     def the_controller_knows_what_runs(self) -> None:
@@ -197,7 +215,7 @@ class ControllerMachine(RuleBasedStateMachine):
         if not hasattr(self, "controller"):
             return
         if not self.alive:
-            self.instance_comes_up(0, 40, 6)
+            self.instance_comes_up(0, 40, 6, True)
         num_rounds = 0
         while self.running:
             num_rounds += 1
@@ -247,7 +265,25 @@ class ControllerMachine(RuleBasedStateMachine):
         assert num_generated + chunk.max_tokens <= task.max_tokens
         if task.undivided_because:
             assert (num_generated, chunk.max_tokens) == (0, task.max_tokens)
-        self.running[chunk.chunk_id] = Running(chunk)
+        self.running[chunk.chunk_id] = Running(chunk, self.copy_for(chunk))
+
+    def copy_for(self, chunk: Chunk) -> ChunkId:
+        """A sibling's that can be found, any of them, or its own."""
+        found = [
+            r.copy
+            for r in self.running.values()
+            if r.made
+            and (r.chunk.group_id, r.chunk.instance_id)
+            == (chunk.group_id, chunk.instance_id)
+        ]
+        if not found or not self.alive[chunk.instance_id].shares_prompts:
+            return chunk.chunk_id
+        return found[int(self.now) % len(found)]
+
+    def num_prompt_blocks(self, chunk: Chunk) -> int:
+        """That siblings share."""
+        info = self.alive[chunk.instance_id]
+        return (len(chunk.prompt) // 4 - 1) // 4 if info.shares_prompts else 0
 
     def report(self, chunk_id: ChunkId, num_tokens: int, end: str) -> ChunkProgress:
         running = self.running[chunk_id]
@@ -255,7 +291,14 @@ class ControllerMachine(RuleBasedStateMachine):
         if running.is_full and not end:
             end = "length"
         error = {"error": "bad luck"} if end == "error" else {}
-        report = report_of(chunk_id, tokens, end=end or None, **error)
+        is_first = running.made == len(tokens) > 0
+        report = report_of(
+            chunk_id,
+            tokens,
+            end=end or None,
+            num_cached_tokens=0 if is_first else None,
+            **error,
+        )
         if end:
             del self.running[chunk_id]
             self.old.append(report)

@@ -35,6 +35,7 @@ def info_of(
     max_num_seqs: int = 100,
     block_size: int = BLOCK,
     num_lookahead_tokens: int = 0,
+    shares_prompts: bool = False,
 ) -> InstanceInfo:
     return InstanceInfo(
         instance_id=InstanceId(instance_id),
@@ -43,6 +44,7 @@ def info_of(
         max_num_seqs=max_num_seqs,
         max_model_len=10_000,
         num_lookahead_tokens=num_lookahead_tokens,
+        shares_prompts=shares_prompts,
     )
 
 

@@ -1,0 +1,112 @@
+"""Prompts whose KV siblings share while they run, so that it is reserved once.
+
+With prefix caching an engine keeps one copy of the blocks in which its requests begin
+alike, for as long as one of them runs. It is there for certain once a sibling has
+generated a token since its chunk began: who starts after that reserves only what it has
+of its own. Those that start earlier may compute (or load) a copy each, and reserve it.
+
+    reserved  =  each chunk's own blocks  +  copies x the prompt's full blocks
+
+A copy that nobody uses is not kept, so there are never more than there are chunks: as
+chunks end, copies that may still be in use stay reserved, and no others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aseer.types import GroupId, InstanceId, RequestId
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """One group's prompt on one instance.
+
+    Attributes:
+        begun: who has generated a token since its chunk began.
+    """
+
+    num_blocks: int
+    num_running: int = 0
+    num_copies: int = 0
+    begun: set[RequestId] = field(default_factory=set)
+
+
+class SharedPrompts:
+    """Copies of prompts by group and instance."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[GroupId, dict[InstanceId, _Prompt]] = defaultdict(dict)
+
+    def holders(self, group_id: GroupId) -> Iterator[InstanceId]:
+        """Instances where the prompt is there for certain."""
+        for instance_id, prompt in self._prompts.get(group_id, {}).items():
+            if prompt.begun:
+                yield instance_id
+
+    def start(
+        self, group_id: GroupId, instance_id: InstanceId, num_blocks: int
+    ) -> bool:
+        """A chunk is placed.
+
+        Args:
+            num_blocks: full blocks of its prompt.
+
+        Returns:
+            Whether it finds the prompt; else it brings one copy more.
+        """
+        here = self._prompts[group_id]
+        prompt = here.get(instance_id)
+        if prompt is None:
+            prompt = here[instance_id] = _Prompt(num_blocks)
+        is_found = bool(prompt.begun)
+        prompt.num_running += 1
+        prompt.num_copies += not is_found
+        return is_found
+
+    def begin(
+        self, group_id: GroupId, instance_id: InstanceId, request_id: RequestId
+    ) -> None:
+        """A chunk has its first token: the prompt can be found now."""
+        prompt = self._prompts.get(group_id, {}).get(instance_id)
+        if prompt is not None:
+            prompt.begun.add(request_id)
+
+    def end(
+        self, group_id: GroupId, instance_id: InstanceId, request_id: RequestId
+    ) -> int:
+        """A chunk is over; the blocks of copies that nobody can be using any more."""
+        here = self._prompts.get(group_id, {})
+        prompt = here.get(instance_id)
+        if prompt is None:
+            return 0
+        prompt.begun.discard(request_id)
+        prompt.num_running -= 1
+        num_freed = max(0, prompt.num_copies - prompt.num_running)
+        prompt.num_copies -= num_freed
+        if not prompt.num_running:
+            del here[instance_id]
+            if not here:
+                del self._prompts[group_id]
+        return num_freed * prompt.num_blocks
+
+    def drop_instance(self, instance_id: InstanceId) -> None:
+        """The instance is gone, and all KV with it."""
+        for group_id in [g for g, here in self._prompts.items() if instance_id in here]:
+            here = self._prompts[group_id]
+            del here[instance_id]
+            if not here:
+                del self._prompts[group_id]
+
+    def num_blocks(self, instance_id: InstanceId) -> int:
+        """Blocks that all copies on an instance have reserved."""
+        return sum(
+            here[instance_id].num_copies * here[instance_id].num_blocks
+            for here in self._prompts.values()
+            if instance_id in here
+        )
