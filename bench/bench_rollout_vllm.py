@@ -17,7 +17,8 @@ order that turns, and each arm is compared with verl's way in the same repetitio
 run finds KV, drafts or suffixes of an earlier one. By default engines have KV for a
 third of what the requests that they may run at once would need; `--kv plentiful` has
 enough for all. At the end the arms without drafts are simulated at the measured pace,
-to see how far simulations can be believed.
+to see how far simulations can be believed, and each is compared with the least time
+that any order could have taken (`least_over_measured`).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from replaying import (
     sampling_of,
 )
 from rollout_page import write_page
-from simulating import measure_prefill, simulated_walls
+from simulating import fit_cluster, least_wall, measure_prefill, simulated_walls
 
 import aseer
 from aseer import trace
@@ -287,14 +288,8 @@ def run(
     return runs, sizes
 
 
-def summaries(
-    arms: Sequence[Arm], runs: Sequence[Run], simulated: Mapping[str, float]
-) -> dict[str, Any]:
-    """Each arm's figures, and its throughput over verl's in the same repetition.
-
-    Args:
-        simulated: seconds, of the arms that were simulated.
-    """
+def summaries(arms: Sequence[Arm], runs: Sequence[Run]) -> dict[str, Any]:
+    """Each arm's figures, and its throughput over verl's in the same repetition."""
     rates = {(r.repetition, r.arm): r.figures["throughput_tok_s"] for r in runs}
     tails = {(r.repetition, r.arm): r.figures["tail_s"] for r in runs}
     base = BASE if any(arm.name == BASE for arm in arms) else arms[0].name
@@ -315,11 +310,6 @@ def summaries(
                 for name in own[0].figures
             },
         }
-        if arm.name in simulated:
-            seconds = simulated[arm.name]
-            summary[arm.name]["simulated_over_measured"] = quantiles(
-                [seconds / r.figures["wall_s"] for r in own]
-            )
     return summary
 
 
@@ -432,15 +422,26 @@ def main() -> None:
         "repetitions": len({r.repetition for r in runs}),
         **sizes._asdict(),
     }
-    simulated = simulated_walls(
+    cluster = fit_cluster(
         arms,
         runs,
-        recorded,
         max_num_seqs=args.max_num_seqs,
-        chunk_size=args.chunk_size,
         prefill_token_s=args.prefill_token_s,
     )
-    figures: Mapping[str, Any] = {"arms": summaries(arms, runs, simulated)}
+    figures: Mapping[str, Any] = {"arms": summaries(arms, runs)}
+    if cluster is not None:
+        simulated = simulated_walls(arms, cluster, recorded, args.chunk_size)
+        for arm in arms:
+            own = [r.report for r in runs if r.arm == arm.name]
+            summary = figures["arms"][arm.name]
+            if arm.name in simulated:
+                summary["simulated_over_measured"] = quantiles(
+                    [simulated[arm.name] / report.wall_s for report in own]
+                )
+            if arm.wanted == 1:
+                summary["least_over_measured"] = quantiles(
+                    [least_wall(r, cluster, recorded) / r.wall_s for r in own]
+                )
     line = result_line("rollout_vllm", settings=settings, figures=figures)
     if args.page is not None:
         write_page(args.page, arms, runs, json.loads(line))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import aseer
 from aseer.errors import ConfigError
 from aseer.sim.cluster import Cluster, simulate
-from aseer.sim.fit import fit_steps
+from aseer.sim.fit import LinearSteps, fit_steps
 from aseer.sim.workload import Workload
 
 if TYPE_CHECKING:
@@ -18,36 +18,29 @@ if TYPE_CHECKING:
 
     from replaying import Arm, Run
 
-    from aseer.report import TimelineSample
+    from aseer.report import RolloutReport, TimelineSample
     from aseer.trace import Trace
 
 _INSTANCES_A_RUN = 1000
 _AT_ONCE = 1e30  # bytes a second
 
 
-def simulated_walls(
+def fit_cluster(
     arms: Sequence[Arm],
     runs: Sequence[Run],
-    recorded: Trace,
     *,
     max_num_seqs: int,
-    chunk_size: int,
     prefill_token_s: float,
-) -> dict[str, float]:
-    """Seconds that each arm's rollout takes when it is simulated.
-
-    All runs without drafts together give the price of a step, and loads from the pool
-    take no time (they take little). Arms with drafts are left out, whose acceptance the
-    simulator takes from the paper, and those that end early.
+) -> Cluster | None:
+    """The engines at the pace of all runs without drafts together; None without any.
 
     Args:
         prefill_token_s: as `measure_prefill` has it; a timeline does not tell.
     """
-    arms = [arm for arm in arms if arm.drafting == "off" and arm.wanted == 1]
-    names = {arm.name for arm in arms}
+    names = {arm.name for arm in arms if arm.drafting == "off" and arm.wanted == 1}
     reports = [run.report for run in runs if run.arm in names]
     if not reports:
-        return {}
+        return None
     instances = reports[0].instances
     capacity = instances[0].num_kv_blocks * instances[0].block_size
     timeline = [
@@ -59,18 +52,30 @@ def simulated_walls(
         fitted = fit_steps(timeline, dict.fromkeys(_ids(timeline), capacity))
     except ConfigError as error:
         print(f"nothing is simulated: {error}")
-        return {}
+        return None
     step_time = replace(fitted, prefill_token_s=prefill_token_s)
-    cluster = Cluster(
+    print(f"simulates steps of {step_time}")
+    return Cluster(
         num_instances=len(instances),
         step_time=step_time,
         num_kv_tokens=capacity,
         block_size=instances[0].block_size,
         max_num_seqs=max_num_seqs,
     )
-    print(f"simulates steps of {step_time}")
+
+
+def simulated_walls(
+    arms: Sequence[Arm], cluster: Cluster, recorded: Trace, chunk_size: int
+) -> dict[str, float]:
+    """Seconds that each arm's rollout takes when it is simulated.
+
+    Loads from the pool take no time (they take little). Arms with drafts are left out,
+    whose acceptance the simulator takes from the paper, and those that end early.
+    """
     walls = {}
     for arm in arms:
+        if arm.drafting != "off" or arm.wanted != 1:
+            continue
         workload = _workload(recorded, arm)
         known = workload.lengths if arm.knows_lengths else None
         report = simulate(
@@ -82,6 +87,37 @@ def simulated_walls(
         )
         walls[arm.name] = report.wall_s
     return walls
+
+
+def least_wall(report: RolloutReport, cluster: Cluster, recorded: Trace) -> float:
+    """Seconds that no order or placement of the requests could go below, about.
+
+    With the tokens a step and the drafts that a rollout had in the mean, if all engines
+    are evenly loaded to the last step and their KV is always full:
+
+        steps = max(KV token-steps / KV, requests' steps / places, longest response)
+        steps x (what a step costs) + each token computed + each token of KV read
+
+    Prompts' KV is left out, which siblings may share.
+    """
+    lengths = [len(r) for group in recorded.groups for r in group.responses]
+    drafts = report.speculation
+    num_accepted = sum(drafts.accepted) if drafts else 0
+    num_drafted = sum(drafts.drafted) if drafts else 0
+    row_steps = report.num_output_tokens - num_accepted
+    rate = report.num_output_tokens / row_steps
+    kv_steps = sum(n * n / 2 for n in lengths) / rate
+    engines, price = cluster.num_instances, cluster.step_time
+    assert isinstance(price, LinearSteps)
+    num_steps = max(
+        kv_steps / (engines * cluster.num_kv_tokens),
+        row_steps / (engines * cluster.max_num_seqs),
+        max(lengths) / rate,
+    )
+    prompts = sum(len(group.prompt) for group in recorded.groups)
+    computed = (row_steps + num_drafted) * price.token_s
+    read = kv_steps * price.kv_token_s + price.prefill_s(prompts)
+    return num_steps * price.base_s + (computed + read) / engines
 
 
 def measure_prefill(engine: aseer.Engine, max_model_len: int) -> float:
