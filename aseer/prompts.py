@@ -2,13 +2,14 @@
 
 With prefix caching an engine keeps one copy of the blocks in which its requests begin
 alike, for as long as one of them runs. It is there for certain once a sibling has
-generated a token since its chunk began: who starts after that reserves only what it has
-of its own. Those that start earlier may compute (or load) a copy each, and reserve it.
+generated a token since its chunk began: who starts after that *finds* it, and reserves
+only what it has of its own. Those that start earlier may compute (or load) a copy each:
+they *bring* one, and reserve it.
 
     reserved  =  each chunk's own blocks  +  copies x the prompt's full blocks
 
-A copy that nobody uses is not kept, so there are never more than there are chunks: as
-chunks end, copies that may still be in use stay reserved, and no others.
+A copy ends with the chunk that brought it, but for one while others run that found it:
+an engine finds the copy that it has had for longest, so they all use the same.
 """
 
 from __future__ import annotations
@@ -29,12 +30,18 @@ class _Prompt:
 
     Attributes:
         begun: who has generated a token since its chunk began.
+        is_kept: the copy that is found is no running chunk's own.
     """
 
     num_blocks: int
-    num_running: int = 0
-    num_copies: int = 0
+    bringers: set[RequestId] = field(default_factory=set)
+    finders: set[RequestId] = field(default_factory=set)
     begun: set[RequestId] = field(default_factory=set)
+    is_kept: bool = False
+
+    @property
+    def num_copies(self) -> int:
+        return len(self.bringers) + self.is_kept
 
 
 class SharedPrompts:
@@ -50,7 +57,11 @@ class SharedPrompts:
                 yield instance_id
 
     def start(
-        self, group_id: GroupId, instance_id: InstanceId, num_blocks: int
+        self,
+        group_id: GroupId,
+        instance_id: InstanceId,
+        request_id: RequestId,
+        num_blocks: int,
     ) -> bool:
         """A chunk is placed.
 
@@ -65,8 +76,7 @@ class SharedPrompts:
         if prompt is None:
             prompt = here[instance_id] = _Prompt(num_blocks)
         is_found = bool(prompt.begun)
-        prompt.num_running += 1
-        prompt.num_copies += not is_found
+        (prompt.finders if is_found else prompt.bringers).add(request_id)
         return is_found
 
     def begin(
@@ -80,16 +90,18 @@ class SharedPrompts:
     def end(
         self, group_id: GroupId, instance_id: InstanceId, request_id: RequestId
     ) -> int:
-        """A chunk is over; the blocks of copies that nobody can be using any more."""
+        """A chunk is over; the blocks of the copy that ends with it."""
         here = self._prompts.get(group_id, {})
         prompt = here.get(instance_id)
         if prompt is None:
             return 0
-        prompt.begun.discard(request_id)
-        prompt.num_running -= 1
-        num_freed = max(0, prompt.num_copies - prompt.num_running)
-        prompt.num_copies -= num_freed
-        if not prompt.num_running:
+        num_before = prompt.num_copies
+        for members in (prompt.bringers, prompt.finders, prompt.begun):
+            members.discard(request_id)
+        is_orphan = prompt.num_copies < num_before and bool(prompt.finders)
+        prompt.is_kept = bool(prompt.finders) and (prompt.is_kept or is_orphan)
+        num_freed = num_before - prompt.num_copies
+        if not (prompt.bringers or prompt.finders):
             del here[instance_id]
             if not here:
                 del self._prompts[group_id]

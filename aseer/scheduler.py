@@ -336,7 +336,7 @@ class Scheduler:
         if not self.fleet.info(where).shares_prompts:
             return self.fleet.reserve(where, needs)
         of_prompt = self._num_prompt_blocks(request, where)
-        if self._prompts.start(request.group_id, where, of_prompt):
+        if self._prompts.start(request.group_id, where, request.request_id, of_prompt):
             return self.fleet.reserve(where, needs, of_prompt)
         return self.fleet.reserve(where, needs) - of_prompt
 

@@ -72,6 +72,7 @@ class ControllerMachine(RuleBasedStateMachine):
         self.reserves = POLICIES[policy].reserves_kv
         self.alive: dict[InstanceId, InstanceInfo] = {}
         self.running: dict[ChunkId, Running] = {}
+        self.found_at: dict[ChunkId, float] = {}  # since when copies can be found
         self.old: list[ChunkProgress] = []
         self.tasks: dict[GroupId, Task] = {}
         self.cancelled: set[GroupId] = set()
@@ -268,17 +269,17 @@ class ControllerMachine(RuleBasedStateMachine):
         self.running[chunk.chunk_id] = Running(chunk, self.copy_for(chunk))
 
     def copy_for(self, chunk: Chunk) -> ChunkId:
-        """A sibling's that can be found, any of them, or its own."""
+        """The one that could be found first of those that siblings use, or its own."""
         found = [
-            r.copy
+            (self.found_at[r.copy], r.copy)
             for r in self.running.values()
-            if r.made
+            if r.copy in self.found_at
             and (r.chunk.group_id, r.chunk.instance_id)
             == (chunk.group_id, chunk.instance_id)
         ]
         if not found or not self.alive[chunk.instance_id].shares_prompts:
             return chunk.chunk_id
-        return found[int(self.now) % len(found)]
+        return min(found)[1]
 
     def num_prompt_blocks(self, chunk: Chunk) -> int:
         """That siblings share."""
@@ -292,6 +293,8 @@ class ControllerMachine(RuleBasedStateMachine):
             end = "length"
         error = {"error": "bad luck"} if end == "error" else {}
         is_first = running.made == len(tokens) > 0
+        if is_first:
+            self.found_at.setdefault(running.copy, self.now)
         report = report_of(
             chunk_id,
             tokens,

@@ -10,41 +10,44 @@ from tests.unit.core import info_of, no_kv, waiting_of
 A, B = InstanceId(0), InstanceId(1)
 G, H = GroupId("g"), GroupId("h")
 R, S, T = RequestId("g/0"), RequestId("g/1"), RequestId("g/2")
+U, V = RequestId("g/3"), RequestId("h/0")
 
 
 def test_a_prompt_is_found_once_a_sibling_has_a_token() -> None:
     prompts = SharedPrompts()
-    assert not prompts.start(G, A, 5)
-    assert not prompts.start(G, A, 5)  # at the same time: it may not find it
+    assert not prompts.start(G, A, R, 5)
+    assert not prompts.start(G, A, S, 5)  # at the same time: it may not find it
     prompts.begin(G, A, R)
-    assert prompts.start(G, A, 5)
-    assert not prompts.start(G, B, 5)
-    assert not prompts.start(H, A, 5)
+    assert prompts.start(G, A, T, 5)
+    assert not prompts.start(G, B, U, 5)
+    assert not prompts.start(H, A, V, 5)
     assert list(prompts.holders(G)) == [A]
     assert (prompts.num_blocks(A), prompts.num_blocks(B)) == (15, 5)
 
 
-def test_a_copy_stays_reserved_while_anyone_may_use_it() -> None:
+def test_one_copy_stays_reserved_while_anyone_runs_who_found_it() -> None:
     prompts = SharedPrompts()
-    prompts.start(G, A, 5)
+    prompts.start(G, A, R, 5)
+    prompts.start(G, A, S, 5)
     prompts.begin(G, A, R)
-    prompts.start(G, A, 5)
-    assert prompts.end(G, A, R) == 0
-    assert not prompts.start(G, A, 5)  # the one that is left has not begun
-    assert prompts.end(G, A, S) == 5
+    prompts.start(G, A, T, 5)
+    assert prompts.end(G, A, R) == 0  # what T found stays
+    assert prompts.end(G, A, S) == 5  # its own copy goes with it
+    assert not prompts.start(G, A, R, 5)  # T has not begun
     assert prompts.end(G, A, T) == 5
+    assert prompts.end(G, A, R) == 5
     assert prompts.num_blocks(A) == 0
 
 
 def test_a_lost_instance_has_no_prompts() -> None:
     prompts = SharedPrompts()
-    prompts.start(G, A, 5)
+    prompts.start(G, A, R, 5)
     prompts.begin(G, A, R)
     prompts.drop_instance(A)
     prompts.begin(G, A, R)  # late
     assert prompts.end(G, A, R) == 0
     assert list(prompts.holders(G)) == []
-    assert not prompts.start(G, A, 5)
+    assert not prompts.start(G, A, R, 5)
 
 
 def scheduler_of(*num_kv_blocks: int) -> Scheduler:
