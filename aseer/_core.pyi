@@ -35,6 +35,13 @@ class WaitingQueue:
     def set_length_estimate(self, group_id: GroupId, length_estimate: int) -> None:
         """Re-rank a group whose estimate changed."""
 
+    def length_estimate(self, group_id: GroupId) -> int:
+        """Of a group of which something waits.
+
+        Raises:
+            KeyError: nothing does.
+        """
+
     def remove(self, request: Waiting) -> None:
         """A request waits no more.
 

@@ -9,7 +9,10 @@ they *bring* one, and reserve it.
     reserved  =  each chunk's own blocks  +  copies x the prompt's full blocks
 
 A copy ends with the chunk that brought it, but for one while others run that found it:
-an engine finds the copy that it has had for longest, so they all use the same.
+of equal blocks vLLM's block pool gives the one that it cached first, so they all use
+the same. (Should its last user end before the engine admits a chunk that was to find
+it, it is still cached, unless others needed the room in between; then one copy more is
+made than is reserved, and at worst vLLM preempts.)
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Who runs next, where, and for how many tokens.
 
-A *policy* is two pure functions, `rank` (which waiting request goes first) and `place`
-(on which instance), and two switches: whether requests are divided into chunks, and
-whether KV is reserved before a chunk is admitted. The `Scheduler` keeps waiting
-requests in the policy's order and turns free capacity into assignments. It has no
-clock, no randomness and no I/O, so a sequence of calls is a trace that replays.
+A *policy* is a pure function, `rank` (which waiting request goes first), a way to
+place, maybe another function, `expect` (how long a response becomes), and two switches:
+whether requests are divided into chunks, and whether KV is reserved before a chunk is
+admitted. The `Scheduler` keeps waiting requests in the policy's order and turns free
+capacity into assignments; what siblings share of their prompt's KV is reserved once
+(`aseer.prompts`). It has no clock, no randomness and no I/O, so a sequence of calls is
+a trace that replays.
 
     context-aware           waiting probes first; then who is expected to be longest,
                             by the group's length estimate (Seer, Alg. 2)
@@ -200,7 +202,6 @@ class Scheduler:
         self._num_since_oldest = 0
         self._group_homes: dict[GroupId, InstanceId] = {}
         self._num_groups_placed = 0
-        self._estimates: dict[GroupId, int] = {}
         self._prompts = SharedPrompts()
         self._shares_prompts = False
 
@@ -252,12 +253,10 @@ class Scheduler:
             ValueError: it waits already.
         """
         self._queue.add(request, length_estimate)
-        self._estimates[request.group_id] = length_estimate
 
     def set_length_estimate(self, group_id: GroupId, length_estimate: int) -> None:
         """Re-rank a group whose estimate changed."""
         self._queue.set_length_estimate(group_id, length_estimate)
-        self._estimates[group_id] = length_estimate
 
     def remove_group(self, group_id: GroupId) -> None:
         """Drop a cancelled group's waiting requests."""
@@ -326,7 +325,7 @@ class Scheduler:
             for i in self._prompts.holders(group_id)
             if fleet.fits(
                 i,
-                needs - self._num_prompt_blocks(request, i) * fleet.info(i).block_size,
+                needs - self._num_shared_blocks(request, i) * fleet.info(i).block_size,
             )
         ]
         return min(fits, key=fleet.num_running, default=None)
@@ -335,12 +334,12 @@ class Scheduler:
         """Take the place; blocks of the chunk's own."""
         if not self.fleet.info(where).shares_prompts:
             return self.fleet.reserve(where, needs)
-        of_prompt = self._num_prompt_blocks(request, where)
+        of_prompt = self._num_shared_blocks(request, where)
         if self._prompts.start(request.group_id, where, request.request_id, of_prompt):
             return self.fleet.reserve(where, needs, of_prompt)
         return self.fleet.reserve(where, needs) - of_prompt
 
-    def _num_prompt_blocks(self, request: Waiting, where: InstanceId) -> int:
+    def _num_shared_blocks(self, request: Waiting, where: InstanceId) -> int:
         return self._num_shared_tokens(request) // self.fleet.info(where).block_size
 
     def _num_shared_tokens(self, request: Waiting) -> int:
@@ -354,7 +353,7 @@ class Scheduler:
         granularity = self._granularity or self.fleet.block_size
         size = self._chunk_size if request.divisible else 0
         if size and self.policy.expect is not None:
-            estimate = self._estimates[request.group_id]
+            estimate = self._queue.length_estimate(request.group_id)
             left = self.policy.expect(request, estimate) - request.num_generated
             size = min(size, max(1, left) + granularity - 1)
         return chunk_tokens(request.num_tokens, request.remaining, size, granularity)

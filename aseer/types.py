@@ -77,7 +77,11 @@ class InstanceInfo:
 
 
 class Assignment(NamedTuple):
-    """One decision: this request runs its next chunk there."""
+    """One decision: this request runs its next chunk there.
+
+    Attributes:
+        num_reserved_blocks: without those of a prompt that siblings may share.
+    """
 
     request_id: RequestId
     instance_id: InstanceId

@@ -90,10 +90,12 @@ def simulated_walls(
 
 
 def least_wall(report: RolloutReport, cluster: Cluster, recorded: Trace) -> float:
-    """Seconds that no order or placement of the requests could go below, about.
+    """Seconds that an ideal order and placement of the requests would take, about.
 
     With the tokens a step and the drafts that a rollout had in the mean, if all engines
-    are evenly loaded to the last step and their KV is always full:
+    are evenly loaded to the last step and their KV is always full. An estimate, no
+    bound: the price of a step is fitted to all arms without drafts, and long responses,
+    which take most of the KV, may repeat themselves more than the mean.
 
         steps = max(KV token-steps / KV, requests' steps / places, longest response)
         steps x (what a step costs) + each token computed + each token of KV read

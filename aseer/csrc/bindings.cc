@@ -27,6 +27,7 @@ NB_MODULE(_core, m) {
       .def("add", &WaitingQueue::Add, "request"_a, "length_estimate"_a)
       .def("set_length_estimate", &WaitingQueue::SetLengthEstimate, "group_id"_a,
            "length_estimate"_a)
+      .def("length_estimate", &WaitingQueue::LengthEstimate, "group_id"_a)
       .def("remove", &WaitingQueue::Remove, "request"_a)
       .def("remove_group", &WaitingQueue::RemoveGroup, "group_id"_a)
       .def("oldest", &WaitingQueue::Oldest)

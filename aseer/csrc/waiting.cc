@@ -63,6 +63,12 @@ void WaitingQueue::SetLengthEstimate(nb::handle group_id, int64_t length_estimat
   Rerank(found->second);
 }
 
+int64_t WaitingQueue::LengthEstimate(nb::handle group_id) const {
+  const auto found = groups_.find(group_id);
+  if (found == groups_.end()) throw nb::key_error("no request of the group waits");
+  return found->second.length_estimate;
+}
+
 void WaitingQueue::Remove(const nb::tuple& waiting) {
   const auto found = requests_.find(RequestId(waiting));
   if (found == requests_.end()) throw nb::key_error("the request does not wait");

@@ -26,6 +26,7 @@ class WaitingQueue {
 
   void Add(const nb::tuple& waiting, int64_t length_estimate);
   void SetLengthEstimate(nb::handle group_id, int64_t length_estimate);
+  int64_t LengthEstimate(nb::handle group_id) const;
   void Remove(const nb::tuple& waiting);
   void RemoveGroup(nb::handle group_id);
   nb::object Oldest() const;
