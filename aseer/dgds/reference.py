@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 PROMPT_SLOT = -1
 
-MAX_ORDERS = 4
-MAX_CANDIDATES = 4
+MAX_ORDERS = 3
+SURE = 2
 RANKED = 3
 STRENGTH = 1.0
 SHORT_STRENGTH = 4.0
@@ -127,7 +127,7 @@ class Blend:
 
     def predict(self, orders: Sequence[Order], reader: Reader) -> list[Prediction]:
         """Rank what may come next, likeliest first."""
-        orders = orders[:MAX_ORDERS]
+        orders = self._longest(orders)
         candidates = self._nominate(orders)
         for order in reversed(orders):
             counts = {
@@ -153,15 +153,22 @@ class Blend:
             predictions.append(Prediction(token, match_length, probability, features))
         return predictions
 
+    def _longest(self, orders: Sequence[Order]) -> list[Order]:
+        """Those that have a say."""
+        longest = []
+        for order in orders[:MAX_ORDERS]:
+            longest.append(order)
+            if len(order.continuations) == 1 and order.continuations[0].times >= SURE:
+                break
+        return longest
+
     def _nominate(self, orders: Sequence[Order]) -> dict[int, Candidate]:
         candidates: dict[int, Candidate] = {}
         for i, order in enumerate(orders):
             for k, continuation in enumerate(order.continuations[:RANKED]):
                 token = continuation.token
-                if token not in candidates and len(candidates) < MAX_CANDIDATES:
-                    candidates[token] = Candidate(continuation, i)
-                if token in candidates and k == 0:
-                    candidates[token].firsts += 1
+                candidate = candidates.setdefault(token, Candidate(continuation, i))
+                candidate.firsts += k == 0
         return candidates
 
     def _describe(

@@ -10,11 +10,12 @@ namespace aseer::dgds {
 namespace {
 
 constexpr uint32_t kMaxOrders = Orders::kMax;
-constexpr uint32_t kMaxCandidates = 4;
-constexpr double kStrength = 1.0;       // Pseudo-count of the shorter orders,
-constexpr double kShortStrength = 4.0;  // and more of it, divided by the match.
-constexpr int32_t kOwnBonus = 2;        // What a request wrote, it writes again.
-constexpr double kFloor = 1e-3;         // Frequency of a token before any order.
+constexpr uint32_t kMaxCandidates = kMaxOrders * kRanked;
+constexpr float kStrength = 1.0f;       // Pseudo-count of the shorter orders,
+constexpr float kShortStrength = 4.0f;  // and more of it, divided by the match.
+constexpr uint32_t kOwnBonus = 2;       // What a request wrote, it writes again.
+constexpr float kFloor = 1e-3f;         // Frequency of a token before any order.
+constexpr float kTolerance = 1e-5f;     // Of sums of frequencies.
 constexpr double kRate = 0.0005;
 constexpr double kRecentRate = 0.05;
 constexpr std::array<double, kNumFeatures> kFitted = {
@@ -31,54 +32,65 @@ float Log1p(uint32_t n) {
   return n < kLog1p.size() ? kLog1p[n] : std::log1p(static_cast<float>(n));
 }
 
-constexpr Edge kNoEdge = {};
+// A token that some order proposes.
+struct Candidate {
+  Token token;
+  float frequency;
+  uint32_t order;       // The longest that proposes it,
+  const Edge* edge;     // and how.
+  uint32_t num_firsts;  // Orders that propose it before all others.
+};
 
-// A number for each candidate.
-using Lanes [[gnu::vector_size(16)]] = int32_t;
-using Reals [[gnu::vector_size(32)]] = double;
-
-constexpr Lanes kLane[kMaxCandidates + 1] = {
-    {-1, 0, 0, 0}, {0, -1, 0, 0}, {0, 0, -1, 0}, {0, 0, 0, -1}, {}};
-
-bool Any(Lanes lanes) {
-  const auto halves = std::bit_cast<std::array<uint64_t, 2>>(lanes);
-  return (halves[0] | halves[1]) != 0;
-}
-
-// Mispredicted branches would cost more than all else here: every order casts as many
-// votes, and all candidates, a lane each, are treated alike, however many there are.
+// Counts the votes for one candidate after the other: the best edges of all orders.
 class Ballot {
  public:
-  Ballot(const SuffixTree& tree, const Orders& orders, Writers own) : orders_(orders) {
+  Ballot(const SuffixTree& tree, const Orders& orders, Writers own)
+      : orders_(orders), own_(own) {
+    // The frequency of a token is, from the shortest order to the longest,
+    //   frequency = (count + strength x frequency) / (total + strength),
+    // and so the sum of their counts, each with a weight of its own.
+    float passed = 1;
     for (uint32_t i = 0; i < orders.size(); ++i) {
       const State& state = *orders[i].state;
       const std::span<const Edge> further = tree.further_edges(state);
-      totals_[i] = static_cast<int32_t>(state.total);
-      firsts_ -= Vote(i, &state.best, own);
-      for (size_t k = 0; k + 1 < kRanked; ++k) {
-        Vote(i, k < further.size() ? further.data() + k : &kNoEdge, own);
+      further_[i] = further.first(std::min<size_t>(further.size(), kRanked - 1));
+      uint32_t total = state.total + Bonus(state.best);
+      for (const Edge& edge : further_[i]) total += Bonus(edge);
+      const float strength =
+          kStrength + kShortStrength / static_cast<float>(orders[i].match);
+      const float scale = passed / (static_cast<float>(total) + strength);
+      weights_[i] = scale;
+      passed = strength * scale;
+    }
+    floor_ = kFloor * passed;
+  }
+
+  // Finds the likeliest `most` candidates, in order; returns how many there are.
+  // Frequencies add up to at most one: who has more than is left for all that have not
+  // been counted is before them.
+  size_t Elect(size_t most) {
+    size_t size = 0;
+    float left = 1 + kTolerance;
+    for (uint32_t k = 0; k < kRanked; ++k) {
+      for (uint32_t i = 0; i < orders_.size(); ++i) {
+        if (k > further_[i].size()) continue;
+        const Edge& edge = k == 0 ? orders_[i].state->best : further_[i][k - 1];
+        if (IsCounted(edge.token, size)) continue;
+        left -= Count(edge.token, candidates_[size]);
+        for (size_t j = size++; j > 0 && IsBefore(j, j - 1); --j) {
+          std::swap(candidates_[j], candidates_[j - 1]);
+        }
+        if (size >= most && candidates_[most - 1].frequency > left) return most;
       }
     }
-    Fold();
+    return std::min(size, most);
   }
 
-  uint32_t size() const { return size_; }
-
-  // The candidate of rank `rank`, if those of lower ranks have been asked for. Lanes
-  // without a candidate have the lowest frequency.
-  uint32_t Ranked(uint32_t rank) {
-    uint32_t best = rank;
-    for (uint32_t i = rank + 1; i < kMaxCandidates; ++i) {
-      best = Before(ranking_[i], ranking_[best]) ? i : best;
-    }
-    std::swap(ranking_[rank], ranking_[best]);
-    return ranking_[rank];
-  }
-
-  Prediction Describe(uint32_t candidate, const Reader& reader) const {
-    const Edge& edge = *edges_[candidate];
-    const Order& order = orders_[longest_[candidate]];
-    const double frequency = std::min(frequencies_[candidate], 1 - 1e-6);
+  Prediction Describe(size_t rank, const Reader& reader) const {
+    const Candidate& elected = candidates_[rank];
+    const Edge& edge = *elected.edge;
+    const Order& order = orders_[elected.order];
+    const float frequency = std::min(elected.frequency, 1 - 1e-6f);
     const Writers siblings = edge.writers & ~reader.writer & ~kPromptWriter;
     const auto num_orders = static_cast<float>(orders_.size());
     return {
@@ -86,60 +98,60 @@ class Ballot {
         order.match,
         &edge,
         0,
-        {1, std::log(static_cast<float>(frequency / (1 - frequency))),
-         Log1p(order.match), Log1p(edge.count),
-         (edge.writers & reader.writer) != 0 ? 1.0f : 0.0f,
+        {1, std::log(frequency / (1 - frequency)), Log1p(order.match),
+         Log1p(edge.count), (edge.writers & reader.writer) != 0 ? 1.0f : 0.0f,
          Log1p(std::popcount(siblings)),
-         static_cast<float>(firsts_[candidate]) / num_orders, Log1p(order.state->total),
+         static_cast<float>(elected.num_firsts) / num_orders, Log1p(order.state->total),
          Log1p(orders_.size() - 1), static_cast<float>(reader.recent)}};
   }
 
  private:
-  // Returns the lane of the candidate that `edge` is a vote for: all ones, the others
-  // 0.
-  Lanes Vote(uint32_t i, const Edge* edge, Writers own) {
-    const int32_t bonus = (edge->writers & own) != 0 ? kOwnBonus : 0;
-    const Lanes token = Lanes{} + edge->token;
-    Lanes lane = tokens_ == token;
-    const bool is_new = !Any(lane) & (edge->token >= 0);
-    edges_[size_] = edge;
-    longest_[size_] = i;
-    lane |= kLane[is_new ? size_ : kMaxCandidates];
-    tokens_ = (tokens_ & ~lane) | (token & lane);
-    size_ += is_new & (size_ < kMaxCandidates);
-    totals_[i] += bonus;
-    counts_[i] += lane & (static_cast<int32_t>(edge->count) + bonus);
-    return lane;
+  uint32_t Bonus(const Edge& edge) const {
+    return (edge.writers & own_) != 0 ? kOwnBonus : 0;
   }
 
-  void Fold() {
-    Reals frequencies = Reals{} + kFloor;
-    for (uint32_t i = orders_.size(); i-- > 0;) {
-      const double strength = kStrength + kShortStrength / orders_[i].match;
-      const double scale = 1 / (totals_[i] + strength);
-      const Reals counts = __builtin_convertvector(counts_[i], Reals);
-      frequencies = (counts + strength * frequencies) * scale;
+  const Edge* Find(uint32_t i, Token token) const {
+    const Edge& best = orders_[i].state->best;
+    if (best.token == token) return &best;
+    for (const Edge& edge : further_[i]) {
+      if (edge.token == token) return &edge;
     }
-    frequencies_ = frequencies;
+    return nullptr;
   }
 
-  bool Before(uint32_t a, uint32_t b) const {
-    const bool is_more = frequencies_[a] > frequencies_[b];
-    const bool is_equal = frequencies_[a] == frequencies_[b];
-    return is_more | (is_equal & (tokens_[a] < tokens_[b]));
+  float Count(Token token, Candidate& candidate) const {
+    candidate = {token, floor_, 0, nullptr, 0};
+    for (uint32_t i = orders_.size(); i-- > 0;) {
+      const Edge* edge = Find(i, token);
+      if (edge == nullptr) continue;
+      const uint32_t votes = edge->count + Bonus(*edge);
+      candidate.frequency += weights_[i] * static_cast<float>(votes);
+      candidate.order = i;
+      candidate.edge = edge;
+      candidate.num_firsts += edge == &orders_[i].state->best;
+    }
+    return candidate.frequency;
+  }
+
+  bool IsCounted(Token token, size_t size) const {
+    for (size_t j = 0; j < size; ++j) {
+      if (candidates_[j].token == token) return true;
+    }
+    return false;
+  }
+
+  bool IsBefore(size_t j, size_t k) const {
+    const Candidate& a = candidates_[j];
+    const Candidate& b = candidates_[k];
+    return a.frequency != b.frequency ? a.frequency > b.frequency : a.token < b.token;
   }
 
   const Orders& orders_;
-  uint32_t size_ = 0;
-  Lanes tokens_ = {-1, -1, -1, -1};
-  Lanes firsts_ = {};  // Orders that propose it before all others.
-  Lanes counts_[kMaxOrders] = {};
-  Reals frequencies_;
-  int32_t totals_[kMaxOrders];
-  uint32_t ranking_[kMaxCandidates] = {0, 1, 2, 3};
-  // With room for one that finds no lane.
-  uint32_t longest_[kMaxCandidates + 1];  // Order that proposes it.
-  const Edge* edges_[kMaxCandidates + 1];
+  Writers own_;
+  std::array<std::span<const Edge>, kMaxOrders> further_;
+  std::array<float, kMaxOrders> weights_;
+  float floor_;
+  std::array<Candidate, kMaxCandidates> candidates_;
 };
 
 }  // namespace
@@ -149,9 +161,9 @@ Blend::Blend() : weights_(kFitted) {}
 size_t Blend::Predict(const SuffixTree& tree, const Orders& orders,
                       const Reader& reader, std::span<Prediction> best) const {
   Ballot ballot(tree, orders, reader.writer);
-  const size_t size = std::min<size_t>(ballot.size(), best.size());
+  const size_t size = ballot.Elect(best.size());
   for (size_t i = 0; i < size; ++i) {
-    best[i] = ballot.Describe(ballot.Ranked(i), reader);
+    best[i] = ballot.Describe(i, reader);
     best[i].probability = Probability(best[i].features);
   }
   return size;

@@ -1,9 +1,8 @@
 // Which token comes next, and how likely it is to be accepted.
 //
-// Every order of context that matches casts a vote. As in PPM with interpolated,
-// discounted counts (a Pitman-Yor back-off), the orders are folded from the shortest
-// to the longest, each trusting itself by how often it was seen and by how varied
-// what followed it was; the token of the highest blended frequency is drafted.
+// The longest orders of context that match cast a vote each. As in PPM with interpolated
+// counts, the orders are folded from the shortest to the longest, each trusting itself
+// by how often it was seen; the token of the highest blended frequency is drafted.
 //
 // That frequency is not yet a probability of acceptance: the texts are few and alike.
 // A logistic regression on it, the length of the match, how often and by whom the
@@ -30,12 +29,15 @@ struct Order {
   uint32_t match;  // Tokens of the context.
 };
 
-// The longest orders of a context, found by a walk along links. The states are mostly
-// out of cache: each step asks for what the next one and Blend will read, so that
-// walks that take turns wait for nothing. Valid until the tree changes.
+// The longest orders of a context, found by a walk along links, as far as the first that
+// has always been followed by the same token: the shorter ones know less (the
+// deterministic contexts of PPM*, Cleary & Teahan 1997; there, the shortest of them). The
+// states are mostly out of cache: each step asks for what the next one and Blend will
+// read, so that walks that take turns wait for nothing. Valid until the tree changes.
 class Orders {
  public:
-  static constexpr uint32_t kMax = 4;
+  static constexpr uint32_t kMax = 3;
+  static constexpr uint32_t kSure = 2;  // Times, for "always" to mean something.
 
   explicit Orders(const Context& context)
       : next_(context.state), length_(context.length) {}
@@ -45,6 +47,10 @@ class Orders {
     if (next_ == kRoot) return false;
     const State& state = tree.state(next_);
     if (state.length >= length_) size_ = 0;  // Of these the last has the context.
+    if (size_ > 0 && IsSure(*orders_[size_ - 1].state)) {
+      next_ = kRoot;
+      return false;
+    }
     if (state.total > 0) {
       orders_[size_++] = {&state, std::min(state.length, length_)};
       tree.PrefetchEdges(state);
@@ -58,6 +64,10 @@ class Orders {
   const Order& operator[](size_t i) const { return orders_[i]; }
 
  private:
+  static bool IsSure(const State& state) {
+    return state.block == 0 && state.total >= kSure;
+  }
+
   StateId next_;
   uint32_t length_;
   uint32_t size_ = 0;

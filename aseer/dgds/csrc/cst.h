@@ -133,8 +133,6 @@ class SuffixTree {
     return context;
   }
 
-  StateId tip(uint32_t slot) const { return requests_[slot].tip; }
-
   // Hints for a batch whose trees are out of cache.
   void PrefetchRequest(uint32_t slot) const { __builtin_prefetch(&requests_[slot]); }
   void Prefetch(StateId id) const { __builtin_prefetch(&states_[id]); }

@@ -142,14 +142,6 @@ std::vector<int64_t> SuffixForest::Append(std::span<const Handle> requests,
           "tokens must not be negative");
   const std::lock_guard lock(mutex_);
   const std::vector<Request*> rows = Rows(requests);
-  // Appending visits the states that a walk visits.
-  std::vector<Path> paths;
-  paths.reserve(rows.size());
-  for (Request* row : rows) {
-    const SuffixTree& tree = row->group->tree;
-    paths.emplace_back(row, Context{tree.tip(row->slot), UINT32_MAX}, 0);
-  }
-  Walk(paths);
   for (size_t i = 0; i < rows.size(); ++i) {
     SuffixTree& tree = rows[i]->group->tree;
     const auto known = static_cast<int64_t>(tree.log(rows[i]->slot).size());
