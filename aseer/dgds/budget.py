@@ -29,9 +29,11 @@ MIN_CONFIDENCE = 0.02
 _MARGIN = 0.05
 # Requests in a step at which drafts may be `tail_draft_tokens` long.
 _TAIL_ROWS = 4
-# After so many steps whose drafts did not pay, trees are asked only every so often.
-_PATIENCE = 64
-_LOOK_EVERY = 4
+# Looking for drafts takes time as well. While that is more than drafts save, most steps
+# do without, but never more than so many in a row.
+_MOST_UNSEEN_STEPS = 15
+_MEMORY_LOOKS = 16
+_FIRST_SAVED_S = 0.1  # by drafts, as long as nothing is known
 
 
 class Candidates(NamedTuple):
@@ -92,6 +94,10 @@ class Budget(Protocol):
         """See what became of the last step's drafts."""
         ...
 
+    def pay(self, look_s: float) -> None:
+        """Looking for drafts took so long, `choose` included."""
+        ...
+
 
 class FixedBudget:
     """Drafts all there is, up to a length."""
@@ -110,6 +116,9 @@ class FixedBudget:
     def learn(self, outcome: Outcome) -> None:
         """See `Budget`."""
 
+    def pay(self, look_s: float) -> None:
+        """See `Budget`."""
+
 
 class AdaptiveBudget:
     """Drafts while the gain pays for the time."""
@@ -121,12 +130,14 @@ class AdaptiveBudget:
         self._max = max_draft_tokens
         self._tail = tail_draft_tokens
         self._calibration = Calibration()
-        self._num_idle = 0
+        self._saved_s = _FIRST_SAVED_S  # by a look, lately
+        self._look_s = 0.0
+        self._num_unseen = 0  # steps to come without a look
 
     def max_draft_tokens(self, num_rows: int) -> int:
-        """See `Budget`."""
-        if self._num_idle >= _PATIENCE and self._num_idle % _LOOK_EVERY:
-            self._num_idle += 1
+        """See `Budget`; 0 while looking costs more than it saves."""
+        if self._num_unseen:
+            self._num_unseen -= 1
             return 0
         return self._tail if num_rows <= _TAIL_ROWS else self._max
 
@@ -137,16 +148,33 @@ class AdaptiveBudget:
             candidates.num_rows, num_tokens, candidates.num_context_tokens
         )
         survivals = self._calibration.survivals(candidates.confidences)
-        lengths = spend(survivals, candidates.offsets, candidates.weights, step_s)
-        if lengths.any():
-            self._num_idle = 0
-        elif num_tokens:
-            self._num_idle += 1
-        return lengths
+        spent = spend(survivals, candidates.offsets, candidates.weights, step_s)
+        self._saved_s += (spent.saved_s - self._saved_s) / _MEMORY_LOOKS
+        return spent.lengths
 
     def learn(self, outcome: Outcome) -> None:
         """See `Budget`."""
         self._calibration.learn(outcome.confidences, outcome.survived)
+
+    def pay(self, look_s: float) -> None:
+        """See `Budget`."""
+        self._look_s += (look_s - self._look_s) / _MEMORY_LOOKS
+        most = _MOST_UNSEEN_STEPS
+        if self._look_s < (most + 1) * self._saved_s:
+            most = int(self._look_s / self._saved_s)
+        self._num_unseen = most
+
+
+class Spent(NamedTuple):
+    """A step's drafts.
+
+    Attributes:
+        lengths: [num_rows], how much of each row to draft.
+        saved_s: how much longer steps without drafts would take for as many tokens.
+    """
+
+    lengths: NDArray[np.int64]
+    saved_s: float
 
 
 def spend(
@@ -156,7 +184,7 @@ def spend(
     step_s: NDArray[np.float64],
     *,
     margin: float = _MARGIN,
-) -> NDArray[np.int64]:
+) -> Spent:
     """Share out a step's draft tokens so that it yields the most worth a second.
 
     Every row yields a token without a draft. Of the ways to take the `k` worthiest
@@ -167,13 +195,11 @@ def spend(
         survivals: [num_tokens], never rising along a row.
         offsets: [num_rows + 1]. weights: [num_rows].
         step_s: [num_tokens + 1], a step's seconds by the number of tokens drafted.
-
-    Returns:
-        [num_rows], how much of each row to draft.
     """
     num_rows = len(weights)
+    nothing = Spent(np.zeros(num_rows, np.int64), 0.0)
     if not len(survivals) or step_s[0] <= 0:
-        return np.zeros(num_rows, np.int64)
+        return nothing
     row_of = np.repeat(np.arange(num_rows), np.diff(offsets))
     worths = survivals * weights[row_of]
     order = np.argsort(-worths, kind="stable")
@@ -183,8 +209,9 @@ def spend(
     worth_rates[rates < plain * (1 + margin)] = 0
     best = int(np.argmax(worth_rates))
     if not worth_rates[best]:
-        return np.zeros(num_rows, np.int64)
-    return np.bincount(row_of[order[: best + 1]], minlength=num_rows)
+        return nothing
+    lengths = np.bincount(row_of[order[: best + 1]], minlength=num_rows)
+    return Spent(lengths, float((rates[best] / plain - 1) * step_s[best + 1]))
 
 
 class Calibration:
@@ -326,6 +353,9 @@ class PaperBudget:
         ):
             sums *= 0.999
             sums += (lengths[:, None] >= positions).sum(axis=0)
+
+    def pay(self, look_s: float) -> None:
+        """See `Budget`."""
 
 
 def make_budget(settings: SpeculationConfig, model: StepTimeModel) -> Budget:

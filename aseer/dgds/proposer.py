@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +46,7 @@ class _Row:
     Attributes:
         base: tokens before its text: its group's prompt.
         end: tokens it may have at most, prompt included.
+        num_held: tokens of its text that its tree has.
         may_stop_at: tokens from which on it may stop. No draft crosses that: vLLM would
             forbid stop tokens behind it by the length before it.
         drafted: confidences of what was drafted for it last.
@@ -56,6 +56,7 @@ class _Row:
     key: RequestKey
     handle: int
     base: int
+    num_held: int
     end: int
     may_stop_at: int
     weight: float
@@ -184,8 +185,12 @@ class _Drafting:
                 drafts[place] = [sampled[place][-1]] * (row.profile or 0)
         elif rows:
             self._learn(rows, places, sampled)
-            self._append(rows, places, sampled, num_tokens)
-            self._draft(rows, places, num_tokens, drafts)
+            most = self._budget.max_draft_tokens(len(rows))
+            if most:
+                looks_since = time.perf_counter()
+                self._append(rows, places, num_tokens, token_ids)
+                self._draft(rows, places, num_tokens, most, drafts)
+                self._budget.pay(time.perf_counter() - looks_since)
         step_s = self._clock.end_step(since)
         self._observe(len(sampled), len(rows), num_tokens, step_s, is_profile)
         return drafts
@@ -238,6 +243,7 @@ class _Drafting:
             key=key,
             handle=handle,
             base=base,
+            num_held=num_tokens - base,
             end=min(num_input + params.max_tokens, self._max_model_len),
             may_stop_at=num_input + params.min_tokens,
             weight=self._probe_weight if told["probe"] else 1.0,
@@ -272,39 +278,43 @@ class _Drafting:
         self,
         rows: Sequence[_Row],
         places: Sequence[int],
-        sampled: list[list[int]],
         num_tokens: NDArray[np.int32],
+        token_ids: NDArray[np.int32],
     ) -> None:
-        new = [sampled[place] for place in places]
-        offsets = row_offsets(map(len, new), len(new))
-        tokens = np.fromiter(chain.from_iterable(new), np.int32, int(offsets[-1]))
+        """Give the trees what was sampled since they were last looked at."""
+        ends = num_tokens[places].tolist()
+        new = [
+            token_ids[place, row.base + row.num_held : end]
+            for place, row, end in zip(places, rows, ends, strict=True)
+        ]
+        starts = np.fromiter((r.num_held for r in rows), np.int64, len(rows))
         handles = np.fromiter((r.handle for r in rows), np.int64, len(rows))
+        offsets = row_offsets(map(len, new), len(new))
+        held = self._replica.append(handles, np.concatenate(new), offsets, starts)
+        for row, num_held in zip(rows, held.tolist(), strict=True):
+            row.num_held = num_held
         bases = np.fromiter((r.base for r in rows), np.int64, len(rows))
-        texts = num_tokens[places] - bases
-        held = self._replica.append(handles, tokens, offsets, texts - np.diff(offsets))
-        if (held != texts).any():
-            self._lose_track(held != texts)
+        lost = held != num_tokens[places] - bases
+        if lost.any():
+            self._lose_track(int(lost.sum()))
 
-    def _lose_track(self, lost: NDArray[np.bool_]) -> None:
-        """Rows whose text here is not what the engine has are begun anew."""
-        rows = list(self._rows.items())
-        _log.warning("%d requests lost track of their text", int(lost.sum()))
+    def _lose_track(self, num_lost: int) -> None:
+        """Rows whose text here is not what the engine has: all are begun anew."""
+        _log.warning("%d requests lost track of their text", num_lost)
         now = time.monotonic()
-        for request_id, row in rows:
+        for row in self._rows.values():
             self._replica.end(row.key, now)
-            del self._rows[request_id]
+        self._rows.clear()
 
     def _draft(
         self,
         rows: Sequence[_Row],
         places: Sequence[int],
         num_tokens: NDArray[np.int32],
+        most: int,
         drafts: list[list[int]],
     ) -> None:
         num_rows = len(rows)
-        most = self._budget.max_draft_tokens(num_rows)
-        if not most:
-            return
         handles = np.fromiter((r.handle for r in rows), np.int64, num_rows)
         texts = num_tokens[places]
         ends = np.fromiter((r.end for r in rows), np.int64, num_rows)

@@ -96,13 +96,13 @@ class Drafting:
         drafted = np.arange(num_rows * longest + 1)
         points = np.unique(np.linspace(0, drafted[-1], 9).round())
         seconds = [step_time.seconds(num_rows + n, num_kv_tokens) for n in points]
-        lengths = spend(
+        spent = spend(
             survivals.ravel(),
             np.arange(num_rows + 1) * longest,
             np.ones(num_rows),
             np.interp(drafted, points, seconds),
         )
-        total = np.bincount(class_of, lengths, minlength=self.num_classes)
+        total = np.bincount(class_of, spent.lengths, minlength=self.num_classes)
         means: NDArray[np.float64] = total / np.maximum(counts, 1)
         return means
 

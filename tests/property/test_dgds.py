@@ -197,20 +197,25 @@ def situations(draw: st.DrawFn) -> tuple[Any, ...]:
 def test_a_step_with_drafts_yields_more_tokens_a_second_than_one_without(situation):
     rows, weights, step_s = situation
     flat = np.array([s for row in rows for s in row])
-    lengths = spend(flat, row_offsets(map(len, rows), len(rows)), weights, step_s)
+    offsets = row_offsets(map(len, rows), len(rows))
+    lengths, saved_s = spend(flat, offsets, weights, step_s)
     num = int(lengths.sum())
     assert all(0 <= n <= len(row) for n, row in zip(lengths, rows, strict=True))
     gain = sum(sum(row[:n]) for row, n in zip(rows, lengths, strict=True))
     if num:
         rate, plain = (len(rows) + gain) / step_s[num], len(rows) / step_s[0]
         assert rate >= plain * 1.02 * (1 - 1e-9)
+        assert saved_s == pytest.approx((len(rows) + gain) / plain - step_s[num])
+    else:
+        assert saved_s == 0
 
 
 @given(situations())
 def test_no_share_of_the_same_size_is_worth_more(situation):
     rows, weights, step_s = situation
     flat = np.array([s for row in rows for s in row])
-    lengths = spend(flat, row_offsets(map(len, rows), len(rows)), weights, step_s)
+    offsets = row_offsets(map(len, rows), len(rows))
+    lengths = spend(flat, offsets, weights, step_s).lengths
     worths = [w * s for w, row in zip(weights, rows, strict=True) for s in row]
     taken = [
         w * s for w, row, n in zip(weights, rows, lengths, strict=True) for s in row[:n]

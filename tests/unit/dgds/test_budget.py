@@ -32,7 +32,7 @@ def lengths(
 ) -> list[int]:
     c = candidates(rows, weights)
     chosen = spend(c.confidences.astype(float), c.offsets, c.weights, np.array(step_s))
-    return chosen.tolist()
+    return chosen.lengths.tolist()
 
 
 def model_of(step_s, sizes=(1, 2, 4, 8, 16, 32, 64, 128)) -> StepTimeModel:
@@ -99,22 +99,36 @@ def test_drafts_are_longer_in_the_tail():
     assert budget.max_draft_tokens(64) == 8
 
 
-def test_trees_are_asked_rarely_while_it_does_not_pay():
-    model = model_of(lambda rows, drafted: (rows + drafted) / 1000)
-    budget = AdaptiveBudget(model, 8, 16)
-    asked = 0
-    for _ in range(1000):
-        if budget.max_draft_tokens(8):
-            asked += 1
-            budget.choose(candidates([[0.5]] * 8))
-    assert 200 < asked < 350
+def looks(budget: AdaptiveBudget, rows: list[list[float]], *, num_steps: int) -> int:
+    """Steps out of so many in which it looks for drafts, which takes a millisecond."""
+    num_looks = 0
+    for _ in range(num_steps):
+        if budget.max_draft_tokens(len(rows)):
+            num_looks += 1
+            budget.choose(candidates(rows))
+            budget.pay(0.001)
+    return num_looks
 
 
-def test_a_tree_that_knows_nothing_is_asked_again_in_the_next_step():
+def test_steps_look_for_drafts_as_often_as_that_pays():
+    # A token costs what a row does: no draft pays.
+    budget = AdaptiveBudget(
+        model_of(lambda rows, drafted: (rows + drafted) / 1e3), 8, 8
+    )
+    looks(budget, [[0.5]] * 8, num_steps=800)
+    assert looks(budget, [[0.5]] * 8, num_steps=1600) == 100
+    # Drafts cost nothing, and save as much as half a look takes.
+    budget = AdaptiveBudget(model_of(lambda rows, drafted: 0.005), 8, 8)
+    looks(budget, [[0.1], []], num_steps=200)
+    expected = pytest.approx(400 * (0.005 * 0.1 / 2) / 0.001, rel=0.3)
+    assert looks(budget, [[0.1], []], num_steps=400) == expected
+
+
+def test_when_drafts_pay_again_every_step_looks_for_them_soon():
     budget = AdaptiveBudget(model_of(lambda rows, drafted: 0.05), 8, 16)
-    for _ in range(1000):
-        assert budget.max_draft_tokens(8)
-        budget.choose(candidates([[]] * 8))
+    looks(budget, [[]] * 8, num_steps=1000)
+    looks(budget, [[0.9] * 8] * 8, num_steps=32)
+    assert looks(budget, [[0.9] * 8] * 8, num_steps=32) == 32
 
 
 def test_confidences_are_calibrated_by_what_was_accepted():

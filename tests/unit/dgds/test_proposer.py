@@ -17,6 +17,17 @@ PROMPT = [1, 2, 3]
 MAX_DRAFT_TOKENS = 4
 
 
+class Limited(FixedBudget):
+    """Drafts all there is, up to `limit` tokens, which may change."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+    def max_draft_tokens(self, num_rows: int) -> int:
+        return self.limit
+
+
 class Engine:
     """Runs requests that sample what it is told, with drafts verified."""
 
@@ -31,12 +42,13 @@ class Engine:
             input_batch=batch, requests={}, execute_model=lambda scheduled: None
         )
         self.replica = Replica(ttl_s=600.0)
+        self.budget = Limited(MAX_DRAFT_TOKENS)
         self.model = StepTimeModel()
         self.drafter = GroupDrafter(
             SimpleNamespace(model_config=SimpleNamespace(max_model_len=100))
         )
         self.clock = self.drafter.start(
-            self.runner, self.replica, FixedBudget(MAX_DRAFT_TOKENS), self.model, 2.0
+            self.runner, self.replica, self.budget, self.model, 2.0
         )
 
     def add(
@@ -167,7 +179,7 @@ def test_what_became_of_drafts_is_learnt_and_steps_are_timed(engine):
     assert 0 < engine.clock.draft_s < engine.clock.step_s
 
 
-def test_a_step_that_the_drafter_was_not_told_of_is_made_up_for(engine, caplog):
+def test_a_step_that_the_drafter_was_not_told_of_is_made_up_for(engine):
     engine.add("a", [5, 6])
     engine.step([7])
     engine.token_ids[0, 6:8] = [8, 9]
@@ -175,7 +187,28 @@ def test_a_step_that_the_drafter_was_not_told_of_is_made_up_for(engine, caplog):
     engine.step([4])
     engine.step([3])
     assert engine.text("a") == [5, 6, 7, 8, 9, 4, 3]
+
+
+def test_a_text_that_became_shorter_is_begun_anew(engine, caplog):
+    engine.add("a", [5, 6])
+    engine.step([7])
+    engine.num_tokens[0] = 4
+    engine.step([4])
     assert "lost track" in caplog.text
+    engine.step([3])
+    assert engine.text("a") == [5, 4, 3]
+
+
+def test_steps_without_a_look_are_made_up_for_by_the_next(engine):
+    engine.add("a", [5, 6])
+    engine.step([7])
+    engine.budget.limit = 0
+    assert engine.step([8]) == [[]]
+    assert engine.text("a") == [5, 6, 7]
+    engine.budget.limit = MAX_DRAFT_TOKENS
+    engine.step([5])
+    assert engine.text("a") == [5, 6, 7, 8, 5]
+    assert engine.drafts == [[6, 7, 8, 5]]
 
 
 def test_an_error_ends_drafting_and_nothing_else(engine, caplog):
