@@ -2,11 +2,12 @@
 
 A recorded rollout (`aseer record`) is replayed: whatever the model samples, a request
 emits its recorded tokens, so that every arm does the same work; every token is checked.
-One pair of one-core engines an arm, all up at once; an arm's engines idle while
-another's work. A run has so many requests an engine, in groups of at most 8, all
-started at once, of the recorded groups with the longest responses, cut off at
-`--max-tokens`: so nearly all run to the end. Arms take turns within a repetition, and
-each is compared with the first arm in the same repetition.
+For each batch size one pair of one-core engines an arm, all up at once, that run so many
+requests at a time; an arm's engines idle while another's work. A rollout has `--rounds`
+times as many requests, so that places that become free are taken again: else the slowest
+request would be all that counts. They come from the recorded groups with the longest
+responses, cut off at `--max-tokens`, in groups of at most 8. Arms take turns within a
+repetition, and each is compared with the first arm in the same repetition.
 
 Beside the gain stands what drafts of the same acceptance would gain if making them cost
 nothing and a step took what undrafted steps of as many tokens take, interpolated
@@ -41,7 +42,7 @@ Runs = dict[int, list[dict[str, float]]]  # of an arm, by batch size
 
 
 def config_of(
-    model: Path, arm: str, recorded: Trace, args: argparse.Namespace
+    model: Path, arm: str, batch: int, recorded: Trace, args: argparse.Namespace
 ) -> aseer.EngineConfig:
     """Engines of one arm: a method's name, or a budget of our own method's."""
     speculation: Any = arm if arm in METHODS else aseer.SpeculationConfig(budget=arm)
@@ -52,7 +53,7 @@ def config_of(
         num_instances=args.engines,
         dtype=args.dtype,
         max_model_len=longest + recorded.max_tokens + 32,
-        max_num_seqs=max(args.batches),
+        max_num_seqs=batch,
         kv_cache_bytes=args.kv_cache_bytes,
         chunk_size=args.chunk_size,
         kv_pool="off",
@@ -63,10 +64,10 @@ def config_of(
 def groups_of(
     recorded: Trace, batch: int, start: int, args: argparse.Namespace
 ) -> list[aseer.Group]:
-    """Groups with `batch` requests for each engine, from place `start` on, in turn."""
+    """Groups that fill each engine `rounds` times, from place `start` on, in turn."""
     sampling = sampling_of(recorded, args.temperature, args.end_token)
     groups = []
-    left, place = batch * args.engines, start
+    left, place = batch * args.engines * args.rounds, start
     while left:
         group = recorded.groups[place % len(recorded.groups)]
         n = min(8, left, len(group.responses))
@@ -146,28 +147,40 @@ def run(
     results: dict[str, Runs] = {
         arm: {batch: [] for batch in args.batches} for arm in args.arms
     }
-    with ExitStack() as stack:
-        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "trace.json"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
         trace.save(recorded, file)
         emit(file)
+        for batch in args.batches:
+            run_batch(model, recorded, batch, results, args)
+    base = results[args.arms[0]]
+    return {arm: summary(runs, base, args.engines) for arm, runs in results.items()}
+
+
+def run_batch(
+    model: Path,
+    recorded: Trace,
+    batch: int,
+    results: Mapping[str, Runs],
+    args: argparse.Namespace,
+) -> None:
+    """All arms with engines that run `batch` requests at a time."""
+    with ExitStack() as stack:
         engines = {
             arm: stack.enter_context(
-                aseer.Engine(config_of(model, arm, recorded, args))
+                aseer.Engine(config_of(model, arm, batch, recorded, args))
             )
             for arm in args.arms
         }
         for engine in engines.values():  # the first steps of a process are slow
-            measure(engine, groups_of(recorded, max(args.batches), 0, args), recorded)
+            measure(engine, groups_of(recorded, batch, 0, args), recorded)
         for repetition in range(args.repetitions):
-            for batch in args.batches:
-                groups = groups_of(recorded, batch, repetition * args.stride, args)
-                shift = repetition % len(args.arms)
-                for arm in [*args.arms[shift:], *args.arms[:shift]]:
-                    figures = measure(engines[arm], groups, recorded)
-                    results[arm][batch].append(figures)
-                    print(repetition, batch, arm, figures, flush=True)
-    base = results[args.arms[0]]
-    return {arm: summary(runs, base, args.engines) for arm, runs in results.items()}
+            groups = groups_of(recorded, batch, repetition * args.stride, args)
+            shift = repetition % len(args.arms)
+            for arm in [*args.arms[shift:], *args.arms[:shift]]:
+                figures = measure(engines[arm], groups, recorded)
+                results[arm][batch].append(figures)
+                print(batch, repetition, arm, figures, flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -179,6 +192,7 @@ def parse() -> argparse.Namespace:
     add("--arms", nargs="+", default=["off", "dgds"], help="the first does not draft")
     add("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
     add("--repetitions", type=int, default=5)
+    add("--rounds", type=int, default=4, help="requests for each place in a batch")
     add("--trace", type=Path, help="a recorded rollout")
     add("--groups", type=int, default=16, help="the longest so many of them")
     add("--stride", type=int, default=3, help="groups that a repetition starts later")

@@ -2,14 +2,16 @@
 
 A step's time is modelled as
 
-    T(rows, drafted, context) = f(rows + drafted) + a [drafted > 0] + b drafted
-                                + c context
+    T(rows, drafted, context) = f(rows + drafted) + a rows + b drafted + c [drafted > 0]
+                                + d context
 
-with f piecewise linear between powers of two: flat where an engine waits for memory,
-rising where it computes. a and b are what verification costs beyond the tokens' own
-computation, c is attention's. The coefficients are the least squares of relative errors
-over the recent steps, with a pull towards straight lines where nothing was measured.
-No step is believed to take less than half of the fastest one seen.
+with f convex and piecewise linear: flat where an engine waits for memory, rising where
+it computes. a is what a request costs beyond its token's computation, b and c what
+verification does, d is attention's. No part is less than zero: tokens that seem to cost
+nothing, because the machine was slower when there were fewer, would be drafted without
+end. The coefficients are the least squares of relative errors over the recent steps,
+with a pull towards straight lines and towards no costs of verification where nothing
+was measured. No step is believed to take less than half of the fastest one seen.
 """
 
 from __future__ import annotations
@@ -21,16 +23,22 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_KNOTS = np.array([1 << i for i in range(14)], np.float64)
-_NUM_FEATURES = len(_KNOTS) + 3
+# f's bends; before the first it is a straight line.
+_KNOTS = np.array([1 << i for i in range(3, 13)], np.float64)
+# Of tokens, rows, drafted tokens and tokens of context, to have features of like size.
+_TOKEN_UNIT = 8.0
+_CONTEXT_UNIT = 1e4
+_NUM_FEATURES = 2 + len(_KNOTS) + 4
 _MEMORY_STEPS = 500
 _SOLVE_EVERY = 16
+_EARLY_STEPS = 64  # with a solution after each
 _OUTLIER = 1.5  # times what was predicted, or so many times less
 _LEAST = 0.5  # of the fastest step: what any step takes at least
-_STRAIGHTNESS = 1e-2
-_RIDGE = 1e-6
-_CONTEXT_UNIT = 1e4  # tokens
-_DRAFT_UNIT = 8.0
+_PULL = 1e-2
+_WEAK_PULL = 1e-6
+_PULLS = np.array(
+    [_WEAK_PULL] * 2 + [_PULL] * (len(_KNOTS) + 3) + [_WEAK_PULL], np.float64
+)
 
 
 class StepTimeModel:
@@ -58,18 +66,18 @@ class StepTimeModel:
             num_context_tokens: over all rows.
             is_profile: never forgotten.
         """
-        features = _features(num_rows, num_drafted, num_context_tokens)
+        features = _features(num_rows, np.array([num_drafted]), num_context_tokens)[0]
         least_s = _LEAST * step_s
         self._floor_s = min(self._floor_s or least_s, least_s)
         expected_s = step_s
-        if self._num_observed > 3 * _SOLVE_EVERY:
+        if self._num_observed >= _EARLY_STEPS:
             expected_s = max(float(features @ self._coefficients), self._floor_s)
             step_s = min(max(step_s, expected_s / _OUTLIER), expected_s * _OUTLIER)
         sums = self._profile if is_profile else self._recent
         if not is_profile:
             self._recent.decay(1 - 1 / _MEMORY_STEPS)
         sums.add(features, step_s, expected_s)
-        if self._num_observed < _SOLVE_EVERY or not self._num_observed % _SOLVE_EVERY:
+        if self._num_observed < _EARLY_STEPS or not self._num_observed % _SOLVE_EVERY:
             self._solve()
         self._num_observed += 1
 
@@ -81,21 +89,16 @@ class StepTimeModel:
         Zeros while nothing was measured.
         """
         drafted = np.arange(max_drafted + 1)
-        of_knots = self._coefficients[:-3]
-        of_any, of_drafted, of_context = self._coefficients[-3:].tolist()
-        seconds: NDArray[np.float64] = np.interp(num_rows + drafted, _KNOTS, of_knots)
-        seconds += of_context * num_context_tokens / _CONTEXT_UNIT
-        seconds += of_drafted / _DRAFT_UNIT * drafted
-        seconds[1:] += of_any
-        np.maximum(seconds, self._floor_s, out=seconds)
-        np.maximum.accumulate(seconds, out=seconds)
-        return seconds
+        seconds: NDArray[np.float64] = (
+            _features(num_rows, drafted, num_context_tokens) @ self._coefficients
+        )
+        return np.maximum(seconds, self._floor_s, out=seconds)
 
     def _solve(self) -> None:
         matrix = self._profile.matrix + self._recent.matrix
-        matrix += _straightness(self._coefficients, self._floor_s)
+        matrix += np.diag(_PULLS / self._floor_s**2)
         vector = self._profile.vector + self._recent.vector
-        self._coefficients = np.asarray(np.linalg.solve(matrix, vector), np.float64)
+        self._coefficients = _least_squares(matrix, vector)
 
 
 class _Sums:
@@ -117,40 +120,37 @@ class _Sums:
 
 
 def _features(
-    num_rows: int, num_drafted: int, num_context_tokens: int
+    num_rows: int, num_drafted: NDArray[np.int64], num_context_tokens: int
 ) -> NDArray[np.float64]:
-    """[_NUM_FEATURES], what the coefficients are multiplied with."""
-    num_tokens = min(max(num_rows + num_drafted, 1), 1 << (len(_KNOTS) - 1))
-    left = min(num_tokens.bit_length() - 1, len(_KNOTS) - 2)
-    share = num_tokens / (1 << left) - 1
-    features = np.zeros(_NUM_FEATURES)
-    features[left] = 1 - share
-    features[left + 1] = share
-    features[-3] = num_drafted > 0
-    features[-2] = num_drafted / _DRAFT_UNIT
-    features[-1] = num_context_tokens / _CONTEXT_UNIT
+    """[len(num_drafted), _NUM_FEATURES], what the coefficients are multiplied with."""
+    features = np.empty((len(num_drafted), _NUM_FEATURES))
+    num_tokens = num_rows + num_drafted
+    features[:, 0] = 1
+    features[:, 1] = num_tokens / _TOKEN_UNIT
+    np.subtract(num_tokens[:, None], _KNOTS, out=features[:, 2:-4])
+    np.maximum(features[:, 2:-4], 0, out=features[:, 2:-4])
+    features[:, 2:-4] /= _KNOTS
+    features[:, -4] = num_rows / _TOKEN_UNIT
+    features[:, -3] = num_drafted / _TOKEN_UNIT
+    features[:, -2] = num_drafted > 0
+    features[:, -1] = num_context_tokens / _CONTEXT_UNIT
     return features
 
 
-def _bends() -> NDArray[np.float64]:
-    """[knots - 2, features], how far f is, at a knot, from the line through the two
-    before.
-    """
-    bends = np.zeros((len(_KNOTS) - 2, _NUM_FEATURES))
-    ratios = np.diff(_KNOTS)[1:] / np.diff(_KNOTS)[:-1]
-    for i, ratio in enumerate(ratios):
-        bends[i, i : i + 3] = ratio, -1 - ratio, 1
-    return bends
-
-
-_BENDS = _bends()
-
-
-def _straightness(
-    coefficients: NDArray[np.float64], floor_s: float
+def _least_squares(
+    matrix: NDArray[np.float64], vector: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """The squares of the bends, each relative to what f is there."""
-    seconds = np.maximum(coefficients[2 : len(_KNOTS)], floor_s)
-    ridge: NDArray[np.float64] = np.eye(_NUM_FEATURES) * (_RIDGE / floor_s**2)
-    ridge += _BENDS.T @ ((_STRAIGHTNESS / seconds**2)[:, None] * _BENDS)
-    return ridge
+    """The x >= 0 with the least x'matrix x - 2 vector'x, or nearly.
+
+    What would be less than zero is left out until nothing is; none comes back, as in
+    the exact algorithm (Lawson & Hanson 1974) some might.
+    """
+    solution = np.zeros(len(vector))
+    left = np.arange(len(vector))
+    while len(left):
+        some = np.linalg.solve(matrix[np.ix_(left, left)], vector[left])
+        if (some >= 0).all():
+            solution[left] = some
+            break
+        left = left[some > 0]
+    return solution

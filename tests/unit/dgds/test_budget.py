@@ -119,9 +119,9 @@ def test_steps_look_for_drafts_as_often_as_that_pays():
     assert looks(budget, [[0.5]] * 8, num_steps=1600) == 100
     # Drafts cost nothing, and save as much as half a look takes.
     budget = AdaptiveBudget(model_of(lambda rows, drafted: 0.005), 8, 8)
-    looks(budget, [[0.1], []], num_steps=200)
-    expected = pytest.approx(400 * (0.005 * 0.1 / 2) / 0.001, rel=0.3)
-    assert looks(budget, [[0.1], []], num_steps=400) == expected
+    looks(budget, [[0.2], []], num_steps=200)
+    expected = pytest.approx(400 * (0.005 * 0.2 / 2) / 0.001, rel=0.3)
+    assert looks(budget, [[0.2], []], num_steps=400) == expected
 
 
 def test_when_drafts_pay_again_every_step_looks_for_them_soon():
