@@ -2,12 +2,12 @@
 
 A recorded rollout (`aseer record`) is replayed: whatever the model samples, a request
 emits its recorded tokens, so that every arm does the same work; every token is checked.
-For each batch size one pair of one-core engines an arm, all up at once, that run so many
-requests at a time; an arm's engines idle while another's work. A rollout has `--rounds`
-times as many requests, so that places that become free are taken again: else the slowest
-request would be all that counts. They come from the recorded groups with the longest
-responses, cut off at `--max-tokens`, in groups of at most 8. Arms take turns within a
-repetition, and each is compared with the first arm in the same repetition.
+For each batch size one pair of one-core engines an arm, all up at once, that run so
+many requests at a time; an arm's engines idle while another's work. A rollout has
+`--rounds` times as many requests, so that places that become free are taken again: else
+the slowest request would be all that counts. They come from the recorded groups with
+the longest responses, cut off at `--max-tokens`, in groups of at most 8. Arms take turns
+within a repetition, and each is compared with the first arm in the same repetition.
 
 Beside the gain stands what drafts of the same acceptance would gain if making them cost
 nothing and a step took what undrafted steps of as many tokens take, interpolated

@@ -224,7 +224,7 @@ class Calibration:
     _NUM_BINS = 12
     _PRIOR_TOKENS = 10.0
     _MEMORY_TOKENS = 4000.0
-    _FIT_EVERY = 32  # tokens: a fit takes longer than all else here
+    _FIT_EVERY = 256  # tokens: a fit takes longer than all else here
 
     def __init__(self) -> None:
         centres = (np.arange(self._NUM_BINS) + 0.5) / self._NUM_BINS

@@ -39,7 +39,7 @@ _log = logging.getLogger("aseer.dgds")
 _MAX_IDLE_S = 0.02  # between steps; after more the engine had nothing to do
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Row:
     """A chunk that runs here.
 
@@ -65,6 +65,24 @@ class _Row:
 
 
 _NOTHING = np.empty(0, np.float32)
+
+
+class _Batch:
+    """Rows that run together, and what stays the same as long as they do.
+
+    Attributes:
+        handles, bases, ends, stops, weights: [num_rows] of `_Row`'s; `ends` without the
+            last token, which is sampled by itself.
+    """
+
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        num = len(rows)
+        self.rows = list(rows)
+        self.handles = np.fromiter((r.handle for r in rows), np.int64, num)
+        self.bases = np.fromiter((r.base for r in rows), np.int64, num)
+        self.ends = np.fromiter((r.end - 1 for r in rows), np.int64, num)
+        self.stops = np.fromiter((r.may_stop_at for r in rows), np.int64, num)
+        self.weights = np.fromiter((r.weight for r in rows), np.float64, num)
 
 
 class GroupDrafter:
@@ -168,6 +186,7 @@ class _Drafting:
         self._probe_weight = probe_weight
         self._max_model_len = max_model_len
         self._rows: dict[str, _Row] = {}
+        self._batch = _Batch([])
 
     def step(
         self,
@@ -188,8 +207,10 @@ class _Drafting:
             most = self._budget.max_draft_tokens(len(rows))
             if most:
                 looks_since = time.perf_counter()
-                self._append(rows, places, num_tokens, token_ids)
-                self._draft(rows, places, num_tokens, most, drafts)
+                if self._batch.rows != rows:
+                    self._batch = _Batch(rows)
+                self._append(places, num_tokens, token_ids)
+                self._draft(places, num_tokens, most, drafts)
                 self._budget.pay(time.perf_counter() - looks_since)
         step_s = self._clock.end_step(since)
         self._observe(len(sampled), len(rows), num_tokens, step_s, is_profile)
@@ -276,25 +297,25 @@ class _Drafting:
 
     def _append(
         self,
-        rows: Sequence[_Row],
         places: Sequence[int],
         num_tokens: NDArray[np.int32],
         token_ids: NDArray[np.int32],
     ) -> None:
         """Give the trees what was sampled since they were last looked at."""
-        ends = num_tokens[places].tolist()
+        batch = self._batch
+        ends = num_tokens[places]
+        starts = np.fromiter((r.num_held for r in batch.rows), np.int64, len(places))
         new = [
-            token_ids[place, row.base + row.num_held : end]
-            for place, row, end in zip(places, rows, ends, strict=True)
+            token_ids[place, start:end]
+            for place, start, end in zip(
+                places, (batch.bases + starts).tolist(), ends.tolist(), strict=True
+            )
         ]
-        starts = np.fromiter((r.num_held for r in rows), np.int64, len(rows))
-        handles = np.fromiter((r.handle for r in rows), np.int64, len(rows))
         offsets = row_offsets(map(len, new), len(new))
-        held = self._replica.append(handles, np.concatenate(new), offsets, starts)
-        for row, num_held in zip(rows, held.tolist(), strict=True):
+        held = self._replica.append(batch.handles, np.concatenate(new), offsets, starts)
+        for row, num_held in zip(batch.rows, held.tolist(), strict=True):
             row.num_held = num_held
-        bases = np.fromiter((r.base for r in rows), np.int64, len(rows))
-        lost = held != num_tokens[places] - bases
+        lost = held != ends - batch.bases
         if lost.any():
             self._lose_track(int(lost.sum()))
 
@@ -308,26 +329,23 @@ class _Drafting:
 
     def _draft(
         self,
-        rows: Sequence[_Row],
         places: Sequence[int],
         num_tokens: NDArray[np.int32],
         most: int,
         drafts: list[list[int]],
     ) -> None:
-        num_rows = len(rows)
-        handles = np.fromiter((r.handle for r in rows), np.int64, num_rows)
+        batch = self._batch
         texts = num_tokens[places]
-        ends = np.fromiter((r.end for r in rows), np.int64, num_rows)
-        stops = np.fromiter((r.may_stop_at for r in rows), np.int64, num_rows)
-        ends -= 1  # the last token is sampled by itself
-        ends = np.where(texts < stops, np.minimum(stops, ends), ends)
+        ends = np.where(
+            texts < batch.stops, np.minimum(batch.stops, batch.ends), batch.ends
+        )
         # Every step samples one token more than it accepts.
         room = np.clip(ends - texts - 1, 0, most).astype(np.int32)
-        found = self._replica.draft(handles, room, min_confidence=MIN_CONFIDENCE)
+        found = self._replica.draft(batch.handles, room, min_confidence=MIN_CONFIDENCE)
         candidates = Candidates(
             confidences=found.confidences,
             offsets=found.offsets,
-            weights=np.fromiter((r.weight for r in rows), np.float64, num_rows),
+            weights=batch.weights,
             num_context_tokens=int(texts.sum()),
         )
         lengths = self._budget.choose(candidates)
@@ -336,7 +354,7 @@ class _Drafting:
             start = int(found.offsets[i])
             end = start + int(lengths[i])
             drafts[places[i]] = tokens[start:end]
-            rows[i].drafted = found.confidences[start:end]
+            batch.rows[i].drafted = found.confidences[start:end]
 
     def _observe(
         self,
