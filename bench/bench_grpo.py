@@ -1,7 +1,7 @@
 """Does training on aseer's rollouts learn what it learns on plain vLLM's, and how fast?
 
-Runs `examples/grpo/train.py` for every seed on every sampler, all from one warm start,
-and compares their metrics: `vllm` is plain vLLM, `aseer` the library as it comes,
+Runs `examples/grpo/train.py` for every seed on every sampler, a seed's from one warm start
+made with that seed, and compares their metrics: `vllm` is plain vLLM, `aseer` the library as it comes,
 `aseer+dgds` with drafts from siblings. Runs are kept in a directory, and go on there
 after an interruption.
 
@@ -165,7 +165,8 @@ def run(
             folder = kept / f"{arm}-{seed}"
             if not (folder / "policy").exists():
                 print(f"seed {seed}, {arm}: see {folder / 'train.log'}", flush=True)
-                train(folder, kept / "warm", seed, arm, options, args.deadline)
+                warm = kept / f"warm-{seed}"
+                train(folder, warm, seed, arm, options, args.deadline)
             runs[arm].append(rows_of(folder))
             print(f"seed {seed}, {arm}: {held_out(runs[arm][-1])}", flush=True)
     return runs
