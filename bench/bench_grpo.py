@@ -1,9 +1,9 @@
 """Does training on aseer's rollouts learn what it learns on plain vLLM's, and how fast?
 
-Runs `examples/grpo/train.py` for every seed on every sampler, a seed's from one warm start
-made with that seed, and compares their metrics: `vllm` is plain vLLM, `aseer` the library as it comes,
-`aseer+dgds` with drafts from siblings. Runs are kept in a directory, and go on there
-after an interruption.
+Runs `examples/grpo/train.py` for every seed on every sampler, a seed's from one warm
+start made with that seed, and compares their metrics: `vllm` is plain vLLM, `aseer` the
+library as it comes, `aseer+dgds` with drafts from siblings. Runs are kept in a
+directory, and go on there after an interruption.
 
 Reported for each sampler: the reward on held-out problems before and after, by seed;
 the rollout's share of an iteration; tokens per second of rollouts, and of the trainer's
