@@ -6,8 +6,8 @@ For each batch size one pair of one-core engines an arm, all up at once, that ru
 many requests at a time; an arm's engines idle while another's work. A rollout has
 `--rounds` times as many requests, so that places that become free are taken again: else
 the slowest request would be all that counts. They come from the recorded groups with
-the longest responses, cut off at `--max-tokens`, in groups of at most 8. Arms take turns
-within a repetition, and each is compared with the first arm in the same repetition.
+the longest responses, cut off at `--max-tokens`, in groups of at most 8. Arms take
+turns within a repetition, and each is compared with the first in the same repetition.
 
 Beside the gain stands what drafts of the same acceptance would gain if making them cost
 nothing and a step took what undrafted steps of as many tokens take, interpolated
