@@ -1,8 +1,9 @@
 // Which token comes next, and how likely it is to be accepted.
 //
-// The longest orders of context that match cast a vote each. As in PPM with interpolated
-// counts, the orders are folded from the shortest to the longest, each trusting itself
-// by how often it was seen; the token of the highest blended frequency is drafted.
+// The longest orders of context that match cast a vote each. As in PPM with
+// interpolated counts, the orders are folded from the shortest to the longest, each
+// trusting itself by how often it was seen; the token of the highest blended frequency
+// is drafted.
 //
 // That frequency is not yet a probability of acceptance: the texts are few and alike.
 // A logistic regression on it, the length of the match, how often and by whom the
@@ -29,11 +30,12 @@ struct Order {
   uint32_t match;  // Tokens of the context.
 };
 
-// The longest orders of a context, found by a walk along links, as far as the first that
-// has always been followed by the same token: the shorter ones know less (the
-// deterministic contexts of PPM*, Cleary & Teahan 1997; there, the shortest of them). The
-// states are mostly out of cache: each step asks for what the next one and Blend will
-// read, so that walks that take turns wait for nothing. Valid until the tree changes.
+// The longest orders of a context, found by a walk along links, as far as the first
+// that has always been followed by the same token: the shorter ones know less (the
+// deterministic contexts of PPM*, Cleary & Teahan 1997; there, the shortest of them).
+// The states are mostly out of cache: each step asks for what the next one and Blend
+// will read, so that walks that take turns wait for nothing. Valid until the tree
+// changes.
 class Orders {
  public:
   static constexpr uint32_t kMax = 3;
