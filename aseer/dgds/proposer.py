@@ -10,6 +10,10 @@ last token is sampled without a draft: vLLM keeps the KV of a step's tokens for 
 only once the next step begins, and the next chunk would compute again what was accepted
 in the last. Nor do drafts reach past the chunk's `max_tokens`: what the engine would
 sample there is thrown away, and must not be in the tree.
+
+A step that does not look for drafts leaves the trees alone: the next look gives them
+all that was sampled since. What a chunk sampled between its last look and its end they
+get when the request goes on here, or from the server.
 """
 
 from __future__ import annotations

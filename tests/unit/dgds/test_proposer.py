@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from aseer.dgds.budget import FixedBudget
+from aseer.dgds.messages import Deltas, GroupDelta, RequestDelta
 from aseer.dgds.proposer import GroupDrafter
 from aseer.dgds.replica import Replica, RequestKey
 from aseer.dgds.steptime import StepTimeModel
@@ -209,6 +210,25 @@ def test_steps_without_a_look_are_made_up_for_by_the_next(engine):
     engine.step([5])
     assert engine.text("a") == [5, 6, 7, 8, 5]
     assert engine.drafts == [[6, 7, 8, 5]]
+
+
+def test_what_a_chunk_sampled_after_its_last_look_comes_from_the_server(engine):
+    engine.add("a", [5, 6])
+    engine.add("b", [])
+    engine.step([7], [5])
+    engine.budget.limit = 0
+    engine.step([8], [6])
+    del engine.runner.input_batch.req_id_to_index["a"]
+    engine.runner.input_batch.req_ids[0] = "gone"
+    engine.budget.limit = MAX_DRAFT_TOKENS
+    engine.step([], [7])
+    assert engine.text("a") == [5, 6, 7]
+    assert engine.text("b") == [5, 6, 7]
+    asked = engine.replica.fetch()
+    assert asked.cache_infos == {"g": {"a": 3, "b": 3}}
+    news = RequestDelta("a", 3, np.array([8], np.int32).tobytes())
+    engine.replica.apply(Deltas([GroupDelta("g", True, [news])]), now=0.0)
+    assert engine.text("a") == [5, 6, 7, 8]
 
 
 def test_an_error_ends_drafting_and_nothing_else(engine, caplog):
