@@ -13,12 +13,13 @@ Arms with the same drafts share engines, of which all are up at once; those of o
 arms idle meanwhile (or, with `--restart`, are started when their turn comes). Arms that
 divide requests have engines with a KV pool, as aseer has by default where LMCache is
 installed: without one, what waits is computed again. Repetitions are interleaved, in an
-order that turns, and each arm is compared with verl's way in the same repetition. No
-run finds KV, drafts or suffixes of an earlier one. By default engines have KV for a
-third of what the requests that they may run at once would need; `--kv plentiful` has
-enough for all. At the end the arms without drafts are simulated at the measured pace,
-to see how far simulations can be believed, and each is compared with the least time
-that any order could have taken (`least_over_measured`).
+order that turns, and each arm is compared with verl's way in the same repetition. In
+every repetition prompts come in another order, as a trainer's would: where the few long
+responses begin is luck. No run finds KV, drafts or suffixes of an earlier one. By
+default engines have KV for a third of what the requests that they may run at once would
+need; `--kv plentiful` has enough for all. At the end the arms without drafts are
+simulated at the measured pace, to see how far simulations can be believed, and each is
+compared with the least time that any order could have taken (`least_over_measured`).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from replaying import (
     sampling_of,
 )
 from rollout_page import write_page
-from simulating import fit_cluster, least_wall, measure_prefill, simulated_walls
+from simulating import fit_clusters, least_wall, measure_prefill, simulated_walls
 
 import aseer
 from aseer import trace
@@ -171,11 +172,13 @@ class Engines:
         return engine
 
 
-def groups_of(recorded: Trace, arm: Arm, args: argparse.Namespace) -> list[aseer.Group]:
+def groups_of(
+    recorded: Trace, arm: Arm, repetition: int, args: argparse.Namespace
+) -> list[aseer.Group]:
     """The trace's groups, named by their places in it, as an arm is given them."""
     sampling = sampling_of(recorded, args.temperature, args.end_token)
     groups = []
-    for place, group in arm.order(recorded):
+    for place, group in arm.order(recorded, repetition):
         lengths = [len(response) for response in group.responses]
         groups.append(
             aseer.Group(
@@ -190,11 +193,15 @@ def groups_of(recorded: Trace, arm: Arm, args: argparse.Namespace) -> list[aseer
 
 
 def replay(
-    engine: aseer.Engine, arm: Arm, recorded: Trace, args: argparse.Namespace
+    engine: aseer.Engine,
+    arm: Arm,
+    recorded: Trace,
+    repetition: int,
+    args: argparse.Namespace,
 ) -> RolloutReport:
     """One rollout, of which every token is checked."""
     forget(engine)
-    groups = groups_of(recorded, arm, args)
+    groups = groups_of(recorded, arm, repetition, args)
     rollout = engine.rollout_sync(groups, policy=arm.policy, chunk_size=args.chunk_size)
     missing = {str(g.group_id): g.n for g in groups}
     num_spare = int((1 - arm.wanted) * len(groups))
@@ -273,7 +280,8 @@ def run(
                 order.sort(key=lambda arm: kinds.index(kind_of(arm, args)))
                 kinds = [*kinds[1:], kinds[0]]
             for arm in order:
-                report = replay(engines.of(kind_of(arm, args)), arm, recorded, args)
+                engine = engines.of(kind_of(arm, args))
+                report = replay(engine, arm, recorded, repetition, args)
                 runs.append(Run(repetition, arm.name, figures_of(report), report))
                 if args.reports is not None:
                     args.reports.mkdir(parents=True, exist_ok=True)
@@ -422,26 +430,30 @@ def main() -> None:
         "repetitions": len({r.repetition for r in runs}),
         **sizes._asdict(),
     }
-    cluster = fit_cluster(
+    figures: Mapping[str, Any] = {"arms": summaries(arms, runs)}
+    clusters = fit_clusters(
         arms,
         runs,
         max_num_seqs=args.max_num_seqs,
         prefill_token_s=args.prefill_token_s,
     )
-    figures: Mapping[str, Any] = {"arms": summaries(arms, runs)}
-    if cluster is not None:
-        simulated = simulated_walls(arms, cluster, recorded, args.chunk_size)
-        for arm in arms:
-            own = [r.report for r in runs if r.arm == arm.name]
-            summary = figures["arms"][arm.name]
-            if arm.name in simulated:
-                summary["simulated_over_measured"] = quantiles(
-                    [simulated[arm.name] / report.wall_s for report in own]
-                )
-            if arm.wanted == 1:
-                summary["least_over_measured"] = quantiles(
-                    [least_wall(r, cluster, recorded) / r.wall_s for r in own]
-                )
+    simulated = simulated_walls(arms, runs, clusters, recorded, args.chunk_size)
+    for arm in arms:
+        own = [run.report for run in runs if run.arm == arm.name]
+        summary = figures["arms"][arm.name]
+        if arm.name in simulated:
+            walls = zip(simulated[arm.name], own, strict=True)
+            summary["simulated_over_measured"] = quantiles(
+                [wall_s / report.wall_s for wall_s, report in walls]
+            )
+        cluster = clusters.get(arm.pool)
+        if cluster is not None and arm.wanted == 1:
+            summary["least_over_measured"] = quantiles(
+                [
+                    least_wall(report, cluster, recorded) / report.wall_s
+                    for report in own
+                ]
+            )
     line = result_line("rollout_vllm", settings=settings, figures=figures)
     if args.page is not None:
         write_page(args.page, arms, runs, json.loads(line))

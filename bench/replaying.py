@@ -78,9 +78,10 @@ class Arm(NamedTuple):
     pool: bool = False
     wanted: float = 1.0
 
-    def order(self, recorded: Trace) -> list[tuple[int, TraceGroup]]:
+    def order(self, recorded: Trace, seed: int) -> list[tuple[int, TraceGroup]]:
         """The groups as they are handed out, each with its place in the trace."""
         groups = list(enumerate(recorded.groups))
+        random.Random(seed).shuffle(groups)
         if self.knows_lengths and self.policy == "group-least-unfinished":
             groups.sort(key=lambda item: -sum(map(len, item[1].responses)))
         return groups

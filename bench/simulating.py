@@ -14,7 +14,7 @@ from aseer.sim.fit import LinearSteps, fit_steps
 from aseer.sim.workload import Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from replaying import Arm, Run
 
@@ -22,25 +22,46 @@ if TYPE_CHECKING:
     from aseer.trace import Trace
 
 _INSTANCES_A_RUN = 1000
-_AT_ONCE = 1e30  # bytes a second
 
 
-def fit_cluster(
+def fit_clusters(
     arms: Sequence[Arm],
     runs: Sequence[Run],
     *,
     max_num_seqs: int,
     prefill_token_s: float,
-) -> Cluster | None:
-    """The engines at the pace of all runs without drafts together; None without any.
+) -> dict[bool, Cluster]:
+    """Engines with a KV pool (True) and without, at the pace of their runs.
+
+    Of the runs without drafts, all together; none for engines that had no such run.
 
     Args:
         prefill_token_s: as `measure_prefill` has it; a timeline does not tell.
     """
-    names = {arm.name for arm in arms if arm.drafting == "off" and arm.wanted == 1}
-    reports = [run.report for run in runs if run.arm in names]
-    if not reports:
-        return None
+    clusters = {}
+    for pool in (False, True):
+        names = {a.name for a in arms if a.pool is pool and _is_simulated(a)}
+        reports = [run.report for run in runs if run.arm in names]
+        if not reports:
+            continue
+        try:
+            cluster = _fit(reports, max_num_seqs, prefill_token_s)
+        except ConfigError as error:
+            print(f"nothing is simulated of {sorted(names)}: {error}")
+            continue
+        print(f"simulates {sorted(names)} with steps of {cluster.step_time}")
+        clusters[pool] = cluster
+    return clusters
+
+
+def _is_simulated(arm: Arm) -> bool:
+    """Not with drafts, whose acceptance the simulator takes from the paper."""
+    return arm.drafting == "off" and arm.wanted == 1
+
+
+def _fit(
+    reports: Sequence[RolloutReport], max_num_seqs: int, prefill_token_s: float
+) -> Cluster:
     instances = reports[0].instances
     capacity = instances[0].num_kv_blocks * instances[0].block_size
     timeline = [
@@ -48,44 +69,51 @@ def fit_cluster(
         for number, report in enumerate(reports)
         for sample in report.timeline
     ]
-    try:
-        fitted = fit_steps(timeline, dict.fromkeys(_ids(timeline), capacity))
-    except ConfigError as error:
-        print(f"nothing is simulated: {error}")
-        return None
-    step_time = replace(fitted, prefill_token_s=prefill_token_s)
-    print(f"simulates steps of {step_time}")
+    fitted = fit_steps(timeline, dict.fromkeys(_ids(timeline), capacity))
+    pools = [report.kv for report in reports if report.kv is not None]
+    load_s = sum(kv.num_loads * kv.load_p50_s for kv in pools)
+    num_loaded = sum(kv.num_loaded_tokens for kv in pools)
     return Cluster(
         num_instances=len(instances),
-        step_time=step_time,
+        step_time=replace(fitted, prefill_token_s=prefill_token_s),
         num_kv_tokens=capacity,
         block_size=instances[0].block_size,
         max_num_seqs=max_num_seqs,
+        kv_bytes_per_token=1,
+        load_bytes_per_s=num_loaded / load_s if num_loaded and load_s else None,
+        shares_prompts=True,
     )
 
 
 def simulated_walls(
-    arms: Sequence[Arm], cluster: Cluster, recorded: Trace, chunk_size: int
-) -> dict[str, float]:
-    """Seconds that each arm's rollout takes when it is simulated.
+    arms: Sequence[Arm],
+    runs: Sequence[Run],
+    clusters: Mapping[bool, Cluster],
+    recorded: Trace,
+    chunk_size: int,
+) -> dict[str, list[float]]:
+    """Seconds that each arm's rollout takes when it is simulated, by repetition.
 
-    Loads from the pool take no time (they take little). Arms with drafts are left out,
-    whose acceptance the simulator takes from the paper, and those that end early.
+    Arms with drafts are left out, and those that end early.
     """
-    walls = {}
+    walls: dict[str, list[float]] = {}
     for arm in arms:
-        if arm.drafting != "off" or arm.wanted != 1:
+        cluster = clusters.get(arm.pool)
+        if cluster is None or not _is_simulated(arm):
             continue
-        workload = _workload(recorded, arm)
-        known = workload.lengths if arm.knows_lengths else None
-        report = simulate(
-            workload,
-            replace(cluster, load_bytes_per_s=_AT_ONCE if arm.pool else None),
-            policy=arm.policy,
-            known_lengths=known,
-            chunk_size=chunk_size,
-        )
-        walls[arm.name] = report.wall_s
+        walls[arm.name] = []
+        for run in runs:
+            if run.arm != arm.name:
+                continue
+            workload = _workload(recorded, arm, run.repetition)
+            report = simulate(
+                workload,
+                cluster,
+                policy=arm.policy,
+                known_lengths=workload.lengths if arm.knows_lengths else None,
+                chunk_size=chunk_size,
+            )
+            walls[arm.name].append(report.wall_s)
     return walls
 
 
@@ -94,8 +122,8 @@ def least_wall(report: RolloutReport, cluster: Cluster, recorded: Trace) -> floa
 
     With the tokens a step and the drafts that a rollout had in the mean, if all engines
     are evenly loaded to the last step and their KV is always full. An estimate, no
-    bound: the price of a step is fitted to all arms without drafts, and long responses,
-    which take most of the KV, may repeat themselves more than the mean.
+    bound: the price of a step is fitted to such engines without drafts, and long
+    responses, which take most of the KV, may repeat themselves more than the mean.
 
         steps = max(KV token-steps / KV, requests' steps / places, longest response)
         steps x (what a step costs) + each token computed + each token of KV read
@@ -143,9 +171,9 @@ def _ids(timeline: Sequence[TimelineSample]) -> set[int]:
     return {sample.instance_id for sample in timeline}
 
 
-def _workload(recorded: Trace, arm: Arm) -> Workload:
+def _workload(recorded: Trace, arm: Arm, repetition: int) -> Workload:
     """In the order in which the arm gets the groups."""
-    groups = [group for _, group in arm.order(recorded)]
+    groups = [group for _, group in arm.order(recorded, repetition)]
     return Workload(
         name=arm.name,
         lengths=[[len(r) for r in group.responses] for group in groups],

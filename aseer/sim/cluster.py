@@ -58,6 +58,8 @@ class Cluster:
         kv_bytes_per_token: of all layers; only for loads from the pool.
         load_bytes_per_s: KV that an instance reads from the pool; None = no pool, a
             request that moves is computed anew.
+        shares_prompts: siblings that run on an instance share full blocks of their
+            prompt's KV (prefix caching).
     """
 
     num_instances: int
@@ -67,6 +69,7 @@ class Cluster:
     max_num_seqs: int = 256
     kv_bytes_per_token: float = 0.0
     load_bytes_per_s: float | None = None
+    shares_prompts: bool = False
 
 
 def simulate(
@@ -152,6 +155,7 @@ class _Rollout:
                 load_bytes_per_s=cluster.load_bytes_per_s,
                 kv_bytes_per_token=cluster.kv_bytes_per_token,
                 drafting=self._drafting,
+                shared_block_size=cluster.block_size if cluster.shares_prompts else 0,
             )
             for _ in range(cluster.num_instances)
         ]
@@ -188,6 +192,7 @@ class _Rollout:
                 block_size=cluster.block_size,
                 max_num_seqs=cluster.max_num_seqs,
                 max_model_len=cluster.num_kv_tokens,
+                shares_prompts=cluster.shares_prompts,
             )
             self._recorder.instance_up(info, InstanceLoad())
             self._take(self._controller.instance_up(info, 0.0))
@@ -257,6 +262,9 @@ class _Rollout:
                 num_tokens = min(self._left[chunk.request_id], chunk.max_tokens)
                 self._chunks[chunk.request_id] = (i, chunk.chunk_id)
                 engine.add(chunk, num_tokens, self._class_of(chunk.group_id))
+                self._controller.scheduler.begin(
+                    chunk.group_id, chunk.instance_id, chunk.request_id
+                )
             elif isinstance(command, Finished):
                 touched |= self._finished(command.response)
         for i in touched:

@@ -15,20 +15,21 @@ As in vLLM, work that does not fit waits in arrival order, and when the KV of ru
 requests has grown into all there is, the one admitted last is preempted: its KV is
 dropped, it waits in front, and is computed anew. Prompts and recomputed tokens hold the
 batch up for as long as they take (engines mix them with decoding, in the same time).
-Prompts of a group are not shared.
+While a request runs, its siblings share the full blocks of its prompt's KV, if engines
+are to share them at all.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from aseer.sim.drafting import Drafting
     from aseer.sim.hardware import StepTime
-    from aseer.types import Chunk, ChunkId, RequestId
+    from aseer.types import Chunk, ChunkId, GroupId, RequestId
 
 _EPSILON = 1e-6
 _ALL = 1e18
@@ -45,16 +46,34 @@ class Ended(NamedTuple):
 class _Work:
     """A chunk in the engine."""
 
-    __slots__ = ("cached", "chunk", "class_", "end_at", "left", "num_tokens", "total")
+    __slots__ = (
+        "cached",
+        "chunk",
+        "class_",
+        "end_at",
+        "left",
+        "loading",
+        "num_shared",
+        "num_tokens",
+        "total",
+    )
 
-    def __init__(self, chunk: Chunk, num_tokens: int, class_: int) -> None:
+    def __init__(
+        self, chunk: Chunk, num_tokens: int, class_: int, block_size: int
+    ) -> None:
         self.chunk = chunk
-        self.num_tokens = (len(chunk.prompt) + len(chunk.generated)) // 4  # at start
+        num_prompt_tokens = len(chunk.prompt) // 4
+        self.num_tokens = num_prompt_tokens + len(chunk.generated) // 4  # at start
+        # Of its prompt; a request computes at least one token.
+        self.num_shared = (
+            (num_prompt_tokens - 1) // block_size * block_size if block_size else 0
+        )
         self.total = num_tokens
         self.left = float(num_tokens)  # while it does not run
         self.class_ = class_
         self.end_at = 0.0
         self.cached = 0
+        self.loading = 0
 
 
 class _Class:
@@ -81,12 +100,15 @@ class SimEngine:
         load_bytes_per_s: float | None = None,
         kv_bytes_per_token: float = 0.0,
         drafting: Drafting | None = None,
+        shared_block_size: int = 0,
     ) -> None:
         """Start idle, at time 0.
 
         Args:
             load_bytes_per_s: from a pool that keeps all KV; None = there is no pool.
             drafting: None = no speculation.
+            shared_block_size: siblings share full blocks of their prompt; 0 = they
+                share nothing.
         """
         self._step_time = step_time
         self._capacity = float(num_kv_tokens)
@@ -95,6 +117,8 @@ class SimEngine:
             kv_bytes_per_token / load_bytes_per_s if load_bytes_per_s else None
         )
         self._drafting = drafting
+        self._shared_block_size = shared_block_size
+        self._num_sharing: Counter[GroupId] = Counter()
         num_classes = drafting.num_classes if drafting else 1
         self._classes = [_Class() for _ in range(num_classes)]
         self._running: OrderedDict[ChunkId, _Work] = OrderedDict()  # as admitted
@@ -104,6 +128,7 @@ class SimEngine:
         self._cache: OrderedDict[RequestId, int] = OrderedDict()  # of who waits
         self._cached = 0.0
         self._kv = 0.0  # of what runs, in tokens
+        self._shared = 0.0  # counted more than once in that
         self._loading = 0.0  # KV held for what arrives
         self._stall_s = 0.0  # prefill that is to be done before the next step
         self._plan: _Plan | None = None
@@ -126,11 +151,17 @@ class SimEngine:
     @property
     def kv_used(self) -> float:
         """Share of the KV capacity, 0 to 1."""
-        return min(1.0, (self._kv + self._loading) / self._capacity)
+        return min(1.0, 1.0 - self._room / self._capacity)
+
+    @property
+    def _room(self) -> float:
+        """Tokens of KV that are free; a request's last token has none yet."""
+        held = self._kv - len(self._running) - self._shared + self._loading
+        return self._capacity - held
 
     def add(self, chunk: Chunk, num_tokens: int, class_: int = 0) -> None:
         """A chunk arrives that will generate `num_tokens` tokens."""
-        work = _Work(chunk, num_tokens, class_)
+        work = _Work(chunk, num_tokens, class_, self._shared_block_size)
         held = self._cache.pop(chunk.request_id, 0)
         self._cached -= held
         to_compute = work.num_tokens - 1
@@ -139,7 +170,8 @@ class SimEngine:
             self.loaded_tokens += missing
             self.load_s += missing * self._load_s
             work.cached = to_compute
-            self._loading += work.num_tokens
+            work.loading = work.num_tokens - self._find(work)
+            self._loading += work.loading
             self._evict()
             at = self.now + missing * self._load_s
             heapq.heappush(self._arriving, (at, chunk.chunk_id, work))
@@ -178,11 +210,11 @@ class SimEngine:
         self._move(now)
         while self._arriving and self._arriving[0][0] <= now + _EPSILON:
             work = heapq.heappop(self._arriving)[2]
-            self._loading -= work.num_tokens
+            self._loading -= work.loading
             self._run(work)
             self._plan = None
         self._end()
-        if self._kv + self._loading > self._capacity - _EPSILON:
+        if self._room < _EPSILON:
             self._preempt()
         self._admit()
 
@@ -213,6 +245,7 @@ class SimEngine:
                     continue  # it left this class
                 del self._running[chunk_id]
                 class_.count -= 1
+                self._unshare(work)
                 held = work.num_tokens + work.total
                 self._kv -= held
                 self._keep(work.chunk.request_id, held - 1)
@@ -232,16 +265,20 @@ class SimEngine:
             held = work.num_tokens + work.total - work.left
             # The others take their next tokens first: who was preempted stays out.
             needed = held + len(self._running)
-            if self._running and self._kv + self._loading + needed > self._capacity:
+            found = self._find(work)
+            if self._running and needed - found > self._room:
                 return
             self._waiting.popleft()
-            self._stall_s += self._step_time.prefill_s(int(held) - 1 - work.cached)
+            cached = max(work.cached, found)
+            self._stall_s += self._step_time.prefill_s(int(held) - 1 - cached)
             self._run(work)
             self._plan = None
 
     def _run(self, work: _Work) -> None:
         self._running[work.chunk.chunk_id] = work
         self._kv += work.num_tokens + work.total - work.left
+        self._shared += self._find(work)
+        self._num_sharing[work.chunk.group_id] += 1
         self._join(work)
         self._evict()
 
@@ -266,11 +303,20 @@ class SimEngine:
         if len(self._running) > 1:
             _, work = self._running.popitem()
             self._leave(work)
+            self._unshare(work)
             self._kv -= work.num_tokens + work.total - work.left
             work.cached = 0
             self._waiting.appendleft(work)
             self.num_preemptions += 1
             self._plan = None
+
+    def _find(self, work: _Work) -> int:
+        """Tokens of its prompt that a sibling holds."""
+        return work.num_shared if self._num_sharing[work.chunk.group_id] else 0
+
+    def _unshare(self, work: _Work) -> None:
+        self._num_sharing[work.chunk.group_id] -= 1
+        self._shared -= self._find(work)
 
     # KV of requests that wait elsewhere, oldest first
 
@@ -280,8 +326,7 @@ class SimEngine:
         self._evict()
 
     def _evict(self) -> None:
-        room = self._capacity - self._kv - self._loading
-        while self._cache and self._cached > room:
+        while self._cache and self._cached > self._room:
             self._cached -= self._cache.popitem(last=False)[1]
 
     # Time
@@ -300,8 +345,7 @@ class SimEngine:
         tokens_a_step = sum(class_.count * class_.rate for class_ in self._classes)
         steps = min(map(self._steps_to_end, self._classes))
         if num_running > 1:
-            room = self._capacity - self._kv - self._loading
-            steps = min(steps, max(room, 0.0) / tokens_a_step)
+            steps = min(steps, max(self._room, 0.0) / tokens_a_step)
         first = self._step_time.seconds(num_tokens, self._kv)
         last = self._step_time.seconds(num_tokens, self._kv + steps * tokens_a_step)
         added = (last - first) / steps if steps > _EPSILON else 0.0

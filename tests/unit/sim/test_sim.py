@@ -264,7 +264,11 @@ def test_a_request_that_changes_its_class_is_counted_in_one():
 
     def run(request_id, chunk_id, class_):
         chunk = SimpleNamespace(
-            chunk_id=chunk_id, request_id=request_id, prompt=b"", generated=b""
+            chunk_id=chunk_id,
+            request_id=request_id,
+            group_id="g",
+            prompt=bytes(4),
+            generated=b"",
         )
         engine.add(chunk, 8)
         engine.set_class(chunk_id, class_)
@@ -276,6 +280,31 @@ def test_a_request_that_changes_its_class_is_counted_in_one():
     run("b", chunk_id=1, class_=1)
     assert engine.num_generated == pytest.approx(16)
     assert engine.now == pytest.approx(16 * 0.01)
+
+
+def test_siblings_share_their_prompt_where_engines_do():
+    # Alone, three requests of 4 + 1 blocks do not fit into 12 blocks at once.
+    work = workload([16, 16, 16], num_prompt_tokens=65)
+    small = cluster(1, num_kv_tokens=12 * 16, step_time=Steps(prefill=1e-3))
+    alone = simulate(work, small, policy="least-loaded")
+    shared = simulate(work, replace(small, shares_prompts=True), policy="least-loaded")
+    ends = [c.t_s for c in shared.completions]
+    assert ends == pytest.approx([ends[0]] * 3)
+    assert alone.wall_s > 1.8 * (shared.wall_s - 0.064)
+    # The first of them computes 64 tokens of the prompt, the others find them.
+    assert shared.wall_s == pytest.approx(0.064 + decode_s(3, 67, 16), rel=1e-2)
+
+
+def test_reservations_hold_where_prompts_are_shared():
+    work = workload(*[[300, 90, 700, 150]] * 6, num_prompt_tokens=200)
+    small = cluster(2, num_kv_tokens=100 * 16, shares_prompts=True)
+    for load_bytes_per_s in (None, 1e9):
+        pooled = replace(
+            small, load_bytes_per_s=load_bytes_per_s, kv_bytes_per_token=1e4
+        )
+        report = simulate(work, pooled, chunk_size=64)
+        assert report.num_preemptions == 0
+        assert report.num_output_tokens == 6 * 1240
 
 
 def test_priors_start_the_longest_group_first():
