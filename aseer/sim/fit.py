@@ -198,6 +198,7 @@ def read_report(path: Path | str, *, max_num_seqs: int = 256) -> Measured:
             num_kv_tokens=min(capacity.values()),
             block_size=block_size,
             max_num_seqs=max_num_seqs,
+            shares_prompts=True,  # as vLLM does by default
         ),
         report=report,
         speculated=speculated,

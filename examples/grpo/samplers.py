@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,6 +72,7 @@ class VllmSampler:
     def __init__(self, model: Path, **settings: Any) -> None:
         self._args = {"model": str(model), **settings}
         self._engines: list[Any] = []
+        self._sockets = tempfile.TemporaryDirectory()  # which vLLM leaves behind
         self._num_samples = 0
         self.acceptance_length = 1.0
 
@@ -79,6 +81,7 @@ class VllmSampler:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = self._args
+        os.environ["VLLM_RPC_BASE_PATH"] = self._sockets.name
         for i in range(args["num_instances"]):
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(i)
             engine_args = AsyncEngineArgs(
@@ -99,6 +102,7 @@ class VllmSampler:
     async def __aexit__(self, *error: object) -> None:
         for engine in self._engines:
             engine.shutdown()
+        self._sockets.cleanup()
 
     async def rollout(self, groups: Groups) -> AsyncIterator[list[Sample]]:
         """Whole groups as they are complete; for lists of groups only."""
