@@ -315,8 +315,12 @@ class SimEngine:
         return work.num_shared if self._num_sharing[work.chunk.group_id] else 0
 
     def _unshare(self, work: _Work) -> None:
-        self._num_sharing[work.chunk.group_id] -= 1
-        self._shared -= self._find(work)
+        group_id = work.chunk.group_id
+        self._num_sharing[group_id] -= 1
+        if self._num_sharing[group_id]:
+            self._shared -= work.num_shared
+        else:
+            del self._num_sharing[group_id]
 
     # KV of requests that wait elsewhere, oldest first
 
