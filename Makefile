@@ -8,7 +8,7 @@ ARGS ?=
 CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo grpo test test-quick lint format bench clean
+.PHONY: help setup demo grpo test test-quick lint format bench bench-smoke clean
 
 help:
 	@echo "make demo        roll out 64 requests on two vLLM engines on this CPU"
@@ -17,7 +17,8 @@ help:
 	@echo "make test-quick  unit and property tests (under a minute)"
 	@echo "make lint        ruff, mypy, clang-format, codespell; changes nothing"
 	@echo "make format      let ruff and clang-format change what they can"
-	@echo "make bench       every benchmark's smoke run, then a short replay (20 minutes)"
+	@echo "make bench       a recorded rollout replayed by every arm (within 20 minutes)"
+	@echo "make bench-smoke every benchmark's smoke run"
 	@echo "make setup       only make or update .venv"
 	@echo "make clean       remove build outputs and caches, but not .venv"
 
@@ -52,11 +53,13 @@ format: setup
 	$(BIN)/clang-format -i $$($(CPP_FILES))
 
 bench: setup
+	$(BIN)/python bench/bench_rollout_vllm.py --quick
+
+bench-smoke: setup
 	@for file in bench/bench_*.py; do \
 	    echo "$$file --smoke"; \
 	    $(BIN)/python $$file --smoke || [ $$? -eq 77 ] || exit 1; \
 	done
-	$(BIN)/python bench/bench_rollout_vllm.py --quick
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
