@@ -301,7 +301,7 @@ def parse_sizes(text: str) -> list[int]:
 def describe(work: Workload, cluster: Cluster) -> str:
     """What is simulated, in a line or two."""
     longest = max(n for members in work.lengths for n in members)
-    share = cluster.num_kv_tokens * cluster.num_instances / work.num_tokens
+    share = min(1.0, cluster.num_kv_tokens * cluster.num_instances / work.num_tokens)
     engines = f"{cluster.num_instances} instances {describe_steps(cluster)}"
     return (
         f"{work.name}: {work.num_requests:,} responses, {work.num_tokens:,} tokens, "
