@@ -31,6 +31,7 @@ import statistics
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,14 +49,20 @@ from replaying import (
     sampling_of,
 )
 from rollout_page import write_page
-from simulating import fit_clusters, least_wall, measure_prefill, simulated_walls
+from simulating import (
+    fit_clusters,
+    is_simulated,
+    least_wall,
+    measure_prefill,
+    simulated_wall,
+)
 
 import aseer
 from aseer import trace
 from aseer.cli import record
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from aseer.report import RolloutReport
     from aseer.trace import Trace
@@ -430,30 +437,37 @@ def main() -> None:
         "repetitions": len({r.repetition for r in runs}),
         **sizes._asdict(),
     }
-    figures: Mapping[str, Any] = {"arms": summaries(arms, runs)}
     clusters = fit_clusters(
         arms,
         runs,
         max_num_seqs=args.max_num_seqs,
         prefill_token_s=args.prefill_token_s,
     )
-    simulated = simulated_walls(arms, runs, clusters, recorded, args.chunk_size)
+    figures: dict[str, Any] = {
+        "arms": summaries(arms, runs),
+        "fitted_steps": {
+            "with pool" if pool else "without": asdict(cluster.step_time)
+            for pool, cluster in clusters.items()
+        },
+    }
     for arm in arms:
-        own = [run.report for run in runs if run.arm == arm.name]
-        summary = figures["arms"][arm.name]
-        if arm.name in simulated:
-            walls = zip(simulated[arm.name], own, strict=True)
-            summary["simulated_over_measured"] = quantiles(
-                [wall_s / report.wall_s for wall_s, report in walls]
-            )
         cluster = clusters.get(arm.pool)
-        if cluster is not None and arm.wanted == 1:
-            summary["least_over_measured"] = quantiles(
-                [
-                    least_wall(report, cluster, recorded) / report.wall_s
-                    for report in own
-                ]
-            )
+        if cluster is None or arm.wanted != 1:
+            continue
+        own = [run for run in runs if run.arm == arm.name]
+        compared = {
+            "least_over_measured": [
+                least_wall(run.report, cluster, recorded) / run.report.wall_s
+                for run in own
+            ]
+        }
+        if is_simulated(arm):
+            compared["simulated_over_measured"] = [
+                simulated_wall(arm, run.repetition, cluster, recorded, args.chunk_size)
+                / run.report.wall_s
+                for run in own
+            ]
+        figures["arms"][arm.name] |= {k: quantiles(v) for k, v in compared.items()}
     line = result_line("rollout_vllm", settings=settings, figures=figures)
     if args.page is not None:
         write_page(args.page, arms, runs, json.loads(line))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ from aseer.sim.fit import LinearSteps, fit_steps
 from aseer.sim.workload import Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from replaying import Arm, Run
 
@@ -40,7 +41,7 @@ def fit_clusters(
     """
     clusters = {}
     for pool in (False, True):
-        names = {a.name for a in arms if a.pool is pool and _is_simulated(a)}
+        names = {a.name for a in arms if a.pool is pool and is_simulated(a)}
         reports = [run.report for run in runs if run.arm in names]
         if not reports:
             continue
@@ -54,8 +55,8 @@ def fit_clusters(
     return clusters
 
 
-def _is_simulated(arm: Arm) -> bool:
-    """Not with drafts, whose acceptance the simulator takes from the paper."""
+def is_simulated(arm: Arm) -> bool:
+    """Not with drafts, whose acceptance is the paper's there, nor if it ends early."""
     return arm.drafting == "off" and arm.wanted == 1
 
 
@@ -71,8 +72,9 @@ def _fit(
     ]
     fitted = fit_steps(timeline, dict.fromkeys(_ids(timeline), capacity))
     pools = [report.kv for report in reports if report.kv is not None]
-    load_s = sum(kv.num_loads * kv.load_p50_s for kv in pools)
+    load_s = sum(kv.num_loads * kv.load_p50_s for kv in pools)  # about
     num_loaded = sum(kv.num_loaded_tokens for kv in pools)
+    loads_at = num_loaded / load_s if load_s else math.inf
     return Cluster(
         num_instances=len(instances),
         step_time=replace(fitted, prefill_token_s=prefill_token_s),
@@ -80,41 +82,24 @@ def _fit(
         block_size=instances[0].block_size,
         max_num_seqs=max_num_seqs,
         kv_bytes_per_token=1,
-        load_bytes_per_s=num_loaded / load_s if num_loaded and load_s else None,
+        load_bytes_per_s=loads_at if pools else None,
         shares_prompts=True,
     )
 
 
-def simulated_walls(
-    arms: Sequence[Arm],
-    runs: Sequence[Run],
-    clusters: Mapping[bool, Cluster],
-    recorded: Trace,
-    chunk_size: int,
-) -> dict[str, list[float]]:
-    """Seconds that each arm's rollout takes when it is simulated, by repetition.
-
-    Arms with drafts are left out, and those that end early.
-    """
-    walls: dict[str, list[float]] = {}
-    for arm in arms:
-        cluster = clusters.get(arm.pool)
-        if cluster is None or not _is_simulated(arm):
-            continue
-        walls[arm.name] = []
-        for run in runs:
-            if run.arm != arm.name:
-                continue
-            workload = _workload(recorded, arm, run.repetition)
-            report = simulate(
-                workload,
-                cluster,
-                policy=arm.policy,
-                known_lengths=workload.lengths if arm.knows_lengths else None,
-                chunk_size=chunk_size,
-            )
-            walls[arm.name].append(report.wall_s)
-    return walls
+def simulated_wall(
+    arm: Arm, repetition: int, cluster: Cluster, recorded: Trace, chunk_size: int
+) -> float:
+    """Seconds that an arm's rollout takes when it is simulated."""
+    workload = _workload(recorded, arm, repetition)
+    report = simulate(
+        workload,
+        cluster,
+        policy=arm.policy,
+        known_lengths=workload.lengths if arm.knows_lengths else None,
+        chunk_size=chunk_size,
+    )
+    return report.wall_s
 
 
 def least_wall(report: RolloutReport, cluster: Cluster, recorded: Trace) -> float:

@@ -262,6 +262,7 @@ class _Rollout:
                 num_tokens = min(self._left[chunk.request_id], chunk.max_tokens)
                 self._chunks[chunk.request_id] = (i, chunk.chunk_id)
                 engine.add(chunk, num_tokens, self._class_of(chunk.group_id))
+                # Siblings that are placed after it find its prompt there.
                 self._controller.scheduler.begin(
                     chunk.group_id, chunk.instance_id, chunk.request_id
                 )

@@ -62,6 +62,7 @@ def test_a_report_gives_the_engines_and_the_lengths(capsys, tmp_path):
     out = " ".join(capsys.readouterr().out.split())
     assert "report: 4 responses, 2,400 tokens" in out
     assert "2 instances whose steps take 10 ms" in out
+    assert ": 100% of the rollout fits at once" in out
     assert "That rollout took" in out
 
 
