@@ -195,15 +195,6 @@ class SuffixForest:
         return self._native.requests(group)
 
     @property
-    def weights(self) -> NDArray[np.float64]:
-        """What was learned about drafting; a copy, and assignable to another forest."""
-        return self._native.weights
-
-    @weights.setter
-    def weights(self, weights: NDArray[np.float64]) -> None:
-        self._native.weights = weights
-
-    @property
     def num_groups(self) -> int:
         """Number of open groups."""
         return self._native.num_groups

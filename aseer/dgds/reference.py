@@ -23,12 +23,14 @@ PROMPT_SLOT = -1
 MAX_ORDERS = 3
 SURE = 2
 RANKED = 3
-STRENGTH = 1.0
+STRENGTH = 2.0
 SHORT_STRENGTH = 4.0
 OWN_BONUS = 2.0
 FLOOR = 1e-3
 RATE = 0.0005
+TOKEN_RATE = 0.1
 RECENT_RATE = 0.05
+PLACE_BITS = 12
 FITTED = (-1.268, 0.728, 0.388, 0.218, 0.217, 0.214, 0.542, -0.426, -0.686, 1.075)
 
 
@@ -99,6 +101,7 @@ class Prediction(NamedTuple):
     match_length: int
     probability: float
     features: list[float]
+    places: tuple[int, int]
 
 
 @dataclass
@@ -124,9 +127,12 @@ class Blend:
 
     def __init__(self) -> None:
         self.weights = list(FITTED)
+        self.token_weights = [0.0] * (2 << PLACE_BITS)
 
-    def predict(self, orders: Sequence[Order], reader: Reader) -> list[Prediction]:
-        """Rank what may come next, likeliest first."""
+    def predict(
+        self, orders: Sequence[Order], reader: Reader, last: int
+    ) -> list[Prediction]:
+        """Rank what may come next after the token `last`, likeliest first."""
         orders = self._longest(orders)
         candidates = self._nominate(orders)
         for order in reversed(orders):
@@ -149,8 +155,11 @@ class Blend:
         for token, candidate in ranked:
             features = self._describe(candidate, orders, reader)
             match_length = orders[candidate.order].match_length
-            probability = self._probability(features)
-            predictions.append(Prediction(token, match_length, probability, features))
+            places = (place_of(token), place_of(last) + (1 << PLACE_BITS))
+            probability = self._probability(features, places)
+            predictions.append(
+                Prediction(token, match_length, probability, features, places)
+            )
         return predictions
 
     def _longest(self, orders: Sequence[Order]) -> list[Order]:
@@ -191,16 +200,19 @@ class Blend:
             reader.recent,
         ]
 
-    def _probability(self, features: Sequence[float]) -> float:
+    def _probability(self, features: Sequence[float], places: Sequence[int]) -> float:
         score = sum(w * x for w, x in zip(self.weights, features, strict=True))
+        score += sum(self.token_weights[place] for place in places)
         return 1 / (1 + math.exp(-score))
 
     def learn(self, prediction: Prediction, reader: Reader, *, right: bool) -> None:
         """Follow a prediction's fate."""
         reader.recent += RECENT_RATE * (float(right) - reader.recent)
-        step = RATE * (float(right) - prediction.probability)
+        error = float(right) - prediction.probability
         for i, x in enumerate(prediction.features):
-            self.weights[i] += step * x
+            self.weights[i] += RATE * error * x
+        for place in prediction.places:
+            self.token_weights[place] += TOKEN_RATE * error
 
 
 @dataclass
@@ -347,7 +359,14 @@ class ReferenceForest:
         return [*context[-step.match_length :], step.token][-self.max_match :]
 
     def _predict(self, request: Request, context: list[int]) -> list[Prediction]:
-        return self.blend.predict(request.group.orders(context), request.reader)
+        orders = request.group.orders(context)
+        last = context[-1] if context else -1
+        return self.blend.predict(orders, request.reader, last)
+
+
+def place_of(token: int) -> int:
+    """Where a token's weight is."""
+    return (token * 2654435761 & 0xFFFFFFFF) >> (32 - PLACE_BITS)
 
 
 def writer_bit(slot: int) -> int:

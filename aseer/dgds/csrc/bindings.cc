@@ -140,15 +140,6 @@ NB_MODULE(_cst, m) {
                 aseer::dgds::WithoutGil([&] { return forest.Requests(group); }));
           },
           "group"_a)
-      .def_prop_rw(
-          "weights",
-          [](const SuffixForest& forest) {
-            return aseer::dgds::Give(forest.weights());
-          },
-          [](SuffixForest& forest, const Input<double>& weights) {
-            forest.set_weights(View(weights));
-          },
-          nb::rv_policy::move)
       .def_prop_ro("num_groups", &SuffixForest::num_groups)
       .def_prop_ro("num_tokens", &SuffixForest::num_tokens)
       .def_prop_ro("memory_bytes", &SuffixForest::memory_bytes);

@@ -11,13 +11,15 @@ namespace {
 
 constexpr uint32_t kMaxOrders = Orders::kMax;
 constexpr uint32_t kMaxCandidates = kMaxOrders * kRanked;
-constexpr float kStrength = 1.0f;       // Pseudo-count of the shorter orders,
+constexpr float kStrength = 2.0f;       // Pseudo-count of the shorter orders,
 constexpr float kShortStrength = 4.0f;  // and more of it, divided by the match.
 constexpr uint32_t kOwnBonus = 2;       // What a request wrote, it writes again.
 constexpr float kFloor = 1e-3f;         // Frequency of a token before any order.
 constexpr float kTolerance = 1e-5f;     // Of sums of frequencies.
 constexpr double kRate = 0.0005;
+constexpr double kTokenRate = 0.1;
 constexpr double kRecentRate = 0.05;
+constexpr uint32_t kPlaceBits = 12;  // Of tokens, hashed.
 constexpr std::array<double, kNumFeatures> kFitted = {
     -1.268, 0.728, 0.388, 0.218, 0.217, 0.214, 0.542, -0.426, -0.686, 1.075};
 
@@ -30,6 +32,12 @@ const std::array<float, 256> kLog1p = [] {
 // log(1 + n), from a table where n is small, as it nearly always is.
 float Log1p(uint32_t n) {
   return n < kLog1p.size() ? kLog1p[n] : std::log1p(static_cast<float>(n));
+}
+
+// Tokens that share a place share a weight. By Knuth's multiplicative hash.
+uint16_t PlaceOf(Token token) {
+  return static_cast<uint16_t>(static_cast<uint32_t>(token) * 2654435761u >>
+                               (32 - kPlaceBits));
 }
 
 // A token that some order proposes.
@@ -102,7 +110,9 @@ class Ballot {
          Log1p(edge.count), (edge.writers & reader.writer) != 0 ? 1.0f : 0.0f,
          Log1p(std::popcount(siblings)),
          static_cast<float>(elected.num_firsts) / num_orders, Log1p(order.state->total),
-         Log1p(orders_.size() - 1), static_cast<float>(reader.recent)}};
+         Log1p(orders_.size() - 1), static_cast<float>(reader.recent)},
+        {PlaceOf(edge.token),
+         static_cast<uint16_t>(PlaceOf(orders_.last()) + (1 << kPlaceBits))}};
   }
 
  private:
@@ -156,7 +166,7 @@ class Ballot {
 
 }  // namespace
 
-Blend::Blend() : weights_(kFitted) {}
+Blend::Blend() : weights_(kFitted), token_weights_(2 << kPlaceBits) {}
 
 size_t Blend::Predict(const SuffixTree& tree, const Orders& orders,
                       const Reader& reader, std::span<Prediction> best) const {
@@ -164,17 +174,17 @@ size_t Blend::Predict(const SuffixTree& tree, const Orders& orders,
   const size_t size = ballot.Elect(best.size());
   for (size_t i = 0; i < size; ++i) {
     best[i] = ballot.Describe(i, reader);
-    best[i].probability = Probability(best[i].features);
+    best[i].probability = Probability(best[i]);
   }
   return size;
 }
 
-double Blend::Probability(const Features& features) const {
-  double even = 0;
-  double odd = 0;
+double Blend::Probability(const Prediction& prediction) const {
+  double even = token_weights_[prediction.places[0]];
+  double odd = token_weights_[prediction.places[1]];
   for (size_t i = 0; i < kNumFeatures; i += 2) {
-    even += weights_[i] * features[i];
-    odd += weights_[i + 1] * features[i + 1];
+    even += weights_[i] * prediction.features[i];
+    odd += weights_[i + 1] * prediction.features[i + 1];
   }
   return 1 / (1 + std::exp(-static_cast<float>(even + odd)));
 }
@@ -182,17 +192,13 @@ double Blend::Probability(const Features& features) const {
 void Blend::Learn(const Prediction& prediction, bool right, Reader& reader) {
   const double outcome = right ? 1 : 0;
   reader.recent += kRecentRate * (outcome - reader.recent);
-  const double step = kRate * (outcome - prediction.probability);
+  const double error = outcome - prediction.probability;
   for (size_t i = 0; i < kNumFeatures; ++i) {
-    weights_[i] += step * prediction.features[i];
+    weights_[i] += kRate * error * prediction.features[i];
   }
-}
-
-void Blend::set_weights(std::span<const double> weights) {
-  if (weights.size() != kNumFeatures) {
-    throw std::invalid_argument("weights have another size");
+  for (const uint16_t place : prediction.places) {
+    token_weights_[place] += static_cast<float>(kTokenRate * error);
   }
-  std::ranges::copy(weights, weights_.begin());
 }
 
 }  // namespace aseer::dgds

@@ -9,7 +9,8 @@
 // A logistic regression on it, the length of the match, how often and by whom the
 // token was written there, how many orders agree, and how well this request has been
 // forecast of late makes it one. Its weights start from a fit on recorded responses
-// and follow each forecast's fate by stochastic gradient descent.
+// and follow each forecast's fate by stochastic gradient descent. So do, from nothing,
+// those of two sparse features: which token is forecast, and which token it follows.
 
 #ifndef ASEER_DGDS_BLEND_H_
 #define ASEER_DGDS_BLEND_H_
@@ -24,6 +25,8 @@ namespace aseer::dgds {
 
 inline constexpr size_t kNumFeatures = 10;
 using Features = std::array<float, kNumFeatures>;
+// Where the weights are of the token that is forecast, and of the one before it.
+using Places = std::array<uint16_t, 2>;
 
 struct Order {
   const State* state;
@@ -42,7 +45,7 @@ class Orders {
   static constexpr uint32_t kSure = 2;  // Times, for "always" to mean something.
 
   explicit Orders(const Context& context)
-      : next_(context.state), length_(context.length) {}
+      : next_(context.state), length_(context.length), last_(context.last) {}
 
   // Visits one state; false if the walk is over.
   bool Step(const SuffixTree& tree) {
@@ -62,6 +65,7 @@ class Orders {
     return next_ != kRoot;
   }
 
+  Token last() const { return last_; }  // Of the context.
   uint32_t size() const { return size_; }
   const Order& operator[](size_t i) const { return orders_[i]; }
 
@@ -72,6 +76,7 @@ class Orders {
 
   StateId next_;
   uint32_t length_;
+  Token last_;
   uint32_t size_ = 0;
   std::array<Order, kMax> orders_;
 };
@@ -88,6 +93,7 @@ struct Prediction {
   const Edge* edge;       // Valid until the tree changes.
   double probability;
   Features features;
+  Places places;
 };
 
 class Blend {
@@ -101,13 +107,12 @@ class Blend {
   // One step of gradient descent for a prediction whose token came, or did not.
   void Learn(const Prediction& prediction, bool right, Reader& reader);
 
-  std::vector<double> weights() const { return {weights_.begin(), weights_.end()}; }
-  void set_weights(std::span<const double> weights);
-
+  // Of the dense features.
  private:
-  double Probability(const Features& features) const;
+  double Probability(const Prediction& prediction) const;
 
   std::array<double, kNumFeatures> weights_;
+  std::vector<float> token_weights_;
 };
 
 }  // namespace aseer::dgds

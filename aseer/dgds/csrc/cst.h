@@ -75,6 +75,7 @@ static_assert(sizeof(Edge) == 16 && sizeof(State) == 32);
 struct Context {
   StateId state = kRoot;
   uint32_t length = 0;
+  Token last = -1;  // -1: empty.
 };
 
 // Positions of edges of states that have too many to scan.
@@ -118,11 +119,13 @@ class SuffixTree {
   // The last min(max_match, tokens so far) tokens of a request, to be located.
   Context Cursor(uint32_t slot) const {
     const Request& request = requests_[slot];
-    return {request.cursor, std::min(request.num_tokens, max_match_)};
+    const std::vector<Token>& log = request.log.empty() ? prompt_.log : request.log;
+    return {request.cursor, std::min(request.num_tokens, max_match_),
+            log.empty() ? -1 : log.back()};
   }
   // The context that `edge` leads to from one of `length` tokens, to be located.
   Context Advance(const Edge& edge, uint32_t length) const {
-    return {edge.target, std::min(length + 1, max_match_)};
+    return {edge.target, std::min(length + 1, max_match_), edge.token};
   }
   // A context's state as the tree is now. O(1) amortised over a request's appends.
   Context Locate(Context context) const {

@@ -327,16 +327,6 @@ std::vector<Handle> SuffixForest::Requests(Handle handle) const {
   return group(handle).requests;
 }
 
-std::vector<double> SuffixForest::weights() const {
-  const std::lock_guard lock(mutex_);
-  return blend_.weights();
-}
-
-void SuffixForest::set_weights(std::span<const double> weights) {
-  const std::lock_guard lock(mutex_);
-  blend_.set_weights(weights);
-}
-
 size_t SuffixForest::num_groups() const {
   const std::lock_guard lock(mutex_);
   return groups_.size();

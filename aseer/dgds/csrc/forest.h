@@ -63,8 +63,6 @@ class SuffixForest {
   std::vector<Continuations> Inspect(Handle request) const;
   std::vector<Token> Tokens(Handle request, int64_t start) const;
   std::vector<Handle> Requests(Handle group) const;
-  std::vector<double> weights() const;
-  void set_weights(std::span<const double> weights);
 
   size_t num_groups() const;
   size_t num_tokens() const;

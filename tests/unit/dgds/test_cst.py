@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import threading
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from aseer.dgds.cst import PROMPT_WRITER, RequestHandle, SuffixForest, SuffixTree
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def handles(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -147,21 +151,36 @@ def test_confidence_falls_along_a_path_and_cuts_it() -> None:
     assert len(tree.draft(request, 8, min_confidence=bar)) == 4
 
 
+def drafted_after(forest: SuffixForest, prompt: Sequence[int]) -> float:
+    """Confidence of the token that follows the first of a new group's prompt."""
+    request = forest.open_request(forest.open_group(np.array(prompt, np.int32)))
+    forest.append(handles(request), np.array(prompt[:1], np.int32), handles(0, 1))
+    return float(forest.draft(handles(request), limits(1)).confidences[0])
+
+
+def deceive(forest: SuffixForest, prompt: Sequence[int], times: int) -> None:
+    """Have what follows the first of a prompt forecast, and never come."""
+    for i in range(times):
+        group = forest.open_group(np.array(prompt, np.int32))
+        request = handles(forest.open_request(group))
+        forest.append(request, np.array(prompt[:1], np.int32), handles(0, 1))
+        forest.draft(request, limits(1))
+        forest.append(request, np.array([100 + i], np.int32), handles(0, 1))
+
+
 def test_confidence_learns_what_is_accepted() -> None:
-    tree = SuffixTree([1, 2, 3, 4])
-    deceived = tree.open()
-    before = tree.open()
-    tree.append(before, [1])
-    trusting = tree.draft(before, 1)[0][1]
-    for i in range(200):
-        tree.append(deceived, [1])
-        tree.draft(deceived, 1)
-        tree.append(deceived, [100 + i])
-    other = SuffixTree([1, 2, 3, 4])
-    other.forest.weights = tree.forest.weights
-    request = other.open()
-    other.append(request, [1])
-    assert other.draft(request, 1)[0][1] < trusting
+    forest = SuffixForest()
+    trusting = drafted_after(forest, [1, 2, 3, 4])
+    deceive(forest, [5, 6, 7, 8], times=200)
+    assert drafted_after(forest, [9, 10, 11, 12]) < trusting
+
+
+@pytest.mark.parametrize("doubted", [(21, 6), (5, 22)])
+def test_a_token_that_deceived_is_doubted_elsewhere(doubted: tuple[int, int]) -> None:
+    """One that did not come, and one after which another did."""
+    forest = SuffixForest()
+    deceive(forest, [5, 6], times=50)
+    assert drafted_after(forest, doubted) < 0.8 * drafted_after(forest, (21, 22))
 
 
 def test_tree_of_paths_holds_the_branches_and_the_best_path() -> None:
