@@ -215,6 +215,8 @@ class Recorder:
             drafted=list(total.drafted),
             accepted=list(total.accepted),
             drafting_share=total.drafting_share,
+            drafting_share_p99=total.drafting_share_of(0.99),
+            drafting_share_worst=total.drafting_share_of(1.0),
         )
 
     def _eta(self, throughput: float) -> float | None:

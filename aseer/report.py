@@ -77,6 +77,8 @@ class SpeculationReport:
         drafted: tokens drafted at each position of a draft. accepted: of them, the
             accepted.
         drafting_share: share of the engines' step time spent on drafting, 0 to 1.
+        drafting_share_p99, drafting_share_worst: what it is at most in 99% of the
+            steps, and in all, to a factor of 1.4.
     """
 
     acceptance_length: float
@@ -84,6 +86,8 @@ class SpeculationReport:
     drafted: list[int]
     accepted: list[int]
     drafting_share: float
+    drafting_share_p99: float
+    drafting_share_worst: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -153,18 +153,24 @@ class ChunkProgress:
     end: ChunkEnd | None = None
 
 
+DRAFTING_SHARES = tuple(0.001 * 2 ** (i / 2) for i in range(20))
+"""Upper limits of `DraftCounts.share_buckets`: 0.1% to 72%; one more is beyond."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftCounts:
     """What speculation did, from some moment on.
 
     A draft is what one request had verified in one step; steps without one count
-    nowhere but in `step_s` and `draft_s`.
+    nowhere but in `step_s`, `draft_s` and `share_buckets`.
 
     Attributes:
         num_drafts: drafts verified.
         drafted: tokens drafted at each position of a draft. accepted: of them, the
             accepted.
         step_s: time that steps took. draft_s: of it, spent on drafting.
+        share_buckets: steps by the share of their time spent on drafting, as
+            `DRAFTING_SHARES` has them; empty = none.
     """
 
     num_drafts: int = 0
@@ -172,6 +178,7 @@ class DraftCounts:
     accepted: tuple[int, ...] = ()
     step_s: float = 0.0
     draft_s: float = 0.0
+    share_buckets: tuple[int, ...] = ()
 
     def __add__(self, other: DraftCounts) -> DraftCounts:
         return self._combined(other, 1)
@@ -186,6 +193,7 @@ class DraftCounts:
             accepted=_added(self.accepted, other.accepted, sign),
             step_s=self.step_s + sign * other.step_s,
             draft_s=self.draft_s + sign * other.draft_s,
+            share_buckets=_added(self.share_buckets, other.share_buckets, sign),
         )
 
     @property
@@ -197,6 +205,20 @@ class DraftCounts:
     def drafting_share(self) -> float:
         """Share of the steps' time that drafting takes."""
         return self.draft_s / self.step_s if self.step_s else 0.0
+
+    def drafting_share_of(self, share: float) -> float:
+        """What that share of the steps stays within, to a factor of 1.4; 1 = of all."""
+        return _quantile(self.share_buckets, (*DRAFTING_SHARES, 1.0), share)
+
+
+def _quantile(buckets: Sequence[int], limits: Sequence[float], share: float) -> float:
+    """The limit that so much of the `buckets` lies within; 0 if they are empty."""
+    left = share * sum(buckets)
+    for limit, num in zip(limits, buckets, strict=False):
+        left -= num
+        if left <= 0 < num:
+            return limit
+    return 0.0
 
 
 def _added(a: Sequence[int], b: Sequence[int], sign: int) -> tuple[int, ...]:
@@ -249,12 +271,8 @@ class KvCounts:
 
     def load_latency_s(self, share: float) -> float:
         """The time within which that share of loads was done, to a factor of 1.4."""
-        left = share * sum(self.load_buckets)
-        for limit, num in zip(LATENCY_BUCKETS_S, self.load_buckets, strict=False):
-            left -= num
-            if left <= 0:
-                return limit if self.num_loads else 0.0
-        return LATENCY_BUCKETS_S[-1] if self.num_loads else 0.0
+        limits = (*LATENCY_BUCKETS_S, LATENCY_BUCKETS_S[-1])
+        return _quantile(self.load_buckets, limits, share)
 
     @property
     def move_price(self) -> float | None:

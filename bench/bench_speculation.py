@@ -97,6 +97,7 @@ def measure(
         "drafted_per_step": sum(drafts.drafted) / num_steps if drafts else 0.0,
         "acceptance_length": drafts.acceptance_length if drafts else 1.0,
         "drafting_share": drafts.drafting_share if drafts else 0.0,
+        "worst_drafting_share": drafts.drafting_share_worst if drafts else 0.0,
     }
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ import numpy as np
 from aseer.dgds.budget import MIN_CONFIDENCE, Candidates, Outcome
 from aseer.dgds.messages import EXTRA_ARGS_KEY
 from aseer.dgds.replica import RequestKey, row_offsets
+from aseer.types import DRAFTING_SHARES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,6 +141,7 @@ class StepClock:
     def __init__(self, runner: Any) -> None:
         self.step_s = 0.0
         self.draft_s = 0.0
+        self.share_buckets = [0] * (len(DRAFTING_SHARES) + 1)
         self.num_scheduled: dict[str, int] = {}
         self.num_tokens = 0
         self.was_idle = True  # before the step, so that it took its time to begin
@@ -164,8 +167,10 @@ class StepClock:
         """The step is over, drafting included; its seconds."""
         self._ended_at = time.perf_counter()
         step_s = self._ended_at - self._started_at
+        draft_s = self._ended_at - drafting_since
         self.step_s += step_s
-        self.draft_s += self._ended_at - drafting_since
+        self.draft_s += draft_s
+        self.share_buckets[bisect_left(DRAFTING_SHARES, draft_s / step_s)] += 1
         return step_s
 
 

@@ -78,7 +78,7 @@ class Speculation:
         self._llm = llm
         self._drafting = drafting
         self._counts = DraftCounts()
-        self._times_at_start = (0.0, 0.0)
+        self._times_at_start = DraftCounts()
         self.is_refused = False
 
     @property
@@ -127,11 +127,12 @@ class Speculation:
             if not (is_due or (before and not was_busy)):
                 continue
             asked_at = time.monotonic()
-            step_s, draft_s = await self._times()
+            times = await self._times() - self._times_at_start
             self._counts = replace(
                 self._counts,
-                step_s=step_s - self._times_at_start[0],
-                draft_s=draft_s - self._times_at_start[1],
+                step_s=times.step_s,
+                draft_s=times.draft_s,
+                share_buckets=times.share_buckets,
             )
 
     def record(self, stats: Any) -> None:
@@ -142,9 +143,10 @@ class Speculation:
             accepted=_per_position(stats, "num_accepted_tokens_per_pos"),
         )
 
-    async def _times(self) -> tuple[float, float]:
-        step_s, draft_s = (await self._call("aseer_drafting_times"))[0]
-        return step_s, draft_s
+    async def _times(self) -> DraftCounts:
+        """Of the steps since the worker's start, and of nothing else."""
+        step_s, draft_s, buckets = (await self._call("aseer_drafting_times"))[0]
+        return DraftCounts(step_s=step_s, draft_s=draft_s, share_buckets=tuple(buckets))
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         results: list[Any] = await self._llm.collective_rpc(method, args=args)

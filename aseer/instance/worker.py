@@ -145,7 +145,9 @@ class WorkerExtension:
             replica, drafting.endpoint, identity, drafting.fetch_interval_s
         )
 
-    def aseer_drafting_times(self) -> tuple[float, float]:
-        """Seconds of steps, and of drafting in them, since drafting began."""
+    def aseer_drafting_times(self) -> tuple[float, float, list[int]]:
+        """Of `DraftCounts`: `step_s`, `draft_s` and `share_buckets` since the start."""
         clock = getattr(self.model_runner, "aseer_clock", None)
-        return (clock.step_s, clock.draft_s) if clock else (0.0, 0.0)
+        if clock is None:
+            return 0.0, 0.0, []
+        return clock.step_s, clock.draft_s, clock.share_buckets

@@ -142,6 +142,7 @@ def test_greedy_responses_are_those_without_speculation(plain, drafting):
     assert report.speculation.acceptance_length > 1.5
     assert not any(report.speculation.drafted[ALL_DRAFTS.max_draft_tokens :])
     assert 0 < report.speculation.drafting_share < 1
+    assert report.speculation.drafting_share <= report.speculation.drafting_share_worst
 
 
 @pytest.mark.parametrize(("max_num_seqs", "max_draft_tokens"), [(1, 64), (5, 1)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import pytest
 
 import aseer
 from aseer.errors import ConfigError
 from aseer.instance.launch import Machine, plan_instances
-from aseer.types import DraftCounts
+from aseer.types import DRAFTING_SHARES, DraftCounts
 
 MACHINE = Machine(gpus=(), cores=(0, 1), free_memory_bytes=1 << 34, cpu_only=True)
 
@@ -79,3 +81,14 @@ def test_counts_add_up_and_give_the_acceptance_length():
         num_drafts=2, drafted=(2, 1), accepted=(1,), step_s=1.0
     )
     assert DraftCounts().acceptance_length == 1.0
+
+
+def test_the_share_of_drafting_is_known_of_the_worst_step_too():
+    buckets = [0] * (len(DRAFTING_SHARES) + 1)
+    buckets[bisect_left(DRAFTING_SHARES, 0.01)] = 99
+    buckets[bisect_left(DRAFTING_SHARES, 0.2)] = 1
+    counts = DraftCounts(share_buckets=tuple(buckets))
+    assert 0.01 <= counts.drafting_share_of(0.5) <= 0.015
+    assert 0.2 <= counts.drafting_share_of(1.0) <= 0.3
+    assert (counts - counts).drafting_share_of(1.0) == 0
+    assert DraftCounts(share_buckets=(0,) * 20 + (1,)).drafting_share_of(1.0) == 1

@@ -178,6 +178,7 @@ def test_what_became_of_drafts_is_learnt_and_steps_are_timed(engine):
     assert told == [[True, True, False, False]]
     assert engine.model.predict(1, 0, 10)[0] > 0
     assert 0 < engine.clock.draft_s < engine.clock.step_s
+    assert sum(engine.clock.share_buckets) == 2
 
 
 def test_a_step_that_the_drafter_was_not_told_of_is_made_up_for(engine):
