@@ -15,8 +15,8 @@ class WaitingQueue:
     def __init__(self, rank: Callable[[Waiting, int], Rank]) -> None:
         """Start empty; lowest `rank(request, length estimate of its group)` first.
 
-        No two requests rank the same, and a group's estimate does not change the order
-        of its requests.
+        Siblings rank among each other as if their estimate were 0. No two requests rank
+        the same.
         """
 
     def __len__(self) -> int: ...
@@ -34,6 +34,9 @@ class WaitingQueue:
 
     def set_length_estimate(self, group_id: GroupId, length_estimate: int) -> None:
         """Re-rank a group whose estimate changed."""
+
+    def set_rank(self, rank: Callable[[Waiting, int], Rank]) -> None:
+        """Order by another rank from now on."""
 
     def length_estimate(self, group_id: GroupId) -> int:
         """Of a group of which something waits.

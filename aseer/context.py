@@ -5,6 +5,10 @@ scheduled ahead of everything else) tells how long the others will take. A group
 *length estimate* is its `max_tokens` until a request of it finishes, then the longest
 finished one. Cancelled and failed requests teach nothing.
 
+Beyond the paper: siblings need not be alike. A response that becomes several times as
+long as what was known of its group was *unforeseen*; where more than a few are, what
+siblings tell is not to be relied on, and the scheduler orders otherwise.
+
 Beyond the paper: with `LengthPriors` the longest response to a prompt in an earlier
 rollout is known before anything runs. It counts as one more finished request, and the
 group needs no probe.
@@ -18,8 +22,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aseer.types import GroupId
+    from aseer.types import GroupId, RequestId
 
+UNFORESEEN = 5  # times as long as what was known of its group
+FEW = 0.02  # share of the responses that may be unforeseen where siblings are alike
 MAX_PRIORS = 1_000_000
 _KEY_BYTES = 16
 
@@ -30,19 +36,26 @@ class GroupContext:
 
     Attributes:
         prior: the longest response to its prompt in an earlier rollout.
+        completed: lengths of the finished.
+        unforeseen: who became several times as long as what was known then.
     """
 
     max_tokens: int
     num_requests: int
     prior: int | None = None
     completed: list[int] = field(default_factory=list)
+    unforeseen: set[RequestId] = field(default_factory=set)
+
+    @property
+    def longest_known(self) -> int | None:
+        """Tokens of the longest response, in this rollout or earlier."""
+        longest = max(self.completed, default=self.prior)
+        return longest if longest is None else max(longest, self.prior or 0)
 
     @property
     def length_estimate(self) -> int:
-        longest = max(self.completed, default=self.prior)
-        if longest is None:
-            return self.max_tokens
-        return max(longest, self.prior or 0)
+        longest = self.longest_known
+        return self.max_tokens if longest is None else longest
 
 
 class ContextManager:
@@ -50,6 +63,13 @@ class ContextManager:
 
     def __init__(self) -> None:
         self._groups: dict[GroupId, GroupContext] = {}
+        self._num_told = 0  # finished after something of their group was known
+        self._num_unforeseen = 0
+
+    @property
+    def siblings_are_alike(self) -> bool:
+        """Whether what is known of a group can be relied on, as far as was seen."""
+        return self._num_unforeseen <= FEW * self._num_told
 
     def __getitem__(self, group_id: GroupId) -> GroupContext:
         return self._groups[group_id]
@@ -83,13 +103,29 @@ class ContextManager:
             return None
         return max(group.completed)
 
-    def record_finished(self, group_id: GroupId, length: int) -> bool:
+    def record_length(
+        self, group_id: GroupId, request_id: RequestId, length: int
+    ) -> None:
+        """Learn from a request that has become so long."""
+        group = self._groups[group_id]
+        known = group.longest_known
+        if known is None or length <= UNFORESEEN * known:
+            return
+        if request_id not in group.unforeseen:
+            group.unforeseen.add(request_id)
+            self._num_unforeseen += 1
+
+    def record_finished(
+        self, group_id: GroupId, request_id: RequestId, length: int
+    ) -> bool:
         """Learn from a request that ended by itself.
 
         Returns:
             Whether the group's length estimate changed.
         """
+        self.record_length(group_id, request_id, length)
         group = self._groups[group_id]
+        self._num_told += group.longest_known is not None
         before = group.length_estimate
         group.completed.append(length)
         return group.length_estimate != before

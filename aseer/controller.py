@@ -337,6 +337,9 @@ class Controller:
 
     def _enqueue(self, request: Request) -> None:
         task = request.group
+        num_generated = len(request.tokens)
+        self.context.record_length(task.group_id, request.request_id, num_generated)
+        self.scheduler.set_siblings_alike(alike=self.context.siblings_are_alike)
         lengths = task.known_lengths
         waiting = Waiting(
             request_id=request.request_id,
@@ -344,7 +347,7 @@ class Controller:
             arrival=self._arrivals[task.group_id] + request.index,
             is_probe=request.is_probe and task.length_prior is None,
             num_tokens=request.num_tokens,
-            num_generated=len(request.tokens),
+            num_generated=num_generated,
             remaining=request.remaining,
             divisible=task.undivided_because is None,
             known_length=lengths[request.index] if lengths is not None else None,
@@ -376,10 +379,13 @@ class Controller:
             RequestState.FINISHED_STOPPED,
             RequestState.FINISHED_LENGTH_CAPPED,
         )
-        if learns and self.context.record_finished(group_id, len(request.tokens)):
+        if learns and self.context.record_finished(
+            group_id, request.request_id, len(request.tokens)
+        ):
             self.scheduler.set_length_estimate(
                 group_id, self.context.length_estimate(group_id)
             )
+        self.scheduler.set_siblings_alike(alike=self.context.siblings_are_alike)
         counters = self.counters
         counters.num_finished += 1
         counters.num_cached_tokens += request.num_cached_tokens

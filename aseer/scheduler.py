@@ -33,6 +33,13 @@ fewest: who runs goes on, and fewer change places, each time at the price of loa
 (or, without a pool, computing) KV. Last, a chunk is no longer than what the response is
 expected to take: short responses reserve little, however large chunks may be.
 
+Where siblings turn out not to be alike (`aseer.context`), their group's estimate is
+relied on less: every request first runs until it has a sixteenth of its `max_tokens`,
+long groups first, so that none is found to be long at the end; after that those with
+the most expected to be left go first, and a request is expected to become at least five
+times as long as it is. What is left is compared by its power of two, and who runs goes
+on within that, again for the sake of KV.
+
 Starvation (the paper gives no rate): every `starvation_interval`-th assignment is owed
 to the request that has waited longest, and stays owed until there is room for it.
 
@@ -61,7 +68,9 @@ Placement = Literal[
 ]
 
 RECOMPUTE_TOKENS_PER_REQUEST = 256
-AT_LEAST = 2  # times as long as it is, a request is expected to become
+AT_LEAST = 2  # times as long as it is, a request is expected to become,
+AT_LEAST_UNLIKE = 5  # and where siblings are unlike
+NEW_SHARE = 16  # there a response is new until it has this part of its `max_tokens`
 _NEVER = 1 << 62
 
 
@@ -72,6 +81,7 @@ class Policy:
     Attributes:
         expect: the tokens a response will have in the end, from what is known of it and
             its group's length estimate; None = the policy does not ask.
+        if_unlike: what takes its place where siblings are not alike; None = nothing.
     """
 
     name: PolicyName
@@ -80,12 +90,22 @@ class Policy:
     divided: bool = True
     reserves_kv: bool = True
     expect: Callable[[Waiting, int], int] | None = None
+    if_unlike: Policy | None = None
 
 
 def expect_like_group(request: Waiting, length_estimate: int) -> int:
     """As long as the group's estimate, but at least twice as long as it is."""
+    return _expect_at_least(AT_LEAST, request, length_estimate)
+
+
+def expect_unlike(request: Waiting, length_estimate: int) -> int:
+    """As long as the group's estimate, but at least five times as long as it is."""
+    return _expect_at_least(AT_LEAST_UNLIKE, request, length_estimate)
+
+
+def _expect_at_least(times: int, request: Waiting, length_estimate: int) -> int:
     generated = request.num_generated
-    at_least = min(AT_LEAST * generated, generated + request.remaining)
+    at_least = min(times * generated, generated + request.remaining)
     return max(length_estimate, at_least)
 
 
@@ -101,6 +121,17 @@ def rank_context_aware(request: Waiting, length_estimate: int) -> Rank:
         return (0, request.arrival)
     expected = expect_like_group(request, length_estimate)
     return (1, -expected, -request.num_generated, request.arrival)
+
+
+def rank_unlike(request: Waiting, length_estimate: int) -> Rank:
+    """Probes as they came, then who is new, then by the tokens expected to be left."""
+    if request.is_probe:
+        return (0, request.arrival)
+    generated = request.num_generated
+    if generated * NEW_SHARE < generated + request.remaining:
+        return (1, -length_estimate, request.arrival)
+    left = expect_unlike(request, length_estimate) - generated
+    return (2, -left.bit_length(), -generated, request.arrival)
 
 
 def rank_fcfs(request: Waiting, length_estimate: int) -> Rank:
@@ -119,7 +150,13 @@ POLICIES: Mapping[PolicyName, Policy] = {
     p.name: p
     for p in (
         Policy(
-            "context-aware", rank_context_aware, "affinity", expect=expect_like_group
+            "context-aware",
+            rank_context_aware,
+            "affinity",
+            expect=expect_like_group,
+            if_unlike=Policy(
+                "context-aware", rank_unlike, "affinity", expect=expect_unlike
+            ),
         ),
         Policy("fcfs", rank_fcfs, "affinity"),
         Policy("longest-first", rank_longest_first, "affinity", expect=expect_known),
@@ -194,6 +231,7 @@ class Scheduler:
             starvation_interval: in assignments; 0 = never.
         """
         self.policy = policy
+        self._if_alike = policy
         self.fleet = Fleet()
         self._queue = WaitingQueue(policy.rank)
         self._chunk_size = chunk_size if policy.divided else 0
@@ -257,6 +295,13 @@ class Scheduler:
     def set_length_estimate(self, group_id: GroupId, length_estimate: int) -> None:
         """Re-rank a group whose estimate changed."""
         self._queue.set_length_estimate(group_id, length_estimate)
+
+    def set_siblings_alike(self, *, alike: bool) -> None:
+        """Take the policy for siblings that are, or are not."""
+        policy = self._if_alike if alike else self._if_alike.if_unlike or self._if_alike
+        if policy is not self.policy:
+            self.policy = policy
+            self._queue.set_rank(policy.rank)
 
     def remove_group(self, group_id: GroupId) -> None:
         """Drop a cancelled group's waiting requests."""

@@ -25,6 +25,7 @@ NB_MODULE(_core, m) {
       .def("__contains__", &WaitingQueue::Contains, "request_id"_a)
       .def_prop_ro("num_passed", &WaitingQueue::NumPassed)
       .def("add", &WaitingQueue::Add, "request"_a, "length_estimate"_a)
+      .def("set_rank", &WaitingQueue::SetRank, "rank"_a)
       .def("set_length_estimate", &WaitingQueue::SetLengthEstimate, "group_id"_a,
            "length_estimate"_a)
       .def("length_estimate", &WaitingQueue::LengthEstimate, "group_id"_a)

@@ -63,6 +63,17 @@ void WaitingQueue::SetLengthEstimate(nb::handle group_id, int64_t length_estimat
   Rerank(found->second);
 }
 
+void WaitingQueue::SetRank(nb::callable rank) {
+  rank_ = std::move(rank);
+  ranked_.clear();
+  for (auto& [id, request] : requests_) request.rank = RankOf(request.waiting, 0);
+  for (auto& [id, group] : groups_) {
+    std::ranges::sort(group.members, std::ranges::greater{}, &Request::rank);
+    group.is_ranked = false;
+    Rerank(group);
+  }
+}
+
 int64_t WaitingQueue::LengthEstimate(nb::handle group_id) const {
   const auto found = groups_.find(group_id);
   if (found == groups_.end()) throw nb::key_error("no request of the group waits");

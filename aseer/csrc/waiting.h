@@ -16,8 +16,8 @@ inline constexpr int kMaxPassed = 2;
 
 class WaitingQueue {
  public:
-  // Lowest `rank(request, length estimate of its group)` first. No two requests rank
-  // the same, and an estimate does not change the order within its group.
+  // Lowest `rank(request, length estimate of its group)` first; siblings among each
+  // other as if their estimate were 0. No two requests rank the same.
   explicit WaitingQueue(nb::callable rank) : rank_(std::move(rank)) {}
 
   size_t Size() const { return requests_.size(); }
@@ -26,6 +26,7 @@ class WaitingQueue {
 
   void Add(const nb::tuple& waiting, int64_t length_estimate);
   void SetLengthEstimate(nb::handle group_id, int64_t length_estimate);
+  void SetRank(nb::callable rank);
   int64_t LengthEstimate(nb::handle group_id) const;
   void Remove(const nb::tuple& waiting);
   void RemoveGroup(nb::handle group_id);

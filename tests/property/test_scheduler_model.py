@@ -62,7 +62,7 @@ class NaiveScheduler:
         oldest_fits = True
         while len(passed) < MAX_PASSED:
             ranked = sorted(
-                (r for r in self.waiting if r.group_id not in passed),
+                self.first_of_groups(passed),
                 key=lambda r: self.policy.rank(r, self.estimates[r.group_id]),
             )
             is_oldest = (
@@ -89,6 +89,16 @@ class NaiveScheduler:
             else:
                 passed.append(request.group_id)
         return assigned
+
+    def first_of_groups(self, passed: list[GroupId]) -> list[Waiting]:
+        by_group: dict[GroupId, list[Waiting]] = {}
+        for request in self.waiting:
+            if request.group_id not in passed:
+                by_group.setdefault(request.group_id, []).append(request)
+        return [
+            min(siblings, key=lambda r: self.policy.rank(r, 0))
+            for siblings in by_group.values()
+        ]
 
     def tokens_of(self, request: Waiting) -> int:
         divided = self.policy.divided and request.divisible
@@ -194,6 +204,7 @@ class SchedulersAgree(RuleBasedStateMachine):
         self, policy: Policy, chunk_size: int, interval: int, uniform: bool
     ) -> None:
         self.uniform = uniform
+        self.policy = policy
         self.real = Scheduler(
             policy, chunk_size=chunk_size, starvation_interval=interval
         )
@@ -314,6 +325,14 @@ class SchedulersAgree(RuleBasedStateMachine):
         self.release(assignment)
         self.naive.estimates[request.group_id] = length
         self.real.set_length_estimate(request.group_id, length)
+        self.schedule()
+
+    @rule(alike=st.booleans())
+    def siblings_compared(self, alike: bool) -> None:
+        self.real.set_siblings_alike(alike=alike)
+        self.naive.policy = self.policy
+        if not alike and self.policy.if_unlike is not None:
+            self.naive.policy = self.policy.if_unlike
         self.schedule()
 
     @rule(group=st.sampled_from(GROUPS))

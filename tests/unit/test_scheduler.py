@@ -205,6 +205,45 @@ def test_nobody_is_expected_to_become_longer_than_allowed() -> None:
     assert order_of(scheduler.schedule(no_kv)) == ["b/1", "a/1"]
 
 
+def test_where_siblings_are_unlike_everybody_is_begun_before_anybody_goes_on() -> None:
+    scheduler = scheduler_of("context-aware")
+    scheduler.set_siblings_alike(alike=False)
+    scheduler.add(waiting_of("a", 0, num_generated=20), 30)  # a probe
+    scheduler.add(waiting_of("b", 1, num_generated=7), 100)
+    scheduler.add(waiting_of("b", 2, num_generated=6), 100)  # no sixteenth of 100 yet
+    scheduler.add(waiting_of("c", 1), 30)
+    assert order_of(scheduler.schedule(no_kv)) == ["a/0", "b/2", "c/1", "b/1"]
+
+
+def test_where_siblings_are_unlike_most_expected_to_be_left_goes_first() -> None:
+    scheduler = scheduler_of("context-aware")
+    scheduler.set_siblings_alike(alike=False)
+    for group, num_generated, estimate in [
+        ("a", 30, 100),  # 120, as it should become five times as long as it is
+        ("b", 20, 20),  # 80
+        ("c", 25, 120),  # 100
+        ("d", 200, 250),  # 100, all that it may
+        ("e", 100, 50),  # 200, the same
+        ("f", 290, 20),  # 10
+    ]:
+        scheduler.add(
+            waiting_of(group, 1, num_generated=num_generated, max_tokens=300), estimate
+        )
+    order = [request[0] for request in order_of(scheduler.schedule(no_kv))]
+    # Of 64 to 127 tokens left, those who have the most tokens go on.
+    assert order == ["e", "d", "a", "c", "b", "f"]
+
+
+def test_the_order_changes_with_what_is_seen_of_siblings_and_back() -> None:
+    scheduler = scheduler_of("context-aware", 4)
+    scheduler.add(waiting_of("a", 1, num_generated=20), 100)
+    scheduler.add(waiting_of("b", 1), 30)
+    scheduler.set_siblings_alike(alike=False)
+    assert scheduler.upcoming(2) == ["b/1", "a/1"]
+    scheduler.set_siblings_alike(alike=True)
+    assert scheduler.upcoming(2) == ["a/1", "b/1"]
+
+
 def test_a_finished_probe_does_not_make_another_request_a_probe() -> None:
     scheduler = scheduler_of("context-aware")
     scheduler.add(waiting_of("a", 1), 10)
