@@ -113,6 +113,7 @@ class Controller:
             starvation_interval=starvation_interval,
         )
         self.counters = Counters()
+        self._chunk_size = chunk_size
         self._weight_version = weight_version
         self._num_arrived = 0
         self._arrivals: dict[GroupId, int] = {}
@@ -351,6 +352,7 @@ class Controller:
             remaining=request.remaining,
             divisible=task.undivided_because is None,
             known_length=lengths[request.index] if lengths is not None else None,
+            is_new=num_generated < self._chunk_size,
         )
         self.scheduler.add(waiting, self.context.length_estimate(task.group_id))
 

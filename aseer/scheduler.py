@@ -34,11 +34,11 @@ fewest: who runs goes on, and fewer change places, each time at the price of loa
 expected to take: short responses reserve little, however large chunks may be.
 
 Where siblings turn out not to be alike (`aseer.context`), their group's estimate is
-relied on less: every request first runs until it has a sixteenth of its `max_tokens`,
-long groups first, so that none is found to be long at the end; after that those with
-the most expected to be left go first, and a request is expected to become at least five
-times as long as it is. What is left is compared by its power of two, and who runs goes
-on within that, again for the sake of KV.
+relied on less: every request first runs for a whole chunk, long groups first, so that
+none is found to be long at the end; after that those with the most expected to be left
+go first, and a request is expected to become at least five times as long as it is. What
+is left is compared by its power of two, and who runs goes on within that, again for the
+sake of KV.
 
 Starvation (the paper gives no rate): every `starvation_interval`-th assignment is owed
 to the request that has waited longest, and stays owed until there is room for it.
@@ -70,7 +70,6 @@ Placement = Literal[
 RECOMPUTE_TOKENS_PER_REQUEST = 256
 AT_LEAST = 2  # times as long as it is, a request is expected to become,
 AT_LEAST_UNLIKE = 5  # and where siblings are unlike
-NEW_SHARE = 16  # there a response is new until it has this part of its `max_tokens`
 _NEVER = 1 << 62
 
 
@@ -128,7 +127,7 @@ def rank_unlike(request: Waiting, length_estimate: int) -> Rank:
     if request.is_probe:
         return (0, request.arrival)
     generated = request.num_generated
-    if generated * NEW_SHARE < generated + request.remaining:
+    if request.is_new:
         return (1, -length_estimate, request.arrival)
     left = expect_unlike(request, length_estimate) - generated
     return (2, -left.bit_length(), -generated, request.arrival)

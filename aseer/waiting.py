@@ -33,6 +33,7 @@ class Waiting(NamedTuple):
         arrival: order in which requests came, kept over chunks.
         num_tokens: prompt and generated; remaining: the most it may still generate.
         known_length: the response's true length if known beforehand, else None.
+        is_new: it has not generated a whole chunk's tokens yet.
     """
 
     request_id: RequestId
@@ -44,3 +45,4 @@ class Waiting(NamedTuple):
     remaining: int
     divisible: bool = True
     known_length: int | None = None
+    is_new: bool = False

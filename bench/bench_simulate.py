@@ -96,7 +96,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "starvation_interval": 256,
     },
     "told at first finish": {
-        "policy": replace(CONTEXT, rank=rank_told),
+        "policy": replace(CONTEXT, rank=rank_told, if_unlike=None),
         "known": "lengths",
         "starvation_interval": 256,
     },

@@ -28,6 +28,7 @@ NEEDS_VLLM = pytest.mark.skipif(
         ("overhead", {"ratio_undivided", "ratio_chunks_256"}),
         ("scheduler", {"us_per_decision", "controller_us_per_decision"}),
         ("simulate", {"workloads"}),
+        ("order", {"workloads"}),
         pytest.param(
             "rollout_vllm",
             {"arms"},

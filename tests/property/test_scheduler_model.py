@@ -291,6 +291,7 @@ class SchedulersAgree(RuleBasedStateMachine):
                 divisible=divisible,
                 # Of all members of a group, or of none.
                 known_length=known_length if group in KNOWN else None,
+                is_new=True,
             )
         )
         if not more:
@@ -308,6 +309,7 @@ class SchedulersAgree(RuleBasedStateMachine):
             num_tokens=request.num_tokens + num_new,
             num_generated=request.num_generated + num_new,
             remaining=request.remaining - num_new,
+            is_new=request.num_generated + num_new < 16,
         )
         kv = self.holders.setdefault(request_id, {})
         kv[assignment.instance_id] = 64 * num_new

@@ -76,6 +76,7 @@ def waiting_of(
     max_tokens: int = 100,
     divisible: bool = True,
     known_length: int | None = None,
+    is_new: bool = False,
 ) -> Waiting:
     """A waiting request; groups named a, b, c arrive in that order."""
     order = 8 * (ord(group_id[0]) - ord("a")) + index
@@ -89,6 +90,7 @@ def waiting_of(
         remaining=max_tokens - num_generated,
         divisible=divisible,
         known_length=known_length,
+        is_new=is_new,
     )
 
 

@@ -209,9 +209,9 @@ def test_where_siblings_are_unlike_everybody_is_begun_before_anybody_goes_on() -
     scheduler = scheduler_of("context-aware")
     scheduler.set_siblings_alike(alike=False)
     scheduler.add(waiting_of("a", 0, num_generated=20), 30)  # a probe
-    scheduler.add(waiting_of("b", 1, num_generated=7), 100)
-    scheduler.add(waiting_of("b", 2, num_generated=6), 100)  # no sixteenth of 100 yet
-    scheduler.add(waiting_of("c", 1), 30)
+    scheduler.add(waiting_of("b", 1, num_generated=8), 100)
+    scheduler.add(waiting_of("b", 2, num_generated=6, is_new=True), 100)
+    scheduler.add(waiting_of("c", 1, is_new=True), 30)
     assert order_of(scheduler.schedule(no_kv)) == ["a/0", "b/2", "c/1", "b/1"]
 
 
@@ -237,7 +237,7 @@ def test_where_siblings_are_unlike_most_expected_to_be_left_goes_first() -> None
 def test_the_order_changes_with_what_is_seen_of_siblings_and_back() -> None:
     scheduler = scheduler_of("context-aware", 4)
     scheduler.add(waiting_of("a", 1, num_generated=20), 100)
-    scheduler.add(waiting_of("b", 1), 30)
+    scheduler.add(waiting_of("b", 1, is_new=True), 30)
     scheduler.set_siblings_alike(alike=False)
     assert scheduler.upcoming(2) == ["b/1", "a/1"]
     scheduler.set_siblings_alike(alike=True)
