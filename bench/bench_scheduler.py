@@ -267,7 +267,7 @@ class Deciding:
         self.num_finished += 1
         self._residency.forget(request.request_id)
         group_id = request.group_id
-        if self._context.record_finished(group_id, length):
+        if self._context.record_finished(group_id, request.request_id, length):
             self._scheduler.set_length_estimate(
                 group_id, self._context.length_estimate(group_id)
             )
