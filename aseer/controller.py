@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aseer.buffer import Request, RequestBuffer
 from aseer.context import ContextManager
 from aseer.kv.residency import DEFAULT_MOVE_PRICE, KvResidency
-from aseer.scheduler import POLICIES, Policy, Scheduler
+from aseer.policies import POLICIES, Policy
+from aseer.scheduler import Scheduler
 from aseer.types import (
     Chunk,
     ChunkId,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import print_result, quantiles, result_line
 
-from aseer.scheduler import POLICIES
+from aseer.policies import POLICIES
 from aseer.sim import Cluster, simulate
 from aseer.sim import workload as workloads
 from aseer.sim.fit import LinearSteps
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from aseer.config import PolicyName
-    from aseer.scheduler import Policy
+    from aseer.policies import Policy
     from aseer.sim import Workload
 
 GROUPS = 32

@@ -39,7 +39,8 @@ from common import print_result, quantiles, result_line
 from aseer.context import ContextManager
 from aseer.controller import Controller, Dispatch
 from aseer.kv.residency import KvResidency
-from aseer.scheduler import POLICIES, Scheduler
+from aseer.policies import POLICIES
+from aseer.scheduler import Scheduler
 from aseer.types import (
     Assignment,
     ChunkEnd,

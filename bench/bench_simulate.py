@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from common import commit, print_result, quantiles, result_line
 
-from aseer.scheduler import POLICIES, Policy
+from aseer.policies import POLICIES, Policy
 from aseer.sim import GPUS, MODELS, Cluster, Roofline, simulate
 from aseer.sim import workload as workloads
 

@@ -22,7 +22,7 @@ from aseer import plot
 from aseer.cli.arguments import positive_float, positive_int
 from aseer.config import check_policy
 from aseer.errors import ConfigError
-from aseer.scheduler import POLICIES
+from aseer.policies import POLICIES
 from aseer.sim import GPUS, MODELS, Cluster, ModelShape, Roofline, simulate
 from aseer.sim import workload as workloads
 from aseer.sim.fit import LinearSteps, Measured, read_report

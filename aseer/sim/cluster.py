@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from aseer.controller import Controller, Dispatch, Finished
 from aseer.errors import ConfigError
+from aseer.policies import POLICIES, Policy
 from aseer.recorder import Recorder
-from aseer.scheduler import POLICIES, Policy
 from aseer.sim.drafting import Drafting
 from aseer.sim.engine import SimEngine
 from aseer.types import (

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from aseer.config import POLICY_NAMES
 from aseer.controller import Abort, Controller, Dispatch
-from aseer.scheduler import POLICIES
+from aseer.policies import POLICIES
 from aseer.types import ChunkId, GroupId, InstanceId
 from tests.unit.core import info_of, report_of, task_of
 

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from aseer.policies import POLICIES
 from aseer.scheduler import (
-    POLICIES,
     RECOMPUTE_TOKENS_PER_REQUEST,
     Scheduler,
     chunk_tokens,
@@ -22,7 +22,7 @@ from tests.unit.core import info_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from aseer.scheduler import Policy
+    from aseer.policies import Policy
 
 NUM_INSTANCES = 3
 GROUPS = [GroupId(g) for g in "abcdefgh"]

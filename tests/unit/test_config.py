@@ -16,7 +16,7 @@ from aseer.config import (
     check_policy,
 )
 from aseer.errors import ConfigError
-from aseer.scheduler import POLICIES
+from aseer.policies import POLICIES
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": ""}, "a model name or a directory"),

@@ -27,7 +27,10 @@ CORE = {
     "aseer.fleet": BASE | {"aseer._core"},
     "aseer.waiting": BASE | {"aseer._core"},
     "aseer.prompts": BASE,
-    "aseer.scheduler": BASE | {"aseer.fleet", "aseer.prompts", "aseer.waiting"},
+    "aseer.policies": BASE | {"aseer.waiting"},
+    "aseer.scheduler": BASE
+    | {"aseer.policies"}
+    | {"aseer.fleet", "aseer.prompts", "aseer.waiting"},
     "aseer.kv.residency": BASE | {"aseer._core"},
     "aseer.kv.settings": BASE,
     "aseer.dgds.log": BASE | {"aseer.dgds.messages"},
@@ -45,6 +48,7 @@ CORE = {
         "aseer.context",
         "aseer.fleet",
         "aseer.kv.residency",
+        "aseer.policies",
         "aseer.scheduler",
         "aseer.waiting",
     },

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from aseer.policies import POLICIES
 from aseer.prompts import SharedPrompts
-from aseer.scheduler import POLICIES, Scheduler
+from aseer.scheduler import Scheduler
 from aseer.types import GroupId, InstanceId, RequestId
 from tests.unit.core import info_of, no_kv, waiting_of
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aseer.policies import POLICIES
 from aseer.scheduler import (
-    POLICIES,
     RECOMPUTE_TOKENS_PER_REQUEST,
     Scheduler,
     chunk_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aseer.scheduler import rank_context_aware, rank_fcfs
+from aseer.policies import rank_context_aware, rank_fcfs
 from aseer.types import GroupId
 from aseer.waiting import MAX_PASSED, WaitingQueue
 from tests.unit.core import waiting_of

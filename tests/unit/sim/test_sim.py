@@ -11,7 +11,7 @@ import pytest
 
 from aseer.config import POLICY_NAMES
 from aseer.errors import ConfigError
-from aseer.scheduler import POLICIES
+from aseer.policies import POLICIES
 from aseer.sim import GPUS, MODELS, Cluster, Roofline, Workload, simulate
 from aseer.sim import workload as workloads
 from aseer.sim.drafting import Drafting, acceptance, expected_yield

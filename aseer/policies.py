@@ -1,0 +1,148 @@
+"""Policies: in which order requests wait, and what a response is expected to become.
+
+A *policy* is a pure function, `rank` (which waiting request goes first), a way to
+place, maybe another function, `expect` (how long a response becomes), and two switches:
+whether requests are divided into chunks, and whether KV is reserved before a chunk is
+admitted. Pure: a policy sees one waiting request and its group's length estimate, and
+nothing of instances or time; `aseer.scheduler` asks it.
+
+    context-aware           waiting probes first; then who is expected to be longest,
+                            by the group's length estimate (Seer, Alg. 2)
+    fcfs                    arrival order (divided rollout alone)
+    longest-first           most tokens left first, by lengths known beforehand
+                            (an oracle)
+    group-round-robin       whole groups in turn (veRL in the Seer paper)
+    least-loaded            each request to the instance with the fewest (verl today)
+    group-least-unfinished  whole groups to the instance with the fewest (OpenRLHF)
+
+The last three are baselines: everything is handed to the engines at once, undivided and
+without reservation, and the engines' own queue and preemption do the rest.
+
+Context-aware scheduling differs from the paper's in three points. Whatever its group's
+estimate, a request is expected to become at least twice as long as it is, so that the
+one long response of a group of short ones does not wait behind longer groups until the
+end. And of those alike the one with the most tokens goes first, not the one with the
+fewest: who runs goes on, and fewer change places, each time at the price of loading
+(or, without a pool, computing) KV. Last, a chunk is no longer than what the response is
+expected to take: short responses reserve little, however large chunks may be.
+
+Where siblings turn out not to be alike (`aseer.context`), their group's estimate is
+relied on less: every request first runs for a whole chunk, long groups first, so that
+none is found to be long at the end; after that those with the most expected to be left
+go first, and a request is expected to become at least five times as long as it is. What
+is left is compared by its power of two, and who runs goes on within that, again for the
+sake of KV.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aseer.config import PolicyName
+    from aseer.waiting import Rank, Waiting
+
+Placement = Literal[
+    "affinity", "group-round-robin", "least-loaded", "group-least-unfinished"
+]
+
+AT_LEAST = 2  # times as long as it is, a request is expected to become,
+AT_LEAST_UNLIKE = 5  # and where siblings are unlike
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How to order and place; see the module's table.
+
+    Attributes:
+        expect: the tokens a response will have in the end, from what is known of it and
+            its group's length estimate; None = the policy does not ask.
+        if_unlike: what takes its place where siblings are not alike; None = nothing.
+    """
+
+    name: PolicyName
+    rank: Callable[[Waiting, int], Rank]
+    placement: Placement
+    divided: bool = True
+    reserves_kv: bool = True
+    expect: Callable[[Waiting, int], int] | None = None
+    if_unlike: Policy | None = None
+
+
+def expect_like_group(request: Waiting, length_estimate: int) -> int:
+    """As long as the group's estimate, but at least twice as long as it is."""
+    return _expect_at_least(AT_LEAST, request, length_estimate)
+
+
+def expect_unlike(request: Waiting, length_estimate: int) -> int:
+    """As long as the group's estimate, but at least five times as long as it is."""
+    return _expect_at_least(AT_LEAST_UNLIKE, request, length_estimate)
+
+
+def _expect_at_least(times: int, request: Waiting, length_estimate: int) -> int:
+    generated = request.num_generated
+    at_least = min(times * generated, generated + request.remaining)
+    return max(length_estimate, at_least)
+
+
+def expect_known(request: Waiting, length_estimate: int) -> int:
+    """What is known beforehand; the estimate where nobody knows."""
+    length = request.known_length
+    return length_estimate if length is None else length
+
+
+def rank_context_aware(request: Waiting, length_estimate: int) -> Rank:
+    """Probes as they came, the rest by the longest expected first."""
+    if request.is_probe:
+        return (0, request.arrival)
+    expected = expect_like_group(request, length_estimate)
+    return (1, -expected, -request.num_generated, request.arrival)
+
+
+def rank_unlike(request: Waiting, length_estimate: int) -> Rank:
+    """Probes as they came, then who is new, then by the tokens expected to be left."""
+    if request.is_probe:
+        return (0, request.arrival)
+    generated = request.num_generated
+    if request.is_new:
+        return (1, -length_estimate, request.arrival)
+    left = expect_unlike(request, length_estimate) - generated
+    return (2, -left.bit_length(), -generated, request.arrival)
+
+
+def rank_fcfs(request: Waiting, length_estimate: int) -> Rank:
+    """By arrival."""
+    del length_estimate
+    return (request.arrival,)
+
+
+def rank_longest_first(request: Waiting, length_estimate: int) -> Rank:
+    """By the tokens that are really left."""
+    left = expect_known(request, length_estimate) - request.num_generated
+    return (-left, request.arrival)
+
+
+POLICIES: Mapping[PolicyName, Policy] = {
+    p.name: p
+    for p in (
+        Policy(
+            "context-aware",
+            rank_context_aware,
+            "affinity",
+            expect=expect_like_group,
+            if_unlike=Policy(
+                "context-aware", rank_unlike, "affinity", expect=expect_unlike
+            ),
+        ),
+        Policy("fcfs", rank_fcfs, "affinity"),
+        Policy("longest-first", rank_longest_first, "affinity", expect=expect_known),
+        Policy("group-round-robin", rank_fcfs, "group-round-robin", False, False),
+        Policy("least-loaded", rank_fcfs, "least-loaded", False, False),
+        Policy(
+            "group-least-unfinished", rank_fcfs, "group-least-unfinished", False, False
+        ),
+    )
+}
