@@ -2,8 +2,10 @@
 
 Runs `examples/grpo/train.py` for every seed on every sampler, a seed's from one warm
 start made with that seed, and compares their metrics: `vllm` is plain vLLM, `aseer` the
-library as it comes, `aseer+dgds` with drafts from siblings. Runs are kept in a
-directory, and go on there after an interruption.
+library as it comes, `aseer+dgds` with drafts from siblings; the two called `divided`
+have chunks of 64 tokens and a KV pool, which responses of this length do not need, but
+which must not change what is learnt either. Runs are kept in a directory, and go on
+there after an interruption.
 
 Reported for each sampler: the reward on held-out problems before and after, by seed;
 the rollout's share of an iteration; tokens per second of rollouts, and of the trainer's
@@ -14,7 +16,7 @@ last evaluations, and compared over seeds with their standard error.
 Expected: rewards differ by no more than seeds do, since all sample from the same
 distribution. The rollout's share is about a half, and hardly differs: responses of this
 task are short, and all of a rollout run at once on engines that compute-bound steps
-fill, so there is little for scheduling to gain.
+fill, so there is little for scheduling to gain, and division can only cost.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ ARMS = {
     "vllm": ["--engine", "vllm"],
     "aseer": [],
     "aseer+dgds": ["--speculation", "dgds"],
+    "divided": ["--chunk-size", "64"],
+    "divided+dgds": ["--chunk-size", "64", "--speculation", "dgds"],
 }
+DEFAULT_ARMS = ["vllm", "aseer", "aseer+dgds"]
 LAST = 3  # evaluations that make the reward after training
 Rows = list[dict[str, float]]
 
@@ -177,7 +182,7 @@ def main() -> None:
     add = parser.add_argument
     add("--runs", type=Path, default=ROOT / "runs" / "bench-grpo", help="kept here")
     add("--seeds", type=int, default=3)
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    add("--arms", nargs="+", choices=ARMS, default=DEFAULT_ARMS)
     add("--iterations", type=int, help="default: the example's")
     add("--deadline", type=float, default=3600.0, help="seconds for one training")
     add("--smoke", action="store_true", help="a hardly trained model, two iterations")

@@ -208,6 +208,7 @@ def config_of(args: argparse.Namespace, sockets: str) -> aseer.EngineConfig:
         max_model_len=2048,
         max_num_seqs=64,
         kv_cache_bytes=1 << 30,
+        chunk_size=args.chunk_size,
         kv_pool=args.kv_pool,
         env={SOCKETS: sockets},
     )

@@ -132,6 +132,7 @@ def config_of(
         dtype=args.dtype,
         max_model_len=sizes.max_model_len,
         max_num_seqs=args.max_num_seqs,
+        chunk_size=args.chunk_size,
         speculation=speculation,
         kv_pool=aseer.KvPoolConfig(
             mode=args.kv_pool if kind.pool else "off",

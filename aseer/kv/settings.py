@@ -98,8 +98,8 @@ def plan_pool(
             )
         why = "the connector of kv_transfer_config"
         return _plan(pool, 0, 0, block_size, on_cpu=on_cpu, why=why), why
-    if num_instances < 2 and not is_wanted:
-        return None, "one engine keeps its KV itself"
+    if not is_wanted and (idle := _needless(config, num_instances)) is not None:
+        return None, idle
     obstacle = _obstacle(config, is_installed=is_installed)
     if obstacle is not None:
         if is_wanted:
@@ -136,6 +136,18 @@ def _plan(
         timeout_s=pool.timeout_s,
         why=why,
     )
+
+
+def _needless(config: EngineConfig, num_instances: int) -> str | None:
+    """Why nothing would be loaded from a pool."""
+    if num_instances < 2:
+        return "one engine keeps its KV itself"
+    size, longest = config.chunk_size, config.max_model_len
+    if not size:
+        return "chunk_size=0 divides no request"
+    if longest is not None and size >= longest:
+        return f"chunk_size={size} divides no request of max_model_len={longest}"
+    return None
 
 
 def _obstacle(config: EngineConfig, *, is_installed: bool) -> str | None:

@@ -310,9 +310,8 @@ async def main(args: argparse.Namespace) -> None:
         print(f"going on after iteration {first - 1}")
     problems = iter(lambda: task.group(rng, args.group_size), None)
     make_sampler = VllmSampler if args.engine == "vllm" else AseerSampler
-    settings: dict[str, Any] = {"chunk_size": 64, "speculation": args.speculation}
-    if args.engine == "vllm":
-        settings = {}
+    ours = {"chunk_size": args.chunk_size, "speculation": args.speculation}
+    settings: dict[str, Any] = ours if args.engine == "aseer" else {}
     async with make_sampler(
         warm, num_instances=2, dtype="float32", max_model_len=512, max_num_seqs=128,
         kv_cache_bytes=1 << 30, seed=args.seed, **settings,
@@ -378,6 +377,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--dynamic", action="store_true", help="drop groups that teach nothing (DAPO)")
     add("--max-refill", type=int, default=3, help="batches of groups it may drop")
     add("--speculation", choices=["off", "dgds"], default="off")
+    add("--chunk-size", type=int, default=0, help="0: short responses stay whole")
     add("--minibatches", type=int, default=2)
     add("--micro-batch", type=int, default=16, help="responses in a forward pass")
     add("--lr", type=float, help="at first; falls (default: 2e-4, with smollm2 1e-5)")

@@ -54,6 +54,19 @@ def test_two_engines_have_a_pool_by_themselves_and_one_has_none():
     assert plan(num_instances=1) == (None, "one engine keeps its KV itself")
 
 
+def test_where_no_request_is_divided_a_pool_is_only_had_on_demand():
+    for settings, text in [
+        ({"chunk_size": 0}, "chunk_size=0 divides no request"),
+        ({"chunk_size": 512, "max_model_len": 512}, "of max_model_len=512"),
+    ]:
+        found, why = plan(config=settings)
+        assert found is None
+        assert text in why
+        assert plan(config=settings, mode="lmcache")[0] is not None
+    assert plan(config={"chunk_size": 511, "max_model_len": 512})[0] is not None
+    assert plan(config={"chunk_size": 4096})[0] is not None, "the model's is not known"
+
+
 def test_what_is_in_the_way_is_said():
     for settings, text in [
         ({"mode": "off"}, "switched off"),
