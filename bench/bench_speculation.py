@@ -21,6 +21,7 @@ on sampling from 49k tokens what a draft would save. Drafting takes under 1% of 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 METHODS = ("off", "dgds", "suffix", "ngram")
+MAX_SIBLINGS = 8  # of a group, in a rollout
 Runs = dict[int, list[dict[str, float]]]  # of an arm, by batch size
 
 
@@ -70,7 +72,7 @@ def groups_of(
     left, place = batch * args.engines * args.rounds, start
     while left:
         group = recorded.groups[place % len(recorded.groups)]
-        n = min(8, left, len(group.responses))
+        n = min(MAX_SIBLINGS, left, len(group.responses))
         name = str(place % len(recorded.groups))
         groups.append(
             aseer.Group(group.prompt.tolist(), n=n, group_id=name, sampling=sampling)
@@ -234,6 +236,14 @@ def main() -> None:
         if args.temperature is None:
             args.temperature = recorded.settings.get("temperature", 1.0)
         recorded = longest_groups(recorded, args.groups, args.max_tokens)
+        wanted = max(args.batches) * args.engines * args.rounds
+        there = sum(min(MAX_SIBLINGS, len(g.responses)) for g in recorded.groups)
+        if wanted > there:
+            sys.exit(
+                f"{max(args.batches)} requests x {args.engines} engines x {args.rounds}"
+                f" rounds are {wanted}, and {len(recorded.groups)} groups have {there};"
+                " raise --groups, or lower --rounds or --batches"
+            )
         arms = run(model, recorded, args)
     settings = {k: v for k, v in vars(args).items() if k not in ("save", "quick")}
     settings |= {
