@@ -97,11 +97,11 @@ class KvPoolConfig:
 
     Attributes:
         mode: "lmcache" starts LMCache servers; "auto" does if LMCache is installed and
-            requests can move: there are two engines or more, and `chunk_size` is less
-            than `max_model_len`, if both are set. "off" has none. "external" starts
-            nothing, and says that the connector in `EngineConfig.kv_transfer_config`
-            finds what any engine stored, as Mooncake's does: requests then move as
-            freely.
+            requests can move: there are two engines or more, and the engine's
+            `chunk_size` is above 0 and, where `max_model_len` is set, below that. "off"
+            has none. "external" starts nothing, and says that the connector in
+            `EngineConfig.kv_transfer_config` finds what any engine stored, as
+            Mooncake's does: requests then move as freely.
         dram_bytes: of one server, in /dev/shm; None = a share of the free memory.
         disk_dir: where what DRAM has no room for goes, in directories of its own that
             are removed at the end; used if `disk_bytes` is above 0.

@@ -178,7 +178,8 @@ class Engine:
                 chats are encoded in the calling thread; the first one takes some time,
                 since it loads the model's tokenizer.
             policy: instead of the engine's.
-            chunk_size: instead of the engine's; 0 = undivided.
+            chunk_size: instead of the engine's, which decided whether there is a KV
+                pool; 0 = undivided.
         Raises:
             ConfigError: a group of a list that cannot run.
             EngineClosedError: the engine is not open.
