@@ -4,10 +4,11 @@ A recorded rollout (`aseer record`) is replayed: whatever the model samples, a r
 emits its recorded tokens, so that every arm does the same work; every token is checked.
 For each batch size one pair of one-core engines an arm, all up at once, that run so
 many requests at a time; an arm's engines idle while another's work. A rollout has
-`--rounds` times as many requests, so that places that become free are taken again: else
-the slowest request would be all that counts. They come from the recorded groups with
-the longest responses, cut off at `--max-tokens`, in groups of at most 8. Arms take
-turns within a repetition, and each is compared with the first in the same repetition.
+`--rounds` times as many requests, or `--requests` whatever the batch size, so that
+places that become free are taken again: else the slowest request would be all that
+counts. They come from the recorded groups with the longest responses, cut off at
+`--max-tokens`, in groups of at most 8. Arms take turns within a repetition, and each is
+compared with the first in the same repetition.
 
 Beside the gain stands what drafts of the same acceptance would gain if making them cost
 nothing and a step took what undrafted steps of as many tokens take, interpolated
@@ -64,12 +65,12 @@ def config_of(
 
 
 def groups_of(
-    recorded: Trace, batch: int, start: int, args: argparse.Namespace
+    recorded: Trace, num_requests: int, start: int, args: argparse.Namespace
 ) -> list[aseer.Group]:
-    """Groups that fill each engine `rounds` times, from place `start` on, in turn."""
+    """Groups with so many requests in all, from place `start` on, in turn."""
     sampling = sampling_of(recorded, args.temperature, args.end_token)
     groups = []
-    left, place = batch * args.engines * args.rounds, start
+    left, place = num_requests, start
     while left:
         group = recorded.groups[place % len(recorded.groups)]
         n = min(MAX_SIBLINGS, left, len(group.responses))
@@ -168,6 +169,8 @@ def run_batch(
     args: argparse.Namespace,
 ) -> None:
     """All arms with engines that run `batch` requests at a time."""
+    rounds = batch * args.engines * args.rounds
+    num_requests = args.requests or rounds
     with ExitStack() as stack:
         engines = {
             arm: stack.enter_context(
@@ -176,9 +179,11 @@ def run_batch(
             for arm in args.arms
         }
         for engine in engines.values():  # the first steps of a process are slow
-            measure(engine, groups_of(recorded, batch, 0, args), recorded)
+            few = groups_of(recorded, min(rounds, num_requests), 0, args)
+            measure(engine, few, recorded)
         for repetition in range(args.repetitions):
-            groups = groups_of(recorded, batch, repetition * args.stride, args)
+            start = repetition * args.stride
+            groups = groups_of(recorded, num_requests, start, args)
             shift = repetition % len(args.arms)
             for arm in [*args.arms[shift:], *args.arms[:shift]]:
                 figures = measure(engines[arm], groups, recorded)
@@ -196,6 +201,7 @@ def parse() -> argparse.Namespace:
     add("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
     add("--repetitions", type=int, default=5)
     add("--rounds", type=int, default=4, help="requests for each place in a batch")
+    add("--requests", type=int, help="of a rollout, instead of rounds")
     add("--trace", type=Path, help="a recorded rollout")
     add("--groups", type=int, default=16, help="the longest so many of them")
     add("--stride", type=int, default=3, help="groups that a repetition starts later")
@@ -236,13 +242,13 @@ def main() -> None:
         if args.temperature is None:
             args.temperature = recorded.settings.get("temperature", 1.0)
         recorded = longest_groups(recorded, args.groups, args.max_tokens)
-        wanted = max(args.batches) * args.engines * args.rounds
+        wanted = args.requests or max(args.batches) * args.engines * args.rounds
         there = sum(min(MAX_SIBLINGS, len(g.responses)) for g in recorded.groups)
         if wanted > there:
             sys.exit(
-                f"{max(args.batches)} requests x {args.engines} engines x {args.rounds}"
-                f" rounds are {wanted}, and {len(recorded.groups)} groups have {there};"
-                " raise --groups, or lower --rounds or --batches"
+                f"a rollout has up to {wanted} requests, and {len(recorded.groups)}"
+                f" groups have {there}; raise --groups, or lower --requests, or"
+                " --rounds or --batches"
             )
         arms = run(model, recorded, args)
     settings = {k: v for k, v in vars(args).items() if k not in ("save", "quick")}

@@ -13,21 +13,30 @@ namespace {
 
 template <typename T>
 using Input = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <typename T>
-using Output = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
 
 template <typename T>
 std::span<const T> View(const Input<T>& array) {
   return {array.data(), array.size()};
 }
 
-// Hands a vector to numpy without a copy.
+// What arrays are made with; looked up once, when the module is loaded, and never
+// freed.
+struct Numpy {
+  nb::handle frombuffer, int32, int64, float32;
+  nb::handle dtype(Token) const { return int32; }
+  nb::handle dtype(int64_t) const { return int64; }
+  nb::handle dtype(float) const { return float32; }
+};
+Numpy numpy;
+
+// A numpy array [size] of a copy. A batch's arrays are small: the copy takes less than
+// to hand over the vector, with an object of its own that owns it.
 template <typename T>
-Output<T> Give(std::vector<T>&& values) {
-  auto* owned = new std::vector<T>(std::move(values));
-  const nb::capsule owner(
-      owned, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  return Output<T>(owned->data(), {owned->size()}, owner);
+nb::object Give(const std::vector<T>& values) {
+  const auto* bytes = reinterpret_cast<const char*>(values.data());
+  const auto size = static_cast<Py_ssize_t>(values.size() * sizeof(T));
+  const auto copy = nb::steal(PyByteArray_FromStringAndSize(bytes, size));
+  return numpy.frombuffer(copy, numpy.dtype(T{}));
 }
 
 template <typename Call>
@@ -36,9 +45,9 @@ auto WithoutGil(Call call) {
   return call();
 }
 
-Output<int64_t> Append(SuffixForest& forest, const Input<Handle>& requests,
-                       const Input<Token>& tokens, const Input<int64_t>& offsets,
-                       const std::optional<Input<int64_t>>& starts) {
+nb::object Append(SuffixForest& forest, const Input<Handle>& requests,
+                  const Input<Token>& tokens, const Input<int64_t>& offsets,
+                  const std::optional<Input<int64_t>>& starts) {
   return Give(WithoutGil([&] {
     return forest.Append(View(requests), View(tokens), View(offsets),
                          starts ? View(*starts) : std::span<const int64_t>());
@@ -47,23 +56,22 @@ Output<int64_t> Append(SuffixForest& forest, const Input<Handle>& requests,
 
 nb::tuple Draft(SuffixForest& forest, const Input<Handle>& requests,
                 const Input<int32_t>& max_draft_tokens, float min_confidence) {
-  Drafts drafts = WithoutGil([&] {
+  const Drafts drafts = WithoutGil([&] {
     return forest.Draft(View(requests), View(max_draft_tokens), min_confidence);
   });
-  return nb::make_tuple(Give(std::move(drafts.tokens)), Give(std::move(drafts.offsets)),
-                        Give(std::move(drafts.confidences)));
+  return nb::make_tuple(Give(drafts.tokens), Give(drafts.offsets),
+                        Give(drafts.confidences));
 }
 
 nb::tuple DraftTree(const SuffixForest& forest, const Input<Handle>& requests,
                     const Input<int32_t>& max_draft_tokens, uint32_t top_k,
                     float min_confidence) {
-  Drafts drafts = WithoutGil([&] {
+  const Drafts drafts = WithoutGil([&] {
     return forest.DraftTree(View(requests), View(max_draft_tokens), top_k,
                             min_confidence);
   });
-  return nb::make_tuple(Give(std::move(drafts.tokens)), Give(std::move(drafts.parents)),
-                        Give(std::move(drafts.offsets)),
-                        Give(std::move(drafts.confidences)));
+  return nb::make_tuple(Give(drafts.tokens), Give(drafts.parents), Give(drafts.offsets),
+                        Give(drafts.confidences));
 }
 
 nb::list Inspect(const SuffixForest& forest, Handle request) {
@@ -89,6 +97,12 @@ NB_MODULE(_cst, m) {
   using aseer::dgds::Token;
   using aseer::dgds::View;
   using Release = nb::call_guard<nb::gil_scoped_release>;
+
+  const nb::object module = nb::module_::import_("numpy");
+  const auto dtype = [&](const char* name) { return module.attr("dtype")(name); };
+  aseer::dgds::numpy = {nb::object(module.attr("frombuffer")).release(),
+                        dtype("int32").release(), dtype("int64").release(),
+                        dtype("float32").release()};
 
   // A draft server that still runs when its program ends keeps one; that is no leak.
   nb::set_leak_warnings(false);

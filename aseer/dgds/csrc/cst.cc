@@ -143,15 +143,18 @@ void SuffixTree::Push(Request& request, Token token) {
   Reserve(states_, 2);
   StateId from = request.tip;
   StateId tip = kNone;
-  if (!Find(from, token)) {
+  uint32_t position = PositionOf(from, token);
+  if (position == kMissing) {
     tip = AddState(states_[from].length + 1);
     do {
       AddEdge(from, token, tip, request.writer);
       from = states_[from].link;
-    } while (from != kNone && !Find(from, token));
+      position = from == kNone ? kMissing : PositionOf(from, token);
+    } while (from != kNone && position == kMissing);
   }
   // The longest suffix that has been followed by `token` before.
-  const StateId known = from == kNone ? kRoot : Settle(from, token, request.writer);
+  const StateId known =
+      from == kNone ? kRoot : Settle(from, position, token, request.writer);
   if (tip == kNone) {
     tip = known;
   } else {
@@ -161,9 +164,13 @@ void SuffixTree::Push(Request& request, Token token) {
     // Contexts longer than max_match are never asked for: skip what may be many.
     if (states_[states_[from].link].length >= max_match_) {
       from = Locate({request.cursor, std::min(request.num_tokens, max_match_)}).state;
+      position = PositionOf(from, token);
     }
-    for (; from != kRoot; from = states_[from].link) {
-      Count(from, token, request.writer);
+    while (true) {
+      CountAt(from, position, request.writer);
+      from = states_[from].link;
+      if (from == kRoot) break;
+      position = PositionOf(from, token);
     }
   }
   request.tip = tip;
@@ -171,23 +178,25 @@ void SuffixTree::Push(Request& request, Token token) {
   MoveCursor(request, token);
 }
 
-// Makes the state that `from` leads to by `token` one whose longest string is the
-// longest of `from` and `token`. If that takes a split, the states below `from`
-// that led to the old state are redirected and counted; `from` is the next one.
-StateId SuffixTree::Settle(StateId& from, Token token, Writers writer) {
-  const StateId original = Find(from, token)->target;
+// Makes the state that `from` leads to by its edge at `position` one whose longest
+// string is the longest of `from` and `token`. If that takes a split, the states below
+// `from` that led to the old state are redirected and counted; `from` and `position`
+// are of the next one then.
+StateId SuffixTree::Settle(StateId& from, uint32_t& position, Token token,
+                           Writers writer) {
+  const StateId original = EdgeAt(states_[from], position).target;
   const uint32_t length = states_[from].length + 1;
   if (states_[original].length == length) return original;
   const StateId split = Clone(original, length);
   states_[original].link = split;
   while (from != kNone) {
     State& state = states_[from];
-    Edge& edge = EdgeAt(state, PositionOf(state, from, token));
+    position = PositionOf(from, token);
+    Edge& edge = EdgeAt(state, position);
     if (edge.target != original) break;
     edge.target = split;
-    const StateId next = state.link;
-    Count(from, token, writer);
-    from = next;
+    CountAt(from, position, writer);
+    from = state.link;
   }
   return split;
 }
@@ -203,7 +212,8 @@ void SuffixTree::MoveCursor(Request& request, Token token) {
   request.cursor = Locate(Advance(*Find(cursor.state, token), before)).state;
 }
 
-uint32_t SuffixTree::PositionOf(const State& state, StateId id, Token token) const {
+uint32_t SuffixTree::PositionOf(StateId id, Token token) const {
+  const State& state = states_[id];
   if (state.best.token == token) return 0;
   if (state.block == 0) return kMissing;
   const Edge* block = &pool_[state.block];
@@ -219,9 +229,9 @@ uint32_t SuffixTree::PositionOf(const State& state, StateId id, Token token) con
 }
 
 const Edge* SuffixTree::Find(StateId id, Token token) const {
-  const State& state = states_[id];
-  const uint32_t position = PositionOf(state, id, token);
+  const uint32_t position = PositionOf(id, token);
   if (position == kMissing) return nullptr;
+  const State& state = states_[id];
   return position == 0 ? &state.best : &pool_[state.block + position];
 }
 
@@ -275,9 +285,8 @@ void SuffixTree::AddEdge(StateId from, Token token, StateId target, Writers writ
   Promote(from, size);
 }
 
-void SuffixTree::Count(StateId from, Token token, Writers writer) {
+void SuffixTree::CountAt(StateId from, uint32_t position, Writers writer) {
   State& state = states_[from];
-  const uint32_t position = PositionOf(state, from, token);
   Edge& edge = EdgeAt(state, position);
   ++state.total;
   ++edge.count;

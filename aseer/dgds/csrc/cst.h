@@ -163,14 +163,14 @@ class SuffixTree {
   };
 
   void Push(Request& request, Token token);
-  StateId Settle(StateId& from, Token token, Writers writer);
+  StateId Settle(StateId& from, uint32_t& position, Token token, Writers writer);
   void MoveCursor(Request& request, Token token);
 
   StateId AddState(uint32_t length);
   StateId Clone(StateId original, uint32_t length);
   void AddEdge(StateId from, Token token, StateId target, Writers writer);
-  void Count(StateId from, Token token, Writers writer);
-  uint32_t PositionOf(const State& state, StateId id, Token token) const;
+  void CountAt(StateId from, uint32_t position, Writers writer);
+  uint32_t PositionOf(StateId id, Token token) const;
   Edge& EdgeAt(State& state, uint32_t position);
   void Promote(StateId id, uint32_t position);
   void Swap(StateId id, uint32_t a, uint32_t b);

@@ -153,6 +153,7 @@ std::vector<int64_t> SuffixForest::Append(std::span<const Handle> requests,
     tree.Append(rows[i]->slot, fresh);
   }
   std::vector<int64_t> lengths;
+  lengths.reserve(rows.size());
   for (const Request* row : rows) {
     lengths.push_back(static_cast<int64_t>(row->group->tree.log(row->slot).size()));
   }
@@ -223,6 +224,11 @@ bool SuffixForest::Extend(Path& path, double min_confidence) {
 
 Drafts SuffixForest::Collect(std::span<Request* const> rows, double min_confidence) {
   Drafts drafts;
+  size_t most = 0;
+  for (const Request* row : rows) most += row->forecasts.size();
+  drafts.tokens.reserve(most);
+  drafts.confidences.reserve(most);
+  drafts.offsets.reserve(rows.size() + 1);
   drafts.offsets.push_back(0);
   for (const Request* row : rows) {
     double confidence = 1;
