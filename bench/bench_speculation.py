@@ -12,7 +12,9 @@ compared with the first in the same repetition.
 
 Beside the gain stands what drafts of the same acceptance would gain if making them cost
 nothing and a step took what undrafted steps of as many tokens take, interpolated
-between batch sizes: `at_cost` is the ceiling of these drafts on this engine.
+between batch sizes: `at_cost` is the ceiling of these drafts on an engine that stays
+full. Where long responses end alone (many `--requests`, a large `--max-tokens`), steps
+are smaller than that and drafts gain more.
 
 Expected: over 1.5 with up to 4 requests an engine on a model whose step is mostly its
 weights, never below 0.99, and nothing with SmolLM2 at 16 and more, where a core spends
