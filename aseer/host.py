@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import tempfile
 import threading
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
@@ -36,7 +35,7 @@ from aseer.instance.pool import InstancePool
 from aseer.instance.sleep import Sleep
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.session import Session
-from aseer.transport.zeromq import bind_router
+from aseer.transport.zeromq import bind_router, make_socket_dir
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
 from aseer.weights.keeper import NO_INSTANCE, WeightKeeper, weights_dir_of
 
@@ -66,7 +65,7 @@ class Host:
                 Path(config.log_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"log_dir cannot be used: {error}") from error
-        self.run_dir = Path(tempfile.mkdtemp(prefix="aseer-"))  # 0700
+        self.run_dir = make_socket_dir()
         self.weights_dir = weights_dir_of(config, self.run_dir)
         self.weights = WeightKeeper(self.weights_dir)
         self.log_dir = Path(config.log_dir or self.run_dir)

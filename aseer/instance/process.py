@@ -7,7 +7,6 @@ reaches only the controller, and one signal reaches every process of the engine.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from aseer.children import Child
 from aseer.instance.cleanup import (
     kill_group,
     remove_shared_memory,
@@ -43,9 +43,7 @@ _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)): ?(.*)")
 class InstanceProcess:
     """A running instance process; make it with `start`."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, log_path: Path, log_start: int
-    ) -> None:
+    def __init__(self, process: Child, log_path: Path, log_start: int) -> None:
         self._process = process
         self._log_path = log_path
         self._log_start = log_start  # before it is what earlier processes wrote
@@ -62,15 +60,7 @@ class InstanceProcess:
         """Start the process and hand it its spec."""
         with log_path.open("ab") as log:
             log_start = log.tell()
-            process = await asyncio.create_subprocess_exec(
-                *COMMAND,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **env},
-                start_new_session=True,
-            )
-        assert process.stdin is not None
+            process = await Child.start(COMMAND, env, log)
         process.stdin.write(msgspec.json.encode(spec) + b"\n")
         return cls(process, log_path, log_start)
 
@@ -89,11 +79,7 @@ class InstanceProcess:
         await asyncio.to_thread(kill_group, self._process.pid)
         await self._process.wait()
         await asyncio.to_thread(remove_shared_memory, self._shared_memory)
-        stdin = self._process.stdin
-        assert stdin is not None
-        stdin.close()
-        with suppress(OSError):
-            await stdin.wait_closed()
+        await self._process.close()
 
     def kill(self) -> None:
         """Kill the whole process group, dead leader or not; `wait` tells when."""

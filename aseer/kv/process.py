@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from aseer.children import Child
 from aseer.errors import AseerError
 from aseer.instance.cleanup import SHARED_MEMORY, kill_group
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
@@ -50,7 +51,7 @@ class ServerProcess:
         self._start_timeout_s = start_timeout_s
         self._answer_timeout_s = _ANSWER_TIMEOUTS * plan.timeout_s
         self._log_path = log_path
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Child | None = None
         self._is_up = False
         self._up_since = 0.0
         self._to_free: list[Free] = []
@@ -145,13 +146,8 @@ class ServerProcess:
             disk_dir=str(disk_dir) if disk_dir else None,
         )
         with self._log_path.open("ab") as log:
-            self._process = process = await asyncio.create_subprocess_exec(
-                *COMMAND,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, **_ENV},
-                start_new_session=True,
+            self._process = process = await Child.start(
+                COMMAND, _ENV, log, answers=True
             )
         self._tell(spec)
         self.counts = await self._hear(self._start_timeout_s)
@@ -181,7 +177,6 @@ class ServerProcess:
             PoolServerError: nobody reads it.
         """
         assert self._process is not None
-        assert self._process.stdin is not None
         try:
             self._process.stdin.write(msgspec.json.encode(message) + b"\n")
         except (OSError, RuntimeError) as error:  # uvloop's, for a pipe that is closed
@@ -214,10 +209,7 @@ class ServerProcess:
         if process is not None:
             await asyncio.to_thread(kill_group, process.pid)
             await process.wait()
-            assert process.stdin is not None
-            process.stdin.close()
-            with suppress(OSError, RuntimeError):
-                await process.stdin.wait_closed()
+            await process.close()
             self._process = None
         (SHARED_MEMORY / f"{SHM_PREFIX}{self._name}").unlink(missing_ok=True)
         if self._plan.disk_dir is not None:

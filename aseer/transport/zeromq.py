@@ -9,7 +9,10 @@ queue; that is an error its owner hears of (`PeerTooSlow`), never a silent loss.
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
@@ -26,10 +29,25 @@ _Outgoing = tuple[bytes, msgspec.Struct]
 
 HIGH_WATER_MARK = 10_000
 MAX_QUEUED = 1_000_000
+_LONGEST_NAME = 36  # of a socket: a UUID, vLLM's
 
 
 class PeerTooSlow(ProtocolError):
     """More messages wait for a peer than it could ever need."""
+
+
+def make_socket_dir() -> Path:
+    """Make a directory for sockets, where temporary files go.
+
+    A socket's path has at most 107 bytes. Where `TMPDIR` is too long for that, as some
+    clusters' is, the directory is in /tmp.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="aseer-"))  # 0700
+    longest = os.fsencode(folder / ("x" * _LONGEST_NAME))
+    if len(longest) <= zmq.IPC_PATH_MAX_LEN:
+        return folder
+    folder.rmdir()
+    return Path(tempfile.mkdtemp(prefix="aseer-", dir="/tmp"))
 
 
 class Router(Generic[In]):

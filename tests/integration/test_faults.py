@@ -38,6 +38,23 @@ async def test_a_killed_instance_costs_no_response_and_comes_back():
     assert max(r.metrics.num_retries for r in responses) == 1
 
 
+async def test_ends_are_seen_when_somebody_else_handles_sigchld():
+    """As PyTorch's data loaders do from their first worker on."""
+    groups = groups_of(8, **LONG)
+    old = signal.getsignal(signal.SIGCHLD)
+    try:
+        async with aseer.Engine(config_of()) as engine:
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+            os.kill(engine.instances[0].pid, signal.SIGKILL)
+            assert len([r async for r in engine.rollout(groups)]) == 32
+            again = [r async for r in engine.rollout(groups)]
+            closing = time.monotonic()
+        assert time.monotonic() - closing < 20
+        assert len(again) == 32
+    finally:
+        signal.signal(signal.SIGCHLD, old or signal.SIG_DFL)
+
+
 async def test_an_instance_that_falls_silent_is_replaced():
     groups = groups_of(6, **LONG)
     config = config_of(heartbeat_timeout_s=1.0)

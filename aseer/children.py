@@ -1,0 +1,98 @@
+"""Child processes whose end is seen, whoever handles SIGCHLD.
+
+uvloop hears of a child's end by SIGCHLD. From their first worker on PyTorch's data
+loaders handle that signal themselves, and uvloop then waits forever. So a thread waits
+for each child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import threading
+from contextlib import suppress
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class Child:
+    """A process with a session of its own; make it with `start`."""
+
+    stdin: asyncio.StreamWriter
+    stdout: asyncio.StreamReader  # of one that answers
+    _answers: asyncio.BaseTransport | None = None
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        self.pid = process.pid
+        name = f"aseer-wait-{process.pid}"
+        threading.Thread(target=self._watch, name=name, daemon=True).start()
+
+    @classmethod
+    async def start(
+        cls,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log: IO[bytes],
+        *,
+        answers: bool = False,
+    ) -> Child:
+        """Start a process that reads what it is told.
+
+        Args:
+            env: added to ours.
+            log: gets what it prints; if it `answers`, only its errors.
+        """
+        child = cls(
+            subprocess.Popen(  # noqa: ASYNC220 - as short as any loop's own
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if answers else log,
+                stderr=log,
+                env={**os.environ, **env},
+                start_new_session=True,
+            )
+        )
+        loop = child._loop
+        transport, protocol = await loop.connect_write_pipe(
+            lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader()),
+            child._process.stdin,
+        )
+        child.stdin = asyncio.StreamWriter(transport, protocol, None, loop)
+        if answers:
+            child.stdout = reader = asyncio.StreamReader()
+            child._answers, _ = await loop.connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(reader), child._process.stdout
+            )
+        return child
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        return self._ended.result() if self._ended.done() else None
+
+    async def wait(self) -> int:
+        """Wait for its end; the exit status."""
+        return await asyncio.shield(self._ended)
+
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM)."""
+        self._process.terminate()
+
+    async def close(self) -> None:
+        """Close the pipes to it."""
+        if self._answers is not None:
+            self._answers.close()
+        self.stdin.close()
+        with suppress(OSError, RuntimeError):
+            await self.stdin.wait_closed()
+
+    def _watch(self) -> None:
+        status = self._process.wait()
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits
+            self._loop.call_soon_threadsafe(self._ended.set_result, status)
