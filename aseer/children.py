@@ -58,17 +58,11 @@ class Child:
                 start_new_session=True,
             )
         )
-        loop = child._loop
-        transport, protocol = await loop.connect_write_pipe(
-            lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader()),
-            child._process.stdin,
-        )
-        child.stdin = asyncio.StreamWriter(transport, protocol, None, loop)
-        if answers:
-            child.stdout = reader = asyncio.StreamReader()
-            child._answers, _ = await loop.connect_read_pipe(
-                lambda: asyncio.StreamReaderProtocol(reader), child._process.stdout
-            )
+        try:
+            await child._connect()
+        except BaseException:
+            child._process.kill()  # nobody would know of it
+            raise
         return child
 
     @property
@@ -91,6 +85,19 @@ class Child:
         self.stdin.close()
         with suppress(OSError, RuntimeError):
             await self.stdin.wait_closed()
+
+    async def _connect(self) -> None:
+        loop = self._loop
+        transport, protocol = await loop.connect_write_pipe(
+            lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader()),
+            self._process.stdin,
+        )
+        self.stdin = asyncio.StreamWriter(transport, protocol, None, loop)
+        if self._process.stdout is not None:
+            self.stdout = reader = asyncio.StreamReader()
+            self._answers, _ = await loop.connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
+            )
 
     def _watch(self) -> None:
         status = self._process.wait()

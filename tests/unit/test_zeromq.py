@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
@@ -9,8 +10,6 @@ import zmq
 from aseer.transport.zeromq import make_socket_dir
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pytest
 
 UUID = "ab6f74eb-6c49-4cfa-b9da-2400d9f5a04c"
@@ -25,7 +24,7 @@ def can_bind(folder: Path) -> bool:
 def test_sockets_are_where_temporary_files_go() -> None:
     folder = make_socket_dir()
     try:
-        assert folder.parent == type(folder)(tempfile.gettempdir())
+        assert folder.parent == Path(tempfile.gettempdir())
         assert folder.stat().st_mode & 0o777 == 0o700
         assert can_bind(folder)
     finally:
