@@ -1,14 +1,19 @@
-"""Child processes whose end is seen, whoever handles SIGCHLD.
+"""Child processes of a process that others have plans for, too.
 
 uvloop hears of a child's end by SIGCHLD. From their first worker on PyTorch's data
 loaders handle that signal themselves, and uvloop then waits forever. So a thread waits
 for each child.
+
+A trainer started by torchrun or its like is told by its environment which of several
+workers it is. A child that took that for itself would wait for workers that are none of
+its own: told of an agent's store, PyTorch does not even open one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import threading
 from contextlib import suppress
@@ -16,6 +21,16 @@ from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+_WORKERS_ONLY = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+    r"|TORCHELASTIC_.*"
+)
+
+
+def inherited(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what torchrun and its like tell a worker of itself."""
+    return {k: v for k, v in environ.items() if not _WORKERS_ONLY.fullmatch(k)}
 
 
 class Child:
@@ -45,7 +60,7 @@ class Child:
         """Start a process that reads what it is told.
 
         Args:
-            env: added to ours.
+            env: added to ours, less what a launcher told this process of itself.
             log: gets what it prints; if it `answers`, only its errors.
         """
         child = cls(
@@ -54,7 +69,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if answers else log,
                 stderr=log,
-                env={**os.environ, **env},
+                env={**inherited(os.environ), **env},
                 start_new_session=True,
             )
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -142,7 +142,9 @@ class EngineConfig:
         model: a Hugging Face model name or a directory, as vLLM takes it.
         tokenizer: name or directory; None = the model's.
         num_instances: vLLM engines to start; None = one for every `gpus_per_instance`
-            visible GPUs, or on a CPU one a core, at most 2.
+            of the GPUs, or on a CPU one a core, at most 2.
+        gpus: ids of the GPUs to use, as CUDA_VISIBLE_DEVICES names them, whatever the
+            trainer itself may see; None = those that are visible.
         gpus_per_instance: GPUs of one engine (tensor parallel); unused on a CPU.
         device: "auto" (GPUs if this machine has any and vLLM is built for them),
             "cuda" (AMD's, too, where it is untried), "cpu"; "sim" starts simulated
@@ -197,6 +199,7 @@ class EngineConfig:
     model: Path | str
     tokenizer: Path | str | None = None
     num_instances: int | None = None
+    gpus: Sequence[int | str] | None = None
     gpus_per_instance: int = 1
     device: Literal["auto", "cuda", "cpu", "sim"] = "auto"
     dtype: str = "auto"
@@ -238,6 +241,8 @@ class EngineConfig:
             _int(self, name, 1, optional=True)
         _int(self, "kv_cache_bytes", 1, optional=True)
         _int(self, "seed", 0, optional=True)
+        if self.gpus is not None:
+            object.__setattr__(self, "gpus", _gpu_ids(self.gpus))
         _int(self, "gpus_per_instance", 1)
         _int(self, "chunk_size", 0)
         _int(self, "starvation_interval", 0)
@@ -349,6 +354,18 @@ def _int(config: object, name: str, low: int, *, optional: bool = False) -> None
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         rest = ", or None for the default" if optional else ""
         raise _bad(name, value, f"an int >= {low}{rest}")
+
+
+def _gpu_ids(gpus: object) -> tuple[str, ...]:
+    ids = () if isinstance(gpus, str) or not isinstance(gpus, Sequence) else tuple(gpus)
+    for gpu in ids:
+        is_number = isinstance(gpu, int) and not isinstance(gpu, bool) and gpu >= 0
+        if not is_number and not (isinstance(gpu, str) and gpu and "," not in gpu):
+            ids = ()
+            break
+    if not ids:
+        raise _bad("gpus", gpus, "ids such as [4, 5], or None for all that are visible")
+    return tuple(map(str, ids))
 
 
 def _plain(config: object, name: str) -> None:

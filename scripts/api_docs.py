@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import aseer
 import aseer.display
+import aseer.integrations.processes
 import aseer.integrations.trl
 import aseer.plot
 
@@ -48,6 +49,7 @@ SECTIONS = {
         "plot.timeline",
         "plot.completions",
         "integrations.trl.rollout_func",
+        "integrations.processes.Processes",
     ],
 }
 # Made by the engine: what their constructors take is nobody's business.

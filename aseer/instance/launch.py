@@ -90,6 +90,8 @@ def plan_instances(config: EngineConfig, machine: Machine) -> list[Launch]:
     Raises:
         ConfigError: it has not what the settings ask for.
     """
+    if config.gpus is not None:
+        machine = replace(machine, gpus=tuple(map(str, config.gpus)))
     device = _device(config, machine)
     if device == "sim":
         args = dict(config.engine_args)
@@ -114,6 +116,11 @@ def plan_instances(config: EngineConfig, machine: Machine) -> list[Launch]:
 def _device(config: EngineConfig, machine: Machine) -> str:
     if config.device != "auto":
         return config.device
+    if config.gpus is not None and machine.cpu_only:
+        raise ConfigError(
+            f"gpus={config.gpus!r}, but the vLLM that is installed is built for CPUs; "
+            "install one for GPUs, or leave gpus out"
+        )
     return "cuda" if machine.gpus and not machine.cpu_only else "cpu"
 
 
@@ -123,8 +130,9 @@ def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
     if num * per > len(machine.gpus) or not num:
         raise ConfigError(
             f"{max(num, 1)} instances of {per} GPUs need {max(num, 1) * per}, but "
-            f"{len(machine.gpus)} are visible ({','.join(machine.gpus) or 'none'}); "
-            "lower num_instances or gpus_per_instance, or check CUDA_VISIBLE_DEVICES"
+            f"{len(machine.gpus)} are {'visible' if config.gpus is None else 'given'} "
+            f"({','.join(machine.gpus) or 'none'}); lower num_instances or "
+            "gpus_per_instance, or check gpus and CUDA_VISIBLE_DEVICES"
         )
     args = _engine_args(config) | {"tensor_parallel_size": per}
     args |= config.engine_args

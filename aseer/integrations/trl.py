@@ -9,19 +9,29 @@
 Before a rollout the engines get the weights that the trainer has, whenever it has taken
 a step since the last. TRL hands over every prompt as often as it wants completions of
 it, one after the other; neighbours that are equal become one group.
+
+Of a trainer of several processes the main one has the engine, and the others give None:
+
+    rank 0   prompts --+                   +--> completions
+    rank 1   prompts --+--> one rollout ---+--> completions
+    rank 2   prompts --+                   +--> completions
+
+A group may then begin on one process and end on the next, and still is one group.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import ConfigError
 from aseer.groups import Group
+from aseer.integrations.processes import Processes
 from aseer.sampling import resolve_sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from aseer.engine import Engine
     from aseer.sampling import SamplingParams
@@ -29,55 +39,92 @@ if TYPE_CHECKING:
 
 
 def rollout_func(
-    engine: Engine, *, sampling: Mapping[str, Any] | None = None
+    engine: Engine | None, *, sampling: Mapping[str, Any] | None = None
 ) -> Callable[[list[Any], Any], dict[str, list[Any]]]:
     """A `rollout_func` for `trl.GRPOTrainer`.
 
     Reward functions get two more columns: `finish_reason` and `weight_version`.
 
     Args:
-        engine: open, started from the model that is trained, one trainer process long.
+        engine: open, started from the model that is trained; None in all processes of
+            the trainer but the main one.
         sampling: settings that the trainer's arguments do not have, or should not
-            decide; they take precedence.
+            decide; they take precedence. The main process's count.
     Raises:
-        ConfigError: at the first rollout, if the trainer runs in several processes.
+        ConfigError: at the first rollout, if the main process has no engine or another
+            has one.
     """
     return _RolloutFunc(engine, dict(sampling or {}))
 
 
 class _RolloutFunc:
-    def __init__(self, engine: Engine, sampling: dict[str, Any]) -> None:
+    def __init__(self, engine: Engine | None, sampling: dict[str, Any]) -> None:
         self._engine = engine
         self._sampling = sampling
         self._synced_step: int | None = None
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
-        self._sync_weights(trainer)
-        sampling = sampling_of(trainer.args, self._sampling)
-        groups = group_prompts(prompts, sampling)
+        is_main = trainer.accelerator.is_main_process
+        if is_main != (self._engine is not None):
+            raise ConfigError(
+                "rollout_func is given the engine in the trainer's main process and "
+                f"None in the others; process {trainer.accelerator.process_index} of "
+                f"{trainer.accelerator.num_processes} gave {self._engine!r}"
+            )
+        step = trainer.state.global_step
+        weights = None if step == self._synced_step else _weights_of(trainer)
+        everyones = self._processes.gather(prompts)
+        columns = self._processes.scatter(
+            lambda: self._rollout(everyones, trainer.args, weights)
+        )
+        self._synced_step = step
+        return columns
+
+    @cached_property
+    def _processes(self) -> Processes:
+        return Processes()
+
+    def _rollout(
+        self, everyones: list[list[Any]], args: Any, weights: dict[str, Any] | None
+    ) -> list[dict[str, list[Any]]]:
+        """Columns for the prompts of each process."""
+        assert self._engine is not None
+        if weights is not None:
+            self._engine.update_weights_sync(weights)
+        prompts = [prompt for prompts in everyones for prompt in prompts]
+        groups = group_prompts(prompts, sampling_of(args, self._sampling))
         members: dict[str, list[Response]] = {}
         for responses in self._engine.rollout_sync(groups).by_group():
             members[responses[0].group_id] = responses
         ordered = [r for group in groups for r in members[str(group.group_id)]]
-        return {
-            "prompt_ids": [r.prompt_token_ids for r in ordered],
-            "completion_ids": [r.token_ids for r in ordered],
-            "logprobs": [r.logprobs for r in ordered],
-            "finish_reason": [r.finish_reason for r in ordered],
-            "weight_version": [r.weight_version for r in ordered],
-        }
+        shares, start = [], 0
+        for prompts in everyones:
+            shares.append(_columns(ordered[start : start + len(prompts)]))
+            start += len(prompts)
+        return shares
 
-    def _sync_weights(self, trainer: Any) -> None:
-        if trainer.accelerator.num_processes > 1:
-            raise ConfigError(
-                "aseer's rollout_func works with a trainer of one process, not "
-                f"{trainer.accelerator.num_processes}"
-            )
-        step = trainer.state.global_step
-        if step != self._synced_step:
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            self._engine.update_weights_sync(model)
-            self._synced_step = step
+
+def _weights_of(trainer: Any) -> dict[str, Any]:
+    """What the trainer trains, whole; if it is sharded, in the main process only."""
+    weights = dict(trainer.accelerator.get_state_dict(trainer.model_wrapped))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Gathering copies what is tied once for each name; as one tensor it is seen to be.
+    first_names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = first_names.setdefault(id(parameter), name)
+        if name in weights and first in weights:
+            weights[name] = weights[first]
+    return weights
+
+
+def _columns(responses: Sequence[Response]) -> dict[str, list[Any]]:
+    return {
+        "prompt_ids": [r.prompt_token_ids for r in responses],
+        "completion_ids": [r.token_ids for r in responses],
+        "logprobs": [r.logprobs for r in responses],
+        "finish_reason": [r.finish_reason for r in responses],
+        "weight_version": [r.weight_version for r in responses],
+    }
 
 
 def sampling_of(args: Any, overrides: Mapping[str, Any]) -> SamplingParams:

@@ -82,10 +82,20 @@ def test_a_cpu_build_of_vllm_runs_on_the_cpu_though_there_are_gpus():
     assert bindings(plan_instances(EngineConfig(model="m"), found)) == ["0", "1"]
 
 
+def test_gpus_are_those_asked_for_whatever_the_trainer_sees():
+    config = EngineConfig(model="m", gpus=[4, "5"])
+    assert devices(plan_instances(config, machine(gpus=("0", "1")))) == ["4", "5"]
+    with pytest.raises(ConfigError, match=r"gpus=\('4', '5'\).* built for CPUs"):
+        plan_instances(config, machine(cpu_only=True))
+
+
 def test_too_few_gpus_are_counted():
     config = EngineConfig(model="m", num_instances=3, gpus_per_instance=2)
     with pytest.raises(ConfigError, match=r"need 6, but 4 are visible \(0,1,2,3\)"):
         plan_instances(config, machine(gpus=("0", "1", "2", "3")))
+    config = EngineConfig(model="m", num_instances=2, gpus=[7])
+    with pytest.raises(ConfigError, match=r"need 2, but 1 are given \(7\)"):
+        plan_instances(config, machine(gpus=("0", "1")))
     config = EngineConfig(model="m", device="cuda")
     with pytest.raises(ConfigError, match=r"0 are visible \(none\)"):
         plan_instances(config, machine())

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from aseer.errors import ConfigError
-from aseer.integrations.trl import group_prompts, sampling_of
+from aseer.integrations.trl import group_prompts, rollout_func, sampling_of
 from aseer.sampling import SamplingParams
 
 CHAT = [{"role": "user", "content": "hello"}]
@@ -47,3 +47,13 @@ def test_the_trainers_settings_are_taken_and_ours_come_last():
 def test_a_setting_that_is_unknown_is_named():
     with pytest.raises(ConfigError, match="num_beams"):
         sampling_of(args_of(generation_kwargs={"num_beams": 2}), {})
+
+
+@pytest.mark.parametrize(("is_main", "engine"), [(True, None), (False, object())])
+def test_the_main_process_alone_has_the_engine(is_main, engine):
+    accelerator = SimpleNamespace(
+        is_main_process=is_main, process_index=1 - is_main, num_processes=2
+    )
+    trainer = SimpleNamespace(accelerator=accelerator)
+    with pytest.raises(ConfigError, match=f"process {1 - is_main} of 2 gave"):
+        rollout_func(engine)(["a"], trainer)

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from aseer.children import inherited
+
+
+def test_a_child_is_not_told_which_of_the_launchers_workers_its_parent_is():
+    ours = {"PATH": "/bin", "LOCAL_MODELS": "/data", "MY_RANK": "3", "NCCL_DEBUG": "x"}
+    of_a_worker = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "ROLE_NAME": "default",
+        "MASTER_PORT": "29500",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    assert inherited({**ours, **of_a_worker}) == ours
