@@ -225,7 +225,8 @@ class Engine:
                 the engine uses it), a `state_dict`, an `nn.Module`, or an iterable of
                 (name, tensor). An iterable is taken in the calling thread, and never
                 held as a whole. Names are those of the checkpoint; of tied tensors in a
-                `state_dict` or a module the model's own counts.
+                `state_dict` or a module the model's own counts. Adapters of a
+                `peft.PeftModel` are merged in copies of its layers.
             version: that responses carry from then on, greater than now; None = one
                 more.
             pause: what to do about a rollout in progress: "wait" for its end, or

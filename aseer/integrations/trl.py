@@ -29,6 +29,7 @@ from aseer.errors import ConfigError
 from aseer.groups import Group
 from aseer.integrations.processes import Processes
 from aseer.sampling import resolve_sampling
+from aseer.weights.adapters import has_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +86,7 @@ class _RolloutFunc:
         return Processes()
 
     def _rollout(
-        self, everyones: list[list[Any]], args: Any, weights: dict[str, Any] | None
+        self, everyones: list[list[Any]], args: Any, weights: Any | None
     ) -> list[dict[str, list[Any]]]:
         """Columns for the prompts of each process."""
         assert self._engine is not None
@@ -104,10 +105,19 @@ class _RolloutFunc:
         return shares
 
 
-def _weights_of(trainer: Any) -> dict[str, Any]:
+def _weights_of(trainer: Any) -> Any:
     """What the trainer trains, whole; if it is sharded, in the main process only."""
-    weights = dict(trainer.accelerator.get_state_dict(trainer.model_wrapped))
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    accelerator = trainer.accelerator
+    model = accelerator.unwrap_model(trainer.model)
+    if has_adapters(model):
+        if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+            raise ConfigError(
+                "adapters are merged where every process has the whole model; this "
+                f"one may be sharded ({accelerator.distributed_type}): use DDP, or "
+                "train without a peft_config"
+            )
+        return model
+    weights = dict(accelerator.get_state_dict(trainer.model_wrapped))
     # Gathering copies what is tied once for each name; as one tensor it is seen to be.
     first_names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import WeightUpdateError
+from aseer.weights.adapters import has_adapters, merged_weights
 from aseer.weights.checks import ROUNDABLE, TensorSpec, WeightCheck
 from aseer.weights.files import (
     INDEX,
@@ -136,6 +137,8 @@ class Sending:
 
 def _pairs_of(source: WeightSource) -> Iterable[tuple[str, Any]] | None:
     """(name, tensor) pairs; None if the source has none."""
+    if has_adapters(source):
+        return merged_weights(source)
     if hasattr(source, "state_dict"):
         source = source.state_dict()
     if isinstance(source, Mapping):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytest.importorskip("trl")
+pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 STEPS = 3
@@ -57,6 +58,7 @@ def make_model(directory: Path, *, tied: bool) -> None:
         pytest.param(1, (), False, "Tensor", id="one process"),
         pytest.param(2, (), True, "Tensor", id="two processes"),
         pytest.param(2, ("--sharded",), True, "DTensor", id="two, sharded"),
+        pytest.param(2, ("--lora",), True, "Tensor", id="two, with adapters"),
     ],
 )
 def test_a_trainer_of_trl_trains_on_what_its_own_weights_generate(

@@ -1,7 +1,7 @@
 """A process of a `trl.GRPOTrainer`, alone or one of several.
 
     python -m tests.e2e.trl_trainer DIRECTORY
-    torchrun --nproc-per-node 2 -m tests.e2e.trl_trainer DIRECTORY [--sharded]
+    torchrun --nproc-per-node 2 -m tests.e2e.trl_trainer DIRECTORY [--sharded | --lora]
 
 It trains the model in `DIRECTORY/model`, compares what it is given with that, and
 writes what it saw to `DIRECTORY/rank-<rank>.json`.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
@@ -89,7 +90,7 @@ def reward(completions: list[str], **columns: Any) -> list[float]:
     return [sum(c.isalpha() for c in text) / 32 for text in completions]
 
 
-def main(directory: Path, *, sharded: bool) -> None:
+def main(directory: Path, *, sharded: bool, lora: bool) -> None:
     state = PartialState(cpu=True)
     model_dir = directory / "model"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -99,7 +100,7 @@ def main(directory: Path, *, sharded: bool) -> None:
         num_generations=NUM_GENERATIONS,
         max_completion_length=32,
         max_steps=STEPS,
-        learning_rate=1e-3,
+        learning_rate=2e-2 if lora else 1e-3,
         logging_steps=1,
         save_strategy="no",
         report_to=[],
@@ -120,6 +121,7 @@ def main(directory: Path, *, sharded: bool) -> None:
             train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
             processing_class=tokenizer,
             rollout_func=watched,
+            peft_config=LoraConfig(r=8, target_modules="all-linear") if lora else None,
         )
         trainer.train()
     log = [row for row in trainer.state.log_history if "loss" in row]
@@ -138,4 +140,4 @@ def main(directory: Path, *, sharded: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sharded="--sharded" in sys.argv)
+    main(Path(sys.argv[1]), sharded="--sharded" in sys.argv, lora="--lora" in sys.argv)
