@@ -7,6 +7,9 @@ for each child.
 A trainer started by torchrun or its like is told by its environment which of several
 workers it is. A child that took that for itself would wait for workers that are none of
 its own: told of an agent's store, PyTorch does not even open one.
+
+And a child imports what its parent would, in the parent's order: neither a `queue.py`
+that happens to lie in the working directory, nor less than what lies beside the script.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import asyncio
 import os
 import re
 import subprocess
+import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,9 +33,21 @@ _WORKERS_ONLY = re.compile(
 )
 
 
-def inherited(environ: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what torchrun and its like tell a worker of itself."""
-    return {k: v for k, v in environ.items() if not _WORKERS_ONLY.fullmatch(k)}
+def module_command(name: str) -> tuple[str, ...]:
+    """What runs a module in a child, whatever lies in the working directory."""
+    return (sys.executable, "-P", "-m", name)
+
+
+def inherited(environ: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
+    """An environment for children.
+
+    Args:
+        environ: ours, of which what torchrun and its like tell a worker is left out.
+        path: where we import from, first to last.
+    """
+    kept = {k: v for k, v in environ.items() if not _WORKERS_ONLY.fullmatch(k)}
+    folders = [folder or str(Path.cwd()) for folder in path]
+    return {**kept, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 class Child:
@@ -60,7 +77,7 @@ class Child:
         """Start a process that reads what it is told.
 
         Args:
-            env: added to ours, less what a launcher told this process of itself.
+            env: added to what it inherits.
             log: gets what it prints; if it `answers`, only its errors.
         """
         child = cls(
@@ -69,7 +86,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if answers else log,
                 stderr=log,
-                env={**inherited(os.environ), **env},
+                env={**inherited(os.environ, sys.path), **env},
                 start_new_session=True,
             )
         )

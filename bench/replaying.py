@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -13,6 +12,7 @@ from drafting import synthetic_traces
 from rich.console import Console
 
 from aseer import trace
+from aseer.children import module_command
 from aseer.cli import record
 from aseer.cli.main import build_parser
 from aseer.errors import ConfigError
@@ -173,7 +173,7 @@ def make_model(args: argparse.Namespace, folder: Path) -> Path:
 
 def emit(path: Path) -> None:
     """Engines that start from now on emit the texts of the trace in that file."""
-    process.COMMAND = (sys.executable, "-m", "aseer.instance.replay", str(path))
+    process.COMMAND = (*module_command("aseer.instance.replay"), str(path))
 
 
 def sampling_of(recorded: Trace, temperature: float, end_token: int) -> dict[str, Any]:

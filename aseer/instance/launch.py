@@ -13,11 +13,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aseer.children import module_command
 from aseer.config import check_speculation
 from aseer.errors import ConfigError
 from aseer.instance.versions import installed_vllm, is_cpu_build
@@ -38,7 +38,7 @@ _GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _WORKER_EXTENSION = "aseer.instance.worker.WorkerExtension"
 _DRAFTER = "aseer.dgds.proposer.GroupDrafter"
 EXECUTOR = "aseer.instance.executor.DraftingExecutor"
-COMMAND = (sys.executable, "-m", "aseer.instance.main")
+COMMAND = module_command("aseer.instance.main")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aseer.children import Child
+from aseer.children import Child, module_command
 from aseer.errors import AseerError
 from aseer.instance.cleanup import SHARED_MEMORY, kill_group
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("aseer")
 
-COMMAND = (sys.executable, "-m", "aseer.kv.server")
+COMMAND = module_command("aseer.kv.server")
 _POLL_INTERVAL_S = 0.5
 _ANSWER_TIMEOUTS = 2  # of the pool's `timeout_s`, until a server is taken for dead
 _FIRST_PAUSE_S = 1.0

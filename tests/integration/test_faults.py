@@ -163,3 +163,11 @@ async def test_unknown_engine_arguments_are_named():
     with pytest.raises(aseer.InstanceStartError, match="do not know \\['bogus'\\]"):
         async with aseer.Engine(config_of(engine_args={"bogus": 1})):
             pass
+
+
+async def test_engines_import_nothing_from_the_working_directory(tmp_path, monkeypatch):
+    for name in ("queue", "msgspec", "aseer"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not for you')\n")
+    monkeypatch.chdir(tmp_path)
+    async with aseer.Engine(config_of()) as engine:
+        assert len([r async for r in engine.rollout(groups_of(2))]) == 8

@@ -13,4 +13,11 @@ def test_a_child_is_not_told_which_of_the_launchers_workers_its_parent_is():
         "MASTER_PORT": "29500",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    assert inherited({**ours, **of_a_worker}) == ours
+    found = inherited({**ours, **of_a_worker}, ["/lib"])
+    assert found == {**ours, "PYTHONPATH": "/lib"}
+
+
+def test_a_child_imports_from_where_its_parent_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = inherited({"PYTHONPATH": "/old"}, ["", "/scripts", "/lib"])
+    assert found == {"PYTHONPATH": f"{tmp_path}:/scripts:/lib"}
