@@ -149,7 +149,9 @@ class EngineConfig:
         device: "auto" (GPUs if this machine has any and vLLM is built for them),
             "cuda" (AMD's, too, where it is untried), "cpu"; "sim" starts simulated
             instances without vLLM (for tests).
-        dtype: weights and KV, as vLLM names it; "auto" = the checkpoint's.
+        dtype: weights and KV, as vLLM names it; "auto" = vLLM's choice (the
+            checkpoint's, but bfloat16 for one in float32), or float32 on a CPU that
+            has no bfloat16 of its own.
         max_model_len: the most tokens of prompt and response together; None = the
             model's.
         max_num_seqs: requests an engine runs at once; None = vLLM's default.

@@ -17,7 +17,8 @@ from aseer.cli import record
 from aseer.cli.main import build_parser
 from aseer.errors import ConfigError
 from aseer.instance import process
-from aseer.models import fast_cpu_dtype, smollm2, tiny
+from aseer.instance.launch import fast_cpu_dtype
+from aseer.models import smollm2, tiny
 from aseer.trace import Trace, TraceGroup
 
 if TYPE_CHECKING:

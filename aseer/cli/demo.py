@@ -26,6 +26,7 @@ from aseer.display import Live
 from aseer.engine import Engine
 from aseer.errors import ConfigError
 from aseer.groups import Group
+from aseer.instance.launch import fast_cpu_dtype
 from aseer.instance.versions import installed_vllm
 from aseer.sampling import SamplingParams
 
@@ -215,7 +216,7 @@ def make_report(
 
 def prepare_model(console: Console, args: argparse.Namespace) -> Path:
     """SmolLM2's directory, made if it is not there."""
-    from aseer.models import WEIGHT_DTYPES, fast_cpu_dtype, smollm2
+    from aseer.models import WEIGHT_DTYPES, smollm2
 
     def show(line: str) -> None:
         console.print(f"    {line}", markup=False, soft_wrap=True)

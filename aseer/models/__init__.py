@@ -6,26 +6,15 @@ Importing either loads no torch and no transformers.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import numpy.typing as npt
 
 WEIGHT_DTYPES = ("bfloat16", "float32")
-
-
-def fast_cpu_dtype() -> str:
-    """The dtype this CPU computes faster in: bfloat16 only where it has it in hardware.
-
-    Elsewhere bfloat16 is emulated, which is slower than float32.
-    """
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        flags = ""
-    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags.split()) else "float32"
 
 
 def check_weight_dtype(dtype: str) -> None:

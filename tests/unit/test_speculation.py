@@ -11,7 +11,13 @@ from aseer.errors import ConfigError
 from aseer.instance.launch import Machine, plan_instances
 from aseer.types import DRAFTING_SHARES, DraftCounts
 
-MACHINE = Machine(gpus=(), cores=(0, 1), free_memory_bytes=1 << 34, cpu_only=True)
+MACHINE = Machine(
+    gpus=(),
+    cores=(0, 1),
+    free_memory_bytes=1 << 34,
+    cpu_only=True,
+    cpu_dtype="float32",
+)
 
 
 def args_of(speculation, **settings):

@@ -224,7 +224,11 @@ def test_memory_is_judged_by_what_is_free(
         checks,
         "this_machine",
         lambda: Machine(
-            gpus=(), cores=(0, 1), free_memory_bytes=free_gib << 30, cpu_only=False
+            gpus=(),
+            cores=(0, 1),
+            free_memory_bytes=free_gib << 30,
+            cpu_only=False,
+            cpu_dtype="float32",
         ),
     )
     assert checks.check_memory().status == status

@@ -8,6 +8,7 @@ from aseer.config import EngineConfig
 from aseer.errors import ConfigError
 from aseer.instance.launch import (
     Machine,
+    fast_cpu_dtype,
     free_memory_bytes,
     plan_instances,
     visible_gpus,
@@ -16,8 +17,16 @@ from aseer.instance.launch import (
 GIB = 1 << 30
 
 
-def machine(*, gpus=(), cores=(0, 1), memory=20 * GIB, cpu_only=False):
-    return Machine(gpus=gpus, cores=cores, free_memory_bytes=memory, cpu_only=cpu_only)
+def machine(
+    *, gpus=(), cores=(0, 1), memory=20 * GIB, cpu_only=False, cpu_dtype="bfloat16"
+):
+    return Machine(
+        gpus=gpus,
+        cores=cores,
+        free_memory_bytes=memory,
+        cpu_only=cpu_only,
+        cpu_dtype=cpu_dtype,
+    )
 
 
 def bindings(launches):
@@ -43,6 +52,38 @@ def test_without_gpus_every_engine_is_bound_to_cores_of_its_own():
 def test_more_engines_than_cores_take_turns():
     config = EngineConfig(model="m", num_instances=3)
     assert bindings(plan_instances(config, machine())) == ["0", "1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "cpu_dtype", "dtype"),
+    [
+        ({}, (), "bfloat16", "auto"),
+        ({}, (), "float32", "float32"),
+        ({"dtype": "bfloat16"}, (), "float32", "bfloat16"),
+        ({}, ("0",), "float32", "auto"),
+    ],
+)
+def test_a_cpu_that_emulates_bfloat16_computes_in_float32_unless_told(
+    settings, gpus, cpu_dtype, dtype
+):
+    config = EngineConfig(model="m", **settings)
+    for launch in plan_instances(config, machine(gpus=gpus, cpu_dtype=cpu_dtype)):
+        assert launch.engine_args["dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("fma avx2", "float32"),
+        ("avx2 avx512f avx512_bf16x", "float32"),
+        ("avx512f avx512_bf16 amx_tile", "bfloat16"),
+        ("asimd bf16 i8mm", "bfloat16"),
+    ],
+)
+def test_a_cpus_flags_tell_whether_it_has_bfloat16(tmp_path, flags, dtype):
+    assert fast_cpu_dtype(tmp_path) == "float32"
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert fast_cpu_dtype(tmp_path) == dtype
 
 
 def test_on_gpus_there_is_an_engine_for_each_and_each_sees_only_its_own():
