@@ -43,6 +43,34 @@ def poll_less() -> None:
     waiting.__init__ = functools.partialmethod(waiting.__init__, busy_loop_s=_POLL_S)
 
 
+def spare_generators() -> None:
+    """Have a CPU engine's seeded requests draw nothing for a part of their prompt.
+
+    vLLM draws a token for every request of a step, and where part of a prompt is still
+    to be computed it drops the token and sets the request's generator back. A CPU's
+    generator cannot be set back: the engine dies.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    sample_tokens = GPUModelRunner.sample_tokens
+
+    @functools.wraps(sample_tokens)
+    def sample(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = runner.input_batch
+        dropped = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        spared = {i: batch.generators.pop(i) for i in dropped if i in batch.generators}
+        try:
+            return sample_tokens(runner, *args, **kwargs)
+        finally:
+            batch.generators.update(spared)
+
+    GPUModelRunner.sample_tokens = sample
+
+
 def pack_tied_heads(model: Any) -> None:
     """Have a CPU's output layer follow the embedding that it shares its weight with.
 
@@ -65,7 +93,9 @@ def pack_tied_heads(model: Any) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-poll_less()  # vLLM imports this in a worker, before the worker's queues are made
+# vLLM imports this in a worker, before the worker's queues and model runner are made.
+poll_less()
+spare_generators()
 
 
 class WorkerExtension:
