@@ -7,7 +7,6 @@ checksum. The same command makes the same trace again, up to rounding.
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +50,8 @@ def add_parser(
         "--out",
         type=Path,
         metavar="FILE",
-        help='gzipped if it ends in ".gz" (default: runs/trace-t<temperature>.json.gz)',
+        help='gzipped if it ends in ".gz" (default: runs/trace-t<temperature>.json.gz);'
+        " the engines' logs go to FILE.logs",
     )
     parser.set_defaults(
         run=run,
@@ -95,17 +95,15 @@ def record(
     """The rollout that the options ask for, as a trace."""
     stages = Stages(console)
     groups = demo.make_groups(args)
-    with tempfile.TemporaryDirectory() as logs:
-        config = replace(
-            demo.make_config(args, log_dir=Path(logs)),
-            max_model_len=args.max_tokens + _MAX_PROMPT_TOKENS,
-        )
-        if args.model is None:
-            with stages("prepare", "preparing SmolLM2-135M-Instruct"):
-                config = replace(config, model=str(demo.prepare_model(console, args)))
-        outcome = asyncio.run(
-            demo.roll_out(config, groups, stages, console, open_engine)
-        )
+    out = args.out or default_path(args.temperature)
+    config = replace(
+        demo.make_config(args, log_dir=out.with_name(f"{out.name}.logs")),
+        max_model_len=args.max_tokens + _MAX_PROMPT_TOKENS,
+    )
+    if args.model is None:
+        with stages("prepare", "preparing SmolLM2-135M-Instruct"):
+            config = replace(config, model=str(demo.prepare_model(console, args)))
+    outcome = asyncio.run(demo.roll_out(config, groups, stages, console, open_engine))
     vllm = installed_vllm()
     settings = {
         "model": Path(config.model).name,

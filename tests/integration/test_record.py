@@ -31,8 +31,9 @@ def record(tmp_path: Path):
     return run
 
 
-def test_a_rollout_is_written_in_order_with_its_settings(record, capsys):
+def test_a_rollout_is_written_in_order_with_its_settings(record, capsys, tmp_path):
     found = record("deep/trace.json.gz")
+    assert (tmp_path / "deep/trace.json.gz.logs/instance-0.log").exists()
     assert [g.prompt.tolist() for g in found.groups] == [
         [5, 6, 7 + i] for i in range(3)
     ]
