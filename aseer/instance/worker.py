@@ -56,17 +56,20 @@ def spare_generators() -> None:
         return
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    sample_tokens = GPUModelRunner.sample_tokens
+    sample_tokens = getattr(GPUModelRunner, "sample_tokens", None)
+    if sample_tokens is None:
+        return
 
     @functools.wraps(sample_tokens)
     def sample(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        batch = runner.input_batch
-        dropped = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
-        spared = {i: batch.generators.pop(i) for i in dropped if i in batch.generators}
+        generators = runner.input_batch.generators
+        mask = getattr(runner, "discard_request_mask", None)  # a row each
+        dropped = [i for i in generators if mask is not None and mask.np[i]]
+        spared = {i: generators.pop(i) for i in dropped}
         try:
             return sample_tokens(runner, *args, **kwargs)
         finally:
-            batch.generators.update(spared)
+            generators.update(spared)
 
     GPUModelRunner.sample_tokens = sample
 
