@@ -159,8 +159,7 @@ def _plan_cores(config: EngineConfig, machine: Machine) -> list[Launch]:
     if check_speculation(config.speculation).method == "dgds":
         defaults["distributed_executor_backend"] = EXECUTOR
     if config.dtype == "auto" and machine.cpu_dtype == "float32":
-        # vLLM's "auto" makes bfloat16 of float32, too, and where a CPU emulates it
-        # SmolLM2's steps take three times as long.
+        # vLLM's "auto" makes bfloat16 of float32, too, slow where a CPU emulates it.
         defaults["dtype"] = "float32"
     args = _engine_args(config) | defaults
     args |= config.engine_args
