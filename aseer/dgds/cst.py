@@ -146,13 +146,17 @@ class SuffixForest:
     ) -> Drafts:
         """Draft the likeliest continuation of each request; empty if nothing matches.
 
+        Forecasts are made once. While a request's tokens are those forecast, what was
+        forecast behind them stays as it is, whatever siblings have written since, and
+        a draft adds to it; a token that was not forecast ends them all.
+
         Args:
             requests: [num_rows].
             max_draft_tokens: [num_rows]; 0 disables.
             min_confidence: a row ends before the token that falls below it.
         """
-        return Drafts(
-            *self._native.draft(
+        return Drafts._make(
+            self._native.draft(
                 requests, max_draft_tokens, min_confidence=min_confidence
             )
         )

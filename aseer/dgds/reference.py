@@ -217,12 +217,18 @@ class Blend:
 
 @dataclass
 class Request:
-    """A request's place in its group, and what was forecast for it."""
+    """A request's place in its group, and what was forecast for it.
+
+    Attributes:
+        forecasts: of the tokens to come.
+        after: the context behind them, if there are any.
+    """
 
     group: Group
     slot: int
     reader: Reader
     forecasts: list[Prediction] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
 
     @property
     def text(self) -> list[int]:
@@ -263,8 +269,11 @@ class ReferenceForest:
 
     def close_requests(self, requests: Sequence[int]) -> None:
         for handle in requests:
-            request = self.opened.pop(handle)
-            request.group.texts[request.slot] = None
+            closed = self.opened.pop(handle)
+            closed.group.texts[closed.slot] = None
+            for request in self.opened.values():
+                if request.group is closed.group:
+                    request.forecasts = []
 
     def append(
         self,
@@ -281,12 +290,13 @@ class ReferenceForest:
         return [len(self.opened[handle].text) for handle in requests]
 
     def _learn(self, request: Request, tokens: Sequence[int]) -> None:
-        for forecast, token in zip(request.forecasts, tokens, strict=False):
+        for token in tokens[: len(request.forecasts)]:
+            forecast = request.forecasts.pop(0)
             right = forecast.token == token
             self.blend.learn(forecast, request.reader, right=right)
             if not right:
+                request.forecasts = []
                 break
-        request.forecasts = []
 
     def orders(self, request: int) -> list[Order]:
         opened = self.opened[request]
@@ -311,21 +321,25 @@ class ReferenceForest:
         self, request: Request, limit: int, min_confidence: float
     ) -> list[tuple[int, float]]:
         row: list[tuple[int, float]] = []
-        context = self._context(request)
         confidence = 1.0
-        request.forecasts = []
-        while len(row) < limit:
-            ranked = self._predict(request, context)
-            if not ranked:
+        for i in range(limit):
+            if i == len(request.forecasts) and not self._forecast(request):
                 break
-            best = ranked[0]
-            confidence *= best.probability
-            request.forecasts.append(best)
+            confidence *= request.forecasts[i].probability
             if confidence < min_confidence:
                 break
-            row.append((best.token, confidence))
-            context = self._advance(context, best)
+            row.append((request.forecasts[i].token, confidence))
         return row
+
+    def _forecast(self, request: Request) -> bool:
+        """Forecast one token more, if anything is known."""
+        if not request.forecasts:
+            request.after = self._context(request)
+        ranked = self._predict(request, request.after)
+        if ranked:
+            request.forecasts.append(ranked[0])
+            request.after = self._advance(request.after, ranked[0])
+        return bool(ranked)
 
     def draft_tree(
         self,

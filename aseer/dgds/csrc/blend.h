@@ -44,23 +44,34 @@ class Orders {
   static constexpr uint32_t kMax = 3;
   static constexpr uint32_t kSure = 2;  // Times, for "always" to mean something.
 
-  explicit Orders(const Context& context)
-      : next_(context.state), length_(context.length), last_(context.last) {}
+  // `is_located`: the context's state is known to be the one that has it.
+  explicit Orders(const Context& context, bool is_located = false)
+      : next_(context.state),
+        length_(context.length),
+        last_(context.last),
+        is_located_(is_located) {}
+
+  // Asks for what the first step will read.
+  void Prefetch(const SuffixTree& tree) const { tree.Prefetch(next_); }
 
   // Visits one state; false if the walk is over.
   bool Step(const SuffixTree& tree) {
     if (next_ == kRoot) return false;
     const State& state = tree.state(next_);
-    if (state.length >= length_) size_ = 0;  // Of these the last has the context.
-    if (size_ > 0 && IsSure(*orders_[size_ - 1].state)) {
+    if (state.length >= length_) {
+      size_ = 0;  // Of these the last has the context.
+      is_sure_ = false;
+    }
+    if (is_sure_) {
       next_ = kRoot;
       return false;
     }
-    if (state.total > 0) {
-      orders_[size_++] = {&state, std::min(state.length, length_)};
-      tree.PrefetchEdges(state);
-    }
-    next_ = size_ == kMax ? kRoot : state.link;
+    orders_[size_] = {&state, std::min(state.length, length_)};
+    size_ += state.total > 0;
+    is_sure_ = state.block == 0 && state.total >= kSure;
+    tree.PrefetchEdges(state);
+    is_located_ |= state.length < length_;
+    next_ = (is_sure_ && is_located_) || size_ == kMax ? kRoot : state.link;
     tree.Prefetch(next_);
     return next_ != kRoot;
   }
@@ -70,28 +81,24 @@ class Orders {
   const Order& operator[](size_t i) const { return orders_[i]; }
 
  private:
-  static bool IsSure(const State& state) {
-    return state.block == 0 && state.total >= kSure;
-  }
-
   StateId next_;
   uint32_t length_;
   Token last_;
   uint32_t size_ = 0;
-  std::array<Order, kMax> orders_;
+  bool is_located_;
+  bool is_sure_ = false;                // The order found last.
+  std::array<Order, kMax + 1> orders_;  // One more, written and not counted.
 };
 
 // The request that a prediction is for.
 struct Reader {
-  Writers writer = 0;   // Its bit.
-  double recent = 0.5;  // Share of its forecasts that came true, lately.
+  Writers writer;  // Its bit.
+  float recent;    // Share of its forecasts that came true, lately.
 };
 
 struct Prediction {
-  Token token;
-  uint32_t match_length;  // Of the context that `edge` continues.
-  const Edge* edge;       // Valid until the tree changes.
-  double probability;
+  Context context;  // Up to the token predicted: its last.
+  float probability;
   Features features;
   Places places;
 };
@@ -100,18 +107,17 @@ class Blend {
  public:
   Blend();
 
-  // Fills `best` with the likeliest continuations of a context, given its orders;
+  // Adds the likeliest continuations of a context, given its orders, at most `most`;
   // returns how many there are. O(1).
   size_t Predict(const SuffixTree& tree, const Orders& orders, const Reader& reader,
-                 std::span<Prediction> best) const;
+                 size_t most, std::vector<Prediction>& predictions) const;
   // One step of gradient descent for a prediction whose token came, or did not.
-  void Learn(const Prediction& prediction, bool right, Reader& reader);
+  void Learn(const Prediction& prediction, bool right, float& recent);
 
-  // Of the dense features.
  private:
-  double Probability(const Prediction& prediction) const;
+  float Probability(const Prediction& prediction) const;
 
-  std::array<double, kNumFeatures> weights_;
+  Features weights_;
   std::vector<float> token_weights_;
 };
 

@@ -9,17 +9,22 @@ namespace {
 
 constexpr uint32_t kScan = 15;  // Longest run of edges searched one by one.
 constexpr uint32_t kMissing = UINT32_MAX;
+// What arrays grow by at least.
+constexpr size_t kLogStep = 64;
+constexpr size_t kStateStep = 256;
+constexpr size_t kEdgeStep = 512;
 
 // The first edge of a block is its header.
 uint32_t& BlockSize(Edge& header) { return header.count; }
 uint32_t BlockSize(const Edge& header) { return header.count; }
 StateId& NextFree(Edge& header) { return header.target; }
 
-// Grows by half rather than by all: a tree's memory is mostly these arrays.
+// Grows by half rather than by all, as a tree's memory is mostly these arrays; but not
+// by little, as a young tree's time would mostly be this.
 template <typename T>
-void Reserve(std::vector<T>& items, size_t extra) {
+void Reserve(std::vector<T>& items, size_t extra, size_t least = 0) {
   if (items.capacity() - items.size() >= extra) return;
-  items.reserve(items.size() + std::max(extra, items.size() / 2 + 16));
+  items.reserve(items.size() + std::max({extra, items.size() / 2, least}));
 }
 
 }  // namespace
@@ -39,11 +44,14 @@ uint32_t EdgeIndex::Find(StateId state, Token token) const {
   return slots_.empty() ? 0 : slots_[Probe(state, token)].position;
 }
 
-void EdgeIndex::Put(StateId state, Token token, uint32_t position) {
+uint32_t& EdgeIndex::At(StateId state, Token token) {
   if (4 * (size_ + 1) > 3 * slots_.size()) Grow();
   Slot& slot = slots_[Probe(state, token)];
-  size_ += slot.state == kNone;
-  slot = {state, token, position};
+  if (slot.state == kNone) {
+    slot = {state, token, 0};
+    ++size_;
+  }
+  return slot.position;
 }
 
 void EdgeIndex::Grow() {
@@ -86,7 +94,7 @@ void SuffixTree::Append(uint32_t slot, std::span<const Token> tokens) {
     throw std::invalid_argument("tokens must not be negative");
   }
   Request& request = requests_[slot];
-  Reserve(request.log, tokens.size());
+  Reserve(request.log, tokens.size(), kLogStep);
   for (const Token token : tokens) {
     request.log.push_back(token);
     Push(request, token);
@@ -136,31 +144,35 @@ size_t SuffixTree::memory_bytes() const {
 }
 
 // One token more for one writer: the online construction of the automaton, with
-// every state on the chain of links of the text so far counting `token` once.
+// every state on the chain of links of the text so far, but the root, counting `token`
+// once.
 // Blumer et al. 1985 for one text; a state that exists already is reused, which
 // makes it right for many.
 void SuffixTree::Push(Request& request, Token token) {
-  Reserve(states_, 2);
+  Reserve(states_, 2, kStateStep);
   StateId from = request.tip;
   StateId tip = kNone;
-  uint32_t position = PositionOf(from, token);
-  if (position == kMissing) {
-    tip = AddState(states_[from].length + 1);
-    do {
-      AddEdge(from, token, tip, request.writer);
-      from = states_[from].link;
-      position = from == kNone ? kMissing : PositionOf(from, token);
-    } while (from != kNone && position == kMissing);
+  uint32_t position = kMissing;
+  while (from != kRoot && (position = PositionOf(from, token)) == kMissing) {
+    if (tip == kNone) tip = AddState(states_[from].length + 1);
+    AddEdge(from, token, tip, request.writer);
+    from = states_[from].link;
   }
-  // The longest suffix that has been followed by `token` before.
-  const StateId known =
-      from == kNone ? kRoot : Settle(from, position, token, request.writer);
+  // Where the longest suffix leads that has been followed by `token` before.
+  StateId known = from == kRoot ? index_.Find(kRoot, token)
+                                : EdgeAt(states_[from], position).target;
+  if (known != kRoot) {
+    known = Settle(known, from, position, token, request.writer);
+  } else {  // None has been.
+    if (tip == kNone) tip = AddState(1);
+    index_.At(kRoot, token) = tip;
+  }
   if (tip == kNone) {
     tip = known;
   } else {
     states_[tip].link = known;
   }
-  if (from != kNone && from != kRoot) {
+  if (from != kRoot) {
     // Contexts longer than max_match are never asked for: skip what may be many.
     if (states_[states_[from].link].length >= max_match_) {
       from = Locate({request.cursor, std::min(request.num_tokens, max_match_)}).state;
@@ -178,26 +190,27 @@ void SuffixTree::Push(Request& request, Token token) {
   MoveCursor(request, token);
 }
 
-// Makes the state that `from` leads to by its edge at `position` one whose longest
-// string is the longest of `from` and `token`. If that takes a split, the states below
-// `from` that led to the old state are redirected and counted; `from` and `position`
+// Makes `original`, which `from` leads to by its edge at `position`, a state whose
+// longest string is the longest of `from` and `token`. If that takes a split, the
+// states below `from` that led to it are redirected and counted; `from` and `position`
 // are of the next one then.
-StateId SuffixTree::Settle(StateId& from, uint32_t& position, Token token,
-                           Writers writer) {
-  const StateId original = EdgeAt(states_[from], position).target;
+StateId SuffixTree::Settle(StateId original, StateId& from, uint32_t& position,
+                           Token token, Writers writer) {
   const uint32_t length = states_[from].length + 1;
   if (states_[original].length == length) return original;
   const StateId split = Clone(original, length);
   states_[original].link = split;
-  while (from != kNone) {
+  while (from != kRoot) {
     State& state = states_[from];
     position = PositionOf(from, token);
     Edge& edge = EdgeAt(state, position);
-    if (edge.target != original) break;
+    if (edge.target != original) return split;
     edge.target = split;
     CountAt(from, position, writer);
     from = state.link;
   }
+  StateId& start = index_.At(kRoot, token);
+  if (start == original) start = split;
   return split;
 }
 
@@ -240,7 +253,7 @@ Edge& SuffixTree::EdgeAt(State& state, uint32_t position) {
 }
 
 StateId SuffixTree::AddState(uint32_t length) {
-  Reserve(states_, 1);
+  Reserve(states_, 1, kStateStep);
   states_.emplace_back().length = length;
   return static_cast<StateId>(states_.size() - 1);
 }
@@ -256,7 +269,7 @@ StateId SuffixTree::Clone(StateId original, uint32_t length) {
   std::copy_n(&pool_[clone.block], size + 1, &pool_[copy]);
   clone.block = copy;
   for (uint32_t i = 1; size > kScan && i <= size; ++i) {
-    index_.Put(id, pool_[copy + i].token, i);
+    index_.At(id, pool_[copy + i].token) = i;
   }
   return id;
 }
@@ -279,7 +292,7 @@ void SuffixTree::AddEdge(StateId from, Token token, StateId target, Writers writ
   pool_[state.block + size] = edge;
   if (size > kScan) {
     for (uint32_t i = size == kScan + 1 ? 1 : size; i <= size; ++i) {
-      index_.Put(from, pool_[state.block + i].token, i);
+      index_.At(from, pool_[state.block + i].token) = i;
     }
   }
   Promote(from, size);
@@ -313,7 +326,7 @@ void SuffixTree::Swap(StateId id, uint32_t a, uint32_t b) {
   std::swap(EdgeAt(state, a), EdgeAt(state, b));
   if (BlockSize(pool_[state.block]) <= kScan) return;
   for (const uint32_t position : {a, b}) {
-    if (position > 0) index_.Put(id, EdgeAt(state, position).token, position);
+    if (position > 0) index_.At(id, EdgeAt(state, position).token) = position;
   }
 }
 
@@ -324,7 +337,7 @@ uint32_t SuffixTree::Allocate(uint32_t size_class) {
     return block;
   }
   const size_t length = size_t{1} << size_class;
-  Reserve(pool_, length);
+  Reserve(pool_, length, kEdgeStep);
   pool_.resize(pool_.size() + length);
   return static_cast<uint32_t>(pool_.size() - length);
 }

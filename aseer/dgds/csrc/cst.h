@@ -20,7 +20,8 @@
 // of context of at most `max_match` tokens (about five on text). A state is half
 // a cache line and holds its most frequent edge; further edges lie in a block of
 // a pool, whose first kRanked are kept in order of frequency. States with more
-// than kScan edges are looked up in a hash index. No edge refers to the token log,
+// than kScan edges are looked up in a hash index. So are the root's, which have no
+// other place: nobody asks how often they were taken. No edge refers to the token log,
 // which is kept for replication (deltas) and for Remove, which rebuilds.
 //
 // The tree is a pure function of the set of logs: the order in which requests
@@ -78,11 +79,12 @@ struct Context {
   Token last = -1;  // -1: empty.
 };
 
-// Positions of edges of states that have too many to scan.
+// Positions of edges of states that have too many to scan; of the root's, where they
+// lead.
 class EdgeIndex {
  public:
   uint32_t Find(StateId state, Token token) const;  // 0: absent.
-  void Put(StateId state, Token token, uint32_t position);
+  uint32_t& At(StateId state, Token token);         // 0 where it was absent.
   size_t memory_bytes() const { return slots_.capacity() * sizeof(Slot); }
 
  private:
@@ -138,6 +140,11 @@ class SuffixTree {
 
   // Hints for a batch whose trees are out of cache.
   void PrefetchRequest(uint32_t slot) const { __builtin_prefetch(&requests_[slot]); }
+  void PrefetchEnd(uint32_t slot) const {
+    const Request& request = requests_[slot];
+    __builtin_prefetch(request.log.data() + request.log.size());
+    Prefetch(request.tip);
+  }
   void Prefetch(StateId id) const { __builtin_prefetch(&states_[id]); }
   void PrefetchEdges(const State& state) const {
     __builtin_prefetch(&pool_[state.block]);
@@ -163,7 +170,8 @@ class SuffixTree {
   };
 
   void Push(Request& request, Token token);
-  StateId Settle(StateId& from, uint32_t& position, Token token, Writers writer);
+  StateId Settle(StateId original, StateId& from, uint32_t& position, Token token,
+                 Writers writer);
   void MoveCursor(Request& request, Token token);
 
   StateId AddState(uint32_t length);

@@ -8,6 +8,9 @@
 namespace aseer::dgds {
 namespace {
 
+// Room for forecasts that is made at once.
+constexpr int32_t kUsualDraft = 8;
+
 void Require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -53,20 +56,18 @@ SuffixForest::Request& SuffixForest::request(Handle handle) {
   return const_cast<Request&>(std::as_const(*this).request(handle));
 }
 
-std::vector<SuffixForest::Request*> SuffixForest::Rows(
-    std::span<const Handle> requests) {
-  std::vector<Request*> rows;
-  rows.reserve(requests.size());
+// Valid until the next call.
+std::span<SuffixForest::Request*> SuffixForest::Rows(std::span<const Handle> requests) {
   for (const Handle handle : requests) {
     __builtin_prefetch(requests_.data() + static_cast<uint32_t>(handle));
   }
-  for (const Handle handle : requests) rows.push_back(&request(handle));
-  for (const Request* row : rows) {
+  rows_.resize(requests.size());
+  for (size_t i = 0; i < rows_.size(); ++i) rows_[i] = &request(requests[i]);
+  for (const Request* row : rows_) {
     __builtin_prefetch(&row->group->tree);
     __builtin_prefetch(row->forecasts.data());
   }
-  for (const Request* row : rows) row->group->tree.PrefetchRequest(row->slot);
-  return rows;
+  return rows_;
 }
 
 Handle SuffixForest::OpenGroup(std::span<const Token> prompt) {
@@ -86,7 +87,11 @@ Handle SuffixForest::OpenRequest(Handle group_handle) {
   const uint32_t i = closed_.back();
   closed_.pop_back();
   const Handle handle = (next_handle_++ << 32) | i;
-  requests_[i] = {handle, &owner, slot, {WriterOf(slot)}, {}};
+  requests_[i] = {.handle = handle,
+                  .group = &owner,
+                  .forecasts = {},
+                  .end = owner.tree.Cursor(slot),
+                  .slot = slot};
   owner.requests.push_back(handle);
   return handle;
 }
@@ -97,6 +102,7 @@ void SuffixForest::Forget(Handle handle) {
   if (closed_.size() < requests_.size()) return;
   requests_ = std::vector<Request>();
   closed_ = std::vector<uint32_t>();
+  batches_ = std::vector<uint64_t>();
 }
 
 void SuffixForest::CloseGroup(Handle handle) {
@@ -116,13 +122,20 @@ void SuffixForest::CloseRequests(std::span<const Handle> requests) {
     std::erase(request(handle).group->requests, handle);
     Forget(handle);
   }
-  for (const auto& [owner, removed] : slots) owner->tree.Remove(removed);
+  for (const auto& [owner, removed] : slots) {
+    owner->tree.Remove(removed);  // Its contexts are gone.
+    for (const Handle member : owner->requests) {
+      Request& row = request(member);
+      row.forecasts.clear();
+      row.end = owner->tree.Cursor(row.slot);
+    }
+  }
 }
 
 // States are mostly out of cache, and each is found by way of the one before: what one
 // path waits for, all others can ask for meanwhile.
 void SuffixForest::Walk(std::span<Path> paths) {
-  for (const Path& path : paths) path.tree->Prefetch(path.context.state);
+  for (const Path& path : paths) path.orders.Prefetch(*path.tree);
   for (bool walking = true; walking;) {
     walking = false;
     for (Path& path : paths) walking |= path.orders.Step(*path.tree);
@@ -141,7 +154,9 @@ std::vector<int64_t> SuffixForest::Append(std::span<const Handle> requests,
   Require(std::ranges::all_of(tokens, [](Token token) { return token >= 0; }),
           "tokens must not be negative");
   const std::lock_guard lock(mutex_);
-  const std::vector<Request*> rows = Rows(requests);
+  const std::span<Request*> rows = Rows(requests);
+  for (const Request* row : rows) row->group->tree.PrefetchRequest(row->slot);
+  for (const Request* row : rows) row->group->tree.PrefetchEnd(row->slot);
   for (size_t i = 0; i < rows.size(); ++i) {
     SuffixTree& tree = rows[i]->group->tree;
     const auto known = static_cast<int64_t>(tree.log(rows[i]->slot).size());
@@ -151,6 +166,7 @@ std::vector<int64_t> SuffixForest::Append(std::span<const Handle> requests,
     const auto fresh = tokens.subspan(offsets[i] + skip, size - skip);
     Learn(*rows[i], fresh);
     tree.Append(rows[i]->slot, fresh);
+    rows[i]->end = tree.Cursor(rows[i]->slot);
   }
   std::vector<int64_t> lengths;
   lengths.reserve(rows.size());
@@ -160,69 +176,88 @@ std::vector<int64_t> SuffixForest::Append(std::span<const Handle> requests,
   return lengths;
 }
 
-// What was forecast after a wrong token is about another text: it teaches nothing.
+// What has come true is done with. What was forecast after a wrong token is about
+// another text: it teaches nothing.
 void SuffixForest::Learn(Request& request, std::span<const Token> tokens) {
-  const size_t size = std::min(tokens.size(), request.forecasts.size());
-  for (size_t i = 0; i < size; ++i) {
-    const Prediction& forecast = request.forecasts[i];
-    const bool right = forecast.token == tokens[i];
-    blend_.Learn(forecast, right, request.reader);
-    if (!right) break;
+  std::vector<Prediction>& forecasts = request.forecasts;
+  const size_t size = std::min(tokens.size(), forecasts.size());
+  size_t num_right = 0;
+  for (bool right = true; right && num_right < size; num_right += right) {
+    const Prediction& forecast = forecasts[num_right];
+    right = forecast.context.last == tokens[num_right];
+    blend_.Learn(forecast, right, request.recent);
+    if (!right) forecasts.clear();
   }
-  request.forecasts.clear();
+  if (!forecasts.empty()) {
+    forecasts.erase(forecasts.begin(), forecasts.begin() + num_right);
+  }
+}
+
+void SuffixForest::RequireDistinct(std::span<const Handle> requests) {
+  batches_.resize(requests_.size());
+  ++num_batches_;
+  for (const Handle handle : requests) {
+    uint64_t& batch = batches_[static_cast<uint32_t>(handle)];
+    Require(batch != num_batches_, "requests repeat");
+    batch = num_batches_;
+  }
 }
 
 Drafts SuffixForest::Draft(std::span<const Handle> requests,
                            std::span<const int32_t> max_tokens, float min_confidence) {
   CheckLimits(max_tokens, requests.size());
   const std::lock_guard lock(mutex_);
-  const std::vector<Request*> rows = Rows(requests);
-  ++num_batches_;
-  for (Request* row : rows) {
-    Require(row->batch != num_batches_, "requests repeat");
-    row->batch = num_batches_;
-  }
-  std::vector<Path> paths;
-  paths.reserve(rows.size());
+  const std::span<Request*> rows = Rows(requests);
+  RequireDistinct(requests);
+  paths_.clear();
   for (size_t i = 0; i < rows.size(); ++i) {
-    rows[i]->forecasts.clear();
-    if (max_tokens[i] == 0) continue;
-    const Context context = rows[i]->group->tree.Cursor(rows[i]->slot);
-    const auto tokens_left = static_cast<uint32_t>(max_tokens[i]);
-    paths.emplace_back(rows[i], context, tokens_left);
+    // What was forecast before and came true so far need not be forecast again.
+    auto tokens_left = static_cast<uint32_t>(max_tokens[i]);
+    double confidence = 1;
+    for (const Prediction& forecast : rows[i]->forecasts) {
+      confidence *= forecast.probability;
+      if (confidence < min_confidence) tokens_left = 0;
+      if (tokens_left == 0) break;
+      --tokens_left;
+    }
+    if (tokens_left > 0) {
+      rows[i]->forecasts.reserve(std::min(max_tokens[i], kUsualDraft));
+      paths_.emplace_back(rows[i], tokens_left, confidence);
+    }
   }
-  while (!paths.empty()) {
-    Walk(paths);
-    for (Path& path : paths) Forecast(path);
-    std::erase_if(paths, [&](Path& path) { return !Extend(path, min_confidence); });
+  while (!paths_.empty()) {
+    Walk(paths_);
+    for (Path& path : paths_) Predict(path);
+    std::erase_if(paths_, [&](Path& path) { return !Extend(path, min_confidence); });
   }
-  return Collect(rows, min_confidence);
+  return Collect(rows, max_tokens, min_confidence);
 }
 
 // Forecasts one token more, if there is any.
-void SuffixForest::Forecast(Path& path) const {
-  std::vector<Prediction>& forecasts = path.request->forecasts;
-  Prediction& best = forecasts.emplace_back();
-  path.forecast =
-      blend_.Predict(*path.tree, path.orders, path.request->reader, {&best, 1}) > 0;
-  if (!path.forecast) forecasts.pop_back();
+void SuffixForest::Predict(Path& path) const {
+  Request& request = *path.request;
+  path.forecast = blend_.Predict(*path.tree, path.orders, request.reader(), 1,
+                                 request.forecasts) > 0;
 }
 
 // Goes on to after the token forecast last; false if the path ends. A token that is
 // too doubtful to be drafted stays forecast, so that doubt is put right as readily as
-// confidence. Apart from Forecast, as no processor should wait here for one path's
+// confidence. Apart from Predict, as no processor should wait here for one path's
 // confidence before it looks at the next.
-bool SuffixForest::Extend(Path& path, double min_confidence) {
+bool SuffixForest::Extend(Path& path, double min_confidence) const {
   if (!path.forecast) return false;
   const Prediction& best = path.request->forecasts.back();
   path.confidence *= best.probability;
   if (path.confidence < min_confidence || --path.tokens_left == 0) return false;
-  path.context = path.tree->Advance(*best.edge, best.match_length);
-  path.orders = Orders(path.context);
+  // No string was cut off: an edge leads to its own state.
+  const bool is_located = best.context.length < max_match_;
+  path.orders = Orders(best.context, is_located);
   return true;
 }
 
-Drafts SuffixForest::Collect(std::span<Request* const> rows, double min_confidence) {
+Drafts SuffixForest::Collect(std::span<Request* const> rows,
+                             std::span<const int32_t> max_tokens,
+                             double min_confidence) {
   Drafts drafts;
   size_t most = 0;
   for (const Request* row : rows) most += row->forecasts.size();
@@ -230,12 +265,13 @@ Drafts SuffixForest::Collect(std::span<Request* const> rows, double min_confiden
   drafts.confidences.reserve(most);
   drafts.offsets.reserve(rows.size() + 1);
   drafts.offsets.push_back(0);
-  for (const Request* row : rows) {
+  for (size_t i = 0; i < rows.size(); ++i) {
     double confidence = 1;
-    for (const Prediction& forecast : row->forecasts) {
+    int32_t left = max_tokens[i];
+    for (const Prediction& forecast : rows[i]->forecasts) {
       confidence *= forecast.probability;
-      if (confidence < min_confidence) break;
-      drafts.tokens.push_back(forecast.token);
+      if (confidence < min_confidence || left-- == 0) break;
+      drafts.tokens.push_back(forecast.context.last);
       drafts.confidences.push_back(static_cast<float>(confidence));
     }
     drafts.offsets.push_back(static_cast<int64_t>(drafts.tokens.size()));
@@ -267,32 +303,31 @@ void SuffixForest::DraftTreeRow(const Request& request, uint32_t max_tokens,
     Context context;
     int32_t node;
     double confidence;
-    Token token = 0;
     // The same whatever the order of its factors.
     float rank() const { return static_cast<float>(confidence); }
   };
   const SuffixTree& tree = request.group->tree;
   const auto first = static_cast<int32_t>(drafts.tokens.size());
   std::vector<Branch> beam{{tree.Cursor(request.slot), -1, 1.0}};
-  std::vector<Prediction> predictions(top_k);
+  std::vector<Prediction> predictions;
   for (uint32_t depth = 0; depth < max_tokens && !beam.empty(); ++depth) {
     std::vector<Branch> wider;
     for (const Branch& branch : beam) {
       Orders orders(branch.context);
       while (orders.Step(tree)) {
       }
-      const size_t size = blend_.Predict(tree, orders, request.reader, predictions);
-      for (const Prediction& next : std::span(predictions).first(size)) {
+      predictions.clear();
+      blend_.Predict(tree, orders, request.reader(), top_k, predictions);
+      for (const Prediction& next : predictions) {
         const double confidence = branch.confidence * next.probability;
         if (confidence < min_confidence) continue;
-        wider.push_back({tree.Advance(*next.edge, next.match_length), branch.node,
-                         confidence, next.token});
+        wider.push_back({next.context, branch.node, confidence});
       }
     }
     std::ranges::stable_sort(wider, std::ranges::greater{}, &Branch::rank);
     if (wider.size() > top_k) wider.resize(top_k);
     for (Branch& branch : wider) {
-      drafts.tokens.push_back(branch.token);
+      drafts.tokens.push_back(branch.context.last);
       drafts.parents.push_back(branch.node);
       drafts.confidences.push_back(static_cast<float>(branch.confidence));
       branch.node = static_cast<int32_t>(drafts.tokens.size()) - 1 - first;
@@ -349,7 +384,8 @@ size_t SuffixForest::memory_bytes() const {
   const std::lock_guard lock(mutex_);
   size_t bytes = 0;
   for (const auto& [handle, owner] : groups_) bytes += owner.tree.memory_bytes();
-  bytes += requests_.capacity() * sizeof(Request);
+  bytes += requests_.capacity() * sizeof(Request) +
+           batches_.capacity() * sizeof(batches_[0]);
   for (const Request& row : requests_) {
     bytes += row.forecasts.capacity() * sizeof(Prediction);
   }

@@ -52,6 +52,8 @@ class SuffixForest {
 
   // The most probable continuation of each request, one path a row: at most
   // max_tokens[i] tokens, stopping where the confidence falls below min_confidence.
+  // Forecasts are made once: those behind what has come true stay as they are, and are
+  // added to, until a token comes that was not forecast.
   Drafts Draft(std::span<const Handle> requests, std::span<const int32_t> max_tokens,
                float min_confidence);
   // As Draft, for the `top_k` most probable paths of each length, which share what
@@ -75,28 +77,31 @@ class SuffixForest {
     SuffixTree tree;
     std::vector<Handle> requests;  // In order of opening.
   };
-  struct Request {
-    Handle handle = 0;  // 0: closed.
+  struct alignas(64) Request {  // A cache line.
+    Handle handle = 0;          // 0: closed.
     Group* group = nullptr;
+    std::vector<Prediction> forecasts;  // Of tokens that follow its text.
+    Context end;                        // Of its text.
     uint32_t slot = 0;
-    Reader reader;
-    std::vector<Prediction> forecasts;  // Tokens that were predicted and not yet seen.
-    uint64_t batch = 0;                 // The last that drafted for it.
+    float recent = 0.5;  // Share of its forecasts that came true, lately.
+
+    Reader reader() const { return {WriterOf(slot), recent}; }
   };
+  static_assert(sizeof(Request) == 64);
   // A draft in the making.
   struct Path {
-    Path(Request* request, const Context& context, uint32_t tokens_left)
+    Path(Request* request, uint32_t tokens_left, double confidence)
         : request(request),
           tree(&request->group->tree),
-          context(context),
-          orders(context),
-          tokens_left(tokens_left) {}
+          orders(request->forecasts.empty() ? request->end
+                                            : request->forecasts.back().context),
+          tokens_left(tokens_left),
+          confidence(confidence) {}
     Request* request;
     const SuffixTree* tree;
-    Context context;
-    Orders orders;  // Of the context.
+    Orders orders;  // Of the context behind the forecasts.
     uint32_t tokens_left;
-    double confidence = 1;
+    double confidence;      // Of all forecasts.
     bool forecast = false;  // That there is a next token.
   };
 
@@ -104,12 +109,14 @@ class SuffixForest {
   const Group& group(Handle handle) const;
   Request& request(Handle handle);
   const Request& request(Handle handle) const;
-  std::vector<Request*> Rows(std::span<const Handle> requests);
+  std::span<Request*> Rows(std::span<const Handle> requests);
+  void RequireDistinct(std::span<const Handle> requests);
   void Forget(Handle request);
   static void Walk(std::span<Path> paths);
-  void Forecast(Path& path) const;
-  static bool Extend(Path& path, double min_confidence);
-  static Drafts Collect(std::span<Request* const> rows, double min_confidence);
+  void Predict(Path& path) const;
+  bool Extend(Path& path, double min_confidence) const;
+  static Drafts Collect(std::span<Request* const> rows,
+                        std::span<const int32_t> max_tokens, double min_confidence);
   void DraftTreeRow(const Request& request, uint32_t max_tokens, uint32_t top_k,
                     double min_confidence, Drafts& drafts) const;
   void Learn(Request& request, std::span<const Token> tokens);
@@ -117,11 +124,14 @@ class SuffixForest {
   mutable std::mutex mutex_;
   uint32_t max_match_;
   Handle next_handle_ = 1;
-  uint64_t num_batches_ = 0;
   std::unordered_map<Handle, Group> groups_;
   std::vector<Request> requests_;  // By the lower half of their handles.
   std::vector<uint32_t> closed_;   // Of these.
   Blend blend_;
+  uint64_t num_batches_ = 0;
+  std::vector<uint64_t> batches_;  // The last that drafted for each request.
+  std::vector<Request*> rows_;     // Of a call.
+  std::vector<Path> paths_;
 };
 
 }  // namespace aseer::dgds

@@ -151,6 +151,43 @@ def test_confidence_falls_along_a_path_and_cuts_it() -> None:
     assert len(tree.draft(request, 8, min_confidence=bar)) == 4
 
 
+def test_forecasts_that_come_true_are_kept_until_one_does_not() -> None:
+    tree = SuffixTree([1, 2, 3, 4, 5])
+    reader, sibling = tree.open(), tree.open()
+    tree.append(reader, [1])
+    first = tree.draft(reader, 3)
+    assert [token for token, _ in first] == [2, 3, 4]
+    for _ in range(9):
+        tree.append(sibling, [2, 3, 7, 2, 8])
+    tree.append(reader, [2])
+    kept = tree.draft(reader, 4)
+    assert [token for token, _ in kept[:2]] == [3, 4]
+    # Of its path without the token that came.
+    assert kept[0][1] == pytest.approx(first[1][1] / first[0][1])
+    tree.append(reader, [3, 7])
+    assert drafted(tree, reader, 1) == [2]
+
+
+def test_closing_a_sibling_ends_what_its_text_had_forecast() -> None:
+    tree = SuffixTree()
+    reader, sibling = tree.open(), tree.open()
+    tree.append(sibling, [1, 2, 3, 4])
+    tree.append(reader, [1])
+    assert drafted(tree, reader, 3) == [2, 3, 4]
+    tree.close(sibling)
+    assert tree.draft(reader, 3) == []
+
+
+def test_forecasts_wait_while_a_request_does_not_draft() -> None:
+    tree = SuffixTree([1, 2, 3, 4, 5])
+    request = tree.open()
+    tree.append(request, [1])
+    long = tree.draft(request, 4)
+    assert tree.draft(request, 0) == []
+    assert tree.draft(request, 2) == long[:2]
+    assert tree.draft(request, 4) == long
+
+
 def drafted_after(forest: SuffixForest, prompt: Sequence[int]) -> float:
     """Confidence of the token that follows the first of a new group's prompt."""
     request = forest.open_request(forest.open_group(np.array(prompt, np.int32)))
