@@ -14,6 +14,14 @@ class SuffixForest:
         offsets: NDArray[np.int64],
         starts: NDArray[np.int64] | None = None,
     ) -> NDArray[np.int64]: ...
+    def follow(
+        self,
+        requests: NDArray[np.int64],
+        texts: NDArray[np.int32],
+        rows: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        num_tokens: NDArray[np.int32],
+    ) -> int: ...
     def draft(
         self,
         requests: NDArray[np.int64],
@@ -45,3 +53,11 @@ class SuffixForest:
     def num_tokens(self) -> int: ...
     @property
     def memory_bytes(self) -> int: ...
+
+def spend(
+    survivals: NDArray[np.float64],
+    offsets: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    step_s: NDArray[np.float64],
+    margin: float,
+) -> tuple[NDArray[np.int64], float]: ...

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from aseer.dgds._cst import spend as _spend
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -98,6 +100,12 @@ class Budget(Protocol):
         """Looking for drafts took so long, `choose` included."""
         ...
 
+    def settle(
+        self, num_rows: int, num_sampled: int, num_context_tokens: int, step_s: float
+    ) -> None:
+        """A step with drafts took so long, and sampled so many tokens."""
+        ...
+
 
 class FixedBudget:
     """Drafts all there is, up to a length."""
@@ -119,6 +127,11 @@ class FixedBudget:
     def pay(self, look_s: float) -> None:
         """See `Budget`."""
 
+    def settle(
+        self, num_rows: int, num_sampled: int, num_context_tokens: int, step_s: float
+    ) -> None:
+        """See `Budget`."""
+
 
 class AdaptiveBudget:
     """Drafts while the gain pays for the time."""
@@ -130,7 +143,8 @@ class AdaptiveBudget:
         self._max = max_draft_tokens
         self._tail = tail_draft_tokens
         self._calibration = Calibration()
-        self._saved_s = _FIRST_SAVED_S  # by a look, lately
+        self._share = 1.0  # of looks that find drafts that pay, lately
+        self._saved_s = _FIRST_SAVED_S  # by such drafts
         self._look_s = 0.0
         self._num_unseen = 0  # steps to come without a look
 
@@ -149,7 +163,7 @@ class AdaptiveBudget:
         )
         survivals = self._calibration.survivals(candidates.confidences)
         spent = spend(survivals, candidates.offsets, candidates.weights, step_s)
-        self._saved_s += (spent.saved_s - self._saved_s) / _MEMORY_LOOKS
+        self._share += ((spent.saved_s > 0) - self._share) / _MEMORY_LOOKS
         return spent.lengths
 
     def learn(self, outcome: Outcome) -> None:
@@ -160,9 +174,20 @@ class AdaptiveBudget:
         """See `Budget`."""
         self._look_s += (look_s - self._look_s) / _MEMORY_LOOKS
         most = _MOST_UNSEEN_STEPS
-        if self._look_s < (most + 1) * self._saved_s:
-            most = int(self._look_s / self._saved_s)
+        saved_s = self._share * self._saved_s
+        if self._look_s < (most + 1) * saved_s:
+            most = int(self._look_s / saved_s)
         self._num_unseen = most
+
+    def settle(
+        self, num_rows: int, num_sampled: int, num_context_tokens: int, step_s: float
+    ) -> None:
+        """See `Budget`. What counts is what drafts did save: those are chosen that
+        promise most, and so they promise too much.
+        """
+        plain_s = float(self._model.predict(num_rows, 0, num_context_tokens)[0])
+        saved_s = plain_s * num_sampled / num_rows - step_s
+        self._saved_s += (saved_s - self._saved_s) / _MEMORY_LOOKS
 
 
 class Spent(NamedTuple):
@@ -195,23 +220,11 @@ def spend(
         survivals: [num_tokens], never rising along a row.
         offsets: [num_rows + 1]. weights: [num_rows].
         step_s: [num_tokens + 1], a step's seconds by the number of tokens drafted.
+
+    Raises:
+        ValueError: sizes that disagree.
     """
-    num_rows = len(weights)
-    nothing = Spent(np.zeros(num_rows, np.int64), 0.0)
-    if not len(survivals) or step_s[0] <= 0:
-        return nothing
-    row_of = np.repeat(np.arange(num_rows), np.diff(offsets))
-    worths = survivals * weights[row_of]
-    order = np.argsort(-worths, kind="stable")
-    plain = num_rows / step_s[0]
-    rates = (num_rows + np.cumsum(survivals[order])) / step_s[1:]
-    worth_rates = (weights.sum() + np.cumsum(worths[order])) / step_s[1:]
-    worth_rates[rates < plain * (1 + margin)] = 0
-    best = int(np.argmax(worth_rates))
-    if not worth_rates[best]:
-        return nothing
-    lengths = np.bincount(row_of[order[: best + 1]], minlength=num_rows)
-    return Spent(lengths, float((rates[best] / plain - 1) * step_s[best + 1]))
+    return Spent(*_spend(survivals, offsets, weights, step_s, margin))
 
 
 class Calibration:
@@ -355,6 +368,11 @@ class PaperBudget:
             sums += (lengths[:, None] >= positions).sum(axis=0)
 
     def pay(self, look_s: float) -> None:
+        """See `Budget`."""
+
+    def settle(
+        self, num_rows: int, num_sampled: int, num_context_tokens: int, step_s: float
+    ) -> None:
         """See `Budget`."""
 
 

@@ -137,6 +137,29 @@ class SuffixForest:
         """
         return self._native.append(requests, tokens, offsets, starts)
 
+    def follow(
+        self,
+        requests: NDArray[np.int64],
+        texts: NDArray[np.int32],
+        rows: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        num_tokens: NDArray[np.int32],
+    ) -> int:
+        """Append to each request what an engine's table of texts has and it has not.
+
+        Args:
+            requests: [num_requests].
+            texts: [num_rows, num_columns]; rows need not lie next to each other.
+            rows: [num_requests], each request's.
+            starts: [num_requests], tokens in its row before its first: its prompt.
+            num_tokens: [num_rows or more], how many of a row's tokens are known.
+
+        Returns:
+            How many requests have more tokens than their row, which is to say another
+            text. They are left as they are.
+        """
+        return self._native.follow(requests, texts, rows, starts, num_tokens)
+
     def draft(
         self,
         requests: NDArray[np.int64],

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,8 @@ import numpy as np
 
 from aseer.dgds.budget import MIN_CONFIDENCE, Candidates, Outcome
 from aseer.dgds.messages import EXTRA_ARGS_KEY
-from aseer.dgds.replica import RequestKey, row_offsets
-from aseer.types import DRAFTING_SHARES
+from aseer.dgds.replica import RequestKey
+from aseer.dgds.stepclock import StepClock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("aseer.dgds")
 
-_MAX_IDLE_S = 0.02  # between steps; after more the engine had nothing to do
-
 
 @dataclass(slots=True, eq=False)
 class _Row:
@@ -52,7 +49,6 @@ class _Row:
     Attributes:
         base: tokens before its text: its group's prompt.
         end: tokens it may have at most, prompt included.
-        num_held: tokens of its text that its tree has.
         may_stop_at: tokens from which on it may stop. No draft crosses that: vLLM would
             forbid stop tokens behind it by the length before it.
         drafted: confidences of what was drafted for it last.
@@ -62,7 +58,6 @@ class _Row:
     key: RequestKey
     handle: int
     base: int
-    num_held: int
     end: int
     may_stop_at: int
     weight: float
@@ -77,18 +72,62 @@ class _Batch:
     """Rows that run together, and what stays the same as long as they do.
 
     Attributes:
+        req_ids: vLLM's, of the whole batch; None where some have not sampled, as in the
+            next step others may not have.
+        rows: of ours that have sampled.
+        places: [num_rows] where in the batch they are.
         handles, bases, ends, stops, weights: [num_rows] of `_Row`'s; `ends` without the
             last token, which is sampled by itself.
+        num_context: tokens of everything in the batch.
+        num_free: tokens that every row may draft at least.
     """
 
-    def __init__(self, rows: Sequence[_Row]) -> None:
+    def __init__(
+        self,
+        req_ids: Sequence[str] | None,
+        places: Sequence[int],
+        rows: Sequence[_Row],
+        num_context: int = 0,
+    ) -> None:
         num = len(rows)
+        self.req_ids = None if req_ids is None else list(req_ids)
         self.rows = list(rows)
+        self.places = np.array(places, np.int64)
         self.handles = np.fromiter((r.handle for r in rows), np.int64, num)
         self.bases = np.fromiter((r.base for r in rows), np.int64, num)
         self.ends = np.fromiter((r.end - 1 for r in rows), np.int64, num)
         self.stops = np.fromiter((r.may_stop_at for r in rows), np.int64, num)
         self.weights = np.fromiter((r.weight for r in rows), np.float64, num)
+        self.is_profile = bool(rows) and rows[0].profile is not None
+        self.num_context = num_context
+        self.num_free = 0
+        self._full: dict[int, NDArray[np.int32]] = {}
+
+    def grow(self, sampled: Sequence[Sequence[int]]) -> None:
+        """So much has been sampled since the last step."""
+        sizes = list(map(len, sampled))
+        self.num_context += sum(sizes)
+        self.num_free -= max(sizes, default=0)
+
+    def room(self, num_tokens: NDArray[np.int32], most: int) -> NDArray[np.int32]:
+        """[num_rows], how many tokens each row may draft, at most `most`.
+
+        Args:
+            num_tokens: of everything in the batch.
+        """
+        if self.num_free < most:
+            texts = num_tokens[self.places]
+            stops = np.minimum(self.stops, self.ends)
+            ends = np.where(texts < self.stops, stops, self.ends)
+            # Every step samples one token more than it accepts.
+            free = np.maximum(ends - texts - 1, 0)
+            self.num_free = int(free.min())
+            if self.num_free < most:
+                room: NDArray[np.int32] = np.minimum(free, most).astype(np.int32)
+                return room
+        if most not in self._full:
+            self._full[most] = np.full(len(self.rows), most, np.int32)
+        return self._full[most]
 
 
 class GroupDrafter:
@@ -135,45 +174,6 @@ class GroupDrafter:
             return [[] for _ in sampled_token_ids]
 
 
-class StepClock:
-    """Measures the steps of a runner, and what was scheduled in them."""
-
-    def __init__(self, runner: Any) -> None:
-        self.step_s = 0.0
-        self.draft_s = 0.0
-        self.share_buckets = [0] * (len(DRAFTING_SHARES) + 1)
-        self.num_scheduled: dict[str, int] = {}
-        self.num_tokens = 0
-        self.was_idle = True  # before the step, so that it took its time to begin
-        self._started_at = 0.0
-        self._ended_at = 0.0
-        self._execute = runner.execute_model
-        runner.execute_model = self._timed_execute
-
-    def _timed_execute(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        now = time.perf_counter()
-        self.was_idle = now - self._ended_at > _MAX_IDLE_S
-        self._started_at = now if self.was_idle else self._ended_at
-        self.num_tokens = scheduler_output.total_num_scheduled_tokens
-        self.num_scheduled = {
-            request_id: len(tokens)
-            for request_id, tokens in (
-                scheduler_output.scheduled_spec_decode_tokens.items()
-            )
-        }
-        return self._execute(scheduler_output, *args, **kwargs)
-
-    def end_step(self, drafting_since: float) -> float:
-        """The step is over, drafting included; its seconds."""
-        self._ended_at = time.perf_counter()
-        step_s = self._ended_at - self._started_at
-        draft_s = self._ended_at - drafting_since
-        self.step_s += step_s
-        self.draft_s += draft_s
-        self.share_buckets[bisect_left(DRAFTING_SHARES, draft_s / step_s)] += 1
-        return step_s
-
-
 class _Drafting:
     """The drafter, joined to its runner."""
 
@@ -195,7 +195,8 @@ class _Drafting:
         self._probe_weight = probe_weight
         self._max_model_len = max_model_len
         self._rows: dict[str, _Row] = {}
-        self._batch = _Batch([])
+        self._batch = _Batch(None, [], [])
+        self._has_drafted = False  # something, in the last look
 
     def step(
         self,
@@ -204,42 +205,36 @@ class _Drafting:
         token_ids: NDArray[np.int32],
     ) -> list[list[int]]:
         since = time.perf_counter()
-        self._end_finished()
-        places, rows = self._running(sampled, num_tokens, token_ids)
         drafts: list[list[int]] = [[] for _ in sampled]
-        is_profile = bool(rows) and rows[0].profile is not None
-        if is_profile:
-            for place, row in zip(places, rows, strict=True):
+        batch = self._find_batch(sampled, num_tokens, token_ids)
+        rows = batch.rows
+        if batch.is_profile:
+            for place, row in zip(batch.places.tolist(), rows, strict=True):
                 drafts[place] = [sampled[place][-1]] * (row.profile or 0)
         elif rows:
-            self._learn(rows, places, sampled)
+            if self._has_drafted:
+                self._learn(batch, sampled)
             most = self._budget.max_draft_tokens(len(rows))
             if most:
                 looks_since = time.perf_counter()
-                if self._batch.rows != rows:
-                    self._batch = _Batch(rows)
-                self._append(places, num_tokens, token_ids)
-                self._draft(places, num_tokens, most, drafts)
+                self._look(batch, num_tokens, token_ids, most, drafts)
                 self._budget.pay(time.perf_counter() - looks_since)
         step_s = self._clock.end_step(since)
-        self._observe(len(sampled), len(rows), num_tokens, step_s, is_profile)
+        self._observe(batch, sampled, step_s)
         return drafts
 
-    def _end_finished(self) -> None:
-        gone = self._rows.keys() - self._runner.input_batch.req_id_to_index.keys()
-        if gone:
-            now = time.monotonic()
-            for request_id in gone:
-                self._replica.end(self._rows.pop(request_id).key, now)
-
-    def _running(
+    def _find_batch(
         self,
         sampled: list[list[int]],
         num_tokens: NDArray[np.int32],
         token_ids: NDArray[np.int32],
-    ) -> tuple[list[int], list[_Row]]:
-        """Where in the batch there are rows of ours that have sampled, and which."""
+    ) -> _Batch:
+        """The rows of ours that have sampled: mostly those of the last step."""
         req_ids = self._runner.input_batch.req_ids
+        if all(sampled) and self._batch.req_ids == req_ids:
+            self._batch.grow(sampled)
+            return self._batch
+        self._end_finished()
         places = []
         rows = []
         for place, tokens in enumerate(sampled):
@@ -250,7 +245,17 @@ class _Drafting:
                 if row is not None:
                     places.append(place)
                     rows.append(row)
-        return places, rows
+        num_context = int(num_tokens[: len(sampled)].sum())
+        pattern = req_ids if all(sampled) else None
+        self._batch = _Batch(pattern, places, rows, num_context)
+        return self._batch
+
+    def _end_finished(self) -> None:
+        gone = self._rows.keys() - self._runner.input_batch.req_id_to_index.keys()
+        if gone:
+            now = time.monotonic()
+            for request_id in gone:
+                self._replica.end(self._rows.pop(request_id).key, now)
 
     def _begin(
         self, place: int, req_id: str, num_tokens: int, token_ids: NDArray[np.int32]
@@ -273,7 +278,6 @@ class _Drafting:
             key=key,
             handle=handle,
             base=base,
-            num_held=num_tokens - base,
             end=min(num_input + params.max_tokens, self._max_model_len),
             may_stop_at=num_input + params.min_tokens,
             weight=self._probe_weight if told["probe"] else 1.0,
@@ -283,16 +287,15 @@ class _Drafting:
         self._rows[req_id] = row
         return row
 
-    def _learn(
-        self, rows: Sequence[_Row], places: Sequence[int], sampled: list[list[int]]
-    ) -> None:
+    def _learn(self, batch: _Batch, sampled: list[list[int]]) -> None:
         """See what became of the last drafts."""
+        self._has_drafted = False
         req_ids = self._runner.input_batch.req_ids
         scheduled = self._clock.num_scheduled
         said = []
         num_drafted = []
         num_accepted = []
-        for row, place in zip(rows, places, strict=True):
+        for row, place in zip(batch.rows, batch.places.tolist(), strict=True):
             if len(row.drafted):
                 confidences = row.drafted[: scheduled.get(req_ids[place], 0)]
                 row.drafted = _NOTHING
@@ -304,29 +307,36 @@ class _Drafting:
             drafted, accepted = np.array(num_drafted), np.array(num_accepted)
             self._budget.learn(Outcome(np.concatenate(said), drafted, accepted))
 
-    def _append(
+    def _look(
         self,
-        places: Sequence[int],
+        batch: _Batch,
         num_tokens: NDArray[np.int32],
         token_ids: NDArray[np.int32],
+        most: int,
+        drafts: list[list[int]],
     ) -> None:
-        """Give the trees what was sampled since they were last looked at."""
-        batch = self._batch
-        ends = num_tokens[places]
-        starts = np.fromiter((r.num_held for r in batch.rows), np.int64, len(places))
-        new = [
-            token_ids[place, start:end]
-            for place, start, end in zip(
-                places, (batch.bases + starts).tolist(), ends.tolist(), strict=True
-            )
-        ]
-        offsets = row_offsets(map(len, new), len(new))
-        held = self._replica.append(batch.handles, np.concatenate(new), offsets, starts)
-        for row, num_held in zip(batch.rows, held.tolist(), strict=True):
-            row.num_held = num_held
-        lost = held != ends - batch.bases
-        if lost.any():
-            self._lose_track(int(lost.sum()))
+        """Bring the trees up to date, and draft at most `most` tokens a row."""
+        num_lost = self._replica.follow(
+            batch.handles, token_ids, batch.places, batch.bases, num_tokens
+        )
+        if num_lost:
+            self._lose_track(num_lost)
+        found = self._replica.draft(
+            batch.handles, batch.room(num_tokens, most), MIN_CONFIDENCE
+        )
+        candidates = Candidates(
+            confidences=found.confidences,
+            offsets=found.offsets,
+            weights=batch.weights,
+            num_context_tokens=batch.num_context,
+        )
+        lengths = self._budget.choose(candidates)
+        for i in lengths.nonzero()[0].tolist():
+            start = int(found.offsets[i])
+            end = start + int(lengths[i])
+            drafts[batch.places[i]] = found.tokens[start:end].tolist()
+            batch.rows[i].drafted = found.confidences[start:end]
+            self._has_drafted = True
 
     def _lose_track(self, num_lost: int) -> None:
         """Rows whose text here is not what the engine has: all are begun anew."""
@@ -335,53 +345,28 @@ class _Drafting:
         for row in self._rows.values():
             self._replica.end(row.key, now)
         self._rows.clear()
-
-    def _draft(
-        self,
-        places: Sequence[int],
-        num_tokens: NDArray[np.int32],
-        most: int,
-        drafts: list[list[int]],
-    ) -> None:
-        batch = self._batch
-        texts = num_tokens[places]
-        ends = np.where(
-            texts < batch.stops, np.minimum(batch.stops, batch.ends), batch.ends
-        )
-        # Every step samples one token more than it accepts.
-        room = np.clip(ends - texts - 1, 0, most).astype(np.int32)
-        found = self._replica.draft(batch.handles, room, min_confidence=MIN_CONFIDENCE)
-        candidates = Candidates(
-            confidences=found.confidences,
-            offsets=found.offsets,
-            weights=batch.weights,
-            num_context_tokens=int(texts.sum()),
-        )
-        lengths = self._budget.choose(candidates)
-        tokens = found.tokens.tolist()
-        for i in np.flatnonzero(lengths).tolist():
-            start = int(found.offsets[i])
-            end = start + int(lengths[i])
-            drafts[places[i]] = tokens[start:end]
-            batch.rows[i].drafted = found.confidences[start:end]
+        self._batch.req_ids = None
 
     def _observe(
-        self,
-        num_rows: int,
-        num_tracked: int,
-        num_tokens: NDArray[np.int32],
-        step_s: float,
-        is_profile: bool,
+        self, batch: _Batch, sampled: Sequence[Sequence[int]], step_s: float
     ) -> None:
         """Learn what a step takes, if it only decoded and was all ours."""
-        if self._clock.was_idle:
+        clock = self._clock
+        num_rows = len(sampled)
+        num_drafted = sum(clock.num_scheduled.values())
+        if (
+            clock.was_idle
+            or len(batch.rows) != num_rows
+            or clock.num_tokens != num_rows + num_drafted
+        ):
             return
-        num_drafted = sum(self._clock.num_scheduled.values())
-        if num_tracked == num_rows and self._clock.num_tokens == num_rows + num_drafted:
-            self._model.observe(
-                num_rows,
-                num_drafted,
-                int(num_tokens[:num_rows].sum()),
-                step_s,
-                is_profile=is_profile,
-            )
+        self._model.observe(
+            num_rows,
+            num_drafted,
+            batch.num_context,
+            step_s,
+            is_profile=batch.is_profile,
+        )
+        if num_drafted and not batch.is_profile:
+            num_sampled = sum(map(len, sampled))
+            self._budget.settle(num_rows, num_sampled, batch.num_context, step_s)

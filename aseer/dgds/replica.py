@@ -1,6 +1,6 @@
 """An engine's copy of its groups' suffix trees, and which request is which in it.
 
-The token path (`begin`, `append`, `draft`, `end`) works on the copy alone; a background
+The token path (`begin`, `follow`, `draft`, `end`) works on the copy alone; a background
 thread brings what siblings wrote elsewhere (`fetch`, `apply`). Both may be called at
 the same time. While a request runs here, its text is this engine's to write.
 
@@ -22,8 +22,6 @@ from aseer.dgds.cst import SuffixForest
 from aseer.dgds.messages import FetchCst, GroupEntry, RegisterGroups
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from numpy.typing import NDArray
 
     from aseer.dgds.cst import Drafts, GroupHandle, RequestHandle
@@ -93,21 +91,21 @@ class Replica:
         self._append(request, generated[len(known) :], len(known))
         return request
 
-    def append(
+    def follow(
         self,
         requests: NDArray[np.int64],
-        tokens: NDArray[np.int32],
-        offsets: NDArray[np.int64],
-        starts: NDArray[np.int64] | None = None,
-    ) -> NDArray[np.int64]:
-        """See `SuffixForest.append`."""
-        return self.forest.append(requests, tokens, offsets, starts)
+        texts: NDArray[np.int32],
+        rows: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        num_tokens: NDArray[np.int32],
+    ) -> int:
+        """See `SuffixForest.follow`."""
+        return self.forest.follow(requests, texts, rows, starts, num_tokens)
 
     def draft(
         self,
         requests: NDArray[np.int64],
         max_draft_tokens: NDArray[np.int32],
-        *,
         min_confidence: float,
     ) -> Drafts:
         """See `SuffixForest.draft`."""
@@ -221,10 +219,3 @@ class Replica:
 def prompt_key_of(prompt: NDArray[np.int32]) -> bytes:
     """A short name of a prompt's text."""
     return hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
-
-
-def row_offsets(lengths: Iterable[int], num_rows: int) -> NDArray[np.int64]:
-    """[num_rows + 1] offsets of rows of these lengths."""
-    offsets = np.zeros(num_rows + 1, np.int64)
-    np.cumsum(np.fromiter(lengths, np.int64, num_rows), out=offsets[1:])
-    return offsets

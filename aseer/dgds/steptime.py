@@ -16,11 +16,13 @@ was measured. No step is believed to take less than half of the fastest one seen
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 # f's bends; before the first it is a straight line.
@@ -32,6 +34,7 @@ _NUM_FEATURES = 2 + len(_KNOTS) + 4
 _MEMORY_STEPS = 500
 _SOLVE_EVERY = 16
 _EARLY_STEPS = 64  # with a solution after each
+_LEAST_TABLE = 64  # drafted tokens; a table has room to spare
 _OUTLIER = 1.5  # times what was predicted, or so many times less
 _LEAST = 0.5  # of the fastest step: what any step takes at least
 _PULL = 1e-2
@@ -41,15 +44,26 @@ _PULLS = np.array(
 )
 
 
+class _Step(NamedTuple):
+    """What was measured of one."""
+
+    num_rows: int
+    num_drafted: int
+    num_context_tokens: int
+    step_s: float
+
+
 class StepTimeModel:
-    """Predicts a step's seconds; learns from every step."""
+    """Predicts a step's seconds; learns from every step, a few at a time."""
 
     def __init__(self) -> None:
         self._profile = _Sums()
         self._recent = _Sums()
+        self._new: list[_Step] = []
         self._floor_s = 0.0
         self._num_observed = 0
         self._coefficients: NDArray[np.float64] = np.zeros(_NUM_FEATURES)
+        self._tables: dict[int, NDArray[np.float64]] = {}
 
     def observe(
         self,
@@ -66,20 +80,16 @@ class StepTimeModel:
             num_context_tokens: over all rows.
             is_profile: never forgotten.
         """
-        features = _features(num_rows, np.array([num_drafted]), num_context_tokens)[0]
         least_s = _LEAST * step_s
         self._floor_s = min(self._floor_s or least_s, least_s)
-        expected_s = step_s
-        if self._num_observed >= _EARLY_STEPS:
-            expected_s = max(float(features @ self._coefficients), self._floor_s)
-            step_s = min(max(step_s, expected_s / _OUTLIER), expected_s * _OUTLIER)
-        sums = self._profile if is_profile else self._recent
-        if not is_profile:
-            self._recent.decay(1 - 1 / _MEMORY_STEPS)
-        sums.add(features, step_s, expected_s)
-        if self._num_observed < _EARLY_STEPS or not self._num_observed % _SOLVE_EVERY:
-            self._solve()
-        self._num_observed += 1
+        step = _Step(num_rows, num_drafted, num_context_tokens, step_s)
+        if is_profile:
+            self._learn([step], self._profile)
+            return
+        self._new.append(step)
+        if self._num_observed < _EARLY_STEPS or len(self._new) >= _SOLVE_EVERY:
+            self._learn(self._new, self._recent)
+            self._new = []
 
     def predict(
         self, num_rows: int, max_drafted: int, num_context_tokens: int
@@ -88,17 +98,30 @@ class StepTimeModel:
 
         Zeros while nothing was measured.
         """
-        drafted = np.arange(max_drafted + 1)
-        seconds: NDArray[np.float64] = (
-            _features(num_rows, drafted, num_context_tokens) @ self._coefficients
-        )
+        table = self._tables.get(num_rows)
+        if table is None or len(table) <= max_drafted:
+            drafted = np.arange(2 * max_drafted + _LEAST_TABLE)
+            table = _features(num_rows, drafted, 0) @ self._coefficients
+            self._tables[num_rows] = table
+        context_s = self._coefficients[-1] * (num_context_tokens / _CONTEXT_UNIT)
+        seconds: NDArray[np.float64] = table[: max_drafted + 1] + context_s
         return np.maximum(seconds, self._floor_s, out=seconds)
 
-    def _solve(self) -> None:
+    def _learn(self, steps: Sequence[_Step], sums: _Sums) -> None:
+        num_rows, num_drafted, context, step_s = np.array(steps, np.float64).T
+        features = _features(num_rows, num_drafted, context)
+        expected_s = step_s
+        if self._num_observed >= _EARLY_STEPS:
+            expected_s = np.maximum(features @ self._coefficients, self._floor_s)
+            step_s = np.clip(step_s, expected_s / _OUTLIER, expected_s * _OUTLIER)
+        keep = 1.0 if sums is self._profile else 1 - 1 / _MEMORY_STEPS
+        sums.add(features, step_s, expected_s, keep)
+        self._num_observed += len(steps)
         matrix = self._profile.matrix + self._recent.matrix
         matrix += np.diag(_PULLS / self._floor_s**2)
         vector = self._profile.vector + self._recent.vector
         self._coefficients = _least_squares(matrix, vector)
+        self._tables.clear()
 
 
 class _Sums:
@@ -108,19 +131,25 @@ class _Sums:
         self.matrix = np.zeros((_NUM_FEATURES, _NUM_FEATURES))
         self.vector = np.zeros(_NUM_FEATURES)
 
-    def decay(self, factor: float) -> None:
-        self.matrix *= factor
-        self.vector *= factor
-
-    def add(self, features: NDArray[np.float64], value: float, expected: float) -> None:
+    def add(
+        self,
+        features: NDArray[np.float64],
+        values: NDArray[np.float64],
+        expected: NDArray[np.float64],
+        keep: float,
+    ) -> None:
+        """Add steps in their order; with each, what was before counts `keep` times."""
+        kept = keep ** np.arange(len(values), -1, -1.0)
         # By what was measured itself, quick steps of a noisy machine would weigh most.
-        weight = 1 / expected**2
-        self.matrix += weight * np.outer(features, features)
-        self.vector += weight * value * features
+        weighted = features.T * (kept[1:] / expected**2)
+        self.matrix = kept[0] * self.matrix + weighted @ features
+        self.vector = kept[0] * self.vector + weighted @ values
 
 
 def _features(
-    num_rows: int, num_drafted: NDArray[np.int64], num_context_tokens: int
+    num_rows: NDArray[np.float64] | int,
+    num_drafted: NDArray[np.float64] | NDArray[np.int64],
+    num_context_tokens: NDArray[np.float64] | int,
 ) -> NDArray[np.float64]:
     """[len(num_drafted), _NUM_FEATURES], what the coefficients are multiplied with."""
     features = np.empty((len(num_drafted), _NUM_FEATURES))

@@ -96,6 +96,33 @@ def pack_tied_heads(model: Any) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
+def take_undrafted_steps_as_plain(runner: Any) -> None:
+    """Have a CPU's steps in which nothing was drafted prepared as without speculation.
+
+    vLLM tells apart drafted tokens from sampled ones in every step, whether there are
+    any or not, and asks `speculative_config` whether it must. Models that carry a state
+    from step to step need it always.
+    """
+    from vllm.platforms import current_platform
+
+    prepare = getattr(runner, "_prepare_inputs", None)
+    is_hybrid = getattr(runner.model_config, "is_hybrid", True)
+    if prepare is None or is_hybrid or not current_platform.is_cpu():
+        return
+
+    @functools.wraps(prepare)
+    def prepare_inputs(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if scheduler_output.scheduled_spec_decode_tokens:
+            return prepare(scheduler_output, *args, **kwargs)
+        config, runner.speculative_config = runner.speculative_config, None
+        try:
+            return prepare(scheduler_output, *args, **kwargs)
+        finally:
+            runner.speculative_config = config
+
+    runner._prepare_inputs = prepare_inputs
+
+
 # vLLM imports this in a worker, before the worker's queues and model runner are made.
 poll_less()
 spare_generators()
@@ -164,6 +191,7 @@ class WorkerExtension:
             runner.effective_drafter_max_model_len += runner.num_spec_tokens
         if self.vllm_config.parallel_config.distributed_executor_backend == EXECUTOR:
             send_drafts_along(runner)
+        take_undrafted_steps_as_plain(runner)
         if self.rank != 0:
             return
         drafting = msgspec.convert(spec, DraftingSpec)

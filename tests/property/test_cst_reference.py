@@ -87,6 +87,30 @@ class ForestComparison(RuleBasedStateMachine):
 
     @rule(
         chosen=st.lists(requests, min_size=1, max_size=4, unique=True),
+        start=st.integers(0, 3),
+        data=st.data(),
+    )
+    def follow(self, chosen: list[Any], start: int, data: st.DataObject) -> None:
+        rows = [data.draw(self.texts) for _ in chosen]
+        width = start + max(
+            len(self.reference.tokens(request[1])) + len(row)
+            for request, row in zip(chosen, rows, strict=True)
+        )
+        table = np.full((len(chosen), width + 2), -1, np.int32)[:, :width]
+        num_tokens = np.zeros(len(chosen), np.int32)
+        places = np.arange(len(chosen))[::-1].copy()
+        for place, request, row in zip(places, chosen, rows, strict=True):
+            text = [*self.reference.tokens(request[1]), *row]
+            table[place, start : start + len(text)] = text
+            num_tokens[place] = start + len(text)
+        handles = np.array([r[0] for r in chosen])
+        starts = np.full(len(chosen), start)
+        num_lost = self.native.follow(handles, table, places, starts, num_tokens)
+        assert num_lost == 0
+        self.reference.append([r[1] for r in chosen], rows)
+
+    @rule(
+        chosen=st.lists(requests, min_size=1, max_size=4, unique=True),
         max_draft_tokens=st.integers(0, 10),
         min_confidence=st.sampled_from([0.0, 0.1, 0.4]),
     )

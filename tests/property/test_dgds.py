@@ -15,7 +15,7 @@ from aseer.dgds.budget import rising_fit, spend
 from aseer.dgds.cst import SuffixForest
 from aseer.dgds.log import TokenLog
 from aseer.dgds.messages import Deltas, FetchCst, RegisterGroups
-from aseer.dgds.replica import Replica, RequestKey, row_offsets
+from aseer.dgds.replica import Replica, RequestKey
 
 REQUESTS = [RequestKey(group, f"{group}/{i}") for group in "gh" for i in range(3)]
 PROMPTS = {"g": np.array([1, 2, 3, 1, 2], np.int32), "h": np.array([2, 2], np.int32)}
@@ -55,11 +55,8 @@ class LossyExchange(RuleBasedStateMachine):
     def generate(self, text: list[int]) -> None:
         for key, (engine, handle) in self.where.items():
             start = len(self.texts[key])
-            row = np.array(text, np.int32)
-            self.replicas[engine].append(
-                np.array([handle]), row, row_offsets([len(row)], 1), np.array([start])
-            )
             self.texts[key] += text
+            self.follow(engine, handle, self.texts[key])
             self.reports.append((key, start, text))
 
     @rule(text=TEXT, key=st.sampled_from(REQUESTS))
@@ -67,11 +64,19 @@ class LossyExchange(RuleBasedStateMachine):
         """Tokens that were never reported: the request goes on without them."""
         if key in self.where:
             engine, handle = self.where.pop(key)
-            row = np.array(text, np.int32)
-            self.replicas[engine].append(
-                np.array([handle]), row, row_offsets([len(row)], 1)
-            )
+            self.follow(engine, handle, self.texts[key] + text)
             self.start_chunk(key, engine)
+
+    def follow(self, engine: int, handle: int, text: list[int]) -> None:
+        """Sample up to here."""
+        num_lost = self.replicas[engine].follow(
+            np.array([handle]),
+            np.array([text], np.int32),
+            np.array([0]),
+            np.array([0]),
+            np.array([len(text)], np.int32),
+        )
+        assert num_lost == 0
 
     @rule()
     def deliver_reports(self) -> None:
@@ -159,7 +164,7 @@ def grown(group: str, texts: dict[RequestKey, list[int]]) -> tuple[SuffixForest,
         if key.group_id == group:
             handles[key.request_id] = request = forest.open_request(handle)
             row = np.array(text, np.int32)
-            forest.append(np.array([request]), row, row_offsets([len(row)], 1))
+            forest.append(np.array([request]), row, np.array([0, len(row)]))
     return forest, handles
 
 
@@ -197,7 +202,7 @@ def situations(draw: st.DrawFn) -> tuple[Any, ...]:
 def test_a_step_with_drafts_yields_more_tokens_a_second_than_one_without(situation):
     rows, weights, step_s = situation
     flat = np.array([s for row in rows for s in row])
-    offsets = row_offsets(map(len, rows), len(rows))
+    offsets = np.cumsum([0, *map(len, rows)])
     lengths, saved_s = spend(flat, offsets, weights, step_s)
     num = int(lengths.sum())
     assert all(0 <= n <= len(row) for n, row in zip(lengths, rows, strict=True))
@@ -211,10 +216,29 @@ def test_a_step_with_drafts_yields_more_tokens_a_second_than_one_without(situati
 
 
 @given(situations())
+def test_what_is_spent_is_worth_most_of_what_is_admitted(situation):
+    rows, weights, step_s = situation
+    flat = np.array([s for row in rows for s in row])
+    offsets = np.cumsum([0, *map(len, rows)])
+    row_of = np.repeat(np.arange(len(rows)), np.diff(offsets))
+    worths = flat * weights[row_of]
+    order = np.argsort(-worths, kind="stable")
+    tokens = len(rows) + np.cumsum(flat[order])
+    is_admitted = tokens / step_s[1:] >= len(rows) / step_s[0] * 1.05
+    rates = (weights.sum() + np.cumsum(worths[order])) / step_s[1:] * is_admitted
+    num = int(spend(flat, offsets, weights, step_s, margin=0.05).lengths.sum())
+    if num:
+        assert is_admitted[num - 1]
+        assert rates[num - 1] == pytest.approx(rates.max())
+    else:
+        assert not is_admitted.any()
+
+
+@given(situations())
 def test_no_share_of_the_same_size_is_worth_more(situation):
     rows, weights, step_s = situation
     flat = np.array([s for row in rows for s in row])
-    offsets = row_offsets(map(len, rows), len(rows))
+    offsets = np.cumsum([0, *map(len, rows)])
     lengths = spend(flat, offsets, weights, step_s).lengths
     worths = [w * s for w, row in zip(weights, rows, strict=True) for s in row]
     taken = [

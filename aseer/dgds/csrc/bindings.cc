@@ -5,6 +5,7 @@
 #include <numpy/arrayobject.h>
 
 #include "forest.h"
+#include "spend.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -29,11 +30,21 @@ template <>
 struct Element<float> {
   static constexpr int kType = NPY_FLOAT32;
 };
+template <>
+struct Element<double> {
+  static constexpr int kType = NPY_FLOAT64;
+  static constexpr auto kName = nb::detail::const_name("float64");
+};
 
 // An argument: a contiguous array [size], read and not kept.
 template <typename T>
 struct Input {
   std::span<const T> values;
+};
+
+// An argument: a table of texts [num_rows, num_columns], each of them contiguous.
+struct TableInput {
+  Table table;
 };
 
 }  // namespace aseer::dgds
@@ -56,6 +67,30 @@ struct type_caster<aseer::dgds::Input<T>> {
     }
     value.values = {static_cast<const T*>(PyArray_DATA(array)),
                     static_cast<size_t>(PyArray_DIM(array, 0))};
+    return true;
+  }
+};
+
+template <>
+struct type_caster<aseer::dgds::TableInput> {
+  NB_TYPE_CASTER(aseer::dgds::TableInput,
+                 const_name("numpy.ndarray[dtype=int32, shape=(*, *)]"))
+
+  bool from_python(handle source, uint32_t, cleanup_list*) noexcept {
+    using aseer::dgds::Token;
+    if (!PyArray_Check(source.ptr())) return false;
+    auto* array = reinterpret_cast<PyArrayObject*>(source.ptr());
+    if (PyArray_NDIM(array) != 2 || !PyArray_ISBEHAVED_RO(array) ||
+        !PyArray_EquivTypenums(PyArray_TYPE(array), NPY_INT32)) {
+      return false;
+    }
+    const npy_intp stride = PyArray_STRIDE(array, 0);
+    if (PyArray_STRIDE(array, 1) != sizeof(Token) || stride % sizeof(Token) != 0) {
+      return false;
+    }
+    value.table = {static_cast<const Token*>(PyArray_DATA(array)),
+                   PyArray_DIM(array, 0), PyArray_DIM(array, 1),
+                   stride / static_cast<npy_intp>(sizeof(Token))};
     return true;
   }
 };
@@ -91,6 +126,15 @@ nb::object Append(SuffixForest& forest, const Input<Handle>& requests,
   }));
 }
 
+int64_t Follow(SuffixForest& forest, const Input<Handle>& requests,
+               const TableInput& texts, const Input<int64_t>& rows,
+               const Input<int64_t>& starts, const Input<int32_t>& num_tokens) {
+  return WithoutGil([&] {
+    return forest.Follow(requests.values, texts.table, rows.values, starts.values,
+                         num_tokens.values);
+  });
+}
+
 nb::tuple Draft(SuffixForest& forest, const Input<Handle>& requests,
                 const Input<int32_t>& max_draft_tokens, float min_confidence) {
   const Drafts drafts = WithoutGil([&] {
@@ -109,6 +153,16 @@ nb::tuple DraftTree(const SuffixForest& forest, const Input<Handle>& requests,
   });
   return nb::make_tuple(Give(drafts.tokens), Give(drafts.parents), Give(drafts.offsets),
                         Give(drafts.confidences));
+}
+
+nb::tuple SpendTokens(const Input<double>& survivals, const Input<int64_t>& offsets,
+                      const Input<double>& weights, const Input<double>& step_s,
+                      double margin) {
+  const Spent spent = WithoutGil([&] {
+    return Spend(survivals.values, offsets.values, weights.values, step_s.values,
+                 margin);
+  });
+  return nb::make_tuple(Give(spent.lengths), spent.saved_s);
 }
 
 nb::list Inspect(const SuffixForest& forest, Handle request) {
@@ -147,6 +201,8 @@ NB_MODULE(_cst, m) {
     }
   });
 
+  m.def("spend", &aseer::dgds::SpendTokens, "survivals"_a, "offsets"_a, "weights"_a,
+        "step_s"_a, "margin"_a);
   nb::class_<SuffixForest>(m, "SuffixForest")
       .def(nb::init<uint32_t>(), nb::kw_only(), "max_match"_a)
       .def(
@@ -167,6 +223,8 @@ NB_MODULE(_cst, m) {
           "requests"_a)
       .def("append", &aseer::dgds::Append, "requests"_a, "tokens"_a, "offsets"_a,
            "starts"_a = nb::none())
+      .def("follow", &aseer::dgds::Follow, "requests"_a, "texts"_a, "rows"_a,
+           "starts"_a, "num_tokens"_a)
       .def("draft", &aseer::dgds::Draft, "requests"_a, "max_draft_tokens"_a,
            nb::kw_only(), "min_confidence"_a)
       .def("draft_tree", &aseer::dgds::DraftTree, "requests"_a, "max_draft_tokens"_a,

@@ -158,15 +158,12 @@ std::vector<int64_t> SuffixForest::Append(std::span<const Handle> requests,
   for (const Request* row : rows) row->group->tree.PrefetchRequest(row->slot);
   for (const Request* row : rows) row->group->tree.PrefetchEnd(row->slot);
   for (size_t i = 0; i < rows.size(); ++i) {
-    SuffixTree& tree = rows[i]->group->tree;
+    const SuffixTree& tree = rows[i]->group->tree;
     const auto known = static_cast<int64_t>(tree.log(rows[i]->slot).size());
     const int64_t skip = starts.empty() ? 0 : known - starts[i];
     const int64_t size = offsets[i + 1] - offsets[i];
     if (skip < 0 || skip >= size) continue;
-    const auto fresh = tokens.subspan(offsets[i] + skip, size - skip);
-    Learn(*rows[i], fresh);
-    tree.Append(rows[i]->slot, fresh);
-    rows[i]->end = tree.Cursor(rows[i]->slot);
+    AppendRow(*rows[i], tokens.subspan(offsets[i] + skip, size - skip));
   }
   std::vector<int64_t> lengths;
   lengths.reserve(rows.size());
@@ -174,6 +171,55 @@ std::vector<int64_t> SuffixForest::Append(std::span<const Handle> requests,
     lengths.push_back(static_cast<int64_t>(row->group->tree.log(row->slot).size()));
   }
   return lengths;
+}
+
+int64_t SuffixForest::Follow(std::span<const Handle> requests, const Table& table,
+                             std::span<const int64_t> table_rows,
+                             std::span<const int64_t> starts,
+                             std::span<const int32_t> num_tokens) {
+  Require(table_rows.size() == requests.size() && starts.size() == requests.size(),
+          "rows and starts must be as long as requests");
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const int64_t row = table_rows[i];
+    Require(row >= 0 && row < table.num_rows &&
+                row < static_cast<int64_t>(num_tokens.size()),
+            "rows must be in the table, and have a number of tokens");
+    Require(starts[i] >= 0, "starts must not be negative");
+    Require(num_tokens[row] <= table.num_columns, "rows have fewer tokens than that");
+  }
+  const std::lock_guard lock(mutex_);
+  const std::span<Request*> rows = Rows(requests);
+  for (const Request* row : rows) row->group->tree.PrefetchRequest(row->slot);
+  for (const Request* row : rows) row->group->tree.PrefetchEnd(row->slot);
+  // Which tokens are new depends on what is known; all are looked at before any is
+  // used.
+  const auto fresh = [&](size_t i) {
+    const SuffixTree& tree = rows[i]->group->tree;
+    const auto known = static_cast<int64_t>(tree.log(rows[i]->slot).size());
+    const Token* text = table.tokens + table_rows[i] * table.stride;
+    const int64_t size = num_tokens[table_rows[i]] - starts[i] - known;
+    return std::pair(text + starts[i] + known, size);
+  };
+  int64_t num_lost = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto [tokens, size] = fresh(i);
+    num_lost += size < 0;
+    Require(std::all_of(tokens, tokens + std::max<int64_t>(size, 0),
+                        [](Token token) { return token >= 0; }),
+            "tokens must not be negative");
+  }
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto [tokens, size] = fresh(i);
+    if (size > 0) AppendRow(*rows[i], {tokens, static_cast<size_t>(size)});
+  }
+  return num_lost;
+}
+
+void SuffixForest::AppendRow(Request& request, std::span<const Token> tokens) {
+  SuffixTree& tree = request.group->tree;
+  Learn(request, tokens);
+  tree.Append(request.slot, tokens);
+  request.end = tree.Cursor(request.slot);
 }
 
 // What has come true is done with. What was forecast after a wrong token is about

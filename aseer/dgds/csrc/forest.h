@@ -27,6 +27,14 @@ struct Drafts {
   std::vector<int64_t> offsets;
 };
 
+// Texts, one a row; the rows are `stride` tokens apart.
+struct Table {
+  const Token* tokens;
+  int64_t num_rows;
+  int64_t num_columns;
+  int64_t stride;
+};
+
 // One order of context of a request, and what followed it.
 struct Continuations {
   uint32_t match_length;
@@ -49,6 +57,13 @@ class SuffixForest {
                               std::span<const Token> tokens,
                               std::span<const int64_t> offsets,
                               std::span<const int64_t> starts);
+
+  // As Append, from a table of texts in which `starts[i]` tokens of row `rows[i]` come
+  // before those of request i, and `num_tokens[rows[i]]` are known. Returns how many
+  // requests have more tokens than that: texts that have changed.
+  int64_t Follow(std::span<const Handle> requests, const Table& table,
+                 std::span<const int64_t> rows, std::span<const int64_t> starts,
+                 std::span<const int32_t> num_tokens);
 
   // The most probable continuation of each request, one path a row: at most
   // max_tokens[i] tokens, stopping where the confidence falls below min_confidence.
@@ -119,6 +134,7 @@ class SuffixForest {
                         std::span<const int32_t> max_tokens, double min_confidence);
   void DraftTreeRow(const Request& request, uint32_t max_tokens, uint32_t top_k,
                     double min_confidence, Drafts& drafts) const;
+  void AppendRow(Request& request, std::span<const Token> tokens);
   void Learn(Request& request, std::span<const Token> tokens);
 
   mutable std::mutex mutex_;

@@ -74,6 +74,11 @@ def test_a_stair_of_the_step_time_is_climbed_when_it_pays_in_the_end():
     assert lengths([[0.9] * 4], [1.0, 1.95, 1.95, 1.95, 1.95]) == [4]
 
 
+def test_shares_of_sizes_that_disagree_are_refused():
+    with pytest.raises(ValueError, match="must fit"):
+        lengths([[0.9], [0.3]], [1.0] * 2)
+
+
 def test_nothing_is_drafted_before_anything_was_measured():
     budget = AdaptiveBudget(StepTimeModel(), 8, 16)
     assert budget.choose(candidates([[0.99] * 8])).tolist() == [0]
@@ -99,14 +104,28 @@ def test_drafts_are_longer_in_the_tail():
     assert budget.max_draft_tokens(64) == 8
 
 
-def looks(budget: AdaptiveBudget, rows: list[list[float]], *, num_steps: int) -> int:
-    """Steps out of so many in which it looks for drafts, which takes a millisecond."""
+def looks(
+    budget: AdaptiveBudget,
+    rows: list[list[float]],
+    *,
+    num_steps: int,
+    step_s: float = 0.005,
+) -> int:
+    """Steps out of so many in which it looks for drafts, which takes a millisecond.
+
+    As many of the drafted tokens are accepted as their confidences say, in `step_s`.
+    """
     num_looks = 0
     for _ in range(num_steps):
         if budget.max_draft_tokens(len(rows)):
             num_looks += 1
-            budget.choose(candidates(rows))
+            chosen = budget.choose(candidates(rows))
             budget.pay(0.001)
+            if chosen.any():
+                accepted = sum(
+                    sum(row[:n]) for row, n in zip(rows, chosen, strict=True)
+                )
+                budget.settle(len(rows), len(rows) + accepted, 0, step_s)
     return num_looks
 
 
@@ -124,11 +143,20 @@ def test_steps_look_for_drafts_as_often_as_that_pays():
     assert looks(budget, [[0.2], []], num_steps=400) == expected
 
 
+def test_drafts_that_save_less_than_they_promise_are_looked_for_less():
+    budget = AdaptiveBudget(model_of(lambda rows, drafted: 0.005), 8, 8)
+    rows = [[0.9, 0.8], [0.9]]
+    looks(budget, rows, num_steps=200)
+    assert looks(budget, rows, num_steps=160) == 160
+    looks(budget, rows, num_steps=800, step_s=0.02)
+    assert looks(budget, rows, num_steps=160, step_s=0.02) == 10
+
+
 def test_when_drafts_pay_again_every_step_looks_for_them_soon():
     budget = AdaptiveBudget(model_of(lambda rows, drafted: 0.05), 8, 16)
     looks(budget, [[]] * 8, num_steps=1000)
-    looks(budget, [[0.9] * 8] * 8, num_steps=32)
-    assert looks(budget, [[0.9] * 8] * 8, num_steps=32) == 32
+    looks(budget, [[0.9] * 8] * 8, num_steps=32, step_s=0.05)
+    assert looks(budget, [[0.9] * 8] * 8, num_steps=32, step_s=0.05) == 32
 
 
 def test_confidences_are_calibrated_by_what_was_accepted():

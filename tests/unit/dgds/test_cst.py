@@ -131,6 +131,43 @@ def test_rows_that_come_twice_late_or_with_a_gap_change_nothing() -> None:
     assert forest.tokens(request, 2).tolist() == [3, 4]
 
 
+def test_following_a_table_takes_what_is_new_of_each_row() -> None:
+    forest = SuffixForest()
+    rows = handles(*(forest.open_request(forest.open_group(limits(9))) for _ in "ab"))
+    table = np.array([[9, 1, 2, 3, 0, 0], [9, 4, 5, 6, 0, 0]], np.int32)[:, :5]
+
+    def follow(num_tokens: list[int]) -> int:
+        return forest.follow(
+            rows, table, handles(1, 0), handles(1, 1), limits(*num_tokens)
+        )
+
+    assert follow([3, 2]) == 0
+    assert [forest.tokens(row).tolist() for row in rows] == [[4], [1, 2]]
+    assert follow([3, 4]) == 0
+    assert [forest.tokens(row).tolist() for row in rows] == [[4, 5, 6], [1, 2]]
+    # A row that has become shorter has another text.
+    assert follow([4, 2]) == 1
+    assert [forest.tokens(row).tolist() for row in rows] == [[4, 5, 6], [1, 2, 3]]
+
+
+def test_following_a_bad_table_raises_and_changes_nothing() -> None:
+    forest = SuffixForest()
+    request = handles(forest.open_request(forest.open_group(limits(9))))
+    table = np.array([[9, 1, -2]], np.int32)
+    for rows, starts, num_tokens, message in (
+        (handles(1), handles(1), limits(2), "in the table"),
+        (handles(0), handles(-1), limits(2), "starts"),
+        (handles(0), handles(1), limits(4), "fewer"),
+        (handles(0), handles(1), limits(3), "negative"),
+        (handles(0, 0), handles(1), limits(2), "as long"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forest.follow(request, table, rows, starts, num_tokens)
+    with pytest.raises(TypeError, match="int32"):
+        forest.follow(request, table[0], handles(0), handles(1), limits(2))
+    assert forest.tokens(request[0]).tolist() == []
+
+
 def test_batch_rows_are_independent() -> None:
     forest = SuffixForest()
     groups = [forest.open_group(limits(base, base + 1, base)) for base in (10, 20)]

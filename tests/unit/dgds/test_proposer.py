@@ -171,11 +171,15 @@ def test_what_became_of_drafts_is_learnt_and_steps_are_timed(engine):
     told = []
     budget = engine.drafter._drafting._budget
     budget.learn = lambda outcome: told.append(outcome.survived.tolist())
+    settled = []
+    budget.settle = lambda *args: settled.append(args[:3])
     engine.add("a", [5, 6, 7, 8, 9, 5, 6, 7, 8, 9])
     draft = engine.step([5])[0]
     assert draft == [6, 7, 8, 9]
     engine.step([6, 7, 1])
     assert told == [[True, True, False, False]]
+    # One request, three tokens sampled, 17 in all.
+    assert settled == [(1, 3, len(PROMPT) + 10 + 1 + 3)]
     assert engine.model.predict(1, 0, 10)[0] > 0
     assert 0 < engine.clock.draft_s < engine.clock.step_s
     assert sum(engine.clock.share_buckets) == 2
@@ -211,6 +215,21 @@ def test_steps_without_a_look_are_made_up_for_by_the_next(engine):
     engine.step([5])
     assert engine.text("a") == [5, 6, 7, 8, 5]
     assert engine.drafts == [[6, 7, 8, 5]]
+
+
+def test_requests_that_change_places_keep_their_texts(engine):
+    engine.add("a", [5, 6, 7, 8, 9, 5])
+    engine.add("b", [5])
+    assert engine.step([6], [6])[1][:2] == [7, 8]
+    batch = engine.runner.input_batch
+    for of_rows in (engine.token_ids, engine.num_tokens, batch.num_prompt_tokens):
+        of_rows[[0, 1]] = of_rows[[1, 0]]
+    batch.req_ids.reverse()
+    batch.req_id_to_index = {name: i for i, name in enumerate(batch.req_ids)}
+    engine.drafts.reverse()
+    assert engine.step([7], [7])[0][:2] == [8, 9]
+    assert engine.text("a") == [5, 6, 7, 8, 9, 5, 6, 7]
+    assert engine.text("b") == [5, 6, 7]
 
 
 def test_what_a_chunk_sampled_after_its_last_look_comes_from_the_server(engine):

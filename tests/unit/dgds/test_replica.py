@@ -39,7 +39,7 @@ def test_a_resumed_chunk_brings_what_was_generated_elsewhere_once(replica):
 
 def test_tokens_that_were_sampled_and_not_kept_are_forgotten(replica):
     handle = replica.begin(KEY, PROMPT, row(7), now=0.0)
-    replica.append(np.array([handle]), row(8, 9), np.array([0, 2]))
+    replica.forest.append(np.array([handle]), row(8, 9), np.array([0, 2]))
     again = replica.begin(KEY, PROMPT, row(7, 5), now=0.0)
     assert again != handle
     assert replica.text(KEY).tolist() == [7, 5]

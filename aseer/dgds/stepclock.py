@@ -1,0 +1,54 @@
+"""Measures an engine's steps, and what drafting takes of them.
+
+It is fastened to vLLM's runner: a step lasts from the end of the one before, or where
+the engine was idle from its own beginning, until its drafts are made.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from typing import Any
+
+from aseer.types import DRAFTING_SHARES
+
+_MAX_IDLE_S = 0.02  # between steps; after more the engine had nothing to do
+
+
+class StepClock:
+    """Measures the steps of a runner, and what was scheduled in them."""
+
+    def __init__(self, runner: Any) -> None:
+        self.step_s = 0.0
+        self.draft_s = 0.0
+        self.share_buckets = [0] * (len(DRAFTING_SHARES) + 1)
+        self.num_scheduled: dict[str, int] = {}
+        self.num_tokens = 0
+        self.was_idle = True  # before the step, so that it took its time to begin
+        self._started_at = 0.0
+        self._ended_at = 0.0
+        self._execute = runner.execute_model
+        runner.execute_model = self._timed_execute
+
+    def _timed_execute(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        now = time.perf_counter()
+        self.was_idle = now - self._ended_at > _MAX_IDLE_S
+        self._started_at = now if self.was_idle else self._ended_at
+        self.num_tokens = scheduler_output.total_num_scheduled_tokens
+        self.num_scheduled = {
+            request_id: len(tokens)
+            for request_id, tokens in (
+                scheduler_output.scheduled_spec_decode_tokens.items()
+            )
+        }
+        return self._execute(scheduler_output, *args, **kwargs)
+
+    def end_step(self, drafting_since: float) -> float:
+        """The step is over, drafting included; its seconds."""
+        self._ended_at = time.perf_counter()
+        step_s = self._ended_at - self._started_at
+        draft_s = self._ended_at - drafting_since
+        self.step_s += step_s
+        self.draft_s += draft_s
+        self.share_buckets[bisect_left(DRAFTING_SHARES, draft_s / step_s)] += 1
+        return step_s
