@@ -42,10 +42,12 @@ float Log1p(uint32_t n) {
   return n < kLog1p.size() ? kLog1p[n] : std::log1p(static_cast<float>(n));
 }
 
-// Tokens that share a place share a weight. By Knuth's multiplicative hash.
+// Where a token's two weights are, one for when it is forecast and one for when it is
+// followed: beside each other, as the one comes after the other. Tokens that share a
+// place share weights. By Knuth's multiplicative hash.
 uint16_t PlaceOf(Token token) {
-  return static_cast<uint16_t>(static_cast<uint32_t>(token) * 2654435761u >>
-                               (32 - kPlaceBits));
+  const uint32_t hash = static_cast<uint32_t>(token) * 2654435761u;
+  return static_cast<uint16_t>(2 * (hash >> (32 - kPlaceBits)));
 }
 
 // A token that some order proposes.
@@ -119,8 +121,7 @@ class Ballot {
              kLog1p[std::popcount(siblings)],
              static_cast<float>(elected.num_firsts) / num_orders,
              Log1p(order.state->total), kLog1p[orders_.size() - 1], reader.recent},
-            {PlaceOf(edge.token),
-             static_cast<uint16_t>(PlaceOf(orders_.last()) + (1 << kPlaceBits))}};
+            {PlaceOf(edge.token), static_cast<uint16_t>(PlaceOf(orders_.last()) + 1)}};
   }
 
  private:
