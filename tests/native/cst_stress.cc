@@ -17,6 +17,7 @@ using aseer::dgds::Continuations;
 using aseer::dgds::Drafts;
 using aseer::dgds::Handle;
 using aseer::dgds::SuffixForest;
+using aseer::dgds::Table;
 using aseer::dgds::Token;
 
 void Check(bool condition, const char* what) {
@@ -69,9 +70,29 @@ class Round {
     Member& member = Any();
     const std::vector<Token> tokens = Text(12);
     const int64_t offsets[] = {0, static_cast<int64_t>(tokens.size())};
-    forest_.Append({&member.handle, 1}, tokens, offsets, {});
     member.text.insert(member.text.end(), tokens.begin(), tokens.end());
+    if (random_() % 2 == 0) {
+      forest_.Append({&member.handle, 1}, tokens, offsets, {});
+    } else {
+      Follow(member);
+    }
     Check(forest_.Tokens(member.handle, 0) == member.text, "tokens are kept");
+  }
+
+  // As an engine does, from a table of several texts, prompts included.
+  void Follow(const Member& member) {
+    std::vector<Token> text = prompt_;
+    text.insert(text.end(), member.text.begin(), member.text.end());
+    const auto width = static_cast<int64_t>(text.size());
+    const int64_t row = random_() % 3;
+    std::vector<Token> table(3 * width, -1);
+    std::copy(text.begin(), text.end(), table.begin() + row * width);
+    const std::vector<int32_t> num_tokens(3, static_cast<int32_t>(width));
+    const auto start = static_cast<int64_t>(prompt_.size());
+    const Table texts{table.data(), 3, width, width};
+    const int64_t num_lost =
+        forest_.Follow({&member.handle, 1}, texts, {&row, 1}, {&start, 1}, num_tokens);
+    Check(num_lost == 0, "a text that grows is followed");
   }
 
   void Draft() {
