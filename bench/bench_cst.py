@@ -250,22 +250,23 @@ def scaling(total_tokens: int, depth: int, seed: int) -> list[dict[str, float]]:
     return points
 
 
-def compare(groups: Sequence[Group], depth: int) -> dict[str, Any]:
-    """Replay all batches and sum up."""
+def compare(groups: Sequence[Group], depth: int, repetitions: int) -> dict[str, Any]:
+    """Replay all batches so many times, and sum up."""
     batches = [
         list(groups[i : i + BATCH_GROUPS]) for i in range(0, len(groups), BATCH_GROUPS)
     ]
     replay(batches[0], depth)  # Warms caches and clocks.
-    results = [replay(batch, depth) for batch in batches]
+    rounds = [[replay(b, depth) for b in batches] for _ in range(repetitions)]
+    results = [result for each in rounds for result in each]
     num_tokens = sum(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
     figures: dict[str, Any] = {}
     for name in ARMS:
         for what in ("append", "draft"):
             samples = [x * 1e9 for result in results for x in result[name][what]]
             figures[f"{name}_{what}_ns"] = quantiles(samples)
-        size = sum(result[name]["bytes"] for result in results)
+        size = sum(result[name]["bytes"] for result in rounds[0])
         figures[f"{name}_bytes_per_token"] = size / num_tokens
-        figures[f"{name}_first_token_hits"] = sum(r[name]["hits"] for r in results)
+        figures[f"{name}_first_token_hits"] = sum(r[name]["hits"] for r in rounds[0])
     if figures["ours_first_token_hits"] == 0:
         msg = "no drafted token was ever right: this measures a broken tree"
         raise SystemExit(msg)
@@ -280,10 +281,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--depth", type=int, default=DEFAULT_MAX_MATCH)
+    parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--scale-tokens", type=int, default=10_000_000)
     args = parser.parse_args()
     import_arctic()
-    figures = compare(read_traces(args.traces, smoke=args.smoke), args.depth)
+    repetitions = 1 if args.smoke else args.repetitions
+    groups = read_traces(args.traces, smoke=args.smoke)
+    figures = compare(groups, args.depth, repetitions)
     total = 200_000 if args.smoke else args.scale_tokens
     ratios = {
         f"{ratio}_ratio": figures[f"arctic_{what}"] / figures[f"ours_{what}"]
