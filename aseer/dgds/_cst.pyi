@@ -26,7 +26,6 @@ class SuffixForest:
         self,
         requests: NDArray[np.int64],
         max_draft_tokens: NDArray[np.int32],
-        *,
         min_confidence: float,
     ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]]: ...
     def draft_tree(

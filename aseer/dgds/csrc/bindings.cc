@@ -226,7 +226,7 @@ NB_MODULE(_cst, m) {
       .def("follow", &aseer::dgds::Follow, "requests"_a, "texts"_a, "rows"_a,
            "starts"_a, "num_tokens"_a)
       .def("draft", &aseer::dgds::Draft, "requests"_a, "max_draft_tokens"_a,
-           nb::kw_only(), "min_confidence"_a)
+           "min_confidence"_a)
       .def("draft_tree", &aseer::dgds::DraftTree, "requests"_a, "max_draft_tokens"_a,
            nb::kw_only(), "top_k"_a, "min_confidence"_a)
       .def("continuations", &aseer::dgds::Inspect, "request"_a)
