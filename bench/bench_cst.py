@@ -5,8 +5,8 @@ group. Every step drafts for all requests and then appends a token to each, as a
 does; the two arms take turns to go first. Both hold the same texts to the same depth.
 Steps count while at least 3/4 of the batch is running. The contexts that the rival
 searches for are cut outside the clock, which counts this thread's processor time: other
-work on the machine blurs the comparison less. What a look at that clock takes, about a
-microsecond, is taken off.
+work on the machine blurs the comparison less. What a look at that clock takes is taken
+off.
 """
 
 from __future__ import annotations
