@@ -182,6 +182,7 @@ def replay(groups: Sequence[Group], depth: int) -> dict[str, dict[str, Any]]:
             result["hits"] += int(
                 (np.array(arm.first_tokens(drafts)) == step.tokens).sum()
             )
+            del drafts  # Not while the other arm's are made, at its expense.
     for name, arm in arms.items():
         results[name]["bytes"] = arm.memory_bytes()
     return results
