@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <bit>
-#include <stdexcept>
+
+#include "require.h"
 
 namespace aseer::dgds {
 namespace {
@@ -64,12 +65,8 @@ void EdgeIndex::Grow() {
 
 SuffixTree::SuffixTree(std::span<const Token> prompt, uint32_t max_match)
     : max_match_(max_match) {
-  if (max_match < 1 || max_match > 255) {
-    throw std::invalid_argument("max_match must be in 1..255");
-  }
-  if (std::ranges::any_of(prompt, [](Token t) { return t < 0; })) {
-    throw std::invalid_argument("tokens must not be negative");
-  }
+  Require(max_match >= 1 && max_match <= 255, "max_match must be in 1..255");
+  RequireTokens(prompt);
   prompt_.log.assign(prompt.begin(), prompt.end());
   prompt_.writer = kPromptWriter;
   Rebuild();
@@ -90,9 +87,7 @@ uint32_t SuffixTree::Open() {
 }
 
 void SuffixTree::Append(uint32_t slot, std::span<const Token> tokens) {
-  if (std::ranges::any_of(tokens, [](Token t) { return t < 0; })) {
-    throw std::invalid_argument("tokens must not be negative");
-  }
+  RequireTokens(tokens);
   Request& request = requests_[slot];
   Reserve(request.log, tokens.size(), kLogStep);
   for (const Token token : tokens) {

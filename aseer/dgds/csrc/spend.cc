@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <numeric>
-#include <stdexcept>
+
+#include "require.h"
 
 namespace aseer::dgds {
 
@@ -11,11 +12,8 @@ Spent Spend(std::span<const double> survivals, std::span<const int64_t> offsets,
             double margin) {
   const size_t num_rows = weights.size();
   const size_t size = survivals.size();
-  if (offsets.size() != num_rows + 1 || offsets.front() != 0 ||
-      offsets.back() != static_cast<int64_t>(size) ||
-      !std::ranges::is_sorted(offsets) || step_s.size() != size + 1) {
-    throw std::invalid_argument("offsets and step_s must fit survivals and weights");
-  }
+  RequireOffsets(offsets, num_rows, size);
+  Require(step_s.size() == size + 1, "step_s must be one longer than survivals");
   Spent spent{std::vector<int64_t>(num_rows)};
   if (size == 0 || step_s[0] <= 0) return spent;
   struct Offer {

@@ -75,7 +75,7 @@ def test_a_stair_of_the_step_time_is_climbed_when_it_pays_in_the_end():
 
 
 def test_shares_of_sizes_that_disagree_are_refused():
-    with pytest.raises(ValueError, match="must fit"):
+    with pytest.raises(ValueError, match="step_s must be one longer"):
         lengths([[0.9], [0.3]], [1.0] * 2)
 
 
