@@ -8,7 +8,9 @@ many requests at a time; an arm's engines idle while another's work. A rollout h
 places that become free are taken again: else the slowest request would be all that
 counts. They come from the recorded groups with the longest responses, cut off at
 `--max-tokens`, in groups of at most 8. Arms take turns within a repetition, and each is
-compared with the first in the same repetition.
+compared with the first in the same repetition. The arm `control` does what the first
+does, with engines of its own: it tells how much two such engines differ by chance. Part
+of that stays with them for life, and so `--starts` begins all engines anew.
 
 Beside the gain stands what drafts of the same acceptance would gain if making them cost
 nothing and a step took what undrafted steps of as many tokens take, interpolated
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 METHODS = ("off", "dgds", "suffix", "ngram")
+CONTROL = "control"  # an arm: like the first; what it "gains" is chance
 MAX_SIBLINGS = 8  # of a group, in a rollout
 Runs = dict[int, list[dict[str, float]]]  # of an arm, by batch size
 
@@ -50,7 +53,10 @@ def config_of(
     model: Path, arm: str, batch: int, recorded: Trace, args: argparse.Namespace
 ) -> aseer.EngineConfig:
     """Engines of one arm: a method's name, or a budget of our own method's."""
-    speculation: Any = arm if arm in METHODS else aseer.SpeculationConfig(budget=arm)
+    method = "off" if arm == CONTROL else arm
+    speculation: Any = (
+        method if method in METHODS else aseer.SpeculationConfig(budget=method)
+    )
     longest = max(len(group.prompt) for group in recorded.groups)
     return aseer.EngineConfig(
         model=str(model),
@@ -158,7 +164,8 @@ def run(
         trace.save(recorded, file)
         emit(file)
         for batch in args.batches:
-            run_batch(model, recorded, batch, results, args)
+            for start in range(args.starts):
+                run_batch(model, recorded, batch, start, results, args)
     base = results[args.arms[0]]
     return {arm: summary(runs, base, args.engines) for arm, runs in results.items()}
 
@@ -167,10 +174,11 @@ def run_batch(
     model: Path,
     recorded: Trace,
     batch: int,
+    start: int,
     results: Mapping[str, Runs],
     args: argparse.Namespace,
 ) -> None:
-    """All arms with engines that run `batch` requests at a time."""
+    """All arms with engines that run `batch` requests at a time, begun anew."""
     rounds = batch * args.engines * args.rounds
     num_requests = args.requests or rounds
     with ExitStack() as stack:
@@ -183,9 +191,10 @@ def run_batch(
         for engine in engines.values():  # the first steps of a process are slow
             few = groups_of(recorded, min(rounds, num_requests), 0, args)
             measure(engine, few, recorded)
-        for repetition in range(args.repetitions):
-            start = repetition * args.stride
-            groups = groups_of(recorded, num_requests, start, args)
+        for number in range(args.repetitions):
+            repetition = start * args.repetitions + number
+            first = repetition * args.stride
+            groups = groups_of(recorded, num_requests, first, args)
             shift = repetition % len(args.arms)
             for arm in [*args.arms[shift:], *args.arms[:shift]]:
                 figures = measure(engines[arm], groups, recorded)
@@ -201,7 +210,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--arms", nargs="+", default=["off", "dgds"], help="the first does not draft")
     add("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
-    add("--repetitions", type=int, default=5)
+    add("--repetitions", type=int, default=5, help="of each start")
+    add("--starts", type=int, default=1, help="of the engines")
     add("--rounds", type=int, default=4, help="requests for each place in a batch")
     add("--requests", type=int, help="of a rollout, instead of rounds")
     add("--trace", type=Path, help="a recorded rollout")

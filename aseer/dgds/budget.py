@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from aseer.dgds._cst import spend as _spend
+from aseer.dgds.calibration import Calibration
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,8 +35,9 @@ _TAIL_ROWS = 4
 # Looking for drafts takes time as well. While that is more than drafts save, most steps
 # do without, but never more than so many in a row.
 _MOST_UNSEEN_STEPS = 15
-_MEMORY_LOOKS = 16
+_MEMORY_LOOKS = 32
 _FIRST_SAVED_S = 0.1  # by drafts, as long as nothing is known
+_WORST = 0.5  # of a plain step: what drafts lose at most; more is the machine's doing
 
 
 class Candidates(NamedTuple):
@@ -96,7 +98,7 @@ class Budget(Protocol):
         """See what became of the last step's drafts."""
         ...
 
-    def pay(self, look_s: float) -> None:
+    def pay(self, num_rows: int, look_s: float) -> None:
         """Looking for drafts took so long, `choose` included."""
         ...
 
@@ -124,7 +126,7 @@ class FixedBudget:
     def learn(self, outcome: Outcome) -> None:
         """See `Budget`."""
 
-    def pay(self, look_s: float) -> None:
+    def pay(self, num_rows: int, look_s: float) -> None:
         """See `Budget`."""
 
     def settle(
@@ -143,9 +145,7 @@ class AdaptiveBudget:
         self._max = max_draft_tokens
         self._tail = tail_draft_tokens
         self._calibration = Calibration()
-        self._share = 1.0  # of looks that find drafts that pay, lately
-        self._saved_s = _FIRST_SAVED_S  # by such drafts
-        self._look_s = 0.0
+        self._worths: dict[int, _Worth] = {}  # by the logarithm of the requests
         self._num_unseen = 0  # steps to come without a look
 
     def max_draft_tokens(self, num_rows: int) -> int:
@@ -163,21 +163,16 @@ class AdaptiveBudget:
         )
         survivals = self._calibration.survivals(candidates.confidences)
         spent = spend(survivals, candidates.offsets, candidates.weights, step_s)
-        self._share += ((spent.saved_s > 0) - self._share) / _MEMORY_LOOKS
+        self._worth(candidates.num_rows).find(pays=spent.saved_s > 0)
         return spent.lengths
 
     def learn(self, outcome: Outcome) -> None:
         """See `Budget`."""
         self._calibration.learn(outcome.confidences, outcome.survived)
 
-    def pay(self, look_s: float) -> None:
+    def pay(self, num_rows: int, look_s: float) -> None:
         """See `Budget`."""
-        self._look_s += (look_s - self._look_s) / _MEMORY_LOOKS
-        most = _MOST_UNSEEN_STEPS
-        saved_s = self._share * self._saved_s
-        if self._look_s < (most + 1) * saved_s:
-            most = int(self._look_s / saved_s)
-        self._num_unseen = most
+        self._num_unseen = self._worth(num_rows).pay(look_s)
 
     def settle(
         self, num_rows: int, num_sampled: int, num_context_tokens: int, step_s: float
@@ -187,7 +182,46 @@ class AdaptiveBudget:
         """
         plain_s = float(self._model.predict(num_rows, 0, num_context_tokens)[0])
         saved_s = plain_s * num_sampled / num_rows - step_s
-        self._saved_s += (saved_s - self._saved_s) / _MEMORY_LOOKS
+        self._worth(num_rows).settle(max(saved_s, -_WORST * plain_s))
+
+    def _worth(self, num_rows: int) -> _Worth:
+        return self._worths.setdefault(num_rows.bit_length(), _Worth())
+
+
+class _Worth:
+    """Whether it is worth while to look for drafts, with about so many requests.
+
+    Steps whose drafts pay come in runs, as when a request repeats what a sibling wrote:
+    the share of looks that find some is counted apart after a look that did.
+    """
+
+    def __init__(self) -> None:
+        self._found = True  # by the last look: drafts that pay
+        self._shares = [
+            1.0,
+            1.0,
+        ]  # of looks that find some: after one that did not, did
+        self._look_s = 0.0
+        self._saved_s = _FIRST_SAVED_S  # by such drafts
+        self._num_settled = 1
+
+    def find(self, *, pays: bool) -> None:
+        """A look found drafts that pay, or none."""
+        self._shares[self._found] += (pays - self._shares[self._found]) / _MEMORY_LOOKS
+        self._found = pays
+
+    def pay(self, look_s: float) -> int:
+        """The look took so long; how many steps to do without another."""
+        self._look_s += (look_s - self._look_s) / _MEMORY_LOOKS
+        saved_s = self._shares[self._found] * self._saved_s
+        if self._look_s < (_MOST_UNSEEN_STEPS + 1) * saved_s:
+            return int(self._look_s / saved_s)
+        return _MOST_UNSEEN_STEPS
+
+    def settle(self, saved_s: float) -> None:
+        """Drafts saved so much."""
+        self._num_settled = min(self._num_settled + 1, _MEMORY_LOOKS)
+        self._saved_s += (saved_s - self._saved_s) / self._num_settled
 
 
 class Spent(NamedTuple):
@@ -225,74 +259,6 @@ def spend(
         ValueError: sizes that disagree.
     """
     return Spent(*_spend(survivals, offsets, weights, step_s, margin))
-
-
-class Calibration:
-    """What share of tokens of a confidence really survives.
-
-    The mean over the recent tokens of about that confidence, from a start that believes
-    the confidence; in between, straight lines. It never falls as confidence rises.
-    """
-
-    _NUM_BINS = 12
-    _PRIOR_TOKENS = 10.0
-    _MEMORY_TOKENS = 4000.0
-    _FIT_EVERY = 256  # tokens: a fit takes longer than all else here
-
-    def __init__(self) -> None:
-        centres = (np.arange(self._NUM_BINS) + 0.5) / self._NUM_BINS
-        self._believed = self._PRIOR_TOKENS * centres
-        self._num = np.zeros(self._NUM_BINS)
-        self._said = np.zeros(self._NUM_BINS)
-        self._survived = np.zeros(self._NUM_BINS)
-        self._fit()
-
-    def learn(
-        self, confidences: NDArray[np.float32], survived: NDArray[np.bool_]
-    ) -> None:
-        """Tokens of these confidences survived, or did not."""
-        bins = np.minimum(
-            (confidences * self._NUM_BINS).astype(np.int64), self._NUM_BINS - 1
-        )
-        keep = max(0.0, 1 - len(bins) / self._MEMORY_TOKENS)
-        for sums, values in (
-            (self._num, None),
-            (self._said, confidences),
-            (self._survived, survived),
-        ):
-            sums *= keep
-            sums += np.bincount(bins, values, minlength=self._NUM_BINS)
-        self._num_new += len(bins)
-        if self._num_new >= self._FIT_EVERY:
-            self._fit()
-
-    def survivals(self, confidences: NDArray[np.float32]) -> NDArray[np.float64]:
-        """[num_tokens], calibrated."""
-        survivals: NDArray[np.float64] = np.interp(confidences, self._x, self._y)
-        return survivals
-
-    def _fit(self) -> None:
-        self._num_new = 0
-        total = self._num + self._PRIOR_TOKENS
-        said = (self._said + self._believed) / total
-        true = rising_fit((self._survived + self._believed) / total, total)
-        self._x = np.concatenate(([0.0], said, [1.0]))
-        self._y = np.concatenate(([0.0], true, np.minimum(1.0, true[-1:] / said[-1])))
-
-
-def rising_fit(
-    values: NDArray[np.float64], weights: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """The never falling sequence nearest to `values` (pool adjacent violators)."""
-    pools: list[tuple[float, float, int]] = []  # mean, weight, length
-    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
-        pool = (value, weight, 1)
-        while pools and pools[-1][0] > pool[0]:
-            mean, other, length = pools.pop()
-            both = other + pool[1]
-            pool = ((mean * other + pool[0] * pool[1]) / both, both, length + pool[2])
-        pools.append(pool)
-    return np.repeat([p[0] for p in pools], [p[2] for p in pools])
 
 
 class PaperBudget:
@@ -367,7 +333,7 @@ class PaperBudget:
             sums *= 0.999
             sums += (lengths[:, None] >= positions).sum(axis=0)
 
-    def pay(self, look_s: float) -> None:
+    def pay(self, num_rows: int, look_s: float) -> None:
         """See `Budget`."""
 
     def settle(

@@ -218,7 +218,7 @@ class _Drafting:
             if most:
                 looks_since = time.perf_counter()
                 self._look(batch, num_tokens, token_ids, most, drafts)
-                self._budget.pay(time.perf_counter() - looks_since)
+                self._budget.pay(len(rows), time.perf_counter() - looks_since)
         step_s = self._clock.end_step(since)
         self._observe(batch, sampled, step_s)
         return drafts

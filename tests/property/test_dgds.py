@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from aseer.dgds.budget import rising_fit, spend
+from aseer.dgds.budget import spend
+from aseer.dgds.calibration import rising_fit
 from aseer.dgds.cst import SuffixForest
 from aseer.dgds.log import TokenLog
 from aseer.dgds.messages import Deltas, FetchCst, RegisterGroups

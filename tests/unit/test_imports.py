@@ -36,7 +36,9 @@ CORE = {
     "aseer.dgds.log": BASE | {"aseer.dgds.messages"},
     "aseer.dgds.messages": BASE,
     "aseer.dgds.steptime": BASE,
-    "aseer.dgds.budget": BASE | {"aseer.dgds._cst", "aseer.dgds.steptime"},
+    "aseer.dgds.calibration": BASE,
+    "aseer.dgds.budget": BASE
+    | {"aseer.dgds._cst", "aseer.dgds.calibration", "aseer.dgds.steptime"},
     "aseer.dgds.cst": BASE | {"aseer.dgds._cst"},
     "aseer.dgds.reference": BASE | {"aseer.dgds.cst"},
     "aseer.weights.checks": BASE,

@@ -8,7 +8,6 @@ import pytest
 from aseer.config import SpeculationConfig
 from aseer.dgds.budget import (
     AdaptiveBudget,
-    Calibration,
     Candidates,
     FixedBudget,
     PaperBudget,
@@ -120,7 +119,7 @@ def looks(
         if budget.max_draft_tokens(len(rows)):
             num_looks += 1
             chosen = budget.choose(candidates(rows))
-            budget.pay(0.001)
+            budget.pay(len(rows), 0.001)
             if chosen.any():
                 accepted = sum(
                     sum(row[:n]) for row, n in zip(rows, chosen, strict=True)
@@ -152,32 +151,36 @@ def test_drafts_that_save_less_than_they_promise_are_looked_for_less():
     assert looks(budget, rows, num_steps=160, step_s=0.02) == 10
 
 
+def test_where_drafts_pay_in_runs_a_run_that_was_met_is_followed():
+    # One step in forty begins a run of eight; elsewhere nothing pays.
+    budget = AdaptiveBudget(model_of(lambda rows, drafted: 0.005), 8, 8)
+    looks_in = {True: 0, False: 0}
+    for step in range(8000):
+        in_run = step % 40 < 8
+        looks_in[in_run] += looks(budget, [[0.9] if in_run else []], num_steps=1)
+    assert looks_in[False] < 0.4 * 6400
+    assert looks_in[True] > 0.8 * 1600
+
+
+def test_batches_of_other_sizes_do_not_tell_whether_looking_pays():
+    budget = AdaptiveBudget(model_of(lambda rows, drafted: 0.05), 8, 8)
+    looks(budget, [[]] * 16, num_steps=1000)
+    assert looks(budget, [[0.9]], num_steps=50) >= 50 - 15
+
+
+def test_a_slow_step_of_the_machines_is_not_blamed_on_drafts():
+    budget = AdaptiveBudget(model_of(lambda rows, drafted: 0.005), 8, 8)
+    rows = [[0.9, 0.8], [0.9]]
+    looks(budget, rows, num_steps=200)
+    looks(budget, rows, num_steps=1, step_s=0.5)
+    assert looks(budget, rows, num_steps=100) == 100
+
+
 def test_when_drafts_pay_again_every_step_looks_for_them_soon():
     budget = AdaptiveBudget(model_of(lambda rows, drafted: 0.05), 8, 16)
     looks(budget, [[]] * 8, num_steps=1000)
     looks(budget, [[0.9] * 8] * 8, num_steps=32, step_s=0.05)
     assert looks(budget, [[0.9] * 8] * 8, num_steps=32, step_s=0.05) == 32
-
-
-def test_confidences_are_calibrated_by_what_was_accepted():
-    calibration = Calibration()
-    said = np.full(100, 0.8, np.float32)
-    for _ in range(20):
-        calibration.learn(said, np.arange(100) < 30)
-    assert calibration.survivals(said[:1])[0] == pytest.approx(0.3, abs=0.02)
-
-
-def test_calibration_starts_from_belief_and_never_falls_with_confidence():
-    calibration = Calibration()
-    grid = np.linspace(0, 1, 101).astype(np.float32)
-    assert calibration.survivals(grid) == pytest.approx(grid, abs=0.01)
-    rng = np.random.default_rng(1)
-    for _ in range(50):
-        said = rng.random(64).astype(np.float32)
-        calibration.learn(said, rng.random(64) < said**3)
-    survivals = calibration.survivals(grid)
-    assert (np.diff(survivals) >= 0).all()
-    assert survivals[70] == pytest.approx(0.7**3, abs=0.1)
 
 
 def test_fixed_drafts_all_there_is():
