@@ -12,6 +12,7 @@ times and acceptances are told.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -36,7 +37,6 @@ _TAIL_ROWS = 4
 # do without, but never more than so many in a row.
 _MOST_UNSEEN_STEPS = 15
 _MEMORY_LOOKS = 32
-_FIRST_SAVED_S = 0.1  # by drafts, as long as nothing is known
 _WORST = 0.5  # of a plain step: what drafts lose at most; more is the machine's doing
 
 
@@ -163,7 +163,7 @@ class AdaptiveBudget:
         )
         survivals = self._calibration.survivals(candidates.confidences)
         spent = spend(survivals, candidates.offsets, candidates.weights, step_s)
-        self._worth(candidates.num_rows).find(pays=spent.saved_s > 0)
+        self._worth(candidates.num_rows).find(spent.saved_s, float(step_s[0]))
         return spent.lengths
 
     def learn(self, outcome: Outcome) -> None:
@@ -188,6 +188,18 @@ class AdaptiveBudget:
         return self._worths.setdefault(num_rows.bit_length(), _Worth())
 
 
+@dataclass(slots=True)
+class _Mean:
+    """Of the recent values; a first one is given, and counts as one."""
+
+    value: float
+    num: int = 1
+
+    def add(self, value: float) -> None:
+        self.num = min(self.num + 1, _MEMORY_LOOKS)
+        self.value += (value - self.value) / self.num
+
+
 class _Worth:
     """Whether it is worth while to look for drafts, with about so many requests.
 
@@ -196,32 +208,32 @@ class _Worth:
     """
 
     def __init__(self) -> None:
-        self._found = True  # by the last look: drafts that pay
-        self._shares = [
-            1.0,
-            1.0,
-        ]  # of looks that find some: after one that did not, did
+        self._found = True  # drafts that pay, by the last look
+        # Of looks that find some: after one that did not, and after one that did.
+        self._shares = _Mean(1.0), _Mean(1.0)
         self._look_s = 0.0
-        self._saved_s = _FIRST_SAVED_S  # by such drafts
-        self._num_settled = 1
+        self._saved_s = _Mean(0.0)  # by such drafts
 
-    def find(self, *, pays: bool) -> None:
-        """A look found drafts that pay, or none."""
-        self._shares[self._found] += (pays - self._shares[self._found]) / _MEMORY_LOOKS
-        self._found = pays
+    def find(self, promised_s: float, plain_s: float) -> None:
+        """A look found drafts that promise to save so much (0: it found none), where a
+        step without drafts takes `plain_s`.
+        """
+        self._shares[self._found].add(promised_s > 0)
+        self._found = promised_s > 0
+        if self._saved_s.num == 1:  # a promise is all there is
+            self._saved_s.value = promised_s or plain_s
 
     def pay(self, look_s: float) -> int:
         """The look took so long; how many steps to do without another."""
         self._look_s += (look_s - self._look_s) / _MEMORY_LOOKS
-        saved_s = self._shares[self._found] * self._saved_s
+        saved_s = self._shares[self._found].value * self._saved_s.value
         if self._look_s < (_MOST_UNSEEN_STEPS + 1) * saved_s:
             return int(self._look_s / saved_s)
         return _MOST_UNSEEN_STEPS
 
     def settle(self, saved_s: float) -> None:
         """Drafts saved so much."""
-        self._num_settled = min(self._num_settled + 1, _MEMORY_LOOKS)
-        self._saved_s += (saved_s - self._saved_s) / self._num_settled
+        self._saved_s.add(saved_s)
 
 
 class Spent(NamedTuple):
