@@ -12,6 +12,7 @@ times and acceptances are told.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -145,7 +146,8 @@ class AdaptiveBudget:
         self._max = max_draft_tokens
         self._tail = tail_draft_tokens
         self._calibration = Calibration()
-        self._worths: dict[int, _Worth] = {}  # by the logarithm of the requests
+        # By the logarithm of the number of requests.
+        self._worths: defaultdict[int, _Worth] = defaultdict(_Worth)
         self._num_unseen = 0  # steps to come without a look
 
     def max_draft_tokens(self, num_rows: int) -> int:
@@ -185,7 +187,7 @@ class AdaptiveBudget:
         self._worth(num_rows).settle(max(saved_s, -_WORST * plain_s))
 
     def _worth(self, num_rows: int) -> _Worth:
-        return self._worths.setdefault(num_rows.bit_length(), _Worth())
+        return self._worths[num_rows.bit_length()]
 
 
 @dataclass(slots=True)
