@@ -37,6 +37,7 @@ from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.session import Session
 from aseer.transport.zeromq import bind_router, make_socket_dir
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
+from aseer.watch import WakingClock, wait_awake
 from aseer.weights.keeper import NO_INSTANCE, WeightKeeper, weights_dir_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("aseer")
 _POOL_GRACE_S = 3.0
+_JOIN_STEP_S = 0.5
 T = TypeVar("T")
 
 
@@ -107,7 +109,9 @@ class Host:
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread's end; whether it ended."""
-        self._thread.join(timeout_s)
+        clock = WakingClock(2 * _JOIN_STEP_S)
+        while self._thread.is_alive() and clock.read() < timeout_s:
+            self._thread.join(_JOIN_STEP_S)
         return not self._thread.is_alive()
 
     def post(self, function: Callable[[], object]) -> None:
@@ -181,11 +185,10 @@ class Host:
         """
         assert self._pool is not None
         timeout_s = self._config.shutdown_timeout_s
-        if not session.over.done():
-            await asyncio.wait([session.over], timeout=timeout_s)
+        await wait_awake(session.over, timeout_s)
         if not session.over.done():
             self._pool.kill_busy(f"it did not stop its work within {timeout_s:g} s")
-            await asyncio.wait([session.over], timeout=timeout_s)
+            await wait_awake(session.over, timeout_s)
 
     async def begin_weight_update(
         self, version: int | None, pause: Pause | None
@@ -383,4 +386,4 @@ class Host:
         session = self._session
         if session is not None and not session.over.done():
             session.engine_closes()
-            await asyncio.wait([session.over], timeout=self._config.shutdown_timeout_s)
+            await wait_awake(session.over, self._config.shutdown_timeout_s)

@@ -14,6 +14,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from aseer.watch import WakingClock
+
 SHARED_MEMORY = Path("/dev/shm")
 _EXIT_TIMEOUT_S = 5.0
 _POLL_S = 0.01
@@ -37,8 +39,8 @@ def signal_group(group: int) -> set[int]:
 def kill_group(group: int) -> None:
     """Kill every process of a group, and wait until they hold nothing any more."""
     members = signal_group(group)
-    deadline = time.monotonic() + _EXIT_TIMEOUT_S
-    while any(_is_alive(pid) for pid in members) and time.monotonic() < deadline:
+    clock = WakingClock()
+    while any(_is_alive(pid) for pid in members) and clock.read() < _EXIT_TIMEOUT_S:
         time.sleep(_POLL_S)
 
 

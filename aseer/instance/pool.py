@@ -31,6 +31,7 @@ from aseer.instance.messages import (
 )
 from aseer.instance.process import InstanceProcess, describe_exit
 from aseer.instance.slot import Slot
+from aseer.watch import WakingClock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +47,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aseer")
 
 _WATCH_INTERVAL_S = 0.5
+# Of `heartbeat_timeout_s`: the watcher looks that often at least, so that what a pause
+# of its own counts for is far from a time-out.
+_LOOKS_A_HEARTBEAT = 8
 _NOTE_INTERVAL_S = 1.0
+# Counts between two looks at a start; reading a busy machine's /proc takes some of it.
+_LONGEST_NOTE_S = 5.0
 
 
 class PoolOwner(Protocol):
@@ -91,7 +97,10 @@ class InstancePool:
         self._drafting = drafting
         self._kv_pool = kv_pool
         self._kv_namespace = kv_pool.namespace if kv_pool else secrets.token_hex(4)
-        self._slots = [Slot(launch, log_dir) for launch in launches]
+        silence_s = config.heartbeat_timeout_s / _LOOKS_A_HEARTBEAT
+        self._watch_interval_s = min(_WATCH_INTERVAL_S, silence_s)
+        self._clock = WakingClock(2 * self._watch_interval_s)
+        self._slots = [Slot(launch, log_dir, self._clock) for launch in launches]
         self._by_identity: dict[bytes, Slot] = {}
         self._restarts_left = config.max_restarts
         seed = secrets.randbits(31) if config.seed is None else config.seed
@@ -109,7 +118,7 @@ class InstancePool:
         """Send an instance a chunk."""
         slot = self._slots[instance_id]
         if not slot.num_running:
-            slot.last_progress = time.monotonic()
+            slot.last_progress = self._clock.read()
         slot.num_running += 1
         self._router.send(slot.identity, message)
 
@@ -188,7 +197,7 @@ class InstancePool:
         slot = self._by_identity.get(peer)
         if slot is None or slot.identity != peer:
             return
-        slot.last_heard = time.monotonic()
+        slot.last_heard = self._clock.read()
         match message:
             case Hello(protocol, info):
                 self._on_hello(slot, protocol, info)
@@ -240,6 +249,7 @@ class InstancePool:
             InstanceStartError: it died or took too long.
         """
         started = time.monotonic()
+        clock = WakingClock(_LONGEST_NOTE_S)
         process = await self._spawn(slot)
         timeout_s = self._config.start_timeout_s
         async with asyncio.TaskGroup() as tasks:
@@ -252,7 +262,7 @@ class InstancePool:
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 await process.note_shared_memory()
-                if time.monotonic() - started > timeout_s:
+                if clock.read() > timeout_s:
                     break
             up.cancel()
             dead.cancel()
@@ -355,8 +365,8 @@ class InstancePool:
         """Kill what is silent or stuck; its death is then handled like any other."""
         config = self._config
         while True:
-            await asyncio.sleep(_WATCH_INTERVAL_S)
-            now = time.monotonic()
+            await asyncio.sleep(self._watch_interval_s)
+            now = self._clock.read()
             for slot in self._slots:
                 if not slot.up.is_set():
                     continue

@@ -22,6 +22,7 @@ from aseer.instance.cleanup import (
     signal_group,
 )
 from aseer.instance.launch import COMMAND
+from aseer.watch import waking_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,7 +74,7 @@ class InstanceProcess:
         if self._process.returncode is None and grace_s > 0:
             await self.note_shared_memory()
             with suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
+                async with waking_timeout(grace_s):
                     await self._process.wait()
         await self.note_shared_memory()
         await asyncio.to_thread(kill_group, self._process.pid)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import EngineError, InstanceLostError
@@ -16,13 +15,15 @@ if TYPE_CHECKING:
     from aseer.instance.messages import Answer, Report
     from aseer.instance.process import InstanceProcess
     from aseer.types import InstanceInfo
+    from aseer.watch import WakingClock
 
 
 class Slot:
     """A place for an instance, over all its incarnations."""
 
-    def __init__(self, launch: Launch, log_dir: Path) -> None:
+    def __init__(self, launch: Launch, log_dir: Path, clock: WakingClock) -> None:
         self.launch = launch
+        self._clock = clock
         self.instance_id = InstanceId(launch.instance_id)
         self.log_path = log_dir / f"instance-{launch.instance_id}.log"
         self.incarnation = 0
@@ -39,7 +40,7 @@ class Slot:
         self.failure: str | None = None
         self.killed_because: str | None = None
         self.num_running = 0
-        self.last_heard = self.last_progress = time.monotonic()
+        self.last_heard = self.last_progress = self._clock.read()
 
     def kill(self, why: str) -> None:
         """Kill the process, if there is one; its death is handled like any other."""
@@ -70,5 +71,5 @@ class Slot:
     def count(self, report: Report) -> None:
         """Keep track of what runs, and when something last moved."""
         if report.chunks:
-            self.last_progress = time.monotonic()
+            self.last_progress = self._clock.read()
         self.num_running -= sum(c.end is not None for c in report.chunks)

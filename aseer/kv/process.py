@@ -20,6 +20,7 @@ from aseer.errors import AseerError
 from aseer.instance.cleanup import SHARED_MEMORY, kill_group
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
 from aseer.kv.settings import QUIET_LMCACHE, SHM_PREFIX, server_args
+from aseer.watch import waking_timeout
 
 if TYPE_CHECKING:
     from aseer.kv.settings import PoolPlan
@@ -132,7 +133,7 @@ class ServerProcess:
             with suppress(ProcessLookupError):
                 process.terminate()
             with suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
+                async with waking_timeout(grace_s):
                     await process.wait()
         await self._bury()
 
@@ -190,7 +191,7 @@ class ServerProcess:
         assert self._process is not None
         assert self._process.stdout is not None
         try:
-            async with asyncio.timeout(timeout_s):
+            async with waking_timeout(timeout_s):
                 line = await self._process.stdout.readline()
         except TimeoutError:
             raise PoolServerError(f"no answer within {timeout_s:g} s") from None
