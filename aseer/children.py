@@ -6,7 +6,8 @@ for each child.
 
 A trainer started by torchrun or its like is told by its environment which of several
 workers it is. A child that took that for itself would wait for workers that are none of
-its own: told of an agent's store, PyTorch does not even open one.
+its own: told of an agent's store, PyTorch does not even open one. Nor does a child take
+over how the trainer's PyTorch allocates device memory.
 
 And a child imports what its parent would, in the parent's order: neither a `queue.py`
 that happens to lie in the working directory, nor less than what lies beside the script.
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 _WORKERS_ONLY = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
     r"|TORCHELASTIC_.*"
+    # How PyTorch allocates device memory is tuned for the trainer. vLLM refuses to
+    # start with `expandable_segments:True` beside a KV connector.
+    r"|PYTORCH_(CUDA_|HIP_)?ALLOC_CONF"
 )
 
 
@@ -42,7 +46,7 @@ def inherited(environ: Mapping[str, str], path: Sequence[str]) -> dict[str, str]
     """An environment for children.
 
     Args:
-        environ: ours, of which what torchrun and its like tell a worker is left out.
+        environ: ours, of which is left out what is meant for this process alone.
         path: where we import from, first to last.
     """
     kept = {k: v for k, v in environ.items() if not _WORKERS_ONLY.fullmatch(k)}

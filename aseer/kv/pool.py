@@ -10,22 +10,15 @@ until it is started again.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import secrets
-import shutil
 from typing import TYPE_CHECKING, Any
 
-from aseer.instance.cleanup import SHARED_MEMORY
-from aseer.instance.launch import free_memory_bytes
+from aseer.instance.versions import installed_version, lmcache_obstacle
 from aseer.kv.messages import Counts, Free, Prefetch
 from aseer.kv.process import ServerProcess, sum_counts
-from aseer.kv.settings import (
-    Memory,
-    cache_salt,
-    plan_pool,
-    transfer_config,
-)
+from aseer.kv.room import node_memory
+from aseer.kv.settings import cache_salt, plan_pool, transfer_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -176,9 +169,12 @@ def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | Non
         config,
         len(launches),
         launches[0].engine_args.get("block_size"),
-        _memory(),
-        on_cpu="VLLM_CPU_OMP_THREADS_BIND" in launches[0].env,
-        is_installed=importlib.util.find_spec("lmcache") is not None,
+        node_memory(config),
+        obstacle=lmcache_obstacle(
+            installed_version("lmcache"),
+            installed_version("torch"),
+            on_gpu="VLLM_CPU_OMP_THREADS_BIND" not in launches[0].env,
+        ),
     )
     if plan is None:
         _log.info("no KV pool: %s", why)
@@ -189,10 +185,3 @@ def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | Non
     disk = f" and {plan.disk_bytes / 1e9:.2f} GB of disk" if plan.disk_dir else ""
     _log.info("KV pool: %d server(s) with %s%s each", plan.num_servers, why, disk)
     return plan
-
-
-def _memory() -> Memory:
-    return Memory(
-        free_bytes=free_memory_bytes(),
-        shm_free_bytes=shutil.disk_usage(SHARED_MEMORY).free,
-    )

@@ -18,6 +18,7 @@ import msgspec
 from aseer.children import Child, module_command
 from aseer.errors import AseerError
 from aseer.instance.cleanup import SHARED_MEMORY, kill_group
+from aseer.instance.launch import GPU_VARIABLES
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
 from aseer.kv.settings import QUIET_LMCACHE, SHM_PREFIX, server_args
 from aseer.watch import waking_timeout
@@ -33,7 +34,9 @@ _ANSWER_TIMEOUTS = 2  # of the pool's `timeout_s`, until a server is taken for d
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 8.0
 _LOG_TAIL_LINES = 5
-_ENV = {"OMP_NUM_THREADS": "1", **QUIET_LMCACHE}
+# It sees no device: engines bring their KV to it, and it would take some of a GPU's
+# memory, the trainer's as like as not, for nothing.
+_ENV = {"OMP_NUM_THREADS": "1", **dict.fromkeys(GPU_VARIABLES, ""), **QUIET_LMCACHE}
 
 
 class PoolServerError(AseerError):

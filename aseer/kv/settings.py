@@ -26,25 +26,40 @@ CONNECTOR = "GuardedConnector"
 CONNECTOR_MODULE = "aseer.kv.connector"
 TIMEOUT_KEY = "aseer.timeout_s"
 SHM_PREFIX = "lmcache_l1_pool_"  # LMCache's, of files in shared memory
-LMCACHE_INSTALL = "pip install --no-deps lmcache==0.5.6 sortedcontainers"
 QUIET_LMCACHE = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
 MIN_DRAM_BYTES = 64 << 20
 
 _DRAM_SHARE = 0.2  # of the memory that is free at the start
-_SHM_SHARE = 0.9  # of what is free in /dev/shm
+# Of what is free in /dev/shm when weight updates are left their room there; and where
+# the model's size is not known.
+_SHM_SHARE = 0.9
+_SHM_SHARE_UNKNOWN = 0.5
+# By default. Every worker on a GPU page-locks all of it when it starts, which may take
+# a second a GiB.
+_MAX_DRAM_BYTES = 128 << 30
 # LMCache drops stores and disk loads for which there is no room at once: with a lower
 # watermark eviction keeps ahead of them.
 WATERMARK = 0.6
+# Engines copy their KV themselves, on GPUs as well. LMCache's own choice there is that
+# the server opens their memory and copies: it needs cupy and to see all devices, keeps
+# the memory of dead engines, forbids sleep, and a server that hangs and goes on writes
+# into blocks that belong to other requests by then.
+_TRANSFER_MODE = "engine_driven"
 _START_TIMEOUT_S = 60.0
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What a node has free for a pool, in bytes."""
+    """What a node has free for a pool, in bytes.
+
+    Attributes:
+        update_bytes: what weight updates will need in /dev/shm; None = not known.
+    """
 
     free_bytes: int
     shm_free_bytes: int
+    update_bytes: int | None = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +70,6 @@ class PoolPlan:
         num_servers: that share out the engines, in order; 0 = the pool is not ours.
         dram_bytes: of one server.
         chunk_tokens: what is stored and found together.
-        on_cpu: whether engines copy KV themselves (they do on CPUs).
         why: of its size, for a log.
     """
 
@@ -64,7 +78,6 @@ class PoolPlan:
     disk_bytes: int
     disk_dir: Path | None
     chunk_tokens: int
-    on_cpu: bool
     timeout_s: float
     why: str
 
@@ -75,14 +88,13 @@ def plan_pool(
     block_size: int | None,
     memory: Memory,
     *,
-    on_cpu: bool,
-    is_installed: bool,
+    obstacle: str | None,
 ) -> tuple[PoolPlan | None, str]:
     """The pool that settings ask for on a node, or None; and why.
 
     Args:
         block_size: of the engines, in tokens; None = not known before they start.
-        is_installed: whether LMCache is.
+        obstacle: why this machine's packages allow none (`lmcache_obstacle`).
     Raises:
         ConfigError: it cannot be had, and was not left to us to decide.
     """
@@ -97,10 +109,10 @@ def plan_pool(
                 "kv_transfer_config"
             )
         why = "the connector of kv_transfer_config"
-        return _plan(pool, 0, 0, block_size, on_cpu=on_cpu, why=why), why
+        return _plan(pool, 0, 0, block_size, why=why), why
     if not is_wanted and (idle := _needless(config, num_instances)) is not None:
         return None, idle
-    obstacle = _obstacle(config, is_installed=is_installed)
+    obstacle = _conflict(config) or obstacle
     if obstacle is not None:
         if is_wanted:
             raise ConfigError(f"kv_pool='lmcache' cannot be had: {obstacle}")
@@ -114,7 +126,7 @@ def plan_pool(
             )
         return None, f"{why} is too little"
     num_servers = min(pool.num_servers, num_instances)
-    return _plan(pool, num_servers, dram_bytes, block_size, on_cpu=on_cpu, why=why), why
+    return _plan(pool, num_servers, dram_bytes, block_size, why=why), why
 
 
 def _plan(
@@ -123,7 +135,6 @@ def _plan(
     dram_bytes: int,
     block_size: int | None,
     *,
-    on_cpu: bool,
     why: str,
 ) -> PoolPlan:
     return PoolPlan(
@@ -132,7 +143,6 @@ def _plan(
         disk_bytes=pool.disk_bytes,
         disk_dir=Path(pool.disk_dir) if pool.disk_dir and pool.disk_bytes else None,
         chunk_tokens=math.lcm(pool.chunk_tokens, block_size or 1),
-        on_cpu=on_cpu,
         timeout_s=pool.timeout_s,
         why=why,
     )
@@ -150,15 +160,10 @@ def _needless(config: EngineConfig, num_instances: int) -> str | None:
     return None
 
 
-def _obstacle(config: EngineConfig, *, is_installed: bool) -> str | None:
-    """Why there cannot be a pool."""
+def _conflict(config: EngineConfig) -> str | None:
+    """What other settings have against a pool."""
     if config.kv_transfer_config is not None:
         return "kv_transfer_config names another connector"
-    if not is_installed:
-        return (
-            "LMCache is not installed; for chunks that move without recomputing run "
-            f"`{LMCACHE_INSTALL}`"
-        )
     if "@" in str(config.model):
         return f"LMCache's keys do not allow the '@' in {config.model!r}"
     return None
@@ -166,22 +171,38 @@ def _obstacle(config: EngineConfig, *, is_installed: bool) -> str | None:
 
 def _dram_bytes(pool: KvPoolConfig, memory: Memory) -> tuple[int, str]:
     """A server's DRAM, and where the figure comes from."""
-    shared = int(memory.shm_free_bytes * _SHM_SHARE) // pool.num_servers
+    free, updates = memory.shm_free_bytes, memory.update_bytes
     if pool.dram_bytes is not None:
-        if pool.dram_bytes > shared:
+        # Weight updates are the user's to leave room for: here is who knows of them.
+        if pool.dram_bytes > int(free * _SHM_SHARE) // pool.num_servers:
             raise ConfigError(
                 f"kv_pool: dram_bytes={pool.dram_bytes} for {pool.num_servers} servers "
-                f"is more than /dev/shm has ({memory.shm_free_bytes} free)"
+                f"is more than /dev/shm has ({free} free)"
             )
         return pool.dram_bytes, f"dram_bytes={pool.dram_bytes}"
-    share = int(memory.free_bytes * _DRAM_SHARE) // pool.num_servers
-    size = min(share, shared)
-    of = (
-        f"{_SHM_SHARE:.0%} of {memory.shm_free_bytes / 1e9:.1f} GB of /dev/shm"
-        if shared < share
-        else f"{_DRAM_SHARE:.0%} of {memory.free_bytes / 1e9:.1f} GB of free memory"
-    )
-    return size, f"{size / 1e9:.2f} GB of DRAM ({of})"
+    room = {
+        f"{_DRAM_SHARE:.0%} of {_gb(memory.free_bytes)} of free memory": (
+            _DRAM_SHARE * memory.free_bytes
+        ),
+        f"at most {_gb(_MAX_DRAM_BYTES)} unless dram_bytes is set": _MAX_DRAM_BYTES,
+    }
+    if updates is None:
+        of = f"{_SHM_SHARE_UNKNOWN:.0%} of {_gb(free)} of /dev/shm"
+        room[f"{of}, since weight updates need room there, too"] = (
+            _SHM_SHARE_UNKNOWN * free
+        )
+    else:
+        of = f"{_SHM_SHARE:.0%} of {_gb(free)} of /dev/shm"
+        if updates:
+            of += f", less {_gb(updates)} for weight updates"
+        room[of] = max(0.0, _SHM_SHARE * free - updates)
+    of = min(room, key=room.__getitem__)
+    size = int(room[of]) // pool.num_servers
+    return size, f"{_gb(size, 2)} of DRAM ({of})"
+
+
+def _gb(num_bytes: float, digits: int = 1) -> str:
+    return f"{num_bytes / 1e9:.{digits}f} GB"
 
 
 def server_args(plan: PoolPlan, port: int, shm_name: str, disk_dir: Path) -> list[str]:
@@ -197,7 +218,7 @@ def server_args(plan: PoolPlan, port: int, shm_name: str, disk_dir: Path) -> lis
         "--chunk-size": str(plan.chunk_tokens),
         "--eviction-policy": "LRU",
         "--eviction-trigger-watermark": str(WATERMARK),
-        "--supported-transfer-mode": "engine_driven" if plan.on_cpu else "auto",
+        "--supported-transfer-mode": _TRANSFER_MODE,
         "--shm-name": shm_name,
     }
     flat = [word for pair in args.items() for word in pair]
@@ -227,12 +248,11 @@ def transfer_config(plan: PoolPlan, port: int) -> dict[str, Any]:
         "lmcache.mp.port": port,
         "lmcache.mp.save_decode_cache": True,
         "lmcache.mp.eager_prefetch": True,
+        "lmcache.mp.mp_transfer_mode": _TRANSFER_MODE,
         "lmcache.mp.heartbeat_interval": 1.0,
         "lmcache.mp.mq_timeout": _START_TIMEOUT_S,
         TIMEOUT_KEY: plan.timeout_s,
     }
-    if plan.on_cpu:
-        extra["lmcache.mp.mp_transfer_mode"] = "engine_driven"
     return {
         "kv_connector": CONNECTOR,
         "kv_role": "kv_both",

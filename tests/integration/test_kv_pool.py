@@ -61,7 +61,7 @@ async def running(tmp_path: Path) -> AsyncIterator[KvPool]:
     )
     config = EngineConfig(model="m", kv_pool=settings)
     memory = Memory(free_bytes=GIB, shm_free_bytes=GIB)
-    plan, _ = plan_pool(config, 2, 32, memory, on_cpu=True, is_installed=True)
+    plan, _ = plan_pool(config, 2, 32, memory, obstacle=None)
     assert plan is not None
     pool = KvPool(plan, config, 2, tmp_path)
     try:

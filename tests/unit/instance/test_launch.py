@@ -100,7 +100,7 @@ def test_on_gpus_there_is_an_engine_for_each_and_each_sees_only_its_own():
     ("environ", "nvidia", "amd", "ids"),
     [
         ({}, (), (), ()),
-        ({}, ("nvidia10", "nvidia2", "nvidiactl", "nvidia-uvm"), (), ("2", "10")),
+        ({}, ("nvidia10", "nvidia2", "nvidiactl", "nvidia-uvm"), (), ("0", "1")),
         ({}, (), ("0", "50432", "0", "4711"), ("0", "1")),
         ({"CUDA_VISIBLE_DEVICES": "3, GPU-a"}, ("nvidia0",), (), ("3", "GPU-a")),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, ("nvidia0",), (), ()),
@@ -116,6 +116,27 @@ def test_gpus_are_those_the_environment_names_or_all(
         (tmp_path / "nodes" / str(number)).mkdir(parents=True)
         (tmp_path / "nodes" / str(number) / "gpu_id").write_text(f"{gpu_id}\n")
     assert visible_gpus(environ, tmp_path, tmp_path / "nodes") == ids
+
+
+def test_a_container_counts_its_devices_from_0_whatever_their_names(tmp_path):
+    for name in ("nvidia4", "nvidia5", "nvidia6", "nvidia7"):
+        (tmp_path / name).touch()
+    assert visible_gpus({}, tmp_path, tmp_path) == ("0", "1", "2", "3")
+
+
+def test_workers_are_spawned_and_not_forked_unless_the_user_says_otherwise():
+    found = machine(gpus=("0",))
+    (launch,) = plan_instances(EngineConfig(model="m"), found)
+    assert launch.env["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    config = EngineConfig(model="m", env={"VLLM_WORKER_MULTIPROC_METHOD": "fork"})
+    (launch,) = plan_instances(config, found)
+    assert launch.env["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
+
+
+def test_an_engines_kv_is_shared_out_among_its_gpus():
+    config = EngineConfig(model="m", gpus_per_instance=4, kv_cache_bytes=4 * GIB)
+    (launch,) = plan_instances(config, machine(gpus=tuple("0123")))
+    assert launch.engine_args["kv_cache_memory_bytes"] == GIB
 
 
 def test_a_cpu_build_of_vllm_runs_on_the_cpu_though_there_are_gpus():

@@ -94,3 +94,33 @@ def test_cpu_builds_are_told_apart(name: str, version: str, expected: bool) -> N
 )
 def test_newer_than_tested(version: str, expected: bool) -> None:
     assert versions.is_newer_than_tested(version) is expected
+
+
+def test_every_release_has_one_row_and_the_first_and_the_newest_run_are_told() -> None:
+    releases = [release.vllm for release in versions.RELEASES]
+    assert releases == sorted(set(releases))
+    assert versions.SUPPORTED == ((0, 26), (0, 32))
+
+
+@pytest.mark.parametrize(
+    ("lmcache", "torch", "on_gpu", "text"),
+    [
+        (None, "2.13.0", True, "pip install --no-deps lmcache==0.5.6"),
+        ("0.5.5", "2.13.0", False, "LMCache 0.5.5 is installed"),
+        ("0.6.0", "2.13.0", True, "LMCache 0.6.0 is installed"),
+        ("0.5.6", "2.11.0", True, "with torch 2.12 or 2.13, and 2.11.0 is"),
+        ("0.5.6", "2.14.0+cu130", True, "built for one of these (0.30, 0.32)"),
+        ("0.5.6", "2.14.0+cpu", False, None),
+        ("0.5.6", "2.13.0+cu130", True, None),
+        ("0.5.6", "2.12.1", True, None),
+    ],
+)
+def test_lmcache_is_used_where_its_names_and_its_kernels_are_there(
+    lmcache: str | None, torch: str, on_gpu: bool, text: str | None
+) -> None:
+    obstacle = versions.lmcache_obstacle(lmcache, torch, on_gpu=on_gpu)
+    if text is None:
+        assert obstacle is None
+    else:
+        assert obstacle is not None
+        assert text in obstacle

@@ -21,7 +21,6 @@ def plan_of(num_servers: int) -> PoolPlan:
         disk_bytes=0,
         disk_dir=None,
         chunk_tokens=128,
-        on_cpu=True,
         timeout_s=5.0,
         why="a test",
     )

@@ -31,7 +31,8 @@ def plan(
     block_size: int | None = 32,
     free: int = 10 * GB,
     shm: int = 10 * GB,
-    is_installed: bool = True,
+    updates: int | None = 0,
+    obstacle: str | None = None,
     config: dict[str, Any] | None = None,
     **pool: Any,
 ) -> tuple[PoolPlan | None, str]:
@@ -40,9 +41,8 @@ def plan(
         EngineConfig(**settings),
         num_instances,
         block_size,
-        Memory(free_bytes=free, shm_free_bytes=shm),
-        on_cpu=True,
-        is_installed=is_installed,
+        Memory(free_bytes=free, shm_free_bytes=shm, update_bytes=updates),
+        obstacle=obstacle,
     )
 
 
@@ -70,7 +70,10 @@ def test_where_no_request_is_divided_a_pool_is_only_had_on_demand():
 def test_what_is_in_the_way_is_said():
     for settings, text in [
         ({"mode": "off"}, "switched off"),
-        ({"is_installed": False}, "pip install --no-deps lmcache"),
+        (
+            {"obstacle": "LMCache is not installed"},
+            "pip install --no-deps lmcache",
+        ),
         ({"config": {"kv_transfer_config": {"kv_connector": "X"}}}, "another"),
         ({"config": {"model": "a@b"}}, "'@'"),
         ({"free": GB // 10}, "too little"),
@@ -83,7 +86,7 @@ def test_what_is_in_the_way_is_said():
 
 def test_a_pool_that_was_asked_for_is_an_error_where_it_cannot_be():
     for settings in (
-        {"is_installed": False},
+        {"obstacle": "LMCache is not installed"},
         {"free": GB // 10},
         {"dram_bytes": 11 * GB},
         {"config": {"kv_transfer_config": {"kv_connector": "X"}}},
@@ -108,6 +111,37 @@ def test_shared_memory_bounds_the_size_and_servers_share_it():
     found, _ = plan(shm=GB, num_servers=2)
     assert found is not None
     assert found.dram_bytes == 450_000_000
+
+
+def test_weight_updates_are_left_their_room_in_shared_memory():
+    found, why = plan(free=1000 * GB, shm=100 * GB, updates=30 * GB)
+    assert found is not None
+    assert found.dram_bytes == 60 * GB
+    assert "less 30.0 GB for weight updates" in why
+    found, why = plan(free=1000 * GB, shm=100 * GB, updates=None)
+    assert found is not None
+    assert found.dram_bytes == 50 * GB
+    assert "weight updates need room there, too" in why
+    assert plan(shm=10 * GB, updates=9 * GB)[0] is None
+
+
+def test_a_large_node_page_locks_no_more_than_it_can_in_minutes_unless_told():
+    found, why = plan(free=2000 * GB, shm=1000 * GB)
+    assert found is not None
+    assert found.dram_bytes == 128 << 30
+    assert "unless dram_bytes is set" in why
+    found, _ = plan(free=2000 * GB, shm=1000 * GB, dram_bytes=400 * GB)
+    assert found is not None
+    assert found.dram_bytes == 400 * GB
+
+
+def test_engines_copy_their_kv_themselves_on_every_device():
+    found, _ = plan()
+    assert found is not None
+    args = server_args(found, 1, "name", Path())
+    assert args[args.index("--supported-transfer-mode") + 1] == "engine_driven"
+    extra = transfer_config(found, 1)["kv_connector_extra_config"]
+    assert extra["lmcache.mp.mp_transfer_mode"] == "engine_driven"
 
 
 def test_what_is_found_together_is_whole_blocks():
