@@ -352,7 +352,9 @@ class Host:
             self._sleep = Sleep(pool)
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    talking = tasks.create_task(router.run(pool.on_message))
+                    talking = tasks.create_task(
+                        router.run(pool.on_message, pool.on_lost)
+                    )
                     working = tasks.create_task(self._work(pool))
                     await self._stop.wait()
                     await self._leave_session()

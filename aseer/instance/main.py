@@ -39,10 +39,11 @@ from aseer.instance.messages import (
     Stop,
     ToInstance,
 )
-from aseer.transport.zeromq import Dealer, connect_dealer
+from aseer.transport.zeromq import connect_dealer
 from aseer.types import ChunkEnd, ChunkProgress
 
 if TYPE_CHECKING:
+    from aseer.transport.base import Dealer
     from aseer.types import Chunk, ChunkId
 
 _log = logging.getLogger("aseer.instance")

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from aseer.instance.launch import Launch
     from aseer.instance.messages import Question
     from aseer.kv.pool import KvPool
-    from aseer.transport.zeromq import Router
+    from aseer.transport.base import Router
     from aseer.types import ChunkId, InstanceId, InstanceInfo
 
 _log = logging.getLogger("aseer")
@@ -210,6 +210,12 @@ class InstancePool:
             case Failed(error):
                 slot.failure = error
 
+    def on_lost(self, peer: bytes, why: str) -> None:
+        """An instance reads nothing, or speaks nonsense: it is as good as dead."""
+        slot = self._by_identity.get(peer)
+        if slot is not None and slot.identity == peer:
+            slot.kill(why)
+
     def _on_hello(self, slot: Slot, protocol: int, info: InstanceInfo) -> None:
         if protocol != PROTOCOL_VERSION:
             slot.failure = (
@@ -218,6 +224,9 @@ class InstancePool:
             )
             if slot.process is not None:
                 slot.process.kill()
+            return
+        if info.instance_id != slot.instance_id:
+            slot.kill(f"it takes itself for instance {info.instance_id}")
             return
         slot.info = info
         slot.said_hello.set()
@@ -271,6 +280,8 @@ class InstancePool:
             _log.info("instance %d is up after %.1f s", slot.instance_id, took)
             return
         await process.end(0)
+        self._router.forget(slot.identity)
+        self._by_identity.pop(slot.identity, None)
         what = f"was not ready after start_timeout_s={timeout_s:g}"
         if not dead.cancelled():
             what = describe_exit(dead.result())
@@ -337,6 +348,8 @@ class InstancePool:
             why = self._death(slot, process, status)
             slot.up.clear()
             slot.fail_asked(why)
+            self._router.forget(slot.identity)
+            self._by_identity.pop(slot.identity, None)
             _log.warning("instance %d is lost: %s", slot.instance_id, why)
             self._owner.instance_down(slot.instance_id, why)
             if not await self._restart(slot, why):

@@ -55,8 +55,8 @@ class Slot:
 
     def take_answer(self, answer: Answer) -> None:
         """Hand an answer to who asked, if he still waits."""
-        asked = self.asked.pop(answer.ask_id)
-        if not asked.done():
+        asked = self.asked.pop(answer.ask_id, None)
+        if asked is not None and not asked.done():
             if answer.error:
                 asked.set_exception(EngineError(answer.error))
             else:

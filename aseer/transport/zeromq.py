@@ -1,9 +1,7 @@
 """ZeroMQ sockets: one ROUTER in the controller, one DEALER in each instance.
 
-Messages are msgspec structs in MessagePack; nothing is ever unpickled. One task a
-socket receives, and one sends from a bounded queue, so that callers never wait on a
-peer and nothing is cancelled inside a `recv`. A peer that stops reading fills the
-queue; that is an error its owner hears of (`PeerTooSlow`), never a silent loss.
+See `aseer.transport.base` for what holds. A peer's queue is in front of ZeroMQ's own,
+which is kept short, since nobody sees into it and it counts no bytes.
 """
 
 from __future__ import annotations
@@ -13,27 +11,28 @@ import os
 import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from aseer.errors import ProtocolError
+from aseer.transport.base import MAX_MESSAGE_BYTES, QueueingRouter, Reader, encode
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
+
+    from aseer.transport.base import Sent
 
 In = TypeVar("In")
-_Outgoing = tuple[bytes, msgspec.Struct]
 
-HIGH_WATER_MARK = 10_000
-MAX_QUEUED = 1_000_000
+# Of messages in ZeroMQ's own queue at either end of a connection: enough to keep both
+# busy between two turns of their event loops.
+HIGH_WATER_MARK = 1000
+# ZeroMQ closes a connection that brings a larger one. Twice what is ever taken, so that
+# what is a little too large is dropped and named instead.
+_MAX_FRAME_BYTES = 2 * MAX_MESSAGE_BYTES
 _LONGEST_NAME = 36  # of a socket: a UUID, vLLM's
-
-
-class PeerTooSlow(ProtocolError):
-    """More messages wait for a peer than it could ever need."""
 
 
 def make_socket_dir() -> Path:
@@ -50,90 +49,70 @@ def make_socket_dir() -> Path:
     return Path(tempfile.mkdtemp(prefix="aseer-", dir="/tmp"))
 
 
-class Router(Generic[In]):
-    """The controller's end: many peers, told apart by identity."""
+class ZmqRouter(QueueingRouter[In]):
+    """A `Router` over a ROUTER socket."""
+
+    def __init__(
+        self, socket: zmq.asyncio.Socket, decoder: msgspec.msgpack.Decoder[In]
+    ) -> None:
+        super().__init__(decoder)
+        self._socket = socket
+
+    def _try_send(self, peer: bytes, data: bytes) -> Sent:
+        # Done at once, since it may not wait. Never awaited while it could: one full
+        # peer then keeps all others waiting, or fails the task.
+        sending = self._socket.send_multipart([peer, data], zmq.NOBLOCK)
+        error = cast("asyncio.Future[object]", sending).exception()
+        if error is None:
+            return "sent"
+        if isinstance(error, zmq.Again):
+            return "full"
+        if isinstance(error, zmq.ZMQError) and error.errno == zmq.EHOSTUNREACH:
+            return "gone"
+        raise error
+
+    async def _receive(self) -> list[bytes]:
+        return await self._socket.recv_multipart()
+
+
+class ZmqDealer(Generic[In]):
+    """A `Dealer` over a DEALER socket."""
 
     def __init__(
         self, socket: zmq.asyncio.Socket, decoder: msgspec.msgpack.Decoder[In]
     ) -> None:
         self._socket = socket
-        self._decoder = decoder
-        self._encoder = msgspec.msgpack.Encoder()
-        self._out: asyncio.Queue[_Outgoing] = asyncio.Queue(MAX_QUEUED)
-
-    def send(self, peer: bytes, message: msgspec.Struct) -> None:
-        """Queue a message; order to a peer is kept. A peer that is gone loses it.
-
-        Raises:
-            PeerTooSlow: the queue is full.
-        """
-        try:
-            self._out.put_nowait((peer, message))
-        except asyncio.QueueFull:
-            raise PeerTooSlow(f"{MAX_QUEUED} messages wait to be sent") from None
-
-    async def run(self, on_message: Callable[[bytes, In], None]) -> None:
-        """Send and receive until cancelled.
-
-        Args:
-            on_message: called with (peer, message) for each that comes.
-        Raises:
-            ProtocolError: a message that does not decode.
-        """
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._send_all())
-            tasks.create_task(self._receive_all(on_message))
-
-    async def _send_all(self) -> None:
-        while True:
-            peer, message = await self._out.get()
-            try:
-                await self._socket.send_multipart([peer, self._encoder.encode(message)])
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EHOSTUNREACH:  # the peer died; its owner knows
-                    raise
-
-    async def _receive_all(self, on_message: Callable[[bytes, In], None]) -> None:
-        while True:
-            peer, data = await self._socket.recv_multipart()
-            on_message(peer, _decode(self._decoder, data))
-
-
-class Dealer(Generic[In]):
-    """An instance's end: one peer, the controller."""
-
-    def __init__(
-        self, socket: zmq.asyncio.Socket, decoder: msgspec.msgpack.Decoder[In]
-    ) -> None:
-        self._socket = socket
-        self._decoder = decoder
+        self._reader = Reader(decoder)
         self._encoder = msgspec.msgpack.Encoder()
 
     async def send(self, message: msgspec.Struct) -> None:
-        """Send a message; waits while the controller is not reading."""
-        await self._socket.send(self._encoder.encode(message))
+        """See `Dealer`."""
+        await self._socket.send(encode(self._encoder, message))
 
     async def receive(self) -> In:
-        """The next message. One task only may wait here, and never under a timeout.
-
-        Raises:
-            ProtocolError: it does not decode.
-        """
-        return _decode(self._decoder, await self._socket.recv())
+        """See `Dealer`."""
+        while True:
+            frames = await self._socket.recv_multipart()
+            message = self._reader.read(frames, b"the controller")
+            if message is not None:
+                return message
+            await asyncio.sleep(0)  # what has come already is read without waiting
 
 
 @asynccontextmanager
 async def bind_router(
     endpoint: str, decoder: msgspec.msgpack.Decoder[In]
-) -> AsyncIterator[Router[In]]:
+) -> AsyncIterator[ZmqRouter[In]]:
     """A ROUTER bound to `endpoint`; closed, without lingering, at the end."""
     with zmq.asyncio.Context() as context:
         socket = context.socket(zmq.ROUTER)
-        socket.set(zmq.ROUTER_MANDATORY, 1)
+        socket.set(zmq.ROUTER_MANDATORY, 1)  # say who is full, and who is gone
+        # A peer whose connection was closed on it comes back under its name.
+        socket.set(zmq.ROUTER_HANDOVER, 1)
         _set_bounds(socket)
         try:
             socket.bind(endpoint)
-            yield Router(socket, decoder)
+            yield ZmqRouter(socket, decoder)
         finally:
             socket.close(linger=0)
 
@@ -145,7 +124,7 @@ async def connect_dealer(
     decoder: msgspec.msgpack.Decoder[In],
     *,
     linger_ms: int = 1000,
-) -> AsyncIterator[Dealer[In]]:
+) -> AsyncIterator[ZmqDealer[In]]:
     """A DEALER connected to `endpoint`; what was sent last has `linger_ms` to leave."""
     with zmq.asyncio.Context() as context:
         socket = context.socket(zmq.DEALER)
@@ -153,7 +132,7 @@ async def connect_dealer(
         _set_bounds(socket)
         try:
             socket.connect(endpoint)
-            yield Dealer(socket, decoder)
+            yield ZmqDealer(socket, decoder)
         finally:
             socket.close(linger=linger_ms)
 
@@ -161,12 +140,4 @@ async def connect_dealer(
 def _set_bounds(socket: zmq.asyncio.Socket) -> None:
     socket.set(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.set(zmq.RCVHWM, HIGH_WATER_MARK)
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[In], data: bytes) -> In:
-    try:
-        return decoder.decode(data)
-    except msgspec.DecodeError as error:
-        raise ProtocolError(
-            f"a message of {len(data)} bytes is not ours: {error}"
-        ) from (error)
+    socket.set(zmq.MAXMSGSIZE, _MAX_FRAME_BYTES)

@@ -10,6 +10,9 @@ import time
 import pytest
 
 import aseer
+from aseer.instance.messages import PROTOCOL_VERSION, TO_INSTANCE, Answer, Hello, Report
+from aseer.transport.zeromq import connect_dealer
+from aseer.types import ChunkId, ChunkProgress, InstanceLoad
 from tests.integration.sims import config_of, content, groups_of
 
 LONG = {"ignore_eos": True, "max_tokens": 400}
@@ -171,3 +174,27 @@ async def test_engines_import_nothing_from_the_working_directory(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     async with aseer.Engine(config_of()) as engine:
         assert len([r async for r in engine.rollout(groups_of(2))]) == 8
+
+
+@pytest.mark.parametrize("name", [b"0.1", b"nobody"])
+async def test_nonsense_under_any_name_costs_at_most_an_instance(name):
+    """From a stranger on the control socket; one takes instance 0's name."""
+    groups = groups_of(6, **LONG)
+    config = config_of(heartbeat_timeout_s=1.0)
+    async with aseer.Engine(config) as engine:
+        other = engine.instances[1].pid
+        endpoint = f"ipc://{engine.log_paths[0].parent}/ctrl"
+        hello = Hello(PROTOCOL_VERSION, engine.instances[1])
+        odd = ChunkProgress(chunk_id=ChunkId(0), tokens=b"abc", logprobs=b"d")
+        responses = []
+        async with connect_dealer(endpoint, name, TO_INSTANCE, linger_ms=0) as dealer:
+            async for response in engine.rollout(groups):
+                if not responses:
+                    await dealer._socket.send_multipart([b"", b"\xc1", b"?"])
+                    await dealer.send(Answer(10**6, "to what?"))
+                    await dealer.send(Report([odd] * 3, InstanceLoad()))
+                    await dealer.send(hello)
+                responses.append(response)
+        again = [r async for r in engine.rollout(groups)]
+        assert other in [i.pid for i in engine.instances]
+    assert content(responses) == content(again) == await reference(groups)
