@@ -25,7 +25,7 @@ from aseer.instance.launch import plan_instances, this_machine
 from aseer.instance.versions import check_vllm
 from aseer.report import WeightUpdateReport
 from aseer.rollout import Groups, Rollout, SyncRollout
-from aseer.weights.sending import Sending
+from aseer.weights.sending import check_source, send, send_async
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from aseer.config import PolicyName
     from aseer.groups import Group
     from aseer.types import InstanceInfo
+    from aseer.weights.files import Index
     from aseer.weights.keeper import Pause, Plan, SwitchTimes
     from aseer.weights.sending import WeightSource
 
@@ -222,11 +223,12 @@ class Engine:
 
         Args:
             source: a checkpoint's directory (safetensors; it must stay as it is while
-                the engine uses it), a `state_dict`, an `nn.Module`, or an iterable of
-                (name, tensor). An iterable is taken in the calling thread, and never
-                held as a whole. Names are those of the checkpoint; of tied tensors in a
-                `state_dict` or a module the model's own counts. Adapters of a
-                `peft.PeftModel` are merged in copies of its layers.
+                the engine uses it), a `state_dict`, an `nn.Module`, or an iterable or
+                async iterable of (name, tensor), which is taken in the calling thread
+                and never held as a whole. Names are those of the checkpoint, with or
+                without what DDP, FSDP and torch.compile put before them; of the two of
+                a tied embedding and output layer one is enough. DTensors are gathered,
+                adapters of a `peft.PeftModel` are merged in copies of its layers.
             version: that responses carry from then on, greater than now; None = one
                 more.
             pause: what to do about a rollout in progress: "wait" for its end, or
@@ -238,6 +240,7 @@ class Engine:
         """
         host = self._open_host()
         check_pause(pause)
+        check_source(source, awaits=True)
         beginning = host.submit(host.begin_weight_update(version, pause))
         try:
             plan = await asyncio.shield(asyncio.wrap_future(beginning))
@@ -246,9 +249,7 @@ class Engine:
             raise
         try:
             started = time.monotonic()
-            sending = Sending(source, plan.expected, plan.directory)
-            for _ in sending:
-                await asyncio.sleep(0)
+            index = await send_async(source, plan.model, plan.directory)
             send_s = time.monotonic() - started
         except BaseException:
             host.post(lambda: host.weights.abandon(plan))
@@ -256,7 +257,7 @@ class Engine:
         # It goes on to its end whoever is cancelled: half an update cannot be left.
         switching = host.submit(host.switch_weights(plan))
         times = await asyncio.shield(asyncio.wrap_future(switching))
-        return _update_report(plan, sending, send_s, times)
+        return _update_report(plan, index, send_s, times)
 
     def update_weights_sync(
         self,
@@ -265,21 +266,24 @@ class Engine:
         version: int | None = None,
         pause: Pause | None = None,
     ) -> WeightUpdateReport:
-        """As `update_weights`, for code without an event loop."""
+        """As `update_weights`, for code without an event loop.
+
+        Raises:
+            WeightUpdateError: as there; or an async iterable.
+        """
         host = self._open_host()
         check_pause(pause)
+        check_source(source, awaits=False)
         plan = host.submit(host.begin_weight_update(version, pause)).result()
         try:
             started = time.monotonic()
-            sending = Sending(source, plan.expected, plan.directory)
-            for _ in sending:
-                pass
+            index = send(source, plan.model, plan.directory)
             send_s = time.monotonic() - started
         except BaseException:
             host.post(lambda: host.weights.abandon(plan))
             raise
         times = host.submit(host.switch_weights(plan)).result()
-        return _update_report(plan, sending, send_s, times)
+        return _update_report(plan, index, send_s, times)
 
     async def sleep(self, level: int = 1) -> None:
         """Release the devices' memory for a trainer on the same GPUs, until `wake`.
@@ -353,12 +357,12 @@ class Engine:
 
 
 def _update_report(
-    plan: Plan, sending: Sending, send_s: float, times: SwitchTimes
+    plan: Plan, index: Index, send_s: float, times: SwitchTimes
 ) -> WeightUpdateReport:
     return WeightUpdateReport(
         version=plan.version,
-        num_tensors=len(sending.index.tensors),
-        num_bytes=sending.index.num_bytes,
+        num_tensors=len(index.tensors),
+        num_bytes=index.num_bytes,
         send_s=send_s,
         prepare_s=times.prepare_s,
         switch_s=times.switch_s,

@@ -11,7 +11,7 @@ from aseer.errors import EngineError
 
 if TYPE_CHECKING:
     from aseer.types import Chunk, ChunkEnd, ChunkId, InstanceInfo, InstanceLoad
-    from aseer.weights.checks import TensorSpec
+    from aseer.weights.checks import ModelSpec
 
 
 class EngineDied(EngineError):
@@ -88,7 +88,7 @@ class Backend(Protocol):
         """Do what the engine needs done while it runs; may return at once."""
         ...
 
-    async def describe_weights(self) -> dict[str, TensorSpec]:
+    async def describe_weights(self) -> ModelSpec:
         """What the model's checkpoint holds, by name; what updates must bring."""
         ...
 

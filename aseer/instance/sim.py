@@ -23,7 +23,7 @@ from aseer.types import (
     InstanceInfo,
     InstanceLoad,
 )
-from aseer.weights.checks import TensorSpec
+from aseer.weights.checks import ModelSpec, TensorSpec
 from aseer.weights.files import read_index
 
 if TYPE_CHECKING:
@@ -154,10 +154,11 @@ class SimBackend:
     async def attend(self) -> None:
         """See `Backend`."""
 
-    async def describe_weights(self) -> dict[str, TensorSpec]:
+    async def describe_weights(self) -> ModelSpec:
         """See `Backend`."""
         shapes = self._args["weights"]
-        return {name: TensorSpec("F32", tuple(s)) for name, s in shapes.items()}
+        specs = {name: TensorSpec("F32", tuple(s)) for name, s in shapes.items()}
+        return ModelSpec(specs, dtype="F32")
 
     async def prepare_weights(self, index: str) -> None:
         """See `Backend`."""

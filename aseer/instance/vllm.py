@@ -44,12 +44,12 @@ from aseer.instance.stats import Stats
 from aseer.instance.versions import installed_vllm
 from aseer.kv.settings import cache_salt
 from aseer.types import ChunkEnd, InstanceId, InstanceInfo
-from aseer.weights.files import specs_of_model
+from aseer.weights.files import describe_checkpoint, dtype_name
 
 if TYPE_CHECKING:
     from aseer.instance.base import Emit, InstanceSpec
     from aseer.types import Chunk, ChunkId, FinishReason, InstanceLoad
-    from aseer.weights.checks import TensorSpec
+    from aseer.weights.checks import ModelSpec
 
 _log = logging.getLogger("aseer.instance")
 
@@ -197,10 +197,20 @@ class VllmBackend:
         if self._speculation is not None:
             await self._speculation.attend(lambda: bool(self._running))
 
-    async def describe_weights(self) -> dict[str, TensorSpec]:
+    async def describe_weights(self) -> ModelSpec:
         """See `Backend`."""
         config = self._engine.vllm_config.model_config
-        return await asyncio.to_thread(specs_of_model, config.model, config.revision)
+        settings = (config.hf_config, config.hf_text_config)
+        # vLLM no longer trusts the settings of a checkpoint that has both tensors.
+        declares_tied = getattr(config, "word_embeddings_untied_by_checkpoint", False)
+        declares_tied |= any(getattr(s, "tie_word_embeddings", False) for s in settings)
+        return await asyncio.to_thread(
+            describe_checkpoint,
+            config.model,
+            config.revision,
+            dtype_name(config.dtype),
+            declares_tied=declares_tied,
+        )
 
     async def prepare_weights(self, index: str) -> None:
         """See `Backend`."""

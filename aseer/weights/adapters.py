@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from aseer.errors import WeightUpdateError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -24,10 +26,19 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Any]]:
 
     Adapters that are active are merged. Of modules that are trained whole
     (`modules_to_save`) it is the trained one.
+
+    Raises:
+        WeightUpdateError: the model is sharded, so that no process has a layer whole.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
+    if _is_sharded(model):
+        raise WeightUpdateError(
+            "adapters are merged where a process has the whole model, and this one is "
+            "sharded: merge them in the trainer and give the state_dict that it "
+            "gathers, or train without sharding (DDP)"
+        )
     base = model.get_base_model()
     replaced = []
     for name, module in base.named_modules():
@@ -45,3 +56,10 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Any]]:
     for name, tensor in base.state_dict().items():
         if not name.startswith(tuple(replaced)):
             yield name, tensor
+
+
+def _is_sharded(model: Any) -> bool:
+    return any(hasattr(p, "full_tensor") for p in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel"
+        for module in model.modules()
+    )

@@ -1,4 +1,4 @@
-"""Whether tensors are those that a model takes: names, shapes, dtypes, finite values.
+"""Whether tensors are those that a model takes: names, shapes and dtypes. Pure.
 
 Everything is checked while it is sent, before any engine changes anything.
 """
@@ -6,17 +6,35 @@ Everything is checked while it is sent, before any engine changes anything.
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+import math
+from typing import NamedTuple
 
 import msgspec
 
 from aseer.errors import WeightUpdateError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from aseer.weights.names import is_output_layer, is_weight, unwrapped
 
 # Engines round one of these to another, as they do when they load a checkpoint.
 ROUNDABLE = frozenset({"F32", "F16", "BF16"})
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+}
+_QUANTISED = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8", "I32"})
 _MAX_NAMED = 4
 
 
@@ -26,33 +44,101 @@ class TensorSpec(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its values; 0 for a dtype that is not known."""
+        return math.prod(self.shape) * DTYPE_BYTES.get(self.dtype, 0)
+
+
+class ModelSpec(msgspec.Struct, frozen=True):
+    """What an engine takes as new weights.
+
+    Attributes:
+        tensors: of the checkpoint that the engine was started from, by name.
+        dtype: that the engine computes in.
+        tied: names of the one tensor that is both the input embedding's and the output
+            layer's, as far as the checkpoint has them, the embedding's first; empty if
+            these are two tensors, or not known.
+    """
+
+    tensors: dict[str, TensorSpec]
+    dtype: str
+    tied: list[str] = []
+
+    def names_of(self, key: str) -> list[str]:
+        """Names under which engines are given a tensor."""
+        return self.tied if key in self.tied else [key]
+
+    def dtype_to_send(self, key: str, given: str) -> str:
+        """What a tensor of a given dtype is written as.
+
+        It is rounded where engines would round it in any case, so that less is written:
+        where the checkpoint has it in the dtype that the engine computes in, and that
+        one is smaller.
+        """
+        wanted = self.tensors[key].dtype
+        if wanted != self.dtype or not {given, wanted} <= ROUNDABLE:
+            return given
+        return wanted if DTYPE_BYTES[wanted] < DTYPE_BYTES[given] else given
+
+    @property
+    def least_bytes(self) -> int:
+        """No complete weights are written in fewer bytes."""
+        smallest = dict.fromkeys(ROUNDABLE, "BF16")
+        return sum(
+            TensorSpec(smallest.get(spec.dtype, spec.dtype), spec.shape).num_bytes
+            for name, spec in self.tensors.items()
+            if name not in self.tied[1:] and is_weight(name)
+        )
+
+
+class Accepted(NamedTuple):
+    """A tensor that the model takes.
+
+    Attributes:
+        key: its name in the checkpoint; of tied names the embedding's.
+        dtype: to write it as.
+        is_copy: whether it came before under the other of two tied names, so that its
+            values must be the same.
+    """
+
+    key: str
+    dtype: str
+    is_copy: bool
+
 
 class WeightCheck:
     """Takes an update's tensors one by one and compares them with the model's."""
 
-    def __init__(self, expected: Mapping[str, TensorSpec]) -> None:
-        """`expected` is what the model's own checkpoint holds, by name."""
-        self._expected = expected
-        self._seen: set[str] = set()
+    def __init__(self, model: ModelSpec) -> None:
+        self._model = model
+        self._seen: dict[str, set[str]] = {}  # names, by key
 
-    def __contains__(self, name: str) -> bool:
-        """Whether the model has a tensor of that name."""
-        return name in self._expected
+    def knows(self, name: str) -> bool:
+        """Whether it is a name of a tensor that the model has, or does without."""
+        own = unwrapped(name, self._model.tensors)
+        return own in self._model.tensors or not is_weight(own) or self._is_tied(own)
 
-    def add(self, name: str, given: TensorSpec, *, is_finite: bool) -> None:
-        """Check the next tensor.
+    def add(self, name: str, given: TensorSpec) -> Accepted | None:
+        """Check the next tensor; None if engines do without it.
 
         Raises:
             WeightUpdateError: it is not one of the model's; says which and why.
         """
-        wanted = self._expected.get(name)
+        own = unwrapped(name, self._model.tensors)
+        if not is_weight(own):
+            return None
+        key = self._model.tied[0] if self._is_tied(own) else own
+        wanted = self._model.tensors.get(key)
         if wanted is None:
             raise WeightUpdateError(
                 f"the model has no tensor {name!r}{self._hint(name)}"
             )
-        if name in self._seen:
+        seen = self._seen.setdefault(key, set())
+        if own in seen:
             raise WeightUpdateError(f"tensor {name!r} was given twice")
-        self._seen.add(name)
+        is_copy = bool(seen)
+        seen.add(own)
         if given.shape != wanted.shape:
             raise WeightUpdateError(
                 f"tensor {name!r} has shape {list(given.shape)}; the model's has "
@@ -62,12 +148,9 @@ class WeightCheck:
         if given.dtype != wanted.dtype and not can_round:
             raise WeightUpdateError(
                 f"tensor {name!r} has dtype {given.dtype}; the model's has "
-                f"{wanted.dtype}"
+                f"{wanted.dtype}{_dtype_hint(given.dtype, wanted.dtype)}"
             )
-        if not is_finite:
-            raise WeightUpdateError(
-                f"tensor {name!r} has values that are NaN or infinite"
-            )
+        return Accepted(key, self._model.dtype_to_send(key, given.dtype), is_copy)
 
     def finish(self) -> None:
         """Check that nothing is missing.
@@ -75,15 +158,44 @@ class WeightCheck:
         Raises:
             WeightUpdateError: something is.
         """
-        missing = [name for name in self._expected if name not in self._seen]
+        tensors = self._model.tensors
+        missing = [
+            name
+            for name in tensors
+            if name not in self._seen
+            and name not in self._model.tied[1:]
+            and is_weight(name)
+        ]
         if missing:
             named = ", ".join(map(repr, missing[:_MAX_NAMED]))
             more = " and others" if len(missing) > _MAX_NAMED else ""
             raise WeightUpdateError(
-                f"{len(missing)} of the model's {len(self._expected)} tensors were not "
+                f"{len(missing)} of the model's {len(tensors)} tensors were not "
                 f"given: {named}{more}"
             )
 
+    def other_name(self, key: str, name: str) -> str:
+        """The other name of a tied tensor that came twice."""
+        own = unwrapped(name, self._model.tensors)
+        return next(iter(self._seen[key] - {own}))
+
+    def _is_tied(self, own: str) -> bool:
+        if own in self._model.tensors:
+            return own in self._model.tied
+        return bool(self._model.tied) and is_output_layer(own)
+
     def _hint(self, name: str) -> str:
-        close = difflib.get_close_matches(name, self._expected, n=1)
+        close = difflib.get_close_matches(name, self._model.tensors, n=1)
         return f"; it has {close[0]!r}" if close else ""
+
+
+def _dtype_hint(given: str, wanted: str) -> str:
+    if wanted in _QUANTISED and given in ROUNDABLE:
+        return (
+            ": the engine's checkpoint is quantised. Give the tensors quantised as it "
+            "has them, with their scales; or start the engine from a checkpoint that "
+            "is not, with engine_args={'quantization': ...}"
+        )
+    if given == "F64" and wanted in ROUNDABLE:
+        return "; nobody trains in F64 on purpose: give it rounded, as .float()"
+    return ""

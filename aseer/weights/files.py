@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aseer.errors import WeightUpdateError
-from aseer.weights.checks import TensorSpec
+from aseer.weights.checks import DTYPE_BYTES, ModelSpec, TensorSpec
+from aseer.weights.names import embedding_of, is_output_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 INDEX = "index.json"
+_LISTING = "model.safetensors.index.json"
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 _TORCH_DTYPES = {
@@ -29,10 +31,14 @@ _TORCH_DTYPES = {
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64",
     "I32": "int32",
     "I16": "int16",
     "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
     "U8": "uint8",
     "BOOL": "bool",
 }
@@ -57,7 +63,9 @@ class Index(msgspec.Struct, frozen=True):
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.num_bytes for tensor in self.tensors)
+        """Of all tensors; of one with two names once."""
+        places = {(t.file, t.offset, t.num_bytes) for t in self.tensors}
+        return sum(num_bytes for _, _, num_bytes in places)
 
     def write(self, path: Path) -> None:
         """Write it for `read_index`."""
@@ -70,16 +78,11 @@ def read_index(path: str) -> Index:
     Raises:
         WeightUpdateError: a file is not there, or too short.
     """
-    index = msgspec.json.decode(Path(path).read_bytes(), type=Index)
     try:
-        sizes = [Path(file).stat().st_size for file in index.files]
-    except OSError as error:
-        raise WeightUpdateError(f"a file of the weights is gone: {error}") from error
-    for tensor in index.tensors:
-        if tensor.offset + tensor.num_bytes > sizes[tensor.file]:
-            raise WeightUpdateError(
-                f"{index.files[tensor.file]} ends before tensor {tensor.name!r} does"
-            )
+        index = msgspec.json.decode(Path(path).read_bytes(), type=Index)
+        _check_sizes(index)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise WeightUpdateError(f"the new weights are gone: {error}") from error
     return index
 
 
@@ -91,31 +94,42 @@ def index_checkpoint(directory: Path) -> Index:
     Raises:
         WeightUpdateError: no such files, or broken ones.
     """
-    listing = directory / "model.safetensors.index.json"
+    listing = directory / _LISTING
+    paths = sorted(directory.glob("*.safetensors"))
     if listing.is_file():
-        weight_map = json.loads(listing.read_text())["weight_map"]
-        paths = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
-        paths = sorted(directory.glob("*.safetensors"))
+        paths = _listed(listing)
     if not paths:
         raise WeightUpdateError(f"{directory} has no *.safetensors files")
     tensors: list[Tensor] = []
     for number, path in enumerate(paths):
         try:
             tensors += _tensors_of(path, number)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise WeightUpdateError(f"the checkpoint is not whole: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightUpdateError(f"{path} is not a safetensors file: {error}") from (
                 error
             )
-    return Index([str(path.resolve()) for path in paths], tensors)
+    index = Index([str(path.resolve()) for path in paths], tensors)
+    try:
+        _check_sizes(index)
+    except OSError as error:
+        raise WeightUpdateError(f"the checkpoint is not whole: {error}") from error
+    return index
 
 
-def specs_of_model(model: str, revision: str | None) -> dict[str, TensorSpec]:
-    """What the checkpoint that an engine was started from holds, by name.
+def describe_checkpoint(
+    model: str, revision: str | None, dtype: str, *, declares_tied: bool
+) -> ModelSpec:
+    """What an engine takes that was started from a checkpoint.
 
     Args:
         model: a directory, or the name of a model in the Hugging Face cache.
         revision: of a named model.
+        dtype: that the engine computes in.
+        declares_tied: whether the model's settings say that its output layer has the
+            input embedding's weight. Where the checkpoint has both nevertheless,
+            engines tie them only if they are equal.
     Raises:
         WeightUpdateError: it is not a safetensors checkpoint.
     """
@@ -133,7 +147,27 @@ def specs_of_model(model: str, revision: str | None) -> dict[str, TensorSpec]:
                 f"the checkpoint of {model!r} is not at hand, to compare with: {error}"
             ) from error
         directory = Path(found)
-    return {t.name: t.spec for t in index_checkpoint(directory).tensors}
+    index = index_checkpoint(directory)
+    specs = {tensor.name: tensor.spec for tensor in index.tensors}
+    return ModelSpec(specs, dtype, _tied(index, specs, declares_tied=declares_tied))
+
+
+def _tied(
+    index: Index, specs: dict[str, TensorSpec], *, declares_tied: bool
+) -> list[str]:
+    embedding = embedding_of(specs)
+    heads = [name for name in specs if is_output_layer(name)]
+    if embedding is None or len(heads) > 1:
+        return []
+    names = [embedding, *heads]
+    if heads:
+        pair = [tensor for tensor in index.tensors if tensor.name in names]
+        if not declares_tied or pair[0].spec != pair[1].spec:
+            return []
+        one, other = (values for _, values in map_tensors(Index(index.files, pair)))
+        if not one.equal(other):
+            return []
+    return names
 
 
 def dtype_name(dtype: Any) -> str:
@@ -142,21 +176,65 @@ def dtype_name(dtype: Any) -> str:
     return _DTYPE_NAMES.get(own, own)
 
 
-def map_tensors(index: Index) -> Iterator[tuple[str, Any]]:
-    """Every tensor as a torch tensor in mapped memory, to be read and not kept."""
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of a safetensors name, or of torch's own name.
+
+    Raises:
+        WeightUpdateError: there is none.
+    """
     import torch
 
+    found = getattr(torch, _TORCH_DTYPES.get(name, name), None)
+    if not isinstance(found, torch.dtype):
+        raise WeightUpdateError(f"tensors of dtype {name} are not known to torch")
+    return found
+
+
+def map_tensors(index: Index) -> Iterator[tuple[str, Any]]:
+    """Every tensor as a torch tensor in mapped memory, to be read and not kept.
+
+    Raises:
+        WeightUpdateError: a file is gone, or cannot be mapped.
+    """
     maps: dict[int, Any] = {}
     for tensor in index.tensors:
         if tensor.file not in maps:
-            path = index.files[tensor.file]
-            size = Path(path).stat().st_size
-            maps[tensor.file] = torch.from_file(path, size=size, dtype=torch.uint8)
+            maps[tensor.file] = _map(index.files[tensor.file])
         part = maps[tensor.file][tensor.offset : tensor.offset + tensor.num_bytes]
-        dtype = getattr(torch, _TORCH_DTYPES[tensor.spec.dtype])
+        dtype = torch_dtype(tensor.spec.dtype)
         if tensor.offset % dtype.itemsize:
             part = part.clone()  # torch views aligned bytes only
         yield tensor.name, part.view(dtype).view(tensor.spec.shape)
+
+
+def _map(path: str) -> Any:
+    import torch
+
+    try:
+        size = Path(path).stat().st_size
+        return torch.from_file(path, size=size, dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:
+        raise WeightUpdateError(f"the weights' file is gone: {error}") from error
+
+
+def _listed(listing: Path) -> list[Path]:
+    """The files that a checkpoint's own index names."""
+    try:
+        names = set(json.loads(listing.read_bytes())["weight_map"].values())
+        return [listing.parent / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightUpdateError(
+            f"{listing} is not an index of a checkpoint: {error!r}"
+        ) from error
+
+
+def _check_sizes(index: Index) -> None:
+    sizes = [Path(file).stat().st_size for file in index.files]
+    for tensor in index.tensors:
+        if tensor.offset + tensor.num_bytes > sizes[tensor.file]:
+            raise WeightUpdateError(
+                f"{index.files[tensor.file]} ends before tensor {tensor.name!r} does"
+            )
 
 
 def _tensors_of(path: Path, number: int) -> list[Tensor]:
@@ -167,13 +245,13 @@ def _tensors_of(path: Path, number: int) -> list[Tensor]:
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     start = _HEADER_LENGTH_BYTES + length
-    return [
-        Tensor(
-            name=name,
-            spec=TensorSpec(entry["dtype"], tuple(entry["shape"])),
-            file=number,
-            offset=start + entry["data_offsets"][0],
-            num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    ]
+    return [_tensor_of(name, entry, number, start) for name, entry in header.items()]
+
+
+def _tensor_of(name: str, entry: dict[str, Any], file: int, start: int) -> Tensor:
+    begin, end = entry["data_offsets"]
+    spec = TensorSpec(entry["dtype"], tuple(entry["shape"]))
+    is_whole = spec.dtype not in DTYPE_BYTES or spec.num_bytes == end - begin
+    if not 0 <= begin <= end or min(spec.shape, default=0) < 0 or not is_whole:
+        raise ValueError(f"tensor {name!r} ({entry}) does not fit its bytes")
+    return Tensor(name, spec, file, start + begin, end - begin)

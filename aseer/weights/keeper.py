@@ -17,7 +17,7 @@ import msgspec
 
 from aseer.errors import EngineError, InstanceLostError, WeightUpdateError
 from aseer.instance.cleanup import SHARED_MEMORY
-from aseer.weights.checks import TensorSpec
+from aseer.weights.checks import ModelSpec
 from aseer.weights.files import INDEX
 from aseer.weights.update import (
     Commit,
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
     version: int
     directory: Path
-    expected: dict[str, TensorSpec]
+    model: ModelSpec
 
 
 class SwitchTimes(NamedTuple):
@@ -75,7 +75,7 @@ class WeightKeeper:
         """`directory` is for what engines map, a folder an update."""
         self._directory = directory
         self.version = 0
-        self._expected: dict[str, TensorSpec] | None = None
+        self._model: ModelSpec | None = None
         self._switch: _Switch | None = None
         self._lock = asyncio.Lock()
         self._num_plans = 0
@@ -104,15 +104,15 @@ class WeightKeeper:
                     f"version={wanted} does not follow the engine's {self.version}; "
                     "give a greater one, or none"
                 )
-            if self._expected is None:
+            if self._model is None:
                 one = next(iter(sorted(instances)), None)
                 if one is None:
                     raise EngineError(NO_INSTANCE)
                 said = await pool.ask(one, "describe_weights")
-                self._expected = msgspec.convert(said, dict[str, TensorSpec])
+                self._model = msgspec.convert(said, ModelSpec)
             self._num_plans += 1
             directory = self._directory / f"{wanted}-{self._num_plans}"
-            return Plan(wanted, directory, self._expected)
+            return Plan(wanted, directory, self._model)
         except BaseException:
             self._lock.release()
             raise

@@ -1,168 +1,242 @@
 """From what a trainer has to what engines map: checked, and written once.
 
 Runs in the thread that asked for the update, since a sharded trainer's iterator may
-have collectives in it that belong to that thread.
+have collectives in it that belong to that thread. A source is asked for its tensors
+once: `state_dict()` of a sharded model gathers it from all processes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
 from aseer.errors import WeightUpdateError
 from aseer.weights.adapters import has_adapters, merged_weights
-from aseer.weights.checks import ROUNDABLE, TensorSpec, WeightCheck
-from aseer.weights.files import (
-    INDEX,
-    Index,
-    Tensor,
-    dtype_name,
-    index_checkpoint,
-    map_tensors,
+from aseer.weights.checks import TensorSpec, WeightCheck
+from aseer.weights.files import INDEX, Index, index_checkpoint, map_tensors
+from aseer.weights.writer import (
+    TensorWriter,
+    check_equal,
+    check_finite,
+    make_directory,
+    spec_of,
 )
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
+    from aseer.weights.checks import ModelSpec
+    from aseer.weights.files import Tensor
+
 # A directory, a state_dict, an nn.Module, or (name, tensor) pairs.
 WeightSource: TypeAlias = Any
 
-_DATA = "data"
-_ALIGNMENT = 64
+_KINDS = (
+    "weights are a checkpoint's directory, a state_dict, an nn.Module or an iterable "
+    "of (name, tensor)"
+)
+_DATA_PARALLEL = frozenset({"DistributedDataParallel", "DataParallel"})
 
 
-class Sending:
-    """Checks a source's tensors, one at a time, and puts them where engines map them.
+def check_source(source: WeightSource, *, awaits: bool) -> None:
+    """See what kind of source it is, and take nothing from it.
 
-    sending = Sending(source, expected, directory)
-    for _ in sending: ...    # a step a tensor
-    sending.index
+    Args:
+        awaits: whether an async iterable may be given.
+    Raises:
+        WeightUpdateError: it is not one of those that are taken.
     """
-
-    def __init__(
-        self, source: WeightSource, expected: Mapping[str, TensorSpec], directory: Path
-    ) -> None:
-        """Prepare; `directory`, made if need be, is for the index and the tensors.
-
-        Raises:
-            WeightUpdateError: the source is not one of those that are taken.
-        """
-        self._check = WeightCheck(expected)
-        self._directory = directory
-        self._source = source
-        if not isinstance(source, str | Path) and _pairs_of(source) is None:
+    if isinstance(source, str | os.PathLike):
+        if not Path(source).is_dir():
             raise WeightUpdateError(
-                f"weights are a checkpoint's directory, a state_dict, an nn.Module or "
-                f"an iterable of (name, tensor), not a {type(source).__name__}"
+                f"{_KINDS}; there is no directory {os.fspath(source)!r}"
             )
-        self._index = Index([], [])
+        return
+    if has_adapters(source) or hasattr(source, "state_dict"):
+        return
+    if isinstance(source, AsyncIterable):
+        if not awaits:
+            raise WeightUpdateError(
+                f"{_KINDS}; an async iterable needs `await Engine.update_weights(...)`"
+            )
+        return
+    if not isinstance(source, Iterable) or isinstance(source, bytes | bytearray):
+        raise WeightUpdateError(f"{_KINDS}, not a {type(source).__name__}")
 
-    @property
-    def index(self) -> Index:
-        """What was sent, once all of it was."""
-        return self._index
 
-    def __iter__(self) -> Iterator[None]:
-        """Send, a step a tensor.
+def send(source: WeightSource, model: ModelSpec, directory: Path) -> Index:
+    """Check a source's tensors, one at a time, and put them where engines map them.
 
-        Raises:
-            WeightUpdateError: a tensor is not what the model takes, or there is no
-                room for it.
-        """
-        self._directory.mkdir(mode=0o700, parents=True)
-        if isinstance(self._source, str | Path):
-            yield from self._check_checkpoint(Path(self._source))
+    Args:
+        source: that `check_source` took.
+        directory: made here, for the index and the tensors.
+    Raises:
+        WeightUpdateError: a tensor is not what the model takes, or there is no room.
+    """
+    sent = None
+    for step in _steps(source, model, directory):
+        sent = step
+    assert sent is not None
+    return sent
+
+
+async def send_async(source: WeightSource, model: ModelSpec, directory: Path) -> Index:
+    """As `send`; other tasks of the event loop run between two tensors.
+
+    Raises:
+        WeightUpdateError: as there.
+    """
+    if isinstance(source, AsyncIterable):
+        return await _write_async(source, model, directory)
+    sent = None
+    for step in _steps(source, model, directory):
+        sent = step
+        await asyncio.sleep(0)
+    assert sent is not None
+    return sent
+
+
+def _steps(
+    source: WeightSource, model: ModelSpec, directory: Path
+) -> Iterator[Index | None]:
+    """Send, a step a tensor; what was sent comes with the last one."""
+    if isinstance(source, str | os.PathLike):
+        yield from _check_checkpoint(Path(source), model, directory)
+        return
+    with TensorWriter(model, directory) as writer:
+        pairs = _pairs_of(source)
+        shared: frozenset[str] = frozenset()
+        if isinstance(pairs, Mapping):
+            shared = _shared(pairs, model)
+            kept = {k: values for k, values in pairs.items() if k not in shared}
+            writer.expect(_bytes_to_write(kept, model))
+            pairs = pairs.items()
         else:
-            yield from self._write_tensors()
-        self._check.finish()
-        self._index.write(self._directory / INDEX)
-
-    def _check_checkpoint(self, directory: Path) -> Iterator[None]:
-        self._index = index = index_checkpoint(directory)
-        for tensor, (_, values) in zip(index.tensors, map_tensors(index), strict=True):
-            self._check.add(tensor.name, tensor.spec, is_finite=_is_finite(values))
-            yield
-
-    def _write_tensors(self) -> Iterator[None]:
-        path = self._directory / _DATA
-        tensors: list[Tensor] = []
-        offset = 0
-        with path.open("xb", buffering=0) as file:
-            for name, values in self._named_tensors():
-                spec = TensorSpec(dtype_name(values.dtype), tuple(values.shape))
-                self._check.add(name, spec, is_finite=_is_finite(values))
-                data = _bytes_of(values)
-                offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
-                try:
-                    file.seek(offset)
-                    _write_all(file.fileno(), data)
-                except OSError as error:
-                    raise WeightUpdateError(
-                        f"the weights do not fit at {path} ({error}); "
-                        "EngineConfig(weights_dir=...) puts them elsewhere"
-                    ) from error
-                tensors.append(Tensor(name, spec, 0, offset, len(data)))
-                offset += len(data)
-                yield
-            file.truncate(offset)  # what is empty was not written
-        self._index = Index([str(path)], tensors)
-
-    def _named_tensors(self) -> Iterator[tuple[str, Any]]:
-        """The source's tensors, whole; of tied ones those that the model has."""
-        places: set[tuple[int, tuple[int, ...]]] = set()
-        extra = []
-        is_held = isinstance(self._source, Mapping) or hasattr(
-            self._source, "state_dict"
-        )
-        for name, values in _pairs_of(self._source) or ():
-            whole = getattr(values, "full_tensor", None)  # a DTensor's
-            tensor = whole() if whole is not None else values
-            if not hasattr(tensor, "data_ptr"):
-                raise WeightUpdateError(
-                    f"{name!r} is a {type(tensor).__name__}, not a tensor"
-                )
-            tensor = tensor.detach()
-            place = (tensor.data_ptr(), tuple(tensor.shape))
-            if is_held and name not in self._check:
-                extra.append((name, tensor, place))
-                continue
-            places.add(place)
-            yield name, tensor
-        for name, tensor, place in extra:
-            if place not in places:
-                yield name, tensor  # to be refused by its name
+            writer.expect(model.least_bytes)
+        for pair in pairs:
+            name, tensor = _whole(pair)
+            if name not in shared:
+                writer.write(name, tensor)
+            yield None
+        yield writer.finish()
 
 
-def _pairs_of(source: WeightSource) -> Iterable[tuple[str, Any]] | None:
-    """(name, tensor) pairs; None if the source has none."""
+async def _write_async(
+    source: AsyncIterable[object], model: ModelSpec, directory: Path
+) -> Index:
+    async with AsyncExitStack() as stack:
+        writer = stack.enter_context(TensorWriter(model, directory))
+        if isinstance(source, AsyncGenerator):
+            # Its own clean-up is over before the caller learns how this ended.
+            await stack.enter_async_context(aclosing(source))
+        writer.expect(model.least_bytes)
+        async for pair in source:
+            writer.write(*_whole(pair))
+        return writer.finish()
+
+
+def _check_checkpoint(
+    source: Path, model: ModelSpec, directory: Path
+) -> Iterator[Index | None]:
+    """Its files are mapped where they are; only an index of them is made."""
+    check = WeightCheck(model)
+    index = index_checkpoint(source)
+    taken: dict[str, Tensor] = {}
+    tied: Any = None
+    for tensor, (_, values) in zip(index.tensors, map_tensors(index), strict=True):
+        accepted = check.add(tensor.name, tensor.spec)
+        if accepted is not None:
+            check_finite(tensor.name, values)
+            if accepted.is_copy:
+                check_equal(tensor.name, values, taken[accepted.key].name, tied)
+            else:
+                taken[accepted.key] = tensor
+            if accepted.key in model.tied:
+                tied = values
+        yield None
+    check.finish()
+    tensors = [
+        structs.replace(tensor, name=name)
+        for key, tensor in taken.items()
+        for name in model.names_of(key)
+    ]
+    make_directory(directory)
+    index = Index(index.files, tensors)
+    index.write(directory / INDEX)
+    yield index
+
+
+def _pairs_of(source: WeightSource) -> Mapping[str, Any] | Iterable[object]:
+    """A mapping if the source holds all its tensors, else pairs as they come."""
+    if type(source).__name__ in _DATA_PARALLEL:
+        source = source.module
     if has_adapters(source):
         return merged_weights(source)
     if hasattr(source, "state_dict"):
         source = source.state_dict()
-    if isinstance(source, Mapping):
-        return source.items()
-    return source if isinstance(source, Iterable) else None
+    return source  # type: ignore[no-any-return]
 
 
-def _is_finite(values: Any) -> bool:
-    import torch
+def _whole(pair: object) -> tuple[str, Any]:
+    """A name and its tensor, gathered if it is sharded: a DTensor.
 
-    if dtype_name(values.dtype) not in ROUNDABLE or not values.numel():
-        return True
-    # NaN and infinity come through as the least or the greatest value: one pass, and
-    # no memory.
-    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
-
-
-def _bytes_of(values: Any) -> memoryview:
-    import torch
-
-    flat = values.to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    All processes gather all of a source's tensors, so that none waits for another.
+    """
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise WeightUpdateError(
+            f"{_KINDS}; this iterable gave a {type(pair).__name__}, which is no pair"
+        )
+    name, values = pair
+    gather = getattr(values, "full_tensor", None)
+    return name, values if gather is None else gather()
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+def _shared(tensors: Mapping[str, Any], model: ModelSpec) -> frozenset[str]:
+    """Names that the model lacks, of tensors that it has by another name.
+
+    Saved checkpoints leave out what layers share, `state_dict` does not.
+    """
+    check = WeightCheck(model)
+    unknown = {k for k in tensors if isinstance(k, str) and not check.knows(k)}
+    if not unknown:
+        return frozenset()
+    places = {_place(tensors[name]) for name in tensors if name not in unknown}
+    return frozenset(
+        name for name in unknown if (place := _place(tensors[name])) and place in places
+    )
+
+
+def _place(values: Any) -> tuple[int, tuple[int, ...]] | None:
+    """Where a tensor's own values are, and its shape; None if that is not known."""
+    with suppress(AttributeError, RuntimeError):
+        local = values.to_local() if hasattr(values, "to_local") else values
+        return (local.data_ptr(), tuple(values.shape)) if local.data_ptr() else None
+    return None
+
+
+def _bytes_to_write(tensors: Mapping[str, Any], model: ModelSpec) -> int:
+    """What a source's tensors come to, after a first look at all of them.
+
+    Raises:
+        WeightUpdateError: the model does not take them.
+    """
+    check, num_bytes = WeightCheck(model), 0
+    for name, values in tensors.items():
+        spec = spec_of(name, values)
+        accepted = check.add(name, spec)
+        if accepted is not None and not accepted.is_copy:
+            num_bytes += TensorSpec(accepted.dtype, spec.shape).num_bytes
+    check.finish()
+    return num_bytes

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 torch = pytest.importorskip("torch")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 GREEDY = {"temperature": 0.0, "max_tokens": 150, "ignore_eos": True}
 # Longer than a KV block, and the same in every rollout: old KV would be found.
 GROUPS = [
@@ -194,8 +195,8 @@ def test_killed_instances_come_back_with_the_new_weights(engine, expected, train
     assert_same(roll(engine), expected)
 
 
-def make_tied(directory: Path, seed: int) -> Path:
-    """A tiny model whose output layer has the embedding's weight."""
+def make_tied(directory: Path, seed: int, *, twice: bool) -> Path:
+    """A tiny model with one weight for both of its ends, saved once or twice."""
     from safetensors.torch import save_file
 
     make_tiny(directory, seed=seed)
@@ -203,24 +204,36 @@ def make_tied(directory: Path, seed: int) -> Path:
     tied = json.loads(config.read_text()) | {"tie_word_embeddings": True}
     config.write_text(json.dumps(tied))
     weights = state_dict_of(directory)
-    del weights["lm_head.weight"]
-    weights["model.embed_tokens.weight"] *= 0.1  # else a token is followed by itself
+    weights[EMBEDDING] *= 0.1  # else a token is followed by itself
+    weights[HEAD] = weights[EMBEDDING].clone()
+    if not twice:
+        del weights[HEAD]
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
-def test_an_output_layer_that_shares_the_embedding_follows_it(engine, tmp_path):
-    old, new = (make_tied(tmp_path / str(seed), seed) for seed in (1, 2))
-    # The same with an output layer of its own.
-    untied = state_dict_of(new)
-    untied["lm_head.weight"] = untied["model.embed_tokens.weight"].clone()
-    engine.update_weights_sync(untied)
+@pytest.mark.parametrize("twice", [False, True], ids=["one name", "two names"])
+def test_an_output_layer_that_shares_the_embedding_follows_it(engine, tmp_path, twice):
+    """Whatever names the engine's checkpoint has, and whatever the trainer gives."""
+    old = make_tied(tmp_path / "old", 1, twice=twice)
+    new = make_tied(tmp_path / "new", 2, twice=not twice)
+    both = state_dict_of(make_tied(tmp_path / "both", 2, twice=True))
+    engine.update_weights_sync(both)  # this one has an output layer of its own
     expected = roll(engine)
+    one = {name: tensor for name, tensor in both.items() if name != HEAD}
+    other = {name: tensor for name, tensor in both.items() if name != EMBEDDING}
     with aseer.Engine(tiny_config(num_instances=1, model=old)) as tied:
-        assert roll(tied) != expected
-        tied.update_weights_sync(new)
-        found = roll(tied)
-    assert_same(found, expected)
+        before = roll(tied)
+        assert before != expected
+        for source in (new, both, iter(one.items()), iter(other.items())):
+            tied.update_weights_sync(source)
+            assert_same(roll(tied), expected)
+            tied.update_weights_sync(old)
+            assert_same(roll(tied), before)
+        apart = both | {HEAD: both[HEAD] + 1}
+        with pytest.raises(aseer.WeightUpdateError, match="the engine has one tensor"):
+            tied.update_weights_sync(apart)
+        assert_same(roll(tied), before)
 
 
 def test_on_a_cpu_sleep_says_why_not(engine):

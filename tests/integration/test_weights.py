@@ -79,7 +79,7 @@ def test_the_form_for_plain_code_does_the_same():
         ({"c": torch.zeros(1)}, "no tensor 'c'"),
         ({"b": torch.zeros(6)}, r"shape \[6\]"),
         ({"b": torch.zeros(5).double()}, "dtype F64"),
-        ({"b": torch.zeros(5) / 0}, "NaN or infinite"),
+        (weights(float("nan")), "NaN or infinite"),
     ],
 )
 async def test_weights_that_do_not_fit_change_nothing(bad, match):
@@ -103,6 +103,70 @@ async def test_an_iterator_that_fails_changes_nothing():
             await engine.update_weights(broken())
         assert engine.weight_version == 0
         await engine.update_weights(weights(1.0))
+
+
+async def test_an_async_iterable_is_taken_and_refused_where_nobody_awaits():
+    async def pairs(value):
+        for pair in weights(value).items():
+            await asyncio.sleep(0)
+            yield pair
+
+    async with aseer.Engine(sims()) as engine:
+        await engine.update_weights(weights(1.0))
+        one = await roll(engine)
+        await engine.update_weights(pairs(2.0))
+        assert await roll(engine) != one
+        await engine.update_weights(pairs(1.0))
+        assert await roll(engine) == one
+        with pytest.raises(aseer.WeightUpdateError, match="async iterable needs"):
+            engine.update_weights_sync(pairs(3.0))
+        assert engine.weight_version == 3
+
+
+@pytest.mark.parametrize("source", [None, 3, "no/such/directory"])
+async def test_what_are_no_weights_aborts_no_rollout(source):
+    groups = groups_of(3, ignore_eos=True, max_tokens=100)
+    async with aseer.Engine(sims()) as engine:
+        responses = aiter(engine.rollout(groups))
+        first = await anext(responses)
+        with pytest.raises(aseer.WeightUpdateError, match="weights are"):
+            await engine.update_weights(source, pause="abort")
+        rest = [first, *[r async for r in responses]]
+        assert {r.finish_reason for r in rest} == {"length"}
+
+
+@pytest.mark.parametrize("how", ["refused", "raises", "cancelled"])
+async def test_an_update_that_fails_leaves_no_files(how, tmp_path):
+    taken = asyncio.Event()
+
+    async def pairs():
+        yield "a", torch.zeros(SHAPES["a"])
+        taken.set()
+        if how == "raises":
+            raise OSError("the trainer's shard is gone")
+        if how == "cancelled":
+            await asyncio.Event().wait()
+        yield "c", torch.zeros(1)
+
+    async with aseer.Engine(sims(weights_dir=str(tmp_path))) as engine:
+        await engine.update_weights(weights(1.0))
+        before = sorted(tmp_path.rglob("*"))
+        assert any(path.name == "data" for path in before)
+        kinds = (aseer.WeightUpdateError, OSError, asyncio.CancelledError)
+
+        async def update():
+            with pytest.raises(kinds):
+                await engine.update_weights(pairs())
+
+        async with asyncio.TaskGroup() as tasks:
+            updating = tasks.create_task(update())
+            await taken.wait()
+            if how == "cancelled":
+                assert sorted(tmp_path.rglob("*")) != before
+                updating.cancel()
+        await until(lambda: sorted(tmp_path.rglob("*")) == before)
+        assert engine.weight_version == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("version", [0, 3, 2, True, 3.5])

@@ -41,7 +41,8 @@ CORE = {
     | {"aseer.dgds._cst", "aseer.dgds.calibration", "aseer.dgds.steptime"},
     "aseer.dgds.cst": BASE | {"aseer.dgds._cst"},
     "aseer.dgds.reference": BASE | {"aseer.dgds.cst"},
-    "aseer.weights.checks": BASE,
+    "aseer.weights.names": BASE,
+    "aseer.weights.checks": BASE | {"aseer.weights.names"},
     "aseer.weights.update": BASE,
     # It joins the core, and is as pure.
     "aseer.controller": BASE

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import weakref
+from collections import namedtuple
+
 import pytest
 
 from aseer.errors import WeightUpdateError
-from aseer.weights.checks import TensorSpec
-from aseer.weights.files import (
-    index_checkpoint,
-    map_tensors,
-    read_index,
-    specs_of_model,
-)
-from aseer.weights.sending import Sending
+from aseer.weights.checks import ModelSpec, TensorSpec
+from aseer.weights.files import describe_checkpoint, map_tensors, read_index
+from aseer.weights.sending import check_source, send, send_async
 
 torch = pytest.importorskip("torch")
+
+NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+Space = namedtuple("Space", "f_blocks f_bavail f_frsize")
 
 
 def tensors():
@@ -28,20 +36,14 @@ def tensors():
     }
 
 
-def specs(given):
-    names = {
-        torch.float32: "F32",
-        torch.bfloat16: "BF16",
-        torch.float16: "F16",
-        torch.int64: "I64",
-    }
-    return {k: TensorSpec(names[t.dtype], tuple(t.shape)) for k, t in given.items()}
+def model_of(given, dtype="F32", tied=()):
+    specs = {k: TensorSpec(NAMES[t.dtype], tuple(t.shape)) for k, t in given.items()}
+    return ModelSpec(specs, dtype, list(tied))
 
 
-def sent(source, expected, directory):
-    sending = Sending(source, expected, directory)
-    for _ in sending:
-        pass
+def sent(source, model, directory):
+    check_source(source, awaits=False)
+    send(source, model, directory)
     return dict(map_tensors(read_index(str(directory / "index.json"))))
 
 
@@ -52,7 +54,15 @@ def module_of(given):
     return module
 
 
-@pytest.mark.parametrize("kind", ["state_dict", "pairs", "module", "directory"])
+def save(given, directory):
+    from safetensors.torch import save_file
+
+    directory.mkdir(exist_ok=True)
+    save_file(given, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["state_dict", "pairs", "module", "directory", "str"])
 def test_every_source_arrives_bit_for_bit(kind, tmp_path):
     given = tensors()
     source = given
@@ -61,46 +71,151 @@ def test_every_source_arrives_bit_for_bit(kind, tmp_path):
     elif kind == "module":
         given = {k.replace(".", "_"): t for k, t in given.items()}
         source = module_of(given)
-    elif kind == "directory":
-        from safetensors.torch import save_file
-
-        source = tmp_path / "checkpoint"
-        source.mkdir()
-        save_file(given, source / "model.safetensors")
-        assert specs_of_model(str(source), None) == specs(given)
-    found = sent(source, specs(given), tmp_path / "new")
+    elif kind in ("directory", "str"):
+        source = save(given, tmp_path / "checkpoint")
+        model = describe_checkpoint(str(source), None, "F32", declares_tied=False)
+        assert model == model_of(given)
+        source = str(source) if kind == "str" else source
+    found = sent(source, model_of(given), tmp_path / "new")
     assert found.keys() == given.keys()
     for name, tensor in given.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
 
 
-def test_tensors_that_are_not_contiguous_or_want_gradients_arrive(tmp_path):
-    given = {"w": torch.randn(4, 6).t().requires_grad_()}
-    assert torch.equal(sent(given, specs(given), tmp_path / "new")["w"], given["w"])
+async def test_an_async_iterable_arrives_and_is_closed_if_it_is_refused(tmp_path):
+    given, closed = tensors(), []
+
+    async def pairs(given):
+        try:
+            for pair in given.items():
+                await asyncio.sleep(0)
+                yield pair
+        finally:
+            await asyncio.sleep(0)
+            closed.append(len(given))
+
+    source, model = pairs(given), model_of(given)
+    check_source(source, awaits=True)
+    index = await send_async(source, model, tmp_path / "new")
+    assert all(torch.equal(t, given[name]) for name, t in map_tensors(index))
+    with pytest.raises(WeightUpdateError, match="no tensor 'z'"):
+        await send_async(
+            pairs({"z": torch.zeros(1), "y": torch.zeros(1)}), model, tmp_path / "other"
+        )
+    assert closed == [5, 2]
+    with pytest.raises(WeightUpdateError, match="needs `await Engine"):
+        check_source(pairs(given), awaits=False)
 
 
-def test_an_iterator_is_taken_one_tensor_at_a_time(tmp_path):
-    given = tensors()
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_source_is_asked_for_its_tensors_once(wrapped, tmp_path):
+    class Module(torch.nn.Module):
+        num_asked = 0
+
+        def state_dict(self, *args, **kwargs):
+            Module.num_asked += 1
+            return super().state_dict(*args, **kwargs)
+
+    module = Module()
+    module.register_buffer("w", torch.ones(2))
+    model = model_of({"w": module.w})
+    source = torch.nn.DataParallel(module) if wrapped else module
+    assert sent(source, model, tmp_path / "new").keys() == {"w"}
+    assert Module.num_asked == 1
+
+
+def test_an_iterable_is_iterated_once_and_no_tensor_of_it_is_kept(tmp_path):
+    given = model_of({"a": torch.ones(4), "b": torch.ones(4), "c": torch.ones(4)})
     alive = []
 
     def pairs():
-        for name, tensor in given.items():
-            alive.append(name)
+        for name in given.tensors:
+            assert sum(reference() is not None for reference in alive) <= 1
+            tensor = torch.ones(4)
+            alive.append(weakref.ref(tensor))
             yield name, tensor
 
-    steps = iter(Sending(pairs(), specs(given), tmp_path / "new"))
-    next(steps)
-    assert alive == ["a.weight"]
+    assert sent(pairs(), given, tmp_path / "new").keys() == {"a", "b", "c"}
+    assert len(alive) == 3
 
 
-def test_a_tied_copy_that_the_model_lacks_is_left_out(tmp_path):
-    given = {"embed": torch.randn(4, 2)}
-    tied = given | {"lm_head": given["embed"]}
-    assert sent(tied, specs(given), tmp_path / "new").keys() == {"embed"}
-    untied = given | {"lm_head": torch.randn(4, 2)}
-    with pytest.raises(WeightUpdateError, match="no tensor 'lm_head'"):
-        sent(untied, specs(given), tmp_path / "other")
+def views():
+    huge = torch.randn(1000, 10)
+    return {
+        "transposed, with gradients": torch.randn(4, 6).t().requires_grad_(),
+        "of a huge storage": huge[5:7, ::3],
+        "expanded": torch.randn(1, 4).expand(3, 4),
+        "scalar": huge[0, 0],
+        "parameter": torch.nn.Parameter(torch.randn(2)),
+    }
+
+
+def test_tensors_of_any_layout_in_memory_arrive(tmp_path):
+    given = views()
+    found = sent(given, model_of(given), tmp_path / "new")
+    for name, tensor in given.items():
+        assert torch.equal(found[name], tensor), name
+    assert (tmp_path / "new" / "data").stat().st_size < 1000
+
+
+def test_master_weights_are_rounded_to_what_the_engine_has(tmp_path):
+    given = {"w": torch.randn(100)}
+    rounded = {"w": given["w"].bfloat16()}
+    found = sent(given, model_of(rounded, "BF16"), tmp_path / "new")["w"]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, rounded["w"])
+    too_large = {"w": torch.full((100,), 1e5)}
+    model = model_of({"w": torch.zeros(100).half()}, "F16")
+    with pytest.raises(WeightUpdateError, match=r"'w' has values .* infinite as F16"):
+        sent(too_large, model, tmp_path / "other")
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("kind", ["state_dict", "pairs", "directory"])
+@pytest.mark.parametrize("names", [(EMBEDDING,), (EMBEDDING, HEAD)], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "given", [(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD), (HEAD, EMBEDDING)]
+)
+def test_tied_names_all_get_the_one_value(kind, names, given, tmp_path):
+    """Whichever of them the checkpoint has, and whichever are given."""
+    values = torch.randn(8, 4)
+    held = {name: values.clone() for name in given} | {"norm": torch.randn(3)}
+    model = model_of(dict.fromkeys(names, values) | {"norm": held["norm"]}, tied=names)
+
+    def source(held):
+        if kind == "directory":
+            return save(held, tmp_path / "checkpoint")
+        return held if kind == "state_dict" else iter(held.items())
+
+    found = sent(source(held), model, tmp_path / "new")
+    assert found.keys() == {*names, "norm"}
+    assert all(torch.equal(found[name], values) for name in names)
+    index = read_index(str(tmp_path / "new" / "index.json"))
+    assert index.num_bytes == 4 * (32 + 3)
+    if len(given) == 2:
+        held[given[1]][7, 3] += 1
+        with pytest.raises(WeightUpdateError, match="differ, but the engine has one"):
+            sent(source(held), model, tmp_path / "other")
+
+
+def test_an_output_layer_of_its_own_is_needed_and_may_differ(tmp_path):
+    given = {EMBEDDING: torch.randn(8, 4), HEAD: torch.randn(8, 4)}
+    found = sent(given, model_of(given), tmp_path / "new")
+    assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
+    with pytest.raises(WeightUpdateError, match=r"not given: 'lm_head.weight'"):
+        sent({EMBEDDING: given[EMBEDDING]}, model_of(given), tmp_path / "other")
+
+
+def test_a_shared_tensor_that_the_model_lacks_is_left_out(tmp_path):
+    given = {"layers.0.w": torch.randn(4, 2)}
+    shared = given | {"layers.1.w": given["layers.0.w"]}
+    assert sent(shared, model_of(given), tmp_path / "new").keys() == {"layers.0.w"}
+    own = given | {"layers.1.w": given["layers.0.w"].clone()}
+    with pytest.raises(WeightUpdateError, match=r"no tensor 'layers.1.w'"):
+        sent(own, model_of(given), tmp_path / "other")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -109,36 +224,120 @@ def test_one_bad_value_is_found(bad, dtype, tmp_path):
     given = {"w": torch.zeros(1000, dtype=getattr(torch, dtype))}
     given["w"][777] = bad
     with pytest.raises(WeightUpdateError, match="'w' has values that are NaN"):
-        sent(given, specs(given), tmp_path / "new")
+        sent(given, model_of(given), tmp_path / "new")
     assert not (tmp_path / "new" / "index.json").exists()
 
 
 def test_a_checkpoint_with_a_bad_value_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
     given = {"w": torch.full((10,), float("nan"))}
-    save_file(given, tmp_path / "model.safetensors")
+    save(given, tmp_path)
     with pytest.raises(WeightUpdateError, match="'w' has values that are NaN"):
-        sent(tmp_path, specs(given), tmp_path / "new")
+        sent(tmp_path, model_of(given), tmp_path / "new")
 
 
-def test_what_are_no_weights_is_said(tmp_path):
-    with pytest.raises(WeightUpdateError, match="not a int"):
-        Sending(5, {}, tmp_path / "new")
-    with pytest.raises(WeightUpdateError, match=r"no \*\.safetensors files"):
-        sent(tmp_path, {}, tmp_path / "new")
-    with pytest.raises(WeightUpdateError, match="'w' is a list, not a tensor"):
-        sent({"w": [1.0]}, {"w": TensorSpec("F32", (1,))}, tmp_path / "other")
-    (tmp_path / "model.safetensors").write_bytes(b"nonsense" * 10)
-    with pytest.raises(WeightUpdateError, match="is not a safetensors file"):
-        index_checkpoint(tmp_path)
+def fake():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.ones(2)
 
 
-def test_a_file_that_shrank_is_refused(tmp_path):
-    given = tensors()
-    for _ in Sending(given, specs(given), tmp_path / "new"):
-        pass
-    data = tmp_path / "new" / "data"
-    data.write_bytes(data.read_bytes()[:10])
-    with pytest.raises(WeightUpdateError, match="ends before tensor"):
-        read_index(str(tmp_path / "new" / "index.json"))
+@pytest.mark.parametrize("is_held", [True, False])
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        (torch.ones(2, device="meta"), "'w' has no values: it is on the meta device"),
+        (torch.ones(2).to_sparse(), r"'w' is torch.sparse_coo; .*\.to_dense"),
+        (fake(), "'w', a FakeTensor, cannot be read"),
+        (torch.ones(2).numpy(), "'w' is a ndarray, not a tensor; torch.from_numpy"),
+        ([1.0, 1.0], "'w' is a list, not a tensor"),
+        (None, "'w' is a NoneType, not a tensor"),
+        (torch.ones(2, dtype=torch.complex64), "dtype complex64; the model's has F32"),
+    ],
+)
+def test_what_is_no_tensor_with_values_is_refused_by_its_name(
+    values, match, is_held, tmp_path
+):
+    model = model_of({"w": torch.ones(2)})
+    source = {"w": values} if is_held else iter([("w", values)])
+    with pytest.raises(WeightUpdateError, match=match):
+        sent(source, model, tmp_path / "new")
+    assert not (tmp_path / "new" / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        (5, "not a int"),
+        (None, "not a NoneType"),
+        (b"weights", "not a bytes"),
+        ("/no/such/directory", "there is no directory '/no/such/directory'"),
+        (torch.nn.Linear(1, 1).named_parameters, "not a method"),
+        ([torch.ones(2, 2)], "gave a Tensor, which is no pair"),
+        (["w"], "gave a str, which is no pair"),
+        ([("w", torch.ones(2), 3)], "gave a tuple, which is no pair"),
+        ([(5, torch.ones(2))], "a name is a int"),
+        ({5: torch.ones(2)}, "a name is a int"),
+        ([], "1 of the model's 1 tensors were not given: 'w'"),
+        ({}, "1 of the model's 1 tensors were not given: 'w'"),
+    ],
+)
+def test_what_are_no_weights_is_said(source, match, tmp_path):
+    with pytest.raises(WeightUpdateError, match=match):
+        sent(source, model_of({"w": torch.ones(2)}), tmp_path / "new")
+
+
+def test_what_a_source_raises_is_the_callers(tmp_path):
+    def broken():
+        yield "w", torch.ones(2)
+        raise KeyError("shard 3")
+
+    with pytest.raises(KeyError, match="shard 3"):
+        sent(broken(), model_of({"w": torch.ones(2)}), tmp_path / "new")
+
+
+def test_a_mapping_is_looked_at_as_a_whole_before_any_of_it_is_written(tmp_path):
+    model = model_of({"a": torch.ones(2), "z": torch.ones(2)})
+    with pytest.raises(WeightUpdateError, match="'z' has shape"):
+        sent({"a": torch.ones(2), "z": torch.ones(3)}, model, tmp_path / "new")
+    assert (tmp_path / "new" / "data").stat().st_size == 0
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_room_is_looked_for_before_anything_is_written(is_held, tmp_path, monkeypatch):
+    given = {"w": torch.ones(2_000_000, dtype=torch.bfloat16)}
+    taken = []
+
+    def pairs():
+        taken.append(1)
+        yield from given.items()
+
+    source = given if is_held else pairs()
+    model = model_of(given, "BF16")
+    monkeypatch.setattr("os.statvfs", lambda _: Space(10, 1, 1_500_000))
+    match = r"need 0\.004 GB .* 0\.00[12] GB are free.*weights_dir"
+    with pytest.raises(WeightUpdateError, match=match):
+        sent(source, model, tmp_path / "new")
+    assert not taken
+    assert (tmp_path / "new" / "data").stat().st_size == 0
+    monkeypatch.setattr("os.statvfs", lambda _: Space(0, 0, 4096))  # without a limit
+    source = given if is_held else pairs()
+    assert sent(source, model, tmp_path / "other").keys() == {"w"}
+
+
+def test_a_disk_that_is_full_in_the_middle_is_said(tmp_path, monkeypatch):
+    given = {"a": torch.ones(1000), "b": torch.ones(1000)}
+    monkeypatch.setattr("os.write", _full)
+    with pytest.raises(WeightUpdateError, match=r"need 0\.00\d+ GB at .*weights_dir"):
+        sent(iter(given.items()), model_of(given), tmp_path / "new")
+    assert not (tmp_path / "new" / "index.json").exists()
+
+
+def _full(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_place_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightUpdateError, match=r"no place for .*weights_dir"):
+        sent({"w": torch.ones(1)}, model_of({"w": torch.ones(1)}), tmp_path / "file/x")

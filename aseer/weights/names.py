@@ -1,0 +1,78 @@
+"""What names mean: wrappers taken off, and which tensor is the output layer's, too.
+
+Pure. Trainers' names differ from a checkpoint's by what their wrappers put in
+(`module.` of DDP, `_orig_mod.` of torch.compile), and by whether a weight that the
+embedding and the output layer share has one name or two.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Iterator
+
+# Parts that wrappers put anywhere in a name, and that no checkpoint has.
+_WRAPPERS = frozenset(
+    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+)
+# DDP's. A model's own module may be called so, too.
+_MAYBE_WRAPPER = "module"
+_EMBEDDINGS = frozenset(
+    {
+        "embed_tokens",  # Llama, Qwen, Gemma and most others
+        "embed_in",  # GPT-NeoX
+        "embeddings",  # Mamba
+        "tok_embeddings",  # InternLM2
+        "word_embeddings",  # Falcon, Bloom
+        "wte",  # GPT-2
+    }
+)
+_OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "output_layer", "output"})
+# Computed at the start by models that still save them; engines skip them.
+_NOT_WEIGHTS = (
+    "rotary_emb.inv_freq",
+    "rotary_pos_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+)
+
+
+def unwrapped(name: str, known: Container[str]) -> str:
+    """The name among the `known` ones that this is with its wrappers taken off.
+
+    Of a name that is not known in any form, what surely is a wrapper's is taken off.
+    """
+    if name in known:
+        return name
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    return next((form for form in _forms(parts) if form in known), ".".join(parts))
+
+
+def _forms(parts: list[str]) -> Iterator[str]:
+    yield ".".join(parts)
+    while parts and parts[0] == _MAYBE_WRAPPER:
+        parts = parts[1:]
+        yield ".".join(parts)
+    yield ".".join(part for part in parts if part != _MAYBE_WRAPPER)
+
+
+def is_weight(name: str) -> bool:
+    """Whether engines load it."""
+    return not name.endswith(_NOT_WEIGHTS)
+
+
+def is_output_layer(name: str) -> bool:
+    """Whether it is, by its name, the weight of a language model's output layer."""
+    return _layer_of(name) in _OUTPUT_LAYERS
+
+
+def embedding_of(names: Iterable[str]) -> str | None:
+    """The one weight of an input embedding among these; None if it is not one."""
+    found = [name for name in names if _layer_of(name) in _EMBEDDINGS]
+    return found[0] if len(found) == 1 else None
+
+
+def _layer_of(name: str) -> str:
+    layer, _, what = name.rpartition(".")
+    return layer.rpartition(".")[2] if what == "weight" else ""

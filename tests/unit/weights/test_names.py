@@ -1,0 +1,59 @@
+"""Wrappers' parts of a name are taken off, a model's own parts are not."""
+
+from __future__ import annotations
+
+import pytest
+
+from aseer.weights.names import embedding_of, is_output_layer, is_weight, unwrapped
+
+KNOWN = {"model.layers.0.mlp.up.weight", "vision.module.proj.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("model.layers.0.mlp.up.weight", "model.layers.0.mlp.up.weight"),
+        ("module.model.layers.0.mlp.up.weight", "model.layers.0.mlp.up.weight"),
+        ("module.module.lm_head.weight", "lm_head.weight"),
+        ("module._orig_mod.lm_head.weight", "lm_head.weight"),
+        ("_orig_mod.module.lm_head.weight", "lm_head.weight"),
+        (
+            "_fsdp_wrapped_module.model.layers.0._fsdp_wrapped_module.mlp._orig_mod.up."
+            "_checkpoint_wrapped_module.weight",
+            "model.layers.0.mlp.up.weight",
+        ),
+        ("model.layers.0.module.mlp.up.weight", "model.layers.0.mlp.up.weight"),
+        ("vision.module.proj.weight", "vision.module.proj.weight"),
+        ("module.vision.module.proj.weight", "vision.module.proj.weight"),
+        ("module.other.weight", "module.other.weight"),
+        ("_orig_mod.other.weight", "other.weight"),
+    ],
+)
+def test_a_name_is_the_known_one_without_its_wrappers(given, meant):
+    assert unwrapped(given, KNOWN) == meant
+
+
+@pytest.mark.parametrize(
+    ("names", "embedding"),
+    [
+        (["model.embed_tokens.weight", "lm_head.weight"], "model.embed_tokens.weight"),
+        (
+            ["transformer.wte.weight", "transformer.wpe.weight"],
+            "transformer.wte.weight",
+        ),
+        (["model.embed_tokens_per_layer.weight"], None),
+        (["a.embed_tokens.weight", "b.embed_tokens.weight"], None),  # which is it?
+        (["embed_tokens.bias"], None),
+    ],
+)
+def test_the_input_embedding_is_known_by_its_name_if_there_is_one(names, embedding):
+    assert embedding_of(names) == embedding
+
+
+def test_output_layers_and_what_is_no_weight_are_known_by_their_names():
+    assert is_output_layer("language_model.lm_head.weight")
+    assert is_output_layer("output.weight")
+    assert not is_output_layer("lm_head.bias")
+    assert not is_output_layer("model.layers.0.output.dense.weight")
+    assert not is_weight("model.layers.3.self_attn.rotary_emb.inv_freq")
+    assert is_weight("model.layers.3.self_attn.q_proj.weight")

@@ -1,0 +1,158 @@
+"""What trainers have of a model is what its checkpoint needs, in every form.
+
+Tiny models made by Transformers, and checkpoints as it saves them, or with the output
+layer written a second time, as Qwen3-0.6B's has it.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from aseer.errors import WeightUpdateError
+from aseer.weights.files import describe_checkpoint, map_tensors
+from aseer.weights.sending import check_source, send
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def model_of(*, tied, seed=0):
+    torch.manual_seed(seed)
+    config = transformers.Qwen3Config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=tied,
+    )
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def describe(directory):
+    tied = json.loads((directory / "config.json").read_text())["tie_word_embeddings"]
+    return describe_checkpoint(str(directory), None, "F32", declares_tied=tied)
+
+
+def add_output_layer(directory):
+    """Have a checkpoint hold the tied weight twice."""
+    file = directory / "model.safetensors"
+    held = safetensors.load_file(file)
+    safetensors.save_file(held | {HEAD: held[EMBEDDING].clone()}, file)
+
+
+@pytest.fixture(params=["tied", "tied and saved twice", "not tied"])
+def engine_and_model(request, tmp_path):
+    """What an engine takes, and a model that was trained since."""
+    tied = request.param != "not tied"
+    directory = tmp_path / "engine"
+    model_of(tied=tied).save_pretrained(directory)
+    if request.param == "tied and saved twice":
+        add_output_layer(directory)
+    return describe(directory), model_of(tied=tied, seed=1)
+
+
+def gathered(model):
+    """As a sharded trainer's: every name has a copy of its own."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+SOURCES = {
+    "module": lambda model: model,
+    "state_dict": lambda model: model.state_dict(),
+    "named_parameters": lambda model: model.named_parameters(),
+    "every name": lambda model: model.named_parameters(remove_duplicate=False),
+    "gathered": gathered,
+    "gathered pairs": lambda model: iter(gathered(model).items()),
+    "the output layer first": lambda model: reversed(gathered(model).items()),
+    "data parallel": torch.nn.DataParallel,
+    "its state_dict": lambda model: torch.nn.DataParallel(model).state_dict(),
+    "its pairs": lambda model: torch.nn.DataParallel(model).named_parameters(),
+    "compiled": torch.compile,
+    "compiled pairs": lambda model: torch.compile(model).named_parameters(),
+    "both pairs": lambda model: torch.nn.DataParallel(
+        torch.compile(model)
+    ).named_parameters(),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_a_whole_model_is_whole_in_every_form(engine_and_model, source, tmp_path):
+    engine, model = engine_and_model
+    given = source(model)
+    check_source(given, awaits=False)
+    found = dict(map_tensors(send(given, engine, tmp_path / "new")))
+    assert found.keys() == engine.tensors.keys()
+    expected = model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_whole_checkpoint_is_whole_however_it_was_saved(
+    engine_and_model, twice, tmp_path
+):
+    engine, model = engine_and_model
+    model.save_pretrained(tmp_path / "trained")
+    if twice and model.config.tie_word_embeddings:
+        add_output_layer(tmp_path / "trained")
+    found = dict(map_tensors(send(tmp_path / "trained", engine, tmp_path / "new")))
+    assert found.keys() == engine.tensors.keys()
+    expected = model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.fixture
+def process_group():
+    """Of one process, which talks to nobody."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("source", ["module", "state_dict", "every name"])
+def test_a_sharded_model_is_gathered(engine_and_model, source, tmp_path):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    engine, model = engine_and_model
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    fully_shard(model, mesh=mesh)
+    assert isinstance(model.lm_head.weight, DTensor)
+    given = SOURCES[source](model)
+    found = dict(map_tensors(send(given, engine, tmp_path / "new")))
+    assert found.keys() == engine.tensors.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_adapters_of_a_sharded_model_are_refused(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    peft = pytest.importorskip("peft")
+    model_of(tied=False).save_pretrained(tmp_path / "engine")
+    settings = peft.LoraConfig(target_modules=["q_proj"])
+    model = peft.get_peft_model(model_of(tied=False), settings)
+    wrapped = torch.nn.DataParallel(model)
+    found = send(wrapped, describe(tmp_path / "engine"), tmp_path / "whole")
+    assert len(found.tensors) == len(model.get_base_model().state_dict()) - 4
+    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(WeightUpdateError, match=r"adapters .* sharded"):
+        send(model, describe(tmp_path / "engine"), tmp_path / "new")
+
+
+def test_a_model_that_is_not_tied_is_refused_by_an_engine_that_is(tmp_path):
+    model_of(tied=True).save_pretrained(tmp_path / "engine")
+    with pytest.raises(WeightUpdateError, match=r"differ.*tie_word_embeddings"):
+        send(model_of(tied=False), describe(tmp_path / "engine"), tmp_path / "new")
