@@ -1,80 +1,84 @@
-from collections.abc import Callable, Mapping
+"""Order, capacity and prefix caches in C++: handles and numbers, no Python objects.
+
+`aseer.waiting`, `aseer.fleet` and `aseer.kv.residency` are what is used. A handle that
+is not open, or any other argument that cannot be meant, is a ValueError (an instance
+that was never added a KeyError), and nothing has changed.
+"""
+
+from collections.abc import Mapping
 from typing import Final
 
-from aseer.types import GroupId, InstanceId, InstanceInfo, RequestId
-from aseer.waiting import Rank, Waiting
+from aseer.types import InstanceId
+from aseer.waiting import Rank
 
 MAX_PASSED: Final[int]
 """Groups passed over in a round until it ends."""
 DEFAULT_MOVE_PRICE: Final[float]
 """What loading a token from a pool costs, as a share of computing it."""
 
-class WaitingQueue:
-    """Waiting requests by rank and by age."""
+class WaitingOrders:
+    """Waiting requests by rank, in one or two orders, and by age."""
 
-    def __init__(self, rank: Callable[[Waiting, int], Rank]) -> None:
-        """Start empty; lowest `rank(request, length estimate of its group)` first.
-
-        Siblings rank among each other as if their estimate were 0. No two requests rank
-        the same.
-        """
-
+    def __init__(self, num_orders: int) -> None: ...
     def __len__(self) -> int: ...
-    def __contains__(self, request_id: RequestId) -> bool: ...
+    @property
+    def num_groups(self) -> int:
+        """Groups of which something waits."""
+
     @property
     def num_passed(self) -> int:
         """Groups passed over in this round."""
 
-    def add(self, request: Waiting, length_estimate: int) -> None:
+    def add(self, group: int, own: list[Rank], lead: list[Rank]) -> tuple[int, int]:
         """Take a request that waits.
 
-        Raises:
-            ValueError: it waits already.
+        Args:
+            group: its group's handle; -1 = none of the group waits.
+            own: by order, its rank among its siblings.
+            lead: by order, its group's rank while it is the first of it.
+
+        Returns:
+            The request's handle and its group's.
         """
 
-    def set_length_estimate(self, group_id: GroupId, length_estimate: int) -> None:
-        """Re-rank a group whose estimate changed."""
+    def set_leads(self, group: int, leads: dict[int, list[Rank]]) -> None:
+        """Members of a group have other ranks in it now, by order."""
 
-    def set_rank(self, rank: Callable[[Waiting, int], Rank]) -> None:
-        """Order by another rank from now on."""
+    def remove(self, request: int) -> bool:
+        """A request waits no more; whether its group's handle is closed with it."""
 
-    def length_estimate(self, group_id: GroupId) -> int:
-        """Of a group of which something waits.
+    def members(self, group: int) -> list[int]:
+        """Its waiting requests, the first of the first order last."""
 
-        Raises:
-            KeyError: nothing does.
-        """
-
-    def remove(self, request: Waiting) -> None:
-        """A request waits no more.
-
-        Raises:
-            KeyError: it does not wait.
-        """
-
-    def remove_group(self, group_id: GroupId) -> None:
+    def remove_group(self, group: int) -> None:
         """Drop a group and its waiting requests."""
 
-    def oldest(self) -> Waiting | None:
-        """The request that has waited longest."""
+    def choose(self, order: int) -> None:
+        """Read that order from now on."""
 
-    def head(self, num_groups: int) -> list[Waiting]:
+    def oldest(self) -> int:
+        """The request that has waited longest; -1 = none waits."""
+
+    def head(self, num_groups: int) -> list[int]:
         """The first request of each of the first groups, in order."""
 
     def begin_round(self) -> None:
         """Nothing is passed over yet."""
 
-    def first(self, room: int) -> Waiting | None:
+    def first(self, room: int) -> int:
         """The first request of the first group that this round has not passed over.
 
         Args:
             room: groups whose first is known to need more tokens are passed over.
+
+        Returns:
+            Its handle; -1 = none is left.
         """
 
     def pass_over(self, needs: int) -> None:
         """What `first` gave does not fit: it needs room for that many tokens."""
 
-class Fleet:
+class Capacity:
     """Instances by id, what each has free, and a selection among them."""
 
     def __init__(self) -> None: ...
@@ -87,18 +91,20 @@ class Fleet:
     def num_lookahead_tokens(self) -> int:
         """Slots past a request's last token, on the instance that came last."""
 
-    def info(self, instance_id: InstanceId) -> InstanceInfo:
-        """What the instance said of itself."""
-
     def alive_ids(self) -> list[InstanceId]:
         """Ids of the instances that can take work, ascending."""
 
-    def add(self, info: InstanceInfo) -> None:
-        """An instance came up (or came back), with nothing running.
-
-        Raises:
-            ValueError: it is up already.
-        """
+    def add_instance(
+        self,
+        instance_id: InstanceId,
+        *,
+        pool: int,
+        num_kv_blocks: int,
+        block_size: int,
+        num_lookahead_tokens: int,
+        max_num_seqs: int,
+    ) -> None:
+        """An instance came up (or came back), with nothing running."""
 
     def remove(self, instance_id: InstanceId) -> None:
         """The instance is gone, and all that ran there with it."""
@@ -123,6 +129,12 @@ class Fleet:
 
     def num_free_blocks(self, instance_id: InstanceId) -> int:
         """KV blocks no chunk has reserved."""
+
+    def pool_of(self, instance_id: InstanceId) -> int:
+        """Instances of the same pool share KV; -1 = it has none."""
+
+    def set_pool(self, instance_id: InstanceId, pool: int) -> None:
+        """It has a share in another pool."""
 
     def most_tokens(self) -> int:
         """A bound: no instance has room for a chunk that ends with more tokens."""
@@ -150,6 +162,9 @@ class Fleet:
             ValueError: there is no candidate.
         """
 
+    def least_loaded_of(self, pool: int) -> InstanceId:
+        """The same among a pool's instances; -1 = none of them is a candidate."""
+
     def hold_none(self) -> None:
         """Let every instance be a candidate again."""
 
@@ -160,49 +175,40 @@ class Fleet:
             Whether one is kept now that was not before.
         """
 
-class KvResidency:
+class PrefixCaches:
     """Tokens of waiting requests that each instance's prefix cache probably holds."""
 
     move_price: float
+    """What loading a token from a pool costs, as a share of computing it: 0 to 1."""
 
     def __init__(self) -> None: ...
-    def use_pool(self, granularity: int, pool_of: Callable[[InstanceId], int]) -> None:
-        """What is computed from now on is in a pool, too.
-
-        Args:
-            granularity: tokens found together.
-            pool_of: tells instances of different pools apart.
-        """
+    def set_granularity(self, granularity: int) -> None:
+        """Tokens that a pool finds together; 0 = there is no pool."""
 
     def add_instance(
-        self, instance_id: InstanceId, num_blocks: int, block_size: int
+        self, instance_id: InstanceId, *, num_blocks: int, block_size: int, pool: int
     ) -> None:
         """An empty cache, also for an instance that came back."""
+
+    def set_pool(self, instance_id: InstanceId, pool: int) -> None:
+        """Instances of the same pool share what is computed from now on."""
 
     def drop_instance(self, instance_id: InstanceId) -> None:
         """Forget an instance that is gone."""
 
-    def holders(self, request_id: RequestId) -> Mapping[InstanceId, int]:
-        """Tokens of the request by instance that holds some.
+    def open(self) -> int:
+        """A request of which nothing is held yet."""
 
-        A token in a pool counts as held by the pool's instances, less its price.
-        """
+    def close(self, request: int) -> None:
+        """Nobody will ask for its KV."""
 
-    def reserve(
-        self, instance_id: InstanceId, request_id: RequestId, num_blocks: int
-    ) -> None:
-        """A chunk starts: its own cached blocks are used, others' pushed out."""
+    def holders(self, request: int) -> tuple[Mapping[InstanceId, int], int, int]:
+        """What `aseer.kv.residency.Holders` consists of."""
+
+    def reserve(self, instance_id: InstanceId, request: int, num_blocks: int) -> None:
+        """A chunk starts; -1 = of a request that has not been opened."""
 
     def release(
-        self,
-        instance_id: InstanceId,
-        request_id: RequestId,
-        num_blocks: int,
-        num_tokens: int,
+        self, instance_id: InstanceId, request: int, num_blocks: int, num_tokens: int
     ) -> None:
-        """A chunk ended with `num_tokens` tokens computed; 0 = the request is
-        finished.
-        """
-
-    def forget(self, request_id: RequestId) -> None:
-        """The request is finished: nobody will ask for its KV."""
+        """A chunk ended with `num_tokens` tokens computed."""

@@ -174,7 +174,8 @@ class Controller:
 
     def instance_up(self, info: InstanceInfo, now: float) -> list[Command]:
         """An instance can take work, with empty caches."""
-        self.scheduler.add_instance(info)
+        pool = self.residency.pool_of(info.instance_id)
+        self.scheduler.add_instance(info, pool)
         self.residency.add_instance(
             info.instance_id, info.num_kv_blocks, info.block_size
         )
@@ -261,6 +262,18 @@ class Controller:
             self.counters.num_migrations += before is not None and before != where
             commands.append(Dispatch(chunk))
         return commands
+
+    def use_pool(self, granularity: int, pool_of: Callable[[InstanceId], int]) -> None:
+        """What is computed from now on is in a KV pool, too.
+
+        Args:
+            granularity: tokens found together.
+            pool_of: tells instances of different pools apart, by numbers from 0.
+        """
+        self.residency.use_pool(granularity, pool_of)
+        for instance_id in self._running:
+            pool = self.residency.pool_of(instance_id)
+            self.scheduler.fleet.set_pool(instance_id, pool)
 
     def set_move_price(self, price: float | None) -> None:
         """What loading a token from the KV pool costs, in tokens computed; measured.

@@ -51,11 +51,14 @@ class SharedPrompts:
     """Copies of prompts by group and instance."""
 
     def __init__(self) -> None:
-        self._prompts: dict[GroupId, dict[InstanceId, _Prompt]] = defaultdict(dict)
+        # The same prompts by either; no event looks at more than its own group's, or
+        # its own instance's.
+        self._by_group: dict[GroupId, dict[InstanceId, _Prompt]] = defaultdict(dict)
+        self._by_instance: dict[InstanceId, dict[GroupId, _Prompt]] = defaultdict(dict)
 
     def holders(self, group_id: GroupId) -> Iterator[InstanceId]:
         """Instances where the prompt is there for certain."""
-        for instance_id, prompt in self._prompts.get(group_id, {}).items():
+        for instance_id, prompt in self._by_group.get(group_id, {}).items():
             if prompt.begun:
                 yield instance_id
 
@@ -74,10 +77,11 @@ class SharedPrompts:
         Returns:
             Whether it finds the prompt; else it brings one copy more.
         """
-        here = self._prompts[group_id]
+        here = self._by_group[group_id]
         prompt = here.get(instance_id)
         if prompt is None:
             prompt = here[instance_id] = _Prompt(num_blocks)
+            self._by_instance[instance_id][group_id] = prompt
         is_found = bool(prompt.begun)
         (prompt.finders if is_found else prompt.bringers).add(request_id)
         return is_found
@@ -86,7 +90,7 @@ class SharedPrompts:
         self, group_id: GroupId, instance_id: InstanceId, request_id: RequestId
     ) -> None:
         """A chunk has its first token: the prompt can be found now."""
-        prompt = self._prompts.get(group_id, {}).get(instance_id)
+        prompt = self._by_group.get(group_id, {}).get(instance_id)
         if prompt is not None:
             prompt.begun.add(request_id)
 
@@ -94,8 +98,7 @@ class SharedPrompts:
         self, group_id: GroupId, instance_id: InstanceId, request_id: RequestId
     ) -> int:
         """A chunk is over; the blocks of the copy that ends with it."""
-        here = self._prompts.get(group_id, {})
-        prompt = here.get(instance_id)
+        prompt = self._by_group.get(group_id, {}).get(instance_id)
         if prompt is None:
             return 0
         num_before = prompt.num_copies
@@ -105,23 +108,22 @@ class SharedPrompts:
         prompt.is_kept = bool(prompt.finders) and (prompt.is_kept or is_orphan)
         num_freed = num_before - prompt.num_copies
         if not (prompt.bringers or prompt.finders):
-            del here[instance_id]
-            if not here:
-                del self._prompts[group_id]
+            del self._by_instance[instance_id][group_id]
+            self._forget(group_id, instance_id)
         return num_freed * prompt.num_blocks
 
     def drop_instance(self, instance_id: InstanceId) -> None:
         """The instance is gone, and all KV with it."""
-        for group_id in [g for g, here in self._prompts.items() if instance_id in here]:
-            here = self._prompts[group_id]
-            del here[instance_id]
-            if not here:
-                del self._prompts[group_id]
+        for group_id in self._by_instance.pop(instance_id, {}):
+            self._forget(group_id, instance_id)
 
     def num_blocks(self, instance_id: InstanceId) -> int:
         """Blocks that all copies on an instance have reserved."""
-        return sum(
-            here[instance_id].num_copies * here[instance_id].num_blocks
-            for here in self._prompts.values()
-            if instance_id in here
-        )
+        here = self._by_instance.get(instance_id, {})
+        return sum(prompt.num_copies * prompt.num_blocks for prompt in here.values())
+
+    def _forget(self, group_id: GroupId, instance_id: InstanceId) -> None:
+        here = self._by_group[group_id]
+        del here[instance_id]
+        if not here:
+            del self._by_group[group_id]

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 
 from aseer.fleet import Fleet
 from aseer.prompts import SharedPrompts
-from aseer.types import Assignment
+from aseer.types import NO_POOL, Assignment, Holders
 from aseer.waiting import Waiting, WaitingQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from aseer.policies import Policy
     from aseer.types import GroupId, InstanceId, InstanceInfo, RequestId
@@ -58,25 +58,42 @@ def chunk_tokens(
     return min(remaining, end - num_tokens)
 
 
-def place_by_affinity(holders: Mapping[InstanceId, int], room: Fleet) -> InstanceId:
+def place_by_affinity(holders: Holders, room: Fleet) -> InstanceId:
     """The instance that holds the most of the request's KV, unless it is too loaded.
 
     Args:
-        holders: KV tokens of the request by instance.
+        holders: where the request's KV is.
         room: candidates, as left by `Fleet.select`; there is at least one.
     """
     least = room.least_loaded()
-    if not holders:
-        return least
-    home = next(iter(holders))
-    if len(holders) > 1:
-        home = max(holders, key=lambda i: (holders[i], -room.num_running(i)))
+    home = _home(holders, room, least)
     if home == least or not room.is_selected(home):
         return least
-    lost = holders[home] - holders.get(least, 0)
+    lost = _tokens_held(holders, room, home) - _tokens_held(holders, room, least)
     allowed = 1 + max(0, lost) // RECOMPUTE_TOKENS_PER_REQUEST
     imbalance = room.num_running(home) - room.num_running(least)
     return least if imbalance > allowed else home
+
+
+def _home(holders: Holders, room: Fleet, least: InstanceId) -> InstanceId:
+    """Who holds the most; of those that hold as much, who runs the fewest."""
+    tokens, num_pooled, pool = holders
+    if tokens:
+        home = next(iter(tokens))
+        if len(tokens) > 1:
+            home = max(tokens, key=lambda i: (tokens[i], -room.num_running(i)))
+        if tokens[home] > num_pooled:
+            return home
+    if not num_pooled or room.pool_of(least) == pool:
+        return least
+    near = room.least_loaded_of(pool)
+    return least if near < 0 else near
+
+
+def _tokens_held(holders: Holders, room: Fleet, instance_id: InstanceId) -> int:
+    tokens, num_pooled, pool = holders
+    is_near = num_pooled and room.pool_of(instance_id) == pool
+    return tokens.get(instance_id, num_pooled if is_near else 0)
 
 
 class Scheduler:
@@ -99,8 +116,10 @@ class Scheduler:
         """
         self.policy = policy
         self._if_alike = policy
+        self._if_unlike = policy.if_unlike or policy
         self.fleet = Fleet()
-        self._queue = WaitingQueue(policy.rank)
+        orders = [policy] if policy.if_unlike is None else [policy, policy.if_unlike]
+        self._queue = WaitingQueue(*(order.rank for order in orders))
         self._chunk_size = chunk_size if policy.divided else 0
         self._granularity = granularity
         self._starvation_interval = starvation_interval or _NEVER
@@ -116,13 +135,16 @@ class Scheduler:
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._queue
 
-    def add_instance(self, info: InstanceInfo) -> None:
+    def add_instance(self, info: InstanceInfo, pool: int = NO_POOL) -> None:
         """An instance can take work.
+
+        Args:
+            pool: the KV pool it has a share in.
 
         Raises:
             ValueError: it is up already.
         """
-        self.fleet.add(info)
+        self.fleet.add(info, pool)
         self._shares_prompts |= info.shares_prompts
 
     def remove_instance(self, instance_id: InstanceId) -> None:
@@ -165,10 +187,10 @@ class Scheduler:
 
     def set_siblings_alike(self, *, alike: bool) -> None:
         """Take the policy for siblings that are, or are not."""
-        policy = self._if_alike if alike else self._if_alike.if_unlike or self._if_alike
+        policy = self._if_alike if alike else self._if_unlike
         if policy is not self.policy:
             self.policy = policy
-            self._queue.set_rank(policy.rank)
+            self._queue.choose(0 if alike else 1)
 
     def remove_group(self, group_id: GroupId) -> None:
         """Drop a cancelled group's waiting requests."""
@@ -178,13 +200,11 @@ class Scheduler:
         """Who will be among the next to run: the first of the first groups."""
         return [request.request_id for request in self._queue.head(num_groups)]
 
-    def schedule(
-        self, holders: Callable[[RequestId], Mapping[InstanceId, int]]
-    ) -> list[Assignment]:
+    def schedule(self, holders: Callable[[RequestId], Holders]) -> list[Assignment]:
         """Turn free capacity into assignments; the assigned requests wait no more.
 
         Args:
-            holders: tells where a request's KV is (tokens by instance).
+            holders: tells where a request's KV is.
         """
         if not self.policy.reserves_kv:
             return self._schedule_unreserved()
@@ -222,15 +242,15 @@ class Scheduler:
         request: Waiting,
         needs: int,
         room: int,
-        holders: Callable[[RequestId], Mapping[InstanceId, int]],
+        holders: Callable[[RequestId], Holders],
     ) -> InstanceId | None:
         """Where so many tokens' KV fit; None = nowhere."""
         fleet, group_id = self.fleet, request.group_id
         if needs <= room and fleet.select(needs):
             kv = holders(request.request_id)
-            if not kv:
+            if self._shares_prompts and not (kv.tokens or kv.num_pooled):
                 shared = self._num_shared_tokens(request)
-                kv = dict.fromkeys(self._prompts.holders(group_id), shared)
+                kv = Holders(dict.fromkeys(self._prompts.holders(group_id), shared))
             return place_by_affinity(kv, fleet)
         fits = [
             i

@@ -89,7 +89,7 @@ class Session:
             self._controller, policy, chunk_size, weight_version, kv_pool
         )
         if kv_pool is not None:
-            self._controller.residency.use_pool(kv_pool.granularity, kv_pool.server_of)
+            self._controller.use_pool(kv_pool.granularity, kv_pool.server_of)
         self._started_at = time.monotonic()
         self._prefetched: dict[RequestId, int] = {}  # at how many tokens
         self._intake_open = True

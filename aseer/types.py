@@ -89,6 +89,29 @@ class Assignment(NamedTuple):
     num_reserved_blocks: int
 
 
+NO_POOL = -1
+"""The pool of instances that have none."""
+
+
+class Holders(NamedTuple):
+    """Where a request's KV probably is.
+
+    Attributes:
+        tokens: by instance that holds some itself; of the pool's instances only those
+            that hold more than `num_pooled`.
+        num_pooled: what every other instance of the pool is taken to hold: the tokens
+            in the pool, less the price of loading them. 0 = it has none.
+    """
+
+    tokens: Mapping[InstanceId, int]
+    num_pooled: int = 0
+    pool: int = NO_POOL
+
+
+NOWHERE = Holders({})
+"""No instance holds any."""
+
+
 @dataclass(slots=True, kw_only=True)  # not frozen: that triples the time to make one
 class Chunk:
     """One dispatch of a request to an instance; nobody changes it.

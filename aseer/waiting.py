@@ -1,8 +1,12 @@
 """The requests that wait for their next chunk, in a policy's order and by age.
 
-`WaitingQueue` (C++, `csrc/waiting.h`) keeps groups ordered by the rank of their first
-request, and in each group its requests: when a group's length estimate changes, one
-entry moves.
+`WaitingQueue` asks the rank functions and keeps the requests; their order is kept in
+C++ (`csrc/waiting.h`): groups by the rank of their first request, and in each group its
+requests. Ranks are computed before anything changes, so a rank function that raises
+leaves the queue as it was.
+
+There may be two orders. Both are kept up to date, so that going from one to the other
+takes no time, however many requests wait.
 
 A *round* is one search for work that fits. A request that fits nowhere is passed over
 for the round, and its group with it (siblings are alike), until `MAX_PASSED` groups
@@ -14,9 +18,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from aseer._core import MAX_PASSED, WaitingQueue
+from aseer._core import MAX_PASSED, WaitingOrders
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aseer.types import GroupId, RequestId
 
 __all__ = ["MAX_PASSED", "Rank", "Waiting", "WaitingQueue"]
@@ -26,8 +32,6 @@ Rank = tuple[int, ...]  # at most 4
 
 class Waiting(NamedTuple):
     """A request that waits for its next chunk, as a policy sees it.
-
-    The queue finds the two ids by their places.
 
     Attributes:
         arrival: order in which requests came, kept over chunks.
@@ -46,3 +50,126 @@ class Waiting(NamedTuple):
     divisible: bool = True
     known_length: int | None = None
     is_new: bool = False
+
+
+class _Group:
+    """A group of which something waits."""
+
+    __slots__ = ("handle", "length_estimate")
+
+    def __init__(self, handle: int, length_estimate: int) -> None:
+        self.handle = handle
+        self.length_estimate = length_estimate
+
+
+class WaitingQueue:
+    """Waiting requests by rank and by age."""
+
+    def __init__(self, *ranks: Callable[[Waiting, int], Rank]) -> None:
+        """Start empty.
+
+        Args:
+            ranks: one or two, each an order: lowest `rank(request, length estimate of
+                its group)` first, siblings among each other as if their estimate were
+                0. No two requests rank the same. The first is chosen.
+        """
+        self._ranks = ranks
+        self._orders = WaitingOrders(len(ranks))
+        self._handles: dict[RequestId, int] = {}
+        self._waiting: dict[int, Waiting] = {}  # by handle
+        self._groups: dict[GroupId, _Group] = {}
+        self.begin_round = self._orders.begin_round
+        self.pass_over = self._orders.pass_over
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._handles
+
+    @property
+    def num_passed(self) -> int:
+        """Groups passed over in this round."""
+        return self._orders.num_passed
+
+    def choose(self, order: int) -> None:
+        """Go by that one of the ranks from now on."""
+        self._orders.choose(order)
+
+    def add(self, request: Waiting, length_estimate: int) -> None:
+        """Take a request that waits.
+
+        Raises:
+            ValueError: it waits already.
+        """
+        own = [rank(request, 0) for rank in self._ranks]
+        lead = [rank(request, length_estimate) for rank in self._ranks]
+        request_id, group_id = request.request_id, request.group_id
+        if request_id in self._handles:
+            raise ValueError(f"request {request_id!r} waits already")
+        group = self._groups.get(group_id)
+        if group is not None and group.length_estimate != length_estimate:
+            self.set_length_estimate(group_id, length_estimate)
+        handle, of_group = self._orders.add(
+            -1 if group is None else group.handle, own, lead
+        )
+        self._handles[request_id] = handle
+        self._waiting[handle] = request
+        if group is None:
+            self._groups[group_id] = _Group(of_group, length_estimate)
+
+    def set_length_estimate(self, group_id: GroupId, length_estimate: int) -> None:
+        """Re-rank a group whose estimate changed."""
+        group = self._groups.get(group_id)
+        if group is None:
+            return
+        leads = {}
+        for handle in self._orders.members(group.handle):
+            request = self._waiting[handle]
+            leads[handle] = [rank(request, length_estimate) for rank in self._ranks]
+        self._orders.set_leads(group.handle, leads)
+        group.length_estimate = length_estimate
+
+    def length_estimate(self, group_id: GroupId) -> int:
+        """Of a group of which something waits.
+
+        Raises:
+            KeyError: nothing does.
+        """
+        return self._groups[group_id].length_estimate
+
+    def remove(self, request: Waiting) -> None:
+        """A request waits no more.
+
+        Raises:
+            KeyError: it does not wait.
+        """
+        handle = self._handles.pop(request.request_id)
+        del self._waiting[handle]
+        if self._orders.remove(handle):
+            del self._groups[request.group_id]
+
+    def remove_group(self, group_id: GroupId) -> None:
+        """Drop a group and its waiting requests."""
+        group = self._groups.pop(group_id, None)
+        if group is None:
+            return
+        for handle in self._orders.members(group.handle):
+            del self._handles[self._waiting.pop(handle).request_id]
+        self._orders.remove_group(group.handle)
+
+    def oldest(self) -> Waiting | None:
+        """The request that has waited longest."""
+        return self._waiting.get(self._orders.oldest())
+
+    def head(self, num_groups: int) -> list[Waiting]:
+        """The first request of each of the first groups, in order."""
+        return [self._waiting[handle] for handle in self._orders.head(num_groups)]
+
+    def first(self, room: int) -> Waiting | None:
+        """The first request of the first group that this round has not passed over.
+
+        Args:
+            room: groups whose first is known to need more tokens are passed over.
+        """
+        return self._waiting.get(self._orders.first(room))

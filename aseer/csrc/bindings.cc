@@ -1,76 +1,153 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
 #include "fleet.h"
 #include "residency.h"
 #include "waiting.h"
 
+// Every call takes well under a microsecond, or up to some milliseconds for a whole
+// group's requests, and keeps the GIL. Arguments are converted before a call begins and
+// results after it has ended, so that no Python code runs while anything is half done.
+
 namespace nb = nanobind;
 using namespace nb::literals;
 
+namespace aseer {
+namespace {
+
+using RanksByOrder = std::array<Rank, kMaxOrders>;
+
+Rank ToRank(nb::handle given) {
+  Rank rank{};
+  nb::tuple numbers;
+  if (!nb::try_cast(given, numbers) || numbers.size() > rank.size()) {
+    throw nb::value_error("a rank is a tuple of at most 4 whole numbers");
+  }
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    if (!nb::try_cast(nb::handle(numbers[i]), rank[i])) {
+      throw nb::value_error("a rank's numbers are whole and have at most 64 bits");
+    }
+  }
+  return rank;
+}
+
+RanksByOrder ToRanks(const nb::list& by_order) {
+  RanksByOrder ranks{};
+  if (by_order.size() > ranks.size()) throw nb::value_error("a rank for each order");
+  for (size_t i = 0; i < by_order.size(); ++i) ranks[i] = ToRank(by_order[i]);
+  return ranks;
+}
+
+std::pair<Handle, Handle> Add(WaitingOrders& orders, Handle group, const nb::list& own,
+                              const nb::list& lead) {
+  const RanksByOrder among_siblings = ToRanks(own);
+  const RanksByOrder of_group = ToRanks(lead);
+  WaitingOrders::AllRanks ranks;
+  for (size_t i = 0; i < kMaxOrders; ++i) ranks[i] = {among_siblings[i], of_group[i]};
+  return orders.Add(group, ranks);
+}
+
+void SetLeads(WaitingOrders& orders, Handle group, const nb::dict& leads) {
+  std::vector<std::pair<Handle, RanksByOrder>> converted;
+  converted.reserve(leads.size());
+  for (const auto& [request, ranks] : leads) {
+    converted.emplace_back(nb::cast<Handle>(request),
+                           ToRanks(nb::cast<nb::list>(ranks)));
+  }
+  orders.SetLeads(group, converted);
+}
+
+nb::tuple Holders(const PrefixCaches& caches, Handle request) {
+  const PrefixCaches::Held held = caches.Holders(request);
+  nb::dict tokens;
+  for (const auto& [instance, num] : held.tokens) tokens[nb::int_(instance)] = num;
+  return nb::make_tuple(tokens, held.num_pooled, held.pool);
+}
+
+}  // namespace
+}  // namespace aseer
+
 NB_MODULE(_core, m) {
-  using aseer::Fleet;
-  using aseer::KvResidency;
-  using aseer::WaitingQueue;
+  using aseer::Capacity;
+  using aseer::PrefixCaches;
+  using aseer::WaitingOrders;
 
   // An engine that is still open when its program ends keeps these; that is no leak.
   nb::set_leak_warnings(false);
 
+  nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const std::out_of_range& missing) {
+      PyErr_SetString(PyExc_KeyError, missing.what());
+    } catch (const std::invalid_argument& invalid) {
+      PyErr_SetString(PyExc_ValueError, invalid.what());
+    } catch (const std::logic_error& broken) {
+      PyErr_SetString(PyExc_AssertionError, broken.what());
+    }
+  });
+
   m.attr("MAX_PASSED") = aseer::kMaxPassed;
   m.attr("DEFAULT_MOVE_PRICE") = aseer::kMovePrice;
 
-  nb::class_<WaitingQueue>(m, "WaitingQueue")
-      .def(nb::init<nb::callable>(), "rank"_a)
-      .def("__len__", &WaitingQueue::Size)
-      .def("__contains__", &WaitingQueue::Contains, "request_id"_a)
-      .def_prop_ro("num_passed", &WaitingQueue::NumPassed)
-      .def("add", &WaitingQueue::Add, "request"_a, "length_estimate"_a)
-      .def("set_rank", &WaitingQueue::SetRank, "rank"_a)
-      .def("set_length_estimate", &WaitingQueue::SetLengthEstimate, "group_id"_a,
-           "length_estimate"_a)
-      .def("length_estimate", &WaitingQueue::LengthEstimate, "group_id"_a)
-      .def("remove", &WaitingQueue::Remove, "request"_a)
-      .def("remove_group", &WaitingQueue::RemoveGroup, "group_id"_a)
-      .def("oldest", &WaitingQueue::Oldest)
-      .def("head", &WaitingQueue::Head, "num_groups"_a)
-      .def("begin_round", &WaitingQueue::BeginRound)
-      .def("first", &WaitingQueue::First, "room"_a)
-      .def("pass_over", &WaitingQueue::PassOver, "needs"_a);
+  nb::class_<WaitingOrders>(m, "WaitingOrders")
+      .def(nb::init<size_t>(), "num_orders"_a)
+      .def("__len__", &WaitingOrders::Size)
+      .def_prop_ro("num_groups", &WaitingOrders::NumGroups)
+      .def_prop_ro("num_passed", &WaitingOrders::NumPassed)
+      .def("add", &aseer::Add, "group"_a, "own"_a, "lead"_a)
+      .def("set_leads", &aseer::SetLeads, "group"_a, "leads"_a)
+      .def("remove", &WaitingOrders::Remove, "request"_a)
+      .def("members", &WaitingOrders::Members, "group"_a)
+      .def("remove_group", &WaitingOrders::RemoveGroup, "group"_a)
+      .def("choose", &WaitingOrders::Choose, "order"_a)
+      .def("oldest", &WaitingOrders::Oldest)
+      .def("head", &WaitingOrders::Head, "num_groups"_a)
+      .def("begin_round", &WaitingOrders::BeginRound)
+      .def("first", &WaitingOrders::First, "room"_a)
+      .def("pass_over", &WaitingOrders::PassOver, "needs"_a);
 
-  nb::class_<Fleet>(m, "Fleet")
+  nb::class_<Capacity>(m, "Capacity")
       .def(nb::init<>())
-      .def("__len__", &Fleet::Size)
-      .def_prop_ro("block_size", &Fleet::BlockSize)
-      .def_prop_ro("num_lookahead_tokens", &Fleet::NumLookaheadTokens)
-      .def("info", &Fleet::Info, "instance_id"_a)
-      .def("alive_ids", &Fleet::AliveIds)
-      .def("add", &Fleet::Add, "info"_a)
-      .def("remove", &Fleet::Remove, "instance_id"_a)
-      .def("reserve", &Fleet::Reserve, "instance_id"_a, "num_tokens"_a,
+      .def("__len__", &Capacity::Size)
+      .def_prop_ro("block_size", &Capacity::BlockSize)
+      .def_prop_ro("num_lookahead_tokens", &Capacity::NumLookaheadTokens)
+      .def("alive_ids", &Capacity::AliveIds)
+      .def("add_instance", &Capacity::Add, "instance_id"_a, nb::kw_only(), "pool"_a,
+           "num_kv_blocks"_a, "block_size"_a, "num_lookahead_tokens"_a,
+           "max_num_seqs"_a)
+      .def("remove", &Capacity::Remove, "instance_id"_a)
+      .def("reserve", &Capacity::Reserve, "instance_id"_a, "num_tokens"_a,
            "num_shared_blocks"_a = 0)
-      .def("release", &Fleet::Release, "instance_id"_a, "num_blocks"_a)
-      .def("num_running", &Fleet::NumRunning, "instance_id"_a)
-      .def("num_free_blocks", &Fleet::NumFreeBlocks, "instance_id"_a)
-      .def("most_tokens", &Fleet::MostTokens)
-      .def("select", &Fleet::Select, "num_tokens"_a)
-      .def("select_alive", &Fleet::SelectAlive)
-      .def("fits", &Fleet::Fits, "instance_id"_a, "num_tokens"_a)
-      .def("is_selected", &Fleet::IsSelected, "instance_id"_a)
-      .def("least_loaded", &Fleet::LeastLoaded)
-      .def("hold_none", &Fleet::HoldNone)
-      .def("hold_freest", &Fleet::HoldFreest);
+      .def("release", &Capacity::Release, "instance_id"_a, "num_blocks"_a)
+      .def("num_running", &Capacity::NumRunning, "instance_id"_a)
+      .def("num_free_blocks", &Capacity::NumFreeBlocks, "instance_id"_a)
+      .def("pool_of", &Capacity::PoolOf, "instance_id"_a)
+      .def("set_pool", &Capacity::SetPool, "instance_id"_a, "pool"_a)
+      .def("most_tokens", &Capacity::MostTokens)
+      .def("select", &Capacity::Select, "num_tokens"_a)
+      .def("select_alive", &Capacity::SelectAlive)
+      .def("fits", &Capacity::Fits, "instance_id"_a, "num_tokens"_a)
+      .def("is_selected", &Capacity::IsSelected, "instance_id"_a)
+      .def("least_loaded", &Capacity::LeastLoaded)
+      .def("least_loaded_of", &Capacity::LeastLoadedOf, "pool"_a)
+      .def("hold_none", &Capacity::HoldNone)
+      .def("hold_freest", &Capacity::HoldFreest);
 
-  nb::class_<KvResidency>(m, "KvResidency")
+  nb::class_<PrefixCaches>(m, "PrefixCaches")
       .def(nb::init<>())
-      .def_prop_rw("move_price", &KvResidency::MovePrice, &KvResidency::SetMovePrice)
-      .def("use_pool", &KvResidency::UsePool, "granularity"_a, "pool_of"_a)
-      .def("add_instance", &KvResidency::AddInstance, "instance_id"_a, "num_blocks"_a,
-           "block_size"_a)
-      .def("drop_instance", &KvResidency::DropInstance, "instance_id"_a)
-      .def("holders", &KvResidency::Holders, "request_id"_a)
-      .def("reserve", &KvResidency::Reserve, "instance_id"_a, "request_id"_a,
+      .def_prop_rw("move_price", &PrefixCaches::MovePrice, &PrefixCaches::SetMovePrice)
+      .def("set_granularity", &PrefixCaches::SetGranularity, "granularity"_a)
+      .def("add_instance", &PrefixCaches::AddInstance, "instance_id"_a, nb::kw_only(),
+           "num_blocks"_a, "block_size"_a, "pool"_a)
+      .def("set_pool", &PrefixCaches::SetPool, "instance_id"_a, "pool"_a)
+      .def("drop_instance", &PrefixCaches::DropInstance, "instance_id"_a)
+      .def("open", &PrefixCaches::Open)
+      .def("close", &PrefixCaches::Close, "request"_a)
+      .def("holders", &aseer::Holders, "request"_a)
+      .def("reserve", &PrefixCaches::Reserve, "instance_id"_a, "request"_a,
            "num_blocks"_a)
-      .def("release", &KvResidency::Release, "instance_id"_a, "request_id"_a,
-           "num_blocks"_a, "num_tokens"_a)
-      .def("forget", &KvResidency::Forget, "request_id"_a);
+      .def("release", &PrefixCaches::Release, "instance_id"_a, "request"_a,
+           "num_blocks"_a, "num_tokens"_a);
 }

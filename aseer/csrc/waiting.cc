@@ -1,172 +1,149 @@
 #include "waiting.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 namespace aseer {
-namespace {
 
-// Where a `Waiting` has them.
-nb::handle RequestId(const nb::tuple& waiting) {
-  return PyTuple_GET_ITEM(waiting.ptr(), 0);
-}
-nb::handle GroupId(const nb::tuple& waiting) {
-  return PyTuple_GET_ITEM(waiting.ptr(), 1);
+WaitingOrders::WaitingOrders(size_t num_orders) : num_orders_(num_orders) {
+  Require(num_orders >= 1 && num_orders <= kMaxOrders, "there are one or two orders");
 }
 
-}  // namespace
-
-bool WaitingQueue::Before::operator()(const Group* a, const Group* b) const {
-  return a->rank != b->rank ? a->rank < b->rank : a->number < b->number;
-}
-
-WaitingQueue::Rank WaitingQueue::RankOf(const nb::tuple& waiting,
-                                        int64_t length_estimate) const {
-  const auto numbers = nb::cast<nb::tuple>(rank_(waiting, length_estimate));
-  Rank rank{};
-  if (numbers.size() > rank.size())
-    throw nb::value_error("a rank has at most 4 numbers");
-  for (size_t i = 0; i < numbers.size(); ++i) rank[i] = nb::cast<int64_t>(numbers[i]);
-  return rank;
-}
-
-void WaitingQueue::Add(const nb::tuple& waiting, int64_t length_estimate) {
-  const nb::handle id = RequestId(waiting);
-  if (requests_.contains(id)) {
-    const nb::str message = nb::str("request {!r} waits already").format(id);
-    throw nb::value_error(message.c_str());
+std::pair<Handle, Handle> WaitingOrders::Add(Handle group, const AllRanks& ranks) {
+  const bool is_new = group < 0;
+  Require(is_new || groups_.IsOpen(group), "no request of that group waits");
+  if (is_new) group = groups_.Open(Group{.number = ++num_groups_, .places = {}});
+  const Handle added =
+      requests_.Open({.group = group, .older = newest_, .newer = -1, .ranks = ranks});
+  (newest_ < 0 ? oldest_ : requests_[newest_].newer) = added;
+  newest_ = added;
+  for (size_t order = 0; order < num_orders_; ++order) {
+    Place& place = groups_[group].places[order];
+    const auto at = std::ranges::lower_bound(
+        place.members, ranks[order].own, std::ranges::greater{},
+        [&](Handle member) -> const Rank& {
+          return requests_[member].ranks[order].own;
+        });
+    place.members.insert(at, added);
+    if (is_new) {
+      const Key key{ranks[order].lead, groups_[group].number, group};
+      place.at = ranked_[order].insert(key).first;
+    } else if (place.members.back() == added) {
+      Rerank(order, group);
+    }
   }
-  const Rank rank = RankOf(waiting, 0);
-  const nb::handle group_id = GroupId(waiting);
-  auto [found, is_new] = groups_.try_emplace(group_id);
-  Group& group = found->second;
-  if (is_new) {
-    group.id = nb::borrow(group_id);
-    group.number = ++num_groups_;
+  return {added, group};
+}
+
+void WaitingOrders::SetLeads(
+    Handle group,
+    std::span<const std::pair<Handle, std::array<Rank, kMaxOrders>>> leads) {
+  Require(groups_.IsOpen(group), "no request of that group waits");
+  for (const auto& [request, ranks] : leads) {
+    Require(requests_.IsOpen(request) && requests_[request].group == group,
+            "the request does not wait in that group");
   }
-  Request& request = requests_[id];
-  by_age_.push_back(&request);
-  request = {waiting, &group, rank, std::prev(by_age_.end())};
-  const auto at = std::lower_bound(
-      group.members.begin(), group.members.end(), &request,
-      [](const Request* a, const Request* b) { return a->rank > b->rank; });
-  group.members.insert(at, &request);
-  const bool changed = group.length_estimate != length_estimate;
-  group.length_estimate = length_estimate;
-  if (changed || group.members.back() == &request) Rerank(group);
-}
-
-void WaitingQueue::SetLengthEstimate(nb::handle group_id, int64_t length_estimate) {
-  const auto found = groups_.find(group_id);
-  if (found == groups_.end()) return;
-  found->second.length_estimate = length_estimate;
-  Rerank(found->second);
-}
-
-void WaitingQueue::SetRank(nb::callable rank) {
-  rank_ = std::move(rank);
-  ranked_.clear();
-  for (auto& [id, request] : requests_) request.rank = RankOf(request.waiting, 0);
-  for (auto& [id, group] : groups_) {
-    std::ranges::sort(group.members, std::ranges::greater{}, &Request::rank);
-    group.is_ranked = false;
-    Rerank(group);
+  for (size_t order = 0; order < num_orders_; ++order) {
+    for (const auto& [request, ranks] : leads) {
+      requests_[request].ranks[order].lead = ranks[order];
+    }
+    Rerank(order, group);
   }
 }
 
-int64_t WaitingQueue::LengthEstimate(nb::handle group_id) const {
-  const auto found = groups_.find(group_id);
-  if (found == groups_.end()) throw nb::key_error("no request of the group waits");
-  return found->second.length_estimate;
-}
-
-void WaitingQueue::Remove(const nb::tuple& waiting) {
-  const auto found = requests_.find(RequestId(waiting));
-  if (found == requests_.end()) throw nb::key_error("the request does not wait");
-  Request& request = found->second;
-  Group& group = *request.group;
-  const bool was_first = group.members.back() == &request;
-  std::erase(group.members, &request);
-  by_age_.erase(request.age);
-  requests_.erase(found);
-  if (group.members.empty()) {
-    Drop(group);
-  } else if (was_first) {
-    Rerank(group);
+bool WaitingOrders::Remove(Handle request) {
+  Require(requests_.IsOpen(request), "the request does not wait");
+  const Handle group = requests_[request].group;
+  if (groups_[group].places[0].members.size() == 1) {
+    RemoveGroup(group);
+    return true;
   }
-}
-
-void WaitingQueue::RemoveGroup(nb::handle group_id) {
-  const auto found = groups_.find(group_id);
-  if (found == groups_.end()) return;
-  for (const Request* request : found->second.members) {
-    by_age_.erase(request->age);
-    requests_.erase(requests_.find(RequestId(request->waiting)));
+  for (size_t order = 0; order < num_orders_; ++order) {
+    std::vector<Handle>& members = groups_[group].places[order].members;
+    const bool was_first = members.back() == request;
+    std::erase(members, request);
+    if (was_first) Rerank(order, group);
   }
-  Drop(found->second);
+  Unlink(requests_[request]);
+  requests_.Close(request);
+  return false;
 }
 
-nb::object WaitingQueue::Oldest() const {
-  return by_age_.empty() ? nb::none() : nb::object(by_age_.front()->waiting);
+std::vector<Handle> WaitingOrders::Members(Handle group) const {
+  Require(groups_.IsOpen(group), "no request of that group waits");
+  return groups_[group].places[0].members;
 }
 
-nb::list WaitingQueue::Head(size_t num_groups) const {
-  nb::list head;
-  for (const Group* group : ranked_) {
+void WaitingOrders::RemoveGroup(Handle group) {
+  Require(groups_.IsOpen(group), "no request of that group waits");
+  for (const Handle member : groups_[group].places[0].members) {
+    Unlink(requests_[member]);
+    requests_.Close(member);
+  }
+  for (size_t order = 0; order < num_orders_; ++order) {
+    ranked_[order].erase(groups_[group].places[order].at);
+  }
+  if (first_ == group) first_ = -1;
+  groups_.Close(group);
+}
+
+void WaitingOrders::Choose(size_t order) {
+  Require(order < num_orders_, "there is no such order");
+  chosen_ = order;
+  first_ = -1;
+}
+
+std::vector<Handle> WaitingOrders::Head(size_t num_groups) const {
+  std::vector<Handle> head;
+  for (const Key& key : ranked_[chosen_]) {
     if (head.size() == num_groups) break;
-    head.append(group->members.back()->waiting);
+    head.push_back(groups_[key.group].places[chosen_].members.back());
   }
   return head;
 }
 
-void WaitingQueue::BeginRound() {
+void WaitingOrders::BeginRound() {
   ++round_;
   num_passed_ = 0;
-  first_ = nullptr;
+  first_ = -1;
 }
 
-nb::object WaitingQueue::First(int64_t room) {
-  for (auto at = ranked_.begin(); at != ranked_.end() && num_passed_ < kMaxPassed;
-       ++at) {
-    Group& group = **at;
-    if (group.passed == round_) continue;
-    if (group.needs <= room) {
-      first_ = &group;
-      return group.members.back()->waiting;
+Handle WaitingOrders::First(int64_t room) {
+  for (const Key& key : ranked_[chosen_]) {
+    if (num_passed_ >= kMaxPassed) break;
+    Place& place = groups_[key.group].places[chosen_];
+    if (place.passed == round_) continue;
+    if (place.needs <= room) {
+      first_ = key.group;
+      return place.members.back();
     }
-    group.passed = round_;
+    place.passed = round_;
     ++num_passed_;
   }
-  return nb::none();
+  return -1;
 }
 
-void WaitingQueue::PassOver(int64_t needs) {
-  if (first_ == nullptr) throw std::logic_error("nothing was given");
-  first_->needs = needs;
-  first_->passed = round_;
-  first_ = nullptr;
+void WaitingOrders::PassOver(int64_t needs) {
+  Require(first_ >= 0, "no request was given that could be passed over");
+  Place& place = groups_[first_].places[chosen_];
+  place.needs = needs;
+  place.passed = round_;
+  first_ = -1;
   ++num_passed_;
 }
 
-void WaitingQueue::Rerank(Group& group) {
-  const Rank rank = RankOf(group.members.back()->waiting, group.length_estimate);
-  group.needs = 0;
-  if (!group.is_ranked) {
-    group.rank = rank;
-    group.at = ranked_.insert(&group).first;
-    group.is_ranked = true;
-  } else if (rank != group.rank) {
-    auto node = ranked_.extract(group.at);
-    group.rank = rank;
-    group.at = ranked_.insert(std::move(node)).position;
-  }
+void WaitingOrders::Rerank(size_t order, Handle group) {
+  Place& place = groups_[group].places[order];
+  place.needs = 0;
+  const Rank& rank = requests_[place.members.back()].ranks[order].lead;
+  if (rank == place.at->rank) return;
+  auto node = ranked_[order].extract(place.at);
+  node.value().rank = rank;
+  place.at = ranked_[order].insert(std::move(node)).position;
 }
 
-void WaitingQueue::Drop(Group& group) {
-  if (group.is_ranked) ranked_.erase(group.at);
-  if (first_ == &group) first_ = nullptr;
-  const nb::object id = std::move(group.id);  // lives until its entry is gone
-  groups_.erase(id);
+void WaitingOrders::Unlink(const Request& request) {
+  (request.older < 0 ? oldest_ : requests_[request.older].newer) = request.newer;
+  (request.newer < 0 ? newest_ : requests_[request.newer].older) = request.older;
 }
 
 }  // namespace aseer

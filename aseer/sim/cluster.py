@@ -143,7 +143,7 @@ class _Rollout:
             new_array=cast("Callable[[str], array[Any]]", _Counted),
         )
         if cluster.load_bytes_per_s is not None:
-            self._controller.residency.use_pool(cluster.block_size, lambda _: 0)
+            self._controller.use_pool(cluster.block_size, lambda _: 0)
             self._controller.set_move_price(_move_price(cluster))
         self._recorder = Recorder(self._controller, policy.name, chunk_size, 0)
         self._drafting = _new_drafting(drafting, workload)

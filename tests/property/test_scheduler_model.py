@@ -15,7 +15,14 @@ from aseer.scheduler import (
     Scheduler,
     chunk_tokens,
 )
-from aseer.types import Assignment, GroupId, InstanceId, InstanceInfo, RequestId
+from aseer.types import (
+    Assignment,
+    GroupId,
+    Holders,
+    InstanceId,
+    InstanceInfo,
+    RequestId,
+)
 from aseer.waiting import MAX_PASSED, Waiting
 from tests.unit.core import info_of
 
@@ -359,7 +366,7 @@ class SchedulersAgree(RuleBasedStateMachine):
     def schedule(self) -> None:
         waiting = {r.request_id: r for r in self.naive.waiting}
         expected = self.naive.schedule(self.holders)
-        assignments = self.real.schedule(lambda r: self.holders.get(r, {}))
+        assignments = self.real.schedule(lambda r: Holders(self.holders.get(r, {})))
         assert assignments == expected
         for assignment in assignments:
             request = waiting[assignment.request_id]

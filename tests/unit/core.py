@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from aseer.controller import Abort, Controller, Dispatch, Finished
 from aseer.types import (
+    NOWHERE,
     ChunkEnd,
     ChunkId,
     ChunkProgress,
     GroupId,
+    Holders,
     InstanceId,
     InstanceInfo,
     RequestId,
@@ -20,7 +22,7 @@ from aseer.types import (
 from aseer.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from aseer.controller import Command
     from aseer.types import Chunk, Response
@@ -94,10 +96,10 @@ def waiting_of(
     )
 
 
-def no_kv(request_id: RequestId) -> Mapping[InstanceId, int]:
+def no_kv(request_id: RequestId) -> Holders:
     """No instance holds KV of any request."""
     del request_id
-    return {}
+    return NOWHERE
 
 
 def report_of(

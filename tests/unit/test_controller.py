@@ -203,9 +203,9 @@ def test_the_kv_of_waiting_requests_is_lost_with_their_instance() -> None:
     last = chunks_in(commands)[2]
     # It needs 4 blocks next, and there are 3.
     controller.progress([report_of(last.chunk_id, range(5), end="length")], 1.0)
-    assert controller.residency.holders(last.request_id) == {A: 8}
+    assert controller.residency.holders(last.request_id).tokens == {A: 8}
     controller.instance_down(A, 2.0, "it burnt")
-    assert controller.residency.holders(last.request_id) == {}
+    assert controller.residency.holders(last.request_id).tokens == {}
 
 
 def test_what_a_lost_instance_still_says_changes_nothing() -> None:
@@ -400,7 +400,7 @@ def test_counters_add_up_to_the_responses() -> None:
 
 def test_moves_are_told_apart_by_whether_their_kv_was_found() -> None:
     controller = with_instances(100, 100)
-    controller.residency.use_pool(4, lambda instance_id: 0)
+    controller.use_pool(4, lambda instance_id: 0)
     commands = controller.add_groups([task_of("g", num_requests=1)], 0.0)
     seen = []
     for now in range(1, 5):

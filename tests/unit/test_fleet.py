@@ -151,7 +151,7 @@ def test_an_instance_may_come_back_with_another_size() -> None:
 
 def test_an_instance_comes_up_once() -> None:
     fleet = fleet_of(10)
-    with pytest.raises(ValueError, match="instance 0 is up already"):
+    with pytest.raises(ValueError, match="instance 0: it is up already"):
         fleet.add(info_of(0))
 
 

@@ -13,7 +13,7 @@ from aseer.scheduler import (
     chunk_tokens,
     place_by_affinity,
 )
-from aseer.types import GroupId, InstanceId
+from aseer.types import NOWHERE, GroupId, Holders, InstanceId
 from tests.unit.core import info_of, no_kv, waiting_of
 
 if TYPE_CHECKING:
@@ -413,9 +413,21 @@ def test_granularity_of_a_pool_replaces_the_block_size() -> None:
 # Where: affinity
 
 
-def place(holders: Mapping[InstanceId, int], *num_running: int) -> int:
-    """Where a request with that KV goes, by how many each instance runs."""
+def place(
+    tokens: Mapping[InstanceId, int],
+    *num_running: int,
+    num_pooled: int = 0,
+    pools: str = "",
+) -> int:
+    """Where a request with that KV goes, by how many each instance runs.
+
+    Args:
+        num_pooled: tokens in pool 0. pools: of each instance, a digit; "" = all in 0.
+    """
     scheduler = scheduler_of("fcfs", *[1000] * len(num_running))
+    for i, pool in enumerate(pools or "0" * len(num_running)):
+        scheduler.fleet.set_pool(InstanceId(i), int(pool))
+    holders = Holders(tokens, num_pooled, 0)
     for i, running in enumerate(num_running):
         for _ in range(running):
             scheduler.fleet.reserve(InstanceId(i), 4)
@@ -457,17 +469,38 @@ def test_of_equal_holders_the_less_loaded_is_home() -> None:
     assert place({A: 100, C: 100}, 2, 5, 1) == C
 
 
+def test_what_is_in_the_pool_of_all_draws_a_request_nowhere() -> None:
+    assert place({}, 3, 1, 2, num_pooled=5000) == B
+
+
+def test_more_than_is_in_the_pool_is_worth_the_difference() -> None:
+    price = RECOMPUTE_TOKENS_PER_REQUEST
+    assert place({A: 5 * price}, 3, 0, num_pooled=3 * price) == A
+    assert place({A: 5 * price}, 4, 0, num_pooled=3 * price) == B
+    assert place({A: 100}, 2, 1, 0, num_pooled=200, pools="101") == B
+
+
+def test_the_pools_least_loaded_instance_holds_it_as_well_as_any() -> None:
+    price = RECOMPUTE_TOKENS_PER_REQUEST
+    assert place({}, 2, 1, 0, num_pooled=price, pools="001") == B
+    assert place({}, 9, 3, 0, num_pooled=price, pools="001") == C
+
+
+def test_a_pool_without_a_candidate_draws_a_request_nowhere() -> None:
+    assert place({}, 1, 0, num_pooled=5000, pools="11") == B
+
+
 def test_a_full_home_is_left() -> None:
     scheduler = scheduler_of("fcfs", 10, 10)
     scheduler.fleet.reserve(A, 32)
     scheduler.fleet.reserve(B, 4)
     assert scheduler.fleet.select(12)
-    assert place_by_affinity({A: 100_000}, scheduler.fleet) == B
+    assert place_by_affinity(Holders({A: 100_000}), scheduler.fleet) == B
 
 
 def test_a_resumed_request_is_placed_by_the_kv_it_is_told_of() -> None:
-    def holders(request_id: RequestId) -> Mapping[InstanceId, int]:
-        return {C: 8} if request_id == "b/0" else {}
+    def holders(request_id: RequestId) -> Holders:
+        return Holders({C: 8}) if request_id == "b/0" else NOWHERE
 
     scheduler = scheduler_of("fcfs", 100, 100, 100)
     for group in "abc":

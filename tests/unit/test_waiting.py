@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import pytest
 
-from aseer.policies import rank_context_aware, rank_fcfs
+from aseer.policies import rank_context_aware, rank_fcfs, rank_unlike
 from aseer.types import GroupId
-from aseer.waiting import MAX_PASSED, WaitingQueue
+from aseer.waiting import MAX_PASSED, Waiting, WaitingQueue
 from tests.unit.core import waiting_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PLENTY = 1 << 30
 
@@ -194,3 +199,130 @@ def test_the_last_of_many_estimates_counts() -> None:
     for estimate in (500, 7, 99, 100, 101):
         queue.set_length_estimate(GroupId("a"), estimate)
     assert drain(queue) == ["a/1", "b/1"]
+
+
+# Two orders
+
+
+def test_going_from_one_order_to_the_other_asks_nobody() -> None:
+    num_asked = 0
+
+    def counted(request: Waiting, length_estimate: int) -> tuple[int, ...]:
+        nonlocal num_asked
+        num_asked += 1
+        return (-request.arrival,)
+
+    queue = WaitingQueue(rank_fcfs, counted)
+    for group in "abc":
+        queue.add(waiting_of(group), 100)
+    before = num_asked
+    queue.choose(1)
+    assert [r.group_id for r in queue.head(9)] == list("cba")
+    queue.choose(0)
+    assert [r.group_id for r in queue.head(9)] == list("abc")
+    assert num_asked == before
+
+
+def test_an_order_is_kept_up_to_date_while_the_other_is_chosen() -> None:
+    queue = WaitingQueue(rank_context_aware, rank_unlike)
+    for group in "abc":
+        for index in (1, 2):
+            queue.add(waiting_of(group, index, is_new=True), 100)
+    queue.set_length_estimate(GroupId("b"), 300)
+    queue.remove(waiting_of("a", 1))
+    queue.add(waiting_of("c", 3, num_generated=200, max_tokens=1000), 100)
+    assert [r.request_id for r in queue.head(9)] == ["c/3", "b/1", "a/2"]
+    queue.choose(1)
+    assert [r.request_id for r in queue.head(9)] == ["b/1", "a/2", "c/1"]
+
+
+# Rank functions that misbehave
+
+
+class Moody:
+    """A rank function that does something else once, for one request."""
+
+    def __init__(self, instead: Callable[[], object]) -> None:
+        self.instead = instead
+        self.victim: tuple[str, int] | None = None
+
+    def __call__(self, request: Waiting, length_estimate: int) -> tuple[int, ...]:
+        if (request.request_id, length_estimate) == self.victim:
+            self.victim = None
+            return cast("tuple[int, ...]", self.instead())
+        return (-length_estimate, request.arrival)
+
+
+def fail() -> object:
+    raise RuntimeError("a policy's own bug")
+
+
+MISBEHAVIOUR = {
+    "raises": (fail, RuntimeError),
+    "too long": (lambda: (1, 2, 3, 4, 5), ValueError),
+    "no tuple": (lambda: 7, ValueError),
+    "no numbers": (lambda: ("a",), ValueError),
+    "too large": (lambda: (1 << 70,), ValueError),
+}
+
+
+@pytest.fixture(params=MISBEHAVIOUR)
+def moody(request: pytest.FixtureRequest) -> tuple[Moody, type[Exception]]:
+    instead, error = MISBEHAVIOUR[request.param]
+    return Moody(instead), error
+
+
+def filled(*ranks: Moody) -> WaitingQueue:
+    queue = WaitingQueue(*ranks)
+    for group in "abcd":
+        for index in range(3):
+            queue.add(waiting_of(group, index), 100)
+    return queue
+
+
+def everything(queue: WaitingQueue) -> list[str]:
+    """By rank, then by age; the queue is empty after it."""
+    head = [r.request_id for r in queue.head(99)]
+    return [str(len(queue)), *head, *drain(queue)]
+
+
+def test_a_rank_that_fails_for_a_new_request_changes_nothing(moody) -> None:
+    rank, error = moody
+    queue = filled(rank, Moody(fail))
+    for victim in (("e/0", 0), ("e/0", 70), ("a/3", 0), ("a/3", 100)):
+        rank.victim = victim
+        with pytest.raises(error):
+            queue.add(waiting_of(victim[0][0], int(victim[0][2])), victim[1] or 100)
+        assert victim[0] not in queue
+    assert everything(queue) == everything(filled(Moody(fail)))
+
+
+def test_a_rank_that_fails_for_a_new_estimate_changes_nothing(moody) -> None:
+    rank, error = moody
+    queue = filled(rank)
+    for victim in ("a/0", "a/1", "c/2"):
+        rank.victim = (victim, 500)
+        with pytest.raises(error):
+            queue.set_length_estimate(GroupId(victim[0]), 500)
+        assert queue.length_estimate(GroupId(victim[0])) == 100
+    rank.victim = ("a/2", 500)
+    with pytest.raises(error):
+        queue.add(waiting_of("a", 7), 500)
+    assert "a/7" not in queue
+    assert everything(queue) == everything(filled(Moody(fail)))
+
+
+def test_a_rank_that_uses_the_queue_finds_it_whole() -> None:
+    rank = Moody(lambda: None)
+    queue = filled(rank)
+
+    def remove_and_add() -> tuple[int, ...]:
+        queue.remove_group(GroupId("a"))
+        queue.add(waiting_of("b", 9), 100)
+        return (-500, 0)
+
+    rank.instead, rank.victim = remove_and_add, ("a/1", 500)
+    with pytest.raises(ValueError, match="no request of that group waits"):
+        queue.set_length_estimate(GroupId("a"), 500)
+    assert len(queue) == 10
+    assert "b/9" in drain(queue)

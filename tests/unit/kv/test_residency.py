@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aseer.kv.residency import KvResidency
-from aseer.types import InstanceId, RequestId
+from aseer.types import NOWHERE, Holders, InstanceId, RequestId
 
 A, B = InstanceId(0), InstanceId(1)
 X, Y, Z = RequestId("x"), RequestId("y"), RequestId("z")
@@ -19,6 +19,11 @@ def kv() -> KvResidency:
     return kv
 
 
+def held(kv: KvResidency, request: RequestId) -> dict[InstanceId, int]:
+    """Tokens that instances hold themselves."""
+    return dict(kv.holders(request).tokens)
+
+
 def run(kv: KvResidency, where: InstanceId, request: RequestId, tokens: int) -> None:
     """A chunk that ends with that many tokens computed."""
     num_blocks = -(-tokens // 4)
@@ -28,28 +33,28 @@ def run(kv: KvResidency, where: InstanceId, request: RequestId, tokens: int) -> 
 
 def test_whole_blocks_stay_where_a_chunk_ran(kv: KvResidency) -> None:
     run(kv, A, X, 11)
-    assert kv.holders(X) == {A: 8}
+    assert held(kv, X) == {A: 8}
 
 
 def test_a_request_may_have_kv_on_several_instances(kv: KvResidency) -> None:
     run(kv, A, X, 8)
     run(kv, B, X, 16)
-    assert kv.holders(X) == {A: 8, B: 16}
+    assert held(kv, X) == {A: 8, B: 16}
 
 
 def test_running_again_where_it_was_replaces_what_is_there(kv: KvResidency) -> None:
     run(kv, A, X, 8)
     run(kv, A, X, 16)
-    assert kv.holders(X) == {A: 16}
+    assert held(kv, X) == {A: 16}
 
 
 def test_new_reservations_push_out_the_oldest_first(kv: KvResidency) -> None:
     for request in (X, Y, Z):
         run(kv, A, request, 12)  # 3 blocks each: 9 of 10 cached
     kv.reserve(A, RequestId("new"), 2)
-    assert [kv.holders(r) for r in (X, Y, Z)] == [{}, {A: 12}, {A: 12}]
+    assert [held(kv, r) for r in (X, Y, Z)] == [{}, {A: 12}, {A: 12}]
     kv.reserve(A, RequestId("newer"), 4)
-    assert [kv.holders(r) for r in (X, Y, Z)] == [{}, {}, {A: 12}]
+    assert [held(kv, r) for r in (X, Y, Z)] == [{}, {}, {A: 12}]
 
 
 def test_a_resumed_request_uses_its_own_blocks_and_pushes_nobody_out(
@@ -58,7 +63,7 @@ def test_a_resumed_request_uses_its_own_blocks_and_pushes_nobody_out(
     run(kv, A, X, 12)
     run(kv, A, Y, 24)  # 3 + 6 blocks cached
     kv.reserve(A, X, 4)  # its 3 and one more: 4 + 6
-    assert kv.holders(Y) == {A: 24}
+    assert held(kv, Y) == {A: 24}
 
 
 def test_a_finished_request_leaves_nothing(kv: KvResidency) -> None:
@@ -66,7 +71,7 @@ def test_a_finished_request_leaves_nothing(kv: KvResidency) -> None:
     kv.reserve(B, X, 4)
     kv.release(B, X, 4, num_tokens=0)
     kv.forget(X)
-    assert kv.holders(X) == {}
+    assert held(kv, X) == {}
 
 
 def test_a_forgotten_requests_room_is_free_again(kv: KvResidency) -> None:
@@ -74,22 +79,22 @@ def test_a_forgotten_requests_room_is_free_again(kv: KvResidency) -> None:
     kv.forget(X)
     run(kv, A, Y, 12)
     kv.reserve(A, Z, 7)  # 7 + 3 = 10
-    assert kv.holders(Y) == {A: 12}
+    assert held(kv, Y) == {A: 12}
 
 
 def test_a_lost_instance_holds_nothing(kv: KvResidency) -> None:
     run(kv, A, X, 8)
     run(kv, B, X, 8)
     kv.drop_instance(A)
-    assert kv.holders(X) == {B: 8}
+    assert held(kv, X) == {B: 8}
 
 
 def test_an_instance_that_came_back_is_empty(kv: KvResidency) -> None:
     run(kv, A, X, 8)
     kv.add_instance(A, num_blocks=10, block_size=4)
-    assert kv.holders(X) == {}
+    assert held(kv, X) == {}
     run(kv, A, Y, 40)
-    assert kv.holders(Y) == {A: 40}
+    assert held(kv, Y) == {A: 40}
 
 
 def test_a_chunk_that_ends_after_its_instance_was_lost_changes_nothing(
@@ -98,7 +103,7 @@ def test_a_chunk_that_ends_after_its_instance_was_lost_changes_nothing(
     kv.reserve(A, X, 2)
     kv.drop_instance(A)
     kv.release(A, X, 2, 8)
-    assert kv.holders(X) == {}
+    assert held(kv, X) == {}
 
 
 def test_a_chunk_lost_with_its_instance_is_not_counted_when_it_is_back(
@@ -107,7 +112,7 @@ def test_a_chunk_lost_with_its_instance_is_not_counted_when_it_is_back(
     kv.reserve(A, X, 10)
     kv.add_instance(A, num_blocks=10, block_size=4)
     run(kv, A, Y, 40)
-    assert kv.holders(Y) == {A: 40}
+    assert held(kv, Y) == {A: 40}
 
 
 def test_dropping_an_unknown_instance_is_nothing(kv: KvResidency) -> None:
@@ -125,24 +130,69 @@ def one_pool(kv: KvResidency, granularity: int = 8, price: float = 0.25) -> None
 def test_what_was_computed_is_in_the_pool_for_all_at_a_discount(kv: KvResidency):
     one_pool(kv)
     run(kv, A, X, 21)
-    assert kv.holders(X) == {A: 20, B: 12}, "16 of 21 tokens are whole chunks"
+    # 16 of 21 tokens are whole chunks; A has 20 in its own cache.
+    assert kv.holders(X) == Holders({A: 20}, num_pooled=12, pool=0)
+
+
+def test_what_an_instance_holds_itself_counts_if_it_is_more_than_the_pools(
+    kv: KvResidency,
+):
+    one_pool(kv, price=0.0)
+    run(kv, A, X, 16)
+    assert kv.holders(X) == Holders({}, num_pooled=16, pool=0)
 
 
 def test_an_evicted_request_is_still_in_the_pool(kv: KvResidency):
-    one_pool(kv, price=0.0)
+    one_pool(kv, price=0.5)
     run(kv, A, X, 16)
     kv.reserve(A, Y, 10)
-    assert kv.holders(X) == {A: 16, B: 16}
+    assert kv.holders(X) == Holders({}, num_pooled=8, pool=0)
 
 
-def test_pools_do_not_share(kv: KvResidency):
-    kv.use_pool(8, lambda instance_id: int(instance_id))
+def test_a_request_is_in_the_pool_of_the_instance_that_ran_it_last(kv: KvResidency):
+    kv.use_pool(8, int)
+    kv.move_price = 0.5
     run(kv, A, X, 16)
-    assert kv.holders(X) == {A: 16}
+    assert kv.holders(X) == Holders({A: 16}, num_pooled=8, pool=0)
+    run(kv, B, X, 24)
+    assert kv.holders(X) == Holders({A: 16, B: 24}, num_pooled=12, pool=1)
+
+
+def test_a_pool_may_be_found_when_instances_are_up_already(kv: KvResidency):
+    one_pool(kv)
+    kv.add_instance(InstanceId(2), num_blocks=10, block_size=4)
+    assert {kv.pool_of(InstanceId(i)) for i in range(3)} == {0}
+
+
+def test_holders_do_not_grow_with_the_instances_of_a_pool():
+    kv = KvResidency()
+    kv.use_pool(8, lambda instance_id: 0)
+    for i in range(1000):
+        kv.add_instance(InstanceId(i), num_blocks=10, block_size=4)
+    run(kv, A, X, 16)
+    assert len(kv.holders(X).tokens) == 1
 
 
 def test_a_finished_request_is_nowhere(kv: KvResidency):
     one_pool(kv)
     run(kv, A, X, 16)
     kv.forget(X)
-    assert kv.holders(X) == {}
+    assert kv.holders(X) == NOWHERE
+
+
+# What cannot be meant
+
+
+def test_a_price_is_a_share(kv: KvResidency):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        kv.move_price = 1.5
+
+
+def test_a_pool_that_cannot_be_told_changes_nothing(kv: KvResidency):
+    def no_server(instance_id: InstanceId) -> int:
+        raise LookupError(instance_id)
+
+    with pytest.raises(LookupError):
+        kv.use_pool(8, no_server)
+    run(kv, A, X, 16)
+    assert kv.holders(X) == Holders({A: 16})

@@ -1,4 +1,4 @@
-"""The native tree under AddressSanitizer and UBSan: no error in random work."""
+"""The native code under AddressSanitizer and UBSan: no error in random work."""
 
 from __future__ import annotations
 
@@ -29,16 +29,24 @@ def cmake() -> str:
     return found
 
 
-def test_random_work_on_a_forest_finds_no_fault(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the programs."""
+    folder = tmp_path_factory.mktemp("stress")
     program = cmake()
-    (tmp_path / "probe.cc").write_text("int main() {}")
+    (folder / "probe.cc").write_text("int main() {}")
     sanitized = ("-fsanitize=address,undefined", "probe.cc", "-o", "probe")
-    if run("c++", *sanitized, folder=tmp_path).returncode:
+    if run("c++", *sanitized, folder=folder).returncode:
         pytest.skip("the compiler has no sanitizers")
-    configure = (program, "-S", ROOT, "-B", tmp_path, "-DASEER_SANITIZE=ON")
-    for command in (configure, (program, "--build", tmp_path, "-j", "2")):
-        built = run(*command, folder=tmp_path)
-        assert built.returncode == 0, built.stdout + built.stderr
-    done = run(tmp_path / "cst_stress", str(ROUNDS), folder=tmp_path)
+    configure = (program, "-S", ROOT, "-B", folder, "-DASEER_SANITIZE=ON")
+    for command in (configure, (program, "--build", folder, "-j", "2")):
+        done = run(*command, folder=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("program", ["cst_stress", "core_stress"])
+def test_random_work_finds_no_fault(program: str, built: Path) -> None:
+    done = run(built / program, str(ROUNDS), folder=built)
     assert done.returncode == 0, done.stderr
     assert f"{ROUNDS} rounds passed" in done.stdout
