@@ -19,6 +19,7 @@ import inspect
 import logging
 import os
 from array import array
+from dataclasses import fields
 from importlib import metadata
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from aseer.dgds.messages import EXTRA_ARGS_KEY
 from aseer.errors import EngineError, describe
 from aseer.instance.base import EngineDied
+from aseer.instance.caches import empty_caches
 from aseer.instance.speculation import (
     Speculation,
     draft_identity,
@@ -54,11 +56,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aseer.instance")
 
 STREAM_INTERVAL = 16
-_RESET_TRIES = 100
-_RESET_INTERVAL_S = 0.1
 _HAS_REQUEST_INTERVAL = (
     "stream_interval" in inspect.signature(SamplingParams).parameters
 )
+# By default vLLM keeps what sliding windows and recurrent states need for a resume only
+# at the end of a request's prompt, and a resumed chunk would compute the whole chunk
+# before it again. None keeps it at every block's end, and changes no other model.
+_HAS_RETENTION_INTERVAL = "prefix_cache_retention_interval" in {
+    field.name for field in fields(AsyncEngineArgs)
+}
 _DETOKENIZER_SETTINGS = (
     "stop",
     "include_stop_str_in_output",
@@ -84,6 +90,8 @@ class VllmBackend:
         args = dict(self._spec.engine_args)
         if not _HAS_REQUEST_INTERVAL:
             args.setdefault("stream_interval", STREAM_INTERVAL)
+        if _HAS_RETENTION_INTERVAL:
+            args.setdefault("prefix_cache_retention_interval", None)
         if self._spec.drafting is not None:
             args["speculative_config"] = unpadded(args["speculative_config"])
         engine_args = AsyncEngineArgs(
@@ -219,12 +227,10 @@ class VllmBackend:
     async def commit_weights(self) -> None:
         """See `Backend`."""
         await self._call("aseer_commit_weights")
-        # Blocks of what has ended may be in use until they are stored elsewhere.
-        for _ in range(_RESET_TRIES):
-            if await self._engine.reset_prefix_cache():
-                return
-            await asyncio.sleep(_RESET_INTERVAL_S)
-        raise EngineError("its prefix cache cannot be emptied: blocks are in use")
+        try:
+            await empty_caches(self._engine)
+        except EngineDeadError as error:
+            raise EngineDied(describe(error)) from error
 
     async def discard_weights(self) -> None:
         """See `Backend`."""

@@ -106,7 +106,7 @@ def make_tiny(
     write_json(directory / "config.json", config)
     ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(directory / "generation_config.json", ids)
-    _write_tokenizer(directory, tokens, max_positions)
+    write_tokenizer(directory, tokens, max_positions)
     weights = _random_weights(config, seed, logit_std=logit_std, score_std=score_std)
     save_weights(directory / WEIGHTS, weights, dtype)
     return directory
@@ -163,7 +163,14 @@ def _random_weights(
     return weights
 
 
-def _write_tokenizer(directory: Path, tokens: list[str], max_positions: int) -> None:
+def write_tokenizer(directory: Path, tokens: list[str], max_positions: int) -> None:
+    """Write a tokenizer that makes each visible character a token.
+
+    Args:
+        directory: where the model is; made already.
+        tokens: in the order of their ids, as `vocabulary` has them.
+        max_positions: the longest text, in tokens.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     vocab = {token: token_id for token_id, token in enumerate(tokens)}

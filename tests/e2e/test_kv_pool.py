@@ -22,7 +22,13 @@ import pytest
 import aseer
 from aseer.data import load_prompts
 from aseer.models import smollm2
-from tests.e2e.tiny import by_request, tiny_config
+from tests.e2e.tiny import (
+    by_request,
+    next_version,
+    same,
+    tiny_config,
+    undivided,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,40 +71,6 @@ def pool_of(engine: aseer.Engine) -> KvPool:
     assert engine._host is not None
     assert engine._host.kv_pool is not None
     return engine._host.kv_pool
-
-
-def next_version(engine: aseer.Engine) -> None:
-    """Pretend that the weights are others: KV so far is not found any more."""
-    assert engine._host is not None
-    engine._host.weights.version += 1
-
-
-def undivided(engine: aseer.Engine, groups: list[aseer.Group]) -> dict[str, Any]:
-    next_version(engine)
-    rollout = engine.rollout_sync(groups, chunk_size=0, policy="group-round-robin")
-    responses = by_request(list(rollout))
-    assert rollout.report.num_migrations == 0
-    next_version(engine)
-    return responses
-
-
-def same(
-    found: dict[str, Any], expected: dict[str, Any], *, recomputed: bool = False
-) -> None:
-    """Token for token, and bit for bit in the logprobs.
-
-    What is computed again in one step has other last bits than what grew token by
-    token: then the logprobs are equal to rounding.
-    """
-    assert found.keys() == expected.keys()
-    for request_id, response in found.items():
-        assert response.finish_reason == "length", response.error
-        reference = expected[request_id]
-        assert response.token_ids == reference.token_ids, request_id
-        if recomputed:
-            assert response.logprobs == pytest.approx(reference.logprobs, abs=ROUNDING)
-        else:
-            assert response.logprobs == reference.logprobs, "bit for bit"
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +185,7 @@ def test_a_lost_server_costs_recomputation_only(engine, kind):
         while attacker.num_sent < NUM_ATTACKS:
             started = time.monotonic()
             rollout = engine.rollout_sync(groups)
-            same(by_request(list(rollout)), expected, recomputed=True)
+            same(by_request(list(rollout)), expected, rounding=ROUNDING)
             assert rollout.report.num_retries == 0
             slowest = max(slowest, time.monotonic() - started)
             next_version(engine)  # or all of it were in the engines' own caches
@@ -223,7 +195,7 @@ def test_a_lost_server_costs_recomputation_only(engine, kind):
     eventually(lambda: bool(pool.pids))
     time.sleep(3.0)  # until the engines have noticed
     rollout = engine.rollout_sync(groups)
-    same(by_request(list(rollout)), expected, recomputed=True)
+    same(by_request(list(rollout)), expected, rounding=ROUNDING)
     assert rollout.report.kv.num_loads > 50, "the new server is used"
     assert [info.pid for info in engine.instances] == pids
     assert len(mapped_pools(pids)) == 1, "memory of dead servers is let go"
@@ -248,7 +220,7 @@ def test_a_small_pool_with_a_disk_behind_and_a_disk_that_fails(tmp_path):
         pids = [info.pid for info in engine.instances]
         expected = undivided(engine, groups)
         rollout = engine.rollout_sync(groups)
-        same(by_request(list(rollout)), expected, recomputed=True)
+        same(by_request(list(rollout)), expected, rounding=ROUNDING)
         kv = rollout.report.kv
         assert kv.evicted_bytes > 0
         assert kv.disk_written_bytes > 16 << 20
@@ -263,7 +235,7 @@ def test_a_small_pool_with_a_disk_behind_and_a_disk_that_fails(tmp_path):
             timer.start()
             found = by_request(list(engine.rollout_sync(groups)))
             timer.join()
-            same(found, expected, recomputed=True)
+            same(found, expected, rounding=ROUNDING)
         assert [info.pid for info in engine.instances] == pids
 
 
@@ -291,7 +263,7 @@ def test_a_disk_that_is_full_and_then_read_only(disk_of_3_mb):
         pids = [info.pid for info in engine.instances]
         expected = undivided(engine, groups)
         rollout = engine.rollout_sync(groups)
-        same(by_request(list(rollout)), expected, recomputed=True)
+        same(by_request(list(rollout)), expected, rounding=ROUNDING)
         assert rollout.report.kv.evicted_bytes > 0
         assert shutil.disk_usage(disk_of_3_mb).free < 1 << 20
 
@@ -301,7 +273,7 @@ def test_a_disk_that_is_full_and_then_read_only(disk_of_3_mb):
         timer.start()
         found = by_request(list(engine.rollout_sync(groups)))
         timer.join()
-        same(found, expected, recomputed=True)
+        same(found, expected, rounding=ROUNDING)
         assert [info.pid for info in engine.instances] == pids
 
 

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import aseer
 from aseer.models.tiny import make_tiny
 
@@ -39,3 +41,43 @@ def tiny_config(**settings: Any) -> aseer.EngineConfig:
 
 def by_request(responses: list[aseer.Response]) -> dict[str, aseer.Response]:
     return {r.request_id: r for r in responses}
+
+
+def next_version(engine: aseer.Engine) -> None:
+    """Pretend that the weights are others: KV so far is not found any more."""
+    assert engine._host is not None
+    engine._host.weights.version += 1
+
+
+def undivided(
+    engine: aseer.Engine, groups: list[aseer.Group]
+) -> dict[str, aseer.Response]:
+    """What the engine generates in one chunk a request, apart from all other KV."""
+    next_version(engine)
+    rollout = engine.rollout_sync(groups, chunk_size=0, policy="group-round-robin")
+    responses = by_request(list(rollout))
+    assert rollout.report.num_migrations == 0
+    next_version(engine)
+    return responses
+
+
+def same(
+    found: dict[str, aseer.Response],
+    expected: dict[str, aseer.Response],
+    *,
+    rounding: float = 0.0,
+) -> None:
+    """Token for token, and bit for bit in the logprobs where `rounding` is 0.
+
+    What is computed again in one step has other last bits than what grew token by
+    token: then the logprobs are equal to rounding.
+    """
+    assert found.keys() == expected.keys()
+    for request_id, response in found.items():
+        assert response.finish_reason == "length", response.error
+        reference = expected[request_id]
+        assert response.token_ids == reference.token_ids, request_id
+        if rounding:
+            assert response.logprobs == pytest.approx(reference.logprobs, abs=rounding)
+        else:
+            assert response.logprobs == reference.logprobs, "bit for bit"
