@@ -21,6 +21,7 @@ from aseer.errors import (
     RolloutInProgressError,
 )
 from aseer.instance.messages import Run
+from aseer.kv.sharing import PromptSharing, num_alike
 from aseer.recorder import Recorder
 from aseer.types import GroupId
 
@@ -88,6 +89,7 @@ class Session:
         self._recorder = Recorder(
             self._controller, policy, chunk_size, weight_version, kv_pool
         )
+        self._sharing = PromptSharing(kv_pool.granularity) if kv_pool else None
         if kv_pool is not None:
             self._controller.use_pool(kv_pool.granularity, kv_pool.server_of)
         self._started_at = time.monotonic()
@@ -128,7 +130,12 @@ class Session:
             priors = self._length_priors
             if priors is not None:
                 tasks = [replace(t, length_prior=priors.get(t.prompt)) for t in tasks]
-            self._do(self._controller.add_groups(tasks, self._now()))
+            tasks = list(tasks)
+            commands = self._controller.add_groups(tasks, self._now())
+            if self._sharing is not None:
+                for task in tasks:
+                    self._sharing.add(task.group_id, task.prompt)
+            self._do(commands)
             if self._fatal is not None:
                 self.exhausted(self._fatal)
 
@@ -230,17 +237,24 @@ class Session:
                     progress.tokens,
                 )
 
-    def _free_kv(self, pool: KvPool, response: Response) -> None:
-        """Nobody will ask for its KV; for the prompt's while siblings run."""
+    def _free_kv(
+        self, pool: KvPool, sharing: PromptSharing, response: Response
+    ) -> None:
+        """Nobody will ask for its KV, but for what others begin with."""
+        group_id = GroupId(response.group_id)
+        siblings = self._controller.buffer.group(group_id)
+        running = [r.tokens for r in siblings if not r.state.is_finished]
+        if not running:
+            sharing.remove(group_id)
         info = self._recorder.any_instance()
-        prompt = array("i", response.prompt_token_ids)
-        generated = array("i", response.token_ids)
         if info is None:
             return
-        version = self._weight_version
-        pool.free(info, version, (prompt + generated).tobytes(), len(prompt))
-        if self._controller.is_group_finished(GroupId(response.group_id)):
-            pool.free(info, version, prompt.tobytes(), 0)
+        prompt = array("i", response.prompt_token_ids)
+        generated = array("i", response.token_ids)
+        tokens = (prompt + generated).tobytes()
+        start = len(prompt) + num_alike(generated, running) if running else 0
+        start = max(start, sharing.num_shared(tokens))
+        pool.free(info, self._weight_version, tokens, start)
 
     def _prefetch(self, pool: KvPool) -> None:
         """Tell the pool whose KV will be wanted next."""
@@ -265,8 +279,8 @@ class Session:
     def _finish(self, response: Response) -> None:
         self._recorder.finished(response)
         group_id = GroupId(response.group_id)
-        if self._kv_pool is not None:
-            self._free_kv(self._kv_pool, response)
+        if self._kv_pool is not None and self._sharing is not None:
+            self._free_kv(self._kv_pool, self._sharing, response)
         if self._controller.is_group_finished(group_id):
             if self._draft_server is not None:
                 self._draft_server.finish_group(f"{self._rollout_id}:{group_id}")

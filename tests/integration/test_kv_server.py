@@ -43,7 +43,7 @@ def register(instance_id):
 def key(tokens, salt):
     return IPCCacheServerKey(model_name="m", world_size=1, worker_id=0,
         token_ids=tuple(tokens), start=0, end=len(tokens) // 64 * 64,
-        request_id="r", cache_salt=salt, num_kv_readers=1)
+        request_id=f"r{hash((tuple(tokens), salt))}", cache_salt=salt, num_kv_readers=1)
 
 def store(instance_id, tokens, salt, commit=True):
     found = module.prepare_store(key(tokens, salt), instance_id)
@@ -97,3 +97,107 @@ def test_storing_freeing_and_dying_in_between():
         "without version 1": [6 * chunk, 3 * chunk, 0, 3 * chunk, 3 * chunk],
     }
     assert not [n for n in os.listdir("/dev/shm") if name in n]
+
+
+SHARED = (
+    SCRIPT.split("seen = {}")[0]
+    + """
+import asyncio
+from types import SimpleNamespace
+from aseer.kv.messages import Prefetch
+from aseer.session import Session
+from aseer.types import InstanceLoad
+from tests.unit.core import info_of, report_of, task_of
+
+CHUNK = 64
+
+def held(tokens):
+    "Which chunks of these tokens are there."
+    data = array("i", tokens).tobytes()
+    keys = server._keys_of(Prefetch("m", 1, "s-v1", data))
+    there, _ = server._ledger.held(set(keys))
+    return [key in there for key in keys]
+
+def free(info, version, tokens, start):
+    "As the real pool's `free`, with a poll at once."
+    server.answer(Poll(free=[Free("m", 1, "s-v1", tokens, start)]))
+
+class Instances:
+    "Those of a session: it remembers which request's chunk is which."
+    def __init__(self):
+        self.chunks = {}
+    def run_chunk(self, instance_id, run):
+        self.chunks[run.chunk.request_id] = run.chunk.chunk_id
+    def num_restarts(self, instance_id):
+        return 0
+
+def begin(instances):
+    pool = SimpleNamespace(granularity=CHUNK, server_of=lambda _: 0, free=free,
+                           prefetches=False, num_restarts=0, counts=server.counts())
+    mailbox = SimpleNamespace(put=lambda _: None, close=lambda _: None, is_closed=False)
+    session = Session(pool=instances, mailbox=mailbox, policy="context-aware",
+        chunk_size=1000, starvation_interval=100, max_request_retries=1,
+        weight_version=1, first_chunk_id=0, loop=asyncio.new_event_loop(), kv_pool=pool)
+    session.instance_up(info_of(block_size=32, num_kv_blocks=1000),
+        InstanceLoad(num_running=0, num_waiting=0, kv_used=0.0))
+    return session
+
+def report(session, request, tokens, **end):
+    progress = report_of(instances.chunks[request], tokens, **end)
+    session._do(session._controller.progress([progress], session._now()))
+
+def finish(session, request, tokens):
+    report(session, request, tokens, end="stop", stop_reason=0)
+
+def task(name, prompt, num_requests=1):
+    from dataclasses import replace
+    made = task_of(name, num_requests=num_requests, max_tokens=1000)
+    data = array("i", prompt).tobytes()
+    return replace(made, prompt=data, num_prompt_tokens=len(prompt))
+
+register(1)
+system = list(range(128))
+a, b = [system + [n + i for i in range(90)] for n in (1000, 2000)]
+opening = [5] * 40                 # all of A's siblings begin so: it fills a chunk
+a0 = opening + [30] * 100
+a1 = opening + [31] * 100
+b0 = [40] * 200
+seen = {}
+instances = Instances()
+session = begin(instances)
+session.add([task("a", a, 2), task("b", b)])
+for tokens in (a + a0, a + a1, b + b0):
+    store(1, tokens, "s-v1")
+seen["stored"] = [held(a + a1), held(b + b0)]
+report(session, "a/1", a1[:50])
+finish(session, "a/0", a0)
+seen["a/0 is finished"] = [held(a + a0), held(a + a1), held(b + b0)]
+finish(session, "a/1", a1[50:])
+seen["group a is finished"] = [held(a + a1), held(b + b0)]
+finish(session, "b/0", b0)
+seen["group b is finished"] = [held(b + b0), state()[3]]
+print(json.dumps(seen), flush=True)
+_exit_now(spec)
+"""
+)
+
+
+def test_a_prefix_is_freed_with_the_last_that_begins_so():
+    """A system prompt that two groups have, and an opening that two siblings have."""
+    name = f"aseer-test-{os.getpid()}"
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED, "0", name],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"LMCACHE_TRACK_USAGE": "false"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    yes, no = [True], [False]
+    assert seen == {
+        "stored": [5 * yes, 6 * yes],
+        "a/0 is finished": [4 * yes + no, 5 * yes, 6 * yes],
+        "group a is finished": [2 * yes + 3 * no, 6 * yes],
+        "group b is finished": [6 * no, 0],
+    }

@@ -33,6 +33,7 @@ CORE = {
     | {"aseer.fleet", "aseer.prompts", "aseer.waiting"},
     "aseer.kv.residency": BASE | {"aseer._core"},
     "aseer.kv.settings": BASE,
+    "aseer.kv.sharing": BASE,
     "aseer.dgds.log": BASE | {"aseer.dgds.messages"},
     "aseer.dgds.messages": BASE,
     "aseer.dgds.steptime": BASE,
