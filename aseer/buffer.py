@@ -9,7 +9,8 @@
        +---------------------------+
 
 Invariants: a request finishes exactly once (I1); tokens, logprobs and text only ever
-grow, and have one logprob a token; a chunk's late or repeated report changes nothing. A
+grow, and have one logprob a token. Reports may be lost, late, doubled or overtaken
+(`intake.py`): a chunk that ends with something missing is lost, as with its instance. A
 request that cannot be resumed (`undivided_because`) starts over when its instance is
 lost: the one case in which tokens are dropped. A move the table does not allow raises
 `InvalidTransition` with the request's story.
@@ -22,6 +23,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from aseer.errors import InvalidTransition
+from aseer.intake import Intake
 from aseer.sampling import chunk_seed
 from aseer.types import (
     Assignment,
@@ -51,7 +53,8 @@ _MOVES = {
 }
 _STORY_LENGTH = 24
 
-Outcome = Literal["running", "waiting", "finished"]
+Outcome = Literal["running", "broken", "waiting", "finished"]
+_MISSING = "a report of its tokens is missing or malformed"
 
 
 class Request:
@@ -67,6 +70,7 @@ class Request:
         "held_text",
         "index",
         "instances",
+        "intake",
         "logprobs",
         "num_cached_tokens",
         "num_recomputed_tokens",
@@ -97,6 +101,7 @@ class Request:
         self.text: list[str] = []
         self.held_text = ""
         self.chunk: Chunk | None = None
+        self.intake = self.new_intake(0)  # of the reports of the latest chunk
         self.cancelled = False
         self.stop_reason: int | str | None = None
         self.error: str | None = None
@@ -123,6 +128,10 @@ class Request:
     def remaining(self) -> int:
         """The most it may still generate."""
         return self.group.max_tokens - len(self.tokens)
+
+    def new_intake(self, max_tokens: int) -> Intake:
+        """For a chunk that may generate so many tokens."""
+        return Intake(self.tokens, self.logprobs, self.text, max_tokens)
 
     def move(self, state: RequestState, now: float, why: object) -> None:
         """Change state and account the time spent in the old one.
@@ -286,6 +295,7 @@ class RequestBuffer:
         self._next_chunk_id += 1
         self._chunks[chunk.chunk_id] = request
         request.chunk = chunk
+        request.intake = request.new_intake(chunk.max_tokens)
         request.instances.append(chunk.instance_id)
         return chunk
 
@@ -294,21 +304,22 @@ class RequestBuffer:
 
         Returns:
             The request's state after it; None for a chunk that is over already.
+            `broken`, once a chunk: it is to be aborted, and is lost when it ends.
         """
         request = self._chunks.get(report.chunk_id)
         if request is None:
             return None
-        request.tokens.frombytes(report.tokens)
-        request.logprobs.frombytes(report.logprobs)
-        if report.text:
-            request.text.append(report.text)
-        if report.num_cached_tokens is not None:
-            self._count_cached(request, report.num_cached_tokens)
-        if report.end is None:
-            return "running"
-        if report.end.reason == "aborted" and not request.cancelled:
-            return self.lose_chunk(report.chunk_id, now, "its engine aborted it")
-        return self._end_chunk(request, report.end, now)
+        intake, end = request.intake, report.end
+        was_broken = intake.is_broken
+        follows = intake.take(report)
+        if end is None:
+            return "running" if follows or was_broken else "broken"
+        if not follows:
+            return self.lose_chunk(report.chunk_id, now, _MISSING)
+        if end.reason == "aborted" and not request.cancelled:
+            why = _MISSING if was_broken else "its engine aborted it"
+            return self.lose_chunk(report.chunk_id, now, why)
+        return self._end_chunk(request, end, now)
 
     def lose_chunk(self, chunk_id: ChunkId, now: float, why: str) -> Outcome:
         """A chunk died with its instance; what can be resumed from is kept."""
@@ -351,8 +362,10 @@ class RequestBuffer:
         assert unfinished == self.num_unfinished
 
     def _end_chunk(self, request: Request, end: ChunkEnd, now: float) -> Outcome:
-        chunk = request.chunk
+        chunk, num_cached = request.chunk, request.intake.num_cached_tokens
         assert chunk is not None
+        if num_cached is not None:
+            self._count_cached(request, chunk, num_cached)
         del self._chunks[chunk.chunk_id]
         request.chunk = None
         request.held_text = end.held_text
@@ -376,9 +389,7 @@ class RequestBuffer:
             return RequestState.FINISHED_ABORTED
         return RequestState.WAITING
 
-    def _count_cached(self, request: Request, num_cached: int) -> None:
-        chunk = request.chunk
-        assert chunk is not None
+    def _count_cached(self, request: Request, chunk: Chunk, num_cached: int) -> None:
         request.num_cached_tokens += num_cached
         if len(request.instances) > 1:  # the last token's KV was never computed before
             at_start = (len(chunk.prompt) + len(chunk.generated)) // 4

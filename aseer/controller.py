@@ -196,17 +196,20 @@ class Controller:
             request = self.buffer.chunk_owner(report.chunk_id)
             if request is None:
                 continue
-            chunk = request.chunk
+            chunk, intake = request.chunk, request.intake
             assert chunk is not None
             num_before = len(request.tokens)
+            is_first = intake.num_cached_tokens is None
             outcome = self.buffer.progress(report, now)
-            self._count_tokens(request, num_before)
-            if report.num_cached_tokens is not None:
-                self._count_move(request, chunk, report.num_cached_tokens)
+            self.counters.num_output_tokens += len(request.tokens) - num_before
+            if is_first and intake.num_cached_tokens is not None:
+                self._count_move(request, chunk, intake.num_cached_tokens)
                 self.scheduler.begin(
                     chunk.group_id, chunk.instance_id, chunk.request_id
                 )
-            if outcome == "running":
+            if outcome in ("running", "broken"):
+                if outcome == "broken":
+                    commands.append(Abort(chunk.instance_id, chunk.chunk_id))
                 continue
             ended = True
             self._release(chunk, request)
@@ -318,7 +321,7 @@ class Controller:
             assert request is not None
             num_before = len(request.tokens)
             outcome = self.buffer.lose_chunk(chunk_id, now, why)
-            self._count_tokens(request, num_before)
+            self.counters.num_output_tokens += len(request.tokens) - num_before
             if outcome == "finished":
                 commands += self._finish(request)
             else:
@@ -338,9 +341,6 @@ class Controller:
                 chunk = request.chunk
                 commands.append(Abort(chunk.instance_id, chunk.chunk_id))
         return commands
-
-    def _count_tokens(self, request: Request, num_before: int) -> None:
-        self.counters.num_output_tokens += len(request.tokens) - num_before
 
     def _count_move(self, request: Request, chunk: Chunk, num_cached: int) -> None:
         places = request.instances

@@ -229,13 +229,14 @@ class Session:
         prefix = f"{self._rollout_id}:"
         for progress in report.chunks:
             request = self._controller.buffer.chunk_owner(progress.chunk_id)
-            if request is not None and progress.tokens:
-                server.update_cst(
-                    prefix + request.group.group_id,
-                    prefix + request.request_id,
-                    len(request.tokens),
-                    progress.tokens,
-                )
+            if request is None or request.chunk is None or not progress.tokens:
+                continue
+            server.update_cst(
+                prefix + request.group.group_id,
+                prefix + request.request_id,
+                len(request.chunk.generated) // 4 + progress.start,
+                progress.tokens,
+            )
 
     def _free_kv(
         self, pool: KvPool, sharing: PromptSharing, response: Response

@@ -161,16 +161,24 @@ class ChunkEnd:
 class ChunkProgress:
     """New tokens of a running chunk, and its end if it is over.
 
+    Tokens and text are two streams that only grow. A report says where in each it
+    begins, so that one that is lost is noticed and one that comes twice is not taken
+    twice.
+
     Attributes:
+        start: tokens that the chunk generated before these.
         tokens: int32 as bytes; logprobs: float32 as bytes, one a token.
+        text_start: characters of the chunk's text before this.
         text: what these tokens add to the response's text.
         num_cached_tokens: of the chunk's input, tokens whose KV was found; None until
-            known.
+            known, and then in one report only.
     """
 
     chunk_id: ChunkId
+    start: int
     tokens: bytes = b""
     logprobs: bytes = b""
+    text_start: int = 0
     text: str = ""
     num_cached_tokens: int | None = None
     end: ChunkEnd | None = None

@@ -347,6 +347,7 @@ class Controlling:
         over = not self._left[chunk.request_id]
         return ChunkProgress(
             chunk_id=chunk.chunk_id,
+            start=0,
             tokens=bytes(4 * num_new),
             logprobs=bytes(4 * num_new),
             num_cached_tokens=0,

@@ -67,8 +67,11 @@ class TokenLog:
     ) -> None:
         """Append tokens that follow a request's first `prev_token_count`.
 
-        What is known already is skipped; what would leave a gap is ignored.
+        What is known already is skipped; what would leave a gap, or is no tokens, is
+        ignored.
         """
+        if prev_token_count < 0 or len(new_tokens) % _TOKEN_BYTES:
+            return
         text = self._touch(group_id, now).texts.setdefault(request_id, bytearray())
         known = len(text) - prev_token_count * _TOKEN_BYTES
         if 0 <= known < len(new_tokens):

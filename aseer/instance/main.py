@@ -43,10 +43,15 @@ from aseer.transport.zeromq import connect_dealer
 from aseer.types import ChunkEnd, ChunkProgress
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from aseer.transport.base import Dealer
     from aseer.types import Chunk, ChunkId
 
 _log = logging.getLogger("aseer.instance")
+# A report's size is bounded by the time between two, unless the controller did not read
+# for long. Far below `MAX_MESSAGE_BYTES`, and too large to cost anything in messages.
+_REPORT_BYTES = 4 << 20
 _ending = threading.Lock()  # held by whoever ends this process, to the end
 
 
@@ -79,12 +84,12 @@ class Instance:
             while True:
                 message = await self._dealer.receive()
                 match message:
-                    case Run(chunk):
+                    case Run(chunk) if chunk.chunk_id not in self._pending:
                         self._pending[chunk.chunk_id] = pending = _Pending()
                         task = tasks.create_task(self._run(chunk, pending))
                         self._running[chunk.chunk_id] = task
                     case AbortChunks(chunk_ids):
-                        for chunk_id in chunk_ids:
+                        for chunk_id in self._running.keys() & chunk_ids:
                             tasks.create_task(self._abort(chunk_id))
                     case Ask():
                         tasks.create_task(self._answer(message))
@@ -100,6 +105,11 @@ class Instance:
             pending.end = await self._backend.run(chunk, pending.emit)
         except asyncio.CancelledError:
             pending.end = ChunkEnd(reason="aborted")
+        except EngineDied:
+            raise
+        except Exception as error:  # of what this chunk asks for: it costs no other
+            _log.exception("chunk %d failed", chunk.chunk_id)
+            pending.end = ChunkEnd(reason="error", error=describe(error))
         finally:
             del self._running[chunk.chunk_id]
             self._chunk_over.set()
@@ -138,15 +148,40 @@ class Instance:
             for report in reports:
                 if report.end is not None:
                     del self._pending[report.chunk_id]
-            await self._dealer.send(Report(reports, self._backend.load()))
+            for part in _in_parts(reports):
+                await self._dealer.send(Report(part, self._backend.load()))
+
+
+def _in_parts(reports: list[ChunkProgress]) -> Iterator[list[ChunkProgress]]:
+    """Cut a report into messages that are not too large; one at least, if empty."""
+    part: list[ChunkProgress] = []
+    num_bytes = 0
+    for report in reports:
+        part.append(report)
+        num_bytes += len(report.tokens) + len(report.logprobs) + len(report.text)
+        if num_bytes > _REPORT_BYTES:
+            yield part
+            part, num_bytes = [], 0
+    yield part
 
 
 class _Pending:
     """A chunk's output that is not reported yet."""
 
-    __slots__ = ("cached", "end", "logprobs", "started", "text", "tokens")
+    __slots__ = (
+        "cached",
+        "end",
+        "logprobs",
+        "num_reported",
+        "started",
+        "text",
+        "text_reported",
+        "tokens",
+    )
 
     def __init__(self) -> None:
+        self.num_reported = 0  # tokens
+        self.text_reported = 0  # characters
         self.tokens = array("i")
         self.logprobs = array("f")
         self.text = ""
@@ -176,12 +211,16 @@ class _Pending:
             return None
         report = ChunkProgress(
             chunk_id=chunk_id,
+            start=self.num_reported,
             tokens=self.tokens.tobytes(),
             logprobs=self.logprobs.tobytes(),
+            text_start=self.text_reported,
             text=self.text,
             num_cached_tokens=self.cached,
             end=self.end,
         )
+        self.num_reported += len(self.tokens)
+        self.text_reported += len(self.text)
         self.tokens = array("i")
         self.logprobs = array("f")
         self.text = ""

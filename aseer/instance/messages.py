@@ -23,7 +23,7 @@ import msgspec
 # Runtime imports: msgspec resolves the annotations.
 from aseer.types import Chunk, ChunkId, ChunkProgress, InstanceInfo, InstanceLoad
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 # Methods of `Backend`.
 Question = Literal[

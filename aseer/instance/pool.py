@@ -117,9 +117,9 @@ class InstancePool:
     def run_chunk(self, instance_id: InstanceId, message: Run) -> None:
         """Send an instance a chunk."""
         slot = self._slots[instance_id]
-        if not slot.num_running:
+        if not slot.running:
             slot.last_progress = self._clock.read()
-        slot.num_running += 1
+        slot.running.add(message.chunk.chunk_id)
         self._router.send(slot.identity, message)
 
     def abort_chunks(self, instance_id: InstanceId, chunk_ids: list[ChunkId]) -> None:
@@ -187,7 +187,7 @@ class InstancePool:
     def kill_busy(self, why: str) -> None:
         """Kill the instances that run chunks; they are started again like any other."""
         for slot in self._slots:
-            if slot.num_running:
+            if slot.running:
                 slot.kill(why)
 
     def on_message(self, peer: bytes, message: FromInstance) -> None:
@@ -384,7 +384,7 @@ class InstancePool:
                 if not slot.up.is_set():
                     continue
                 silent = now - slot.last_heard
-                stuck = now - slot.last_progress if slot.num_running else 0.0
+                stuck = now - slot.last_progress if slot.running else 0.0
                 if silent > config.heartbeat_timeout_s:
                     slot.kill(f"it was silent for {silent:.0f} s")
                 elif stuck > config.stall_timeout_s:

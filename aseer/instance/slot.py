@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from aseer.instance.launch import Launch
     from aseer.instance.messages import Answer, Report
     from aseer.instance.process import InstanceProcess
-    from aseer.types import InstanceInfo
+    from aseer.types import ChunkId, InstanceInfo
     from aseer.watch import WakingClock
 
 
@@ -39,7 +39,7 @@ class Slot:
         self.info: InstanceInfo | None = None
         self.failure: str | None = None
         self.killed_because: str | None = None
-        self.num_running = 0
+        self.running: set[ChunkId] = set()  # sent to it, and not reported as over
         self.last_heard = self.last_progress = self._clock.read()
 
     def kill(self, why: str) -> None:
@@ -72,4 +72,4 @@ class Slot:
         """Keep track of what runs, and when something last moved."""
         if report.chunks:
             self.last_progress = self._clock.read()
-        self.num_running -= sum(c.end is not None for c in report.chunks)
+        self.running.difference_update(c.chunk_id for c in report.chunks if c.end)

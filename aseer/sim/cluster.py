@@ -236,6 +236,7 @@ class _Rollout:
             reports.append(
                 ChunkProgress(
                     chunk_id=chunk.chunk_id,
+                    start=0,
                     tokens=_zeros(num_tokens),
                     logprobs=_zeros(num_tokens),
                     num_cached_tokens=num_cached,

@@ -41,7 +41,7 @@ In_co = TypeVar("In_co", covariant=True)
 MAX_QUEUED = 10_000
 # Chunks of a thousand requests of 128k tokens, 4 bytes each, and as much again.
 MAX_QUEUED_BYTES = 1 << 30
-# A chunk of a request of a million tokens has 4 MB; a report is kept below 16 MB.
+# A chunk of a request of a million tokens has 4 MB; reports are cut at about as many.
 MAX_MESSAGE_BYTES = 128 << 20
 # Longer than an event loop is ever blocked by work; as long as an instance may be
 # silent by default (`EngineConfig.heartbeat_timeout_s`).

@@ -185,7 +185,7 @@ async def test_nonsense_under_any_name_costs_at_most_an_instance(name):
         other = engine.instances[1].pid
         endpoint = f"ipc://{engine.log_paths[0].parent}/ctrl"
         hello = Hello(PROTOCOL_VERSION, engine.instances[1])
-        odd = ChunkProgress(chunk_id=ChunkId(0), tokens=b"abc", logprobs=b"d")
+        odd = ChunkProgress(chunk_id=ChunkId(0), start=0, tokens=b"abc", logprobs=b"d")
         responses = []
         async with connect_dealer(endpoint, name, TO_INSTANCE, linger_ms=0) as dealer:
             async for response in engine.rollout(groups):

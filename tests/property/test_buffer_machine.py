@@ -171,7 +171,10 @@ class BufferMachine(RuleBasedStateMachine):
         tokens = range(start, start + min(num_tokens, request.remaining))
         expected.tokens += tokens
         error = {"error": "bad luck"} if end == "error" else {}
-        return report_of(request.chunk.chunk_id, tokens, end=end, **error)
+        at_start = len(request.chunk.generated) // 4
+        return report_of(
+            request.chunk.chunk_id, tokens, start=start - at_start, end=end, **error
+        )
 
     def expect_loss(self, request: Request, outcome: object) -> object:
         expected = self.expected[request.request_id]

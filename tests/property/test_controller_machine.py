@@ -298,6 +298,7 @@ class ControllerMachine(RuleBasedStateMachine):
         report = report_of(
             chunk_id,
             tokens,
+            start=running.made - len(tokens),
             end=end or None,
             num_cached_tokens=0 if is_first else None,
             **error,

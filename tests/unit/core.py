@@ -107,16 +107,23 @@ def report_of(
     tokens: Iterable[int] = (),
     *,
     end: str | None = None,
+    start: int = 0,
     text: str = "",
+    text_start: int = 0,
     num_cached_tokens: int | None = None,
     **of_end: Any,
 ) -> ChunkProgress:
-    """What an engine reports; every token's logprob is its negative."""
+    """What an engine reports; every token's logprob is its negative.
+
+    Tests of chunks with more than one report say where the later ones start.
+    """
     ids = list(tokens)
     return ChunkProgress(
         chunk_id=ChunkId(chunk_id),
+        start=start,
         tokens=array("i", ids).tobytes(),
         logprobs=array("f", [-t for t in ids]).tobytes(),
+        text_start=text_start,
         text=text,
         num_cached_tokens=num_cached_tokens,
         end=ChunkEnd(reason=end, **of_end) if end is not None else None,

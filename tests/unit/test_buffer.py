@@ -7,7 +7,14 @@ import pytest
 from aseer.buffer import Request, RequestBuffer
 from aseer.errors import InvalidTransition
 from aseer.sampling import chunk_seed
-from aseer.types import Assignment, Chunk, ChunkId, InstanceId, RequestState
+from aseer.types import (
+    Assignment,
+    Chunk,
+    ChunkId,
+    ChunkProgress,
+    InstanceId,
+    RequestState,
+)
 from tests.unit.core import report_of, task_of
 
 A, B = InstanceId(0), InstanceId(1)
@@ -57,7 +64,8 @@ def test_a_life_in_three_chunks() -> None:
     assert request.state is RequestState.RUNNING
     assert (first.prompt, first.generated) == (request.group.prompt, b"")
     assert buffer.progress(report_of(0, [1, 2], text="ab"), now=2.0) == "running"
-    assert buffer.progress(report_of(0, [3], end="length", text="c"), 3.0) == "waiting"
+    end = report_of(0, [3], start=2, text_start=2, end="length", text="c")
+    assert buffer.progress(end, now=3.0) == "waiting"
 
     second = start(buffer, now=5.0, where=1)
     assert second.generated == request.tokens.tobytes()
@@ -166,6 +174,105 @@ def test_a_report_of_an_unknown_chunk_changes_nothing() -> None:
     buffer = buffer_of()
     assert buffer.progress(report_of(77, [1], end="stop"), 1.0) is None
     assert buffer.chunk_owner(ChunkId(77)) is None
+
+
+# Reports that are lost, doubled, overtaken, malformed
+
+
+def test_a_doubled_report_is_taken_once() -> None:
+    buffer = buffer_of()
+    start(buffer)
+    report = report_of(0, [1, 2], text="ab", num_cached_tokens=3)
+    for _ in range(2):
+        assert buffer.progress(report, 1.0) == "running"
+    buffer.progress(report_of(0, [3], start=2, text_start=2, text="c", end="stop"), 2.0)
+    response = only(buffer).to_response(0)
+    assert (response.token_ids, response.text) == ([1, 2, 3], "abc")
+    assert response.metrics.num_cached_tokens == 3
+
+
+def test_of_a_report_that_overlaps_the_new_part_is_taken() -> None:
+    buffer = buffer_of()
+    start(buffer)
+    buffer.progress(report_of(0, [1, 2], text="ab"), 1.0)
+    buffer.progress(report_of(0, [2, 3], start=1, text_start=1, text="bc"), 1.0)
+    buffer.progress(report_of(0, [1], text="a"), 1.0)
+    buffer.progress(report_of(0, start=3, text_start=3, end="stop"), 2.0)
+    response = only(buffer).to_response(0)
+    assert (response.token_ids, response.logprobs) == ([1, 2, 3], [-1, -2, -3])
+    assert response.text == "abc"
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        report_of(0, [3], start=2, text_start=1, text="c"),
+        report_of(0, [2], start=1, text_start=2, text="c"),
+        report_of(0, [3], start=-1, text_start=1),
+        report_of(0, [3], start=1, text_start=-1),
+        report_of(0, range(8), start=1, text_start=1),
+        ChunkProgress(chunk_id=ChunkId(0), start=1, text_start=1, tokens=b"abc"),
+        ChunkProgress(
+            chunk_id=ChunkId(0), start=1, text_start=1, tokens=b"abcd", logprobs=b""
+        ),
+    ],
+    ids=[
+        "tokens are missing",
+        "text is missing",
+        "tokens from before",
+        "text from before",
+        "more tokens than it may make",
+        "no whole token",
+        "a token without logprob",
+    ],
+)
+def test_a_report_that_does_not_follow_breaks_its_chunk(later: ChunkProgress) -> None:
+    buffer = buffer_of()
+    request = only(buffer)
+    start(buffer)
+    buffer.progress(report_of(0, [1], text="a"), 1.0)
+    assert buffer.progress(later, 2.0) == "broken"
+    assert buffer.progress(later, 2.0) == "running", "it is aborted once"
+    assert request.tokens.tolist() == [1]
+    over = report_of(0, start=5, text_start=5, end="stop", stop_reason=9)
+    assert buffer.progress(over, 3.0) == "waiting"
+    assert request.num_retries == 1
+    buffer.check_integrity()
+    assert start(buffer, 4.0).generated == request.tokens.tobytes()
+    buffer.progress(report_of(1, [2], text="b", end="stop"), 5.0)
+    response = request.to_response(0)
+    assert (response.token_ids, response.text) == ([1, 2], "ab")
+
+
+def test_a_broken_chunk_whose_reports_all_come_after_all_is_whole() -> None:
+    buffer = buffer_of()
+    start(buffer)
+    late = report_of(0, [1], text="a")
+    assert buffer.progress(report_of(0, [2], start=1, text_start=1), 1.0) == "broken"
+    assert buffer.progress(late, 1.0) == "running"
+    whole = report_of(0, [2, 3], start=1, text_start=1, text="bc", end="stop")
+    assert buffer.progress(whole, 2.0) == "finished"
+    assert only(buffer).to_response(0).text == "abc"
+
+
+def test_an_end_that_overtakes_tokens_loses_its_chunk() -> None:
+    buffer = buffer_of(undivided_because="presence_penalty")
+    start(buffer)
+    buffer.progress(report_of(0, [1], text="a"), 1.0)
+    end = report_of(0, [3], start=2, text_start=2, text="c", end="stop")
+    assert buffer.progress(end, 2.0) == "waiting"
+    assert buffer.progress(report_of(0, [2], start=1, text_start=1), 3.0) is None
+    assert start(buffer).generated == b""
+
+
+def test_a_request_whose_reports_keep_missing_ends_as_an_error() -> None:
+    buffer = buffer_of(max_request_retries=0)
+    start(buffer)
+    assert buffer.progress(report_of(0, [3], start=2, end="stop"), 1.0) == "finished"
+    response = only(buffer).to_response(0)
+    assert response.finish_reason == "error"
+    assert "a report of its tokens is missing or malformed" in (response.error or "")
+    assert response.token_ids == []
 
 
 # Lost chunks

@@ -65,8 +65,8 @@ def test_what_is_learnt_decides_who_goes_next() -> None:
 def test_a_group_with_a_prior_needs_no_probe_and_ranks_by_it() -> None:
     controller = with_instances(3)
     tasks = [
-        task_of("f", length_prior=20),
-        task_of("g", length_prior=50),
+        task_of("f", length_prior=2),
+        task_of("g", length_prior=5),
         task_of("h"),
     ]
     log = []
@@ -74,10 +74,34 @@ def test_a_group_with_a_prior_needs_no_probe_and_ranks_by_it() -> None:
     while chunks := chunks_in(commands):
         (chunk,) = chunks
         log.append(chunk.request_id)
-        end = report_of(chunk.chunk_id, [1] * 30, end="stop")
+        end = report_of(chunk.chunk_id, [1] * 3, end="stop")
         commands = controller.progress([end], 1.0)
     # h's probe; then the longest: g by its prior, and h by what its probe showed.
     assert log == ["h/0", "g/0", "g/1", "h/1", "f/0", "f/1"]
+
+
+def test_a_chunk_with_a_missing_report_is_aborted_and_runs_again() -> None:
+    """Its place is free only once its instance says that it has stopped."""
+    controller = with_instances(3)
+    commands = controller.add_groups([task_of(num_requests=2)], 0.0)
+    assert placed(commands) == [("g/0", 0)]
+    missing = report_of(0, [3], start=2, num_cached_tokens=0)
+    assert aborts_in(controller.progress([missing, missing], 1.0)) == [(0, 0)]
+    controller.check_integrity()
+    commands = controller.progress([report_of(0, start=3, end="aborted")], 2.0)
+    assert len(placed(commands)) == 1
+    controller.check_integrity()
+
+
+def test_a_doubled_report_counts_a_move_once() -> None:
+    controller = with_instances(12, 12)
+    (first, *_) = chunks_in(controller.add_groups([task_of(num_requests=1)], 0.0))
+    commands = controller.instance_down(first.instance_id, 1.0, "it burnt")
+    (chunk,) = chunks_in(commands)
+    found = report_of(chunk.chunk_id, [1], num_cached_tokens=3)
+    controller.progress([found, found], 2.0)
+    assert controller.counters.num_moves_found == 1
+    assert controller.counters.num_output_tokens == 1
 
 
 def test_an_unknown_group_goes_before_a_known_shorter_one() -> None:

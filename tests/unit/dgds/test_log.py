@@ -126,3 +126,10 @@ def test_registering_a_group_that_is_over_does_not_revive_it(log):
     log.finish_group("g")
     log.register_group("g", b"key", ttl_s=10.0, now=0.0)
     assert len(log) == 0
+
+
+def test_what_is_no_tokens_is_ignored(log):
+    log.update_cst("g", "a", 3, b"abc", now=0.0)
+    log.update_cst("g", "a", -1, tokens(0, 1, 2, 3, 4), now=0.0)
+    log.update_cst("g", "a", 3, tokens(4), now=0.0)
+    assert given(log, {}) == {"a": [0, [1, 2, 3, 4]]}
