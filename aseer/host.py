@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import threading
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
@@ -34,6 +33,7 @@ from aseer.instance.messages import FROM_INSTANCE, Report
 from aseer.instance.pool import InstancePool
 from aseer.instance.sleep import Sleep
 from aseer.kv.pool import KvPool, plan_kv_pool
+from aseer.leftovers import Leftovers, sweep
 from aseer.session import Session
 from aseer.transport.zeromq import bind_router, make_socket_dir
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
@@ -67,8 +67,11 @@ class Host:
                 Path(config.log_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"log_dir cannot be used: {error}") from error
+        sweep()
         self.run_dir = make_socket_dir()
         self.weights_dir = weights_dir_of(config, self.run_dir)
+        self._leftovers = Leftovers(self.run_dir)
+        self._leftovers.add(self.weights_dir)
         self.weights = WeightKeeper(self.weights_dir)
         self.log_dir = Path(config.log_dir or self.run_dir)
         self.infos: dict[InstanceId, InstanceInfo] = {}
@@ -85,7 +88,9 @@ class Host:
         self._length_priors = LengthPriors() if config.length_priors else None
         self.kv_pool: KvPool | None = None
         if pool_plan is not None:
-            self.kv_pool = KvPool(pool_plan, config, len(launches), self.log_dir)
+            self.kv_pool = KvPool(
+                pool_plan, config, len(launches), self.log_dir, self._leftovers
+            )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._is_stopping = False
@@ -308,8 +313,7 @@ class Host:
             elif self._exhausted is None:  # else it was told already
                 _log.error("the engine did not close cleanly", exc_info=error)
         finally:
-            shutil.rmtree(self.run_dir, ignore_errors=True)
-            shutil.rmtree(self.weights_dir, ignore_errors=True)
+            self._leftovers.remove()
             self.ended.set()
 
     def _do(self, posted: Callable[[], object]) -> None:
@@ -341,8 +345,7 @@ class Host:
                 self._launches,
                 router,
                 endpoint,
-                self.run_dir,
-                self.weights_dir,
+                self._leftovers,
                 self.log_dir,
                 self,
                 self._draft_server.spec if self._draft_server else None,

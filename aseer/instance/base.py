@@ -24,8 +24,6 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         endpoint: of the controller's ROUTER.
         identity: under which this incarnation speaks.
-        run_dir, weights_dir: the controller's, to be removed if it cannot do so any
-            more.
         backend: "vllm" or "sim".
         engine_args: of the backend's engine.
         cores: to stay on; empty = any.
@@ -35,8 +33,6 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     endpoint: str
     identity: str
-    run_dir: str
-    weights_dir: str
     instance_id: int
     backend: str
     report_interval_s: float

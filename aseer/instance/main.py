@@ -2,9 +2,8 @@
 controller.
 
 Started by the controller as `python -m aseer.instance.main` with an `InstanceSpec` on
-standard input, which stays open: its end means that the controller is gone, however it
-died, and then this process takes its whole process group (the engine's processes) down
-with it.
+standard input, which stays open. When the controller is gone, however it died, this
+process and each that vLLM started below it end themselves and one another.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
 import traceback
 from array import array
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,7 +24,6 @@ import uvloop
 
 from aseer.errors import describe
 from aseer.instance.base import Backend, EngineDied, InstanceSpec
-from aseer.instance.cleanup import remove_shared_memory, shared_memory_of
 from aseer.instance.messages import (
     PROTOCOL_VERSION,
     TO_INSTANCE,
@@ -38,6 +36,14 @@ from aseer.instance.messages import (
     Run,
     Stop,
     ToInstance,
+)
+from aseer.leftovers import hold
+from aseer.lifeline import (
+    Lifeline,
+    end_group,
+    watch,
+    watch_below,
+    watch_in_children,
 )
 from aseer.transport.zeromq import connect_dealer
 from aseer.types import ChunkEnd, ChunkProgress
@@ -257,22 +263,10 @@ async def _main(spec: InstanceSpec) -> int:
     return 0
 
 
-def _watch_lifeline(*folders: str) -> None:
-    """Wait for the controller's death, then end everything of this instance.
-
-    A thread, since the engine's start blocks the event loop; at once, since an engine
-    without a controller has nothing left that is worth an orderly end.
-    """
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
+def _end(lifeline: Lifeline) -> None:
+    """The controller is gone; this process must not exit before all is removed."""
     with _ending:
-        _log.error("the controller is gone; this instance ends")
-        # All at once and last: when its engine dies, this process begins to exit.
-        group = os.getpgrp()
-        remove_shared_memory(shared_memory_of(group), group=group)
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        os.killpg(group, signal.SIGKILL)
+        end_group(lifeline)
 
 
 def main() -> None:
@@ -284,13 +278,11 @@ def main() -> None:
     while (byte := os.read(sys.stdin.fileno(), 1)) not in (b"\n", b""):
         line += byte
     spec = msgspec.json.decode(bytes(line), type=InstanceSpec)
-    lifeline = threading.Thread(
-        target=_watch_lifeline,
-        args=(spec.run_dir, spec.weights_dir),
-        name="lifeline",
-        daemon=True,
-    )
-    lifeline.start()
+    lifeline = Lifeline.of_this_process()
+    hold(Path(lifeline.run_dir))
+    # A thread, since the engine's start blocks the event loop.
+    watch(lifeline, lambda: _end(lifeline), sys.stdin.fileno())
+    watch_in_children(lifeline)
     if spec.cores:
         os.sched_setaffinity(0, spec.cores)  # this thread's, and so its children's
     status = uvloop.run(_main(spec))
@@ -303,3 +295,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a process of vLLM's: multiprocessing imports us there
+    watch_below(Lifeline.of_this_process())

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from aseer.instance.launch import Launch
     from aseer.instance.messages import Question
     from aseer.kv.pool import KvPool
+    from aseer.leftovers import Leftovers
     from aseer.transport.base import Router
     from aseer.types import ChunkId, InstanceId, InstanceInfo
 
@@ -80,8 +81,7 @@ class InstancePool:
         launches: list[Launch],
         router: Router[FromInstance],
         endpoint: str,
-        run_dir: Path,
-        weights_dir: Path,
+        leftovers: Leftovers,
         log_dir: Path,
         owner: PoolOwner,
         drafting: DraftingSpec | None = None,
@@ -90,8 +90,7 @@ class InstancePool:
         self._config = config
         self._router = router
         self._endpoint = endpoint
-        self._run_dir = run_dir
-        self._weights_dir = weights_dir
+        self._leftovers = leftovers
         self._log_dir = log_dir
         self._owner = owner
         self._drafting = drafting
@@ -299,8 +298,6 @@ class InstancePool:
         spec = InstanceSpec(
             endpoint=self._endpoint,
             identity=slot.identity.decode(),
-            run_dir=str(self._run_dir),
-            weights_dir=str(self._weights_dir),
             instance_id=slot.instance_id,
             backend=launch.backend,
             report_interval_s=self._config.report_interval_s,
@@ -310,8 +307,9 @@ class InstancePool:
             kv_namespace=self._kv_namespace,
         )
         # vLLM leaves its sockets lying where it makes them: in a folder that we remove.
-        env = {"VLLM_RPC_BASE_PATH": str(self._run_dir), **launch.env}
-        slot.process = await InstanceProcess.start(spec, env, slot.log_path)
+        left = self._leftovers
+        env = {"VLLM_RPC_BASE_PATH": str(left.run_dir), **launch.env}
+        slot.process = await InstanceProcess.start(spec, env, slot.log_path, left)
         return slot.process
 
     def _start_error(

@@ -1,34 +1,23 @@
-"""One instance's process: started, watched, ended together with all it started.
-
-The process leads a session and process group of its own, so that Ctrl-C in a terminal
-reaches only the controller, and one signal reaches every process of the engine.
-"""
+"""One instance's process, and why it ended."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import signal
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from aseer.children import Child
-from aseer.instance.cleanup import (
-    kill_group,
-    remove_shared_memory,
-    shared_memory_of,
-    signal_group,
-)
+from aseer.errors import InstanceStartError, describe
 from aseer.instance.launch import COMMAND
-from aseer.watch import waking_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from aseer.instance.base import InstanceSpec
+    from aseer.leftovers import Leftovers
 
 _LOG_TAIL_LINES = 15
 # What vLLM says after the real cause, and what follows from a death rather than causing
@@ -44,69 +33,64 @@ _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)): ?(.*)")
 class InstanceProcess:
     """A running instance process; make it with `start`."""
 
-    def __init__(self, process: Child, log_path: Path, log_start: int) -> None:
-        self._process = process
-        self._log_path = log_path
-        self._log_start = log_start  # before it is what earlier processes wrote
-        self._shared_memory: set[Path] = set()
+    def __init__(self, child: Child) -> None:
+        self._child = child
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.pid
 
     @classmethod
     async def start(
-        cls, spec: InstanceSpec, env: Mapping[str, str], log_path: Path
+        cls,
+        spec: InstanceSpec,
+        env: Mapping[str, str],
+        log_path: Path,
+        leftovers: Leftovers,
     ) -> InstanceProcess:
-        """Start the process and hand it its spec."""
-        with log_path.open("ab") as log:
-            log_start = log.tell()
-            process = await Child.start(COMMAND, env, log)
-        process.stdin.write(msgspec.json.encode(spec) + b"\n")
-        return cls(process, log_path, log_start)
+        """Start the process and hand it its spec.
+
+        Raises:
+            InstanceStartError: the system has no room for it; nothing of it remains.
+        """
+        try:
+            child = await Child.start(COMMAND, env, log_path, leftovers)
+            try:
+                child.tell(msgspec.json.encode(spec) + b"\n")
+            except BaseException:
+                await child.end()
+                raise
+        except OSError as error:
+            raise InstanceStartError(
+                f"the process of instance {spec.instance_id} cannot be started: "
+                f"{describe(error)}; look at the limits on processes, memory and open "
+                f"files, and whether {log_path} can be written"
+            ) from error
+        return cls(child)
 
     async def wait(self) -> int:
         """Wait for its end; the exit status, negative for a signal."""
-        return await self._process.wait()
+        return await self._child.wait()
 
     async def end(self, grace_s: float) -> None:
-        """Give it `grace_s` to exit, then kill it; either way nothing of it remains."""
-        if self._process.returncode is None and grace_s > 0:
-            await self.note_shared_memory()
-            with suppress(TimeoutError):
-                async with waking_timeout(grace_s):
-                    await self._process.wait()
-        await self.note_shared_memory()
-        await asyncio.to_thread(kill_group, self._process.pid)
-        await self._process.wait()
-        await asyncio.to_thread(remove_shared_memory, self._shared_memory)
-        await self._process.close()
+        """See `Child.end`."""
+        await self._child.end(grace_s)
 
     def kill(self) -> None:
-        """Kill the whole process group, dead leader or not; `wait` tells when."""
-        signal_group(self._process.pid)
+        """See `Child.kill`."""
+        self._child.kill()
 
     async def note_shared_memory(self) -> None:
-        """Remember what its processes have mapped, in case they cannot remove it."""
-        found = await asyncio.to_thread(shared_memory_of, self._process.pid)
-        self._shared_memory |= found
+        """See `Child.note_shared_memory`."""
+        await self._child.note_shared_memory()
 
     def log_tail(self) -> str:
         """The last lines of its log."""
-        lines = self._log().splitlines()
-        return "\n".join(lines[-_LOG_TAIL_LINES:])
+        return self._child.log.tail(_LOG_TAIL_LINES)
 
     def cause(self) -> str | None:
         """The error its log gives for its death, if it gives one."""
-        return cause_from_log(self._log())
-
-    def _log(self) -> str:
-        try:
-            with self._log_path.open("rb") as log:
-                log.seek(self._log_start)
-                return log.read().decode(errors="replace")
-        except OSError:
-            return ""
+        return cause_from_log(self._child.log.text())
 
 
 def cause_from_log(text: str) -> str | None:

@@ -10,7 +10,9 @@ Its "weights" are whatever tensors `weights` names; a checksum of their bytes go
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
+import time
 import zlib
 from array import array
 from pathlib import Path
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from aseer.types import Chunk, ChunkId
     from aseer.weights.files import Index
 
+_HELP_S = 3600.0  # longer than any test
 _DEFAULTS: dict[str, Any] = {
     "num_kv_blocks": 4096,
     "block_size": 16,
@@ -43,6 +46,7 @@ _DEFAULTS: dict[str, Any] = {
     "fail_at_start": "",
     "die_after_tokens": 0,
     "hang_after_tokens": 0,
+    "helper": "",  # "spawn" or "fork": a process as vLLM has them, that only sleeps
     "weights": {},  # shape by name; all are F32
     # [identity, "prepare" or "commit", "refuse" or "die"]: of one incarnation.
     "weights_fault": None,
@@ -72,6 +76,9 @@ class SimBackend:
 
     async def start(self) -> InstanceInfo:
         """See `Backend`."""
+        if self._args["helper"]:
+            context: Any = multiprocessing.get_context(self._args["helper"])
+            context.Process(target=time.sleep, args=(_HELP_S,), daemon=True).start()
         await asyncio.sleep(self._args["start_s"])
         if self._args["fail_at_start"]:
             raise RuntimeError(self._args["fail_at_start"])

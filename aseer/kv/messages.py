@@ -5,7 +5,7 @@
                                        <- Counts, once it serves
       Poll, a few times a second ---------------------->
                                        <- Counts, the answer; the heartbeat, too
-      the end of its standard input: clean up and exit
+      the end of its standard input: remove all and exit
 
 Structs of plain data in JSON; bytes travel as base64.
 """

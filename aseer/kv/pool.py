@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from aseer.config import EngineConfig
     from aseer.instance.launch import Launch
     from aseer.kv.settings import PoolPlan
+    from aseer.leftovers import Leftovers
     from aseer.types import InstanceInfo
 
 _log = logging.getLogger("aseer")
@@ -35,7 +36,12 @@ class KvPool:
     """The pool servers of a node."""
 
     def __init__(
-        self, plan: PoolPlan, config: EngineConfig, num_instances: int, log_dir: Path
+        self,
+        plan: PoolPlan,
+        config: EngineConfig,
+        num_instances: int,
+        log_dir: Path,
+        leftovers: Leftovers,
     ) -> None:
         """Prepare; nothing is started yet."""
         self._plan = plan
@@ -44,7 +50,13 @@ class KvPool:
         self.namespace = secrets.token_hex(4)
         """Of the keys: KV of other runs is never found, even in a shared tier."""
         self._servers = [
-            ServerProcess(plan, i, config.start_timeout_s, log_dir / f"kv-pool-{i}.log")
+            ServerProcess(
+                plan,
+                i,
+                config.start_timeout_s,
+                log_dir / f"kv-pool-{i}.log",
+                leftovers,
+            )
             for i in range(plan.num_servers)
         ]
 

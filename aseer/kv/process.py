@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aseer.children import Child, module_command
+from aseer.children import Child, in_thread, module_command
 from aseer.errors import AseerError
-from aseer.instance.cleanup import SHARED_MEMORY, kill_group
+from aseer.instance.cleanup import SHARED_MEMORY
 from aseer.instance.launch import GPU_VARIABLES
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
 from aseer.kv.settings import QUIET_LMCACHE, SHM_PREFIX, server_args
@@ -25,6 +25,7 @@ from aseer.watch import waking_timeout
 
 if TYPE_CHECKING:
     from aseer.kv.settings import PoolPlan
+    from aseer.leftovers import Leftovers
 
 _log = logging.getLogger("aseer")
 
@@ -47,10 +48,18 @@ class ServerProcess:
     """A place for a server's process, over all its incarnations."""
 
     def __init__(
-        self, plan: PoolPlan, index: int, start_timeout_s: float, log_path: Path
+        self,
+        plan: PoolPlan,
+        index: int,
+        start_timeout_s: float,
+        log_path: Path,
+        leftovers: Leftovers,
     ) -> None:
         self._plan = plan
         self._name = f"aseer-{os.getpid()}-{secrets.token_hex(3)}-{index}"
+        self._memory = SHARED_MEMORY / f"{SHM_PREFIX}{self._name}"
+        self._disk_dir = plan.disk_dir and Path(plan.disk_dir).resolve() / self._name
+        self._leftovers = leftovers
         self._start_timeout_s = start_timeout_s
         self._answer_timeout_s = _ANSWER_TIMEOUTS * plan.timeout_s
         self._log_path = log_path
@@ -133,25 +142,23 @@ class ServerProcess:
         """Give it `grace_s` to exit, then kill it; either way nothing of it remains."""
         process = self._process
         if process is not None and process.returncode is None and grace_s > 0:
-            with suppress(ProcessLookupError):
-                process.terminate()
-            with suppress(TimeoutError):
-                async with waking_timeout(grace_s):
-                    await process.wait()
+            process.terminate()
+            await process.end(grace_s)
         await self._bury()
 
     async def _start(self) -> None:
-        plan = self._plan
-        disk_dir = plan.disk_dir and Path(plan.disk_dir) / self._name
+        disk_dir = self._disk_dir
         spec = ServerSpec(
-            args=server_args(plan, self.port, self._name, disk_dir or Path()),
+            args=server_args(self._plan, self.port, self._name, disk_dir or Path()),
             shm_name=self._name,
             disk_dir=str(disk_dir) if disk_dir else None,
         )
-        with self._log_path.open("ab") as log:
-            self._process = process = await Child.start(
-                COMMAND, _ENV, log, answers=True
-            )
+        self._leftovers.add(self._memory)
+        if disk_dir is not None:
+            self._leftovers.add(disk_dir)
+        self._process = process = await Child.start(
+            COMMAND, _ENV, self._log_path, self._leftovers, answers=True
+        )
         self._tell(spec)
         self.counts = await self._hear(self._start_timeout_s)
         self._is_up = True
@@ -177,13 +184,10 @@ class ServerProcess:
         """Write a line.
 
         Raises:
-            PoolServerError: nobody reads it.
+            OSError: nobody reads it.
         """
         assert self._process is not None
-        try:
-            self._process.stdin.write(msgspec.json.encode(message) + b"\n")
-        except (OSError, RuntimeError) as error:  # uvloop's, for a pipe that is closed
-            raise PoolServerError(f"it takes no messages: {error}") from None
+        self._process.tell(msgspec.json.encode(message) + b"\n")
 
     async def _hear(self, timeout_s: float) -> Counts:
         """The next answer.
@@ -199,7 +203,8 @@ class ServerProcess:
         except TimeoutError:
             raise PoolServerError(f"no answer within {timeout_s:g} s") from None
         if not line:
-            raise PoolServerError(f"it exited; its log ends with:\n{self._log_tail()}")
+            tail = self._process.log.tail(_LOG_TAIL_LINES)
+            raise PoolServerError(f"it exited; its log ends with:\n{tail}")
         return msgspec.json.decode(line, type=Counts)
 
     async def _bury(self) -> None:
@@ -210,14 +215,11 @@ class ServerProcess:
         self._is_up = False
         process = self._process
         if process is not None:
-            await asyncio.to_thread(kill_group, process.pid)
-            await process.wait()
-            await process.close()
+            await process.end()
             self._process = None
-        (SHARED_MEMORY / f"{SHM_PREFIX}{self._name}").unlink(missing_ok=True)
-        if self._plan.disk_dir is not None:
-            directory = Path(self._plan.disk_dir) / self._name
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        self._memory.unlink(missing_ok=True)
+        if self._disk_dir is not None:
+            await in_thread(shutil.rmtree, self._disk_dir, ignore_errors=True)
         held = {"resident": 0, "capacity": 0, "disk_resident": 0}
         self.past = msgspec.structs.replace(sum_counts(self.past, self.counts), **held)
         self.counts = Counts()
@@ -225,12 +227,6 @@ class ServerProcess:
         self._drop_below = None
         self._clear_dram = False
         self._idle.set()
-
-    def _log_tail(self) -> str:
-        with suppress(OSError):
-            lines = self._log_path.read_text(errors="replace").splitlines()
-            return "\n".join(lines[-_LOG_TAIL_LINES:])
-        return ""
 
 
 def sum_counts(a: Counts, b: Counts) -> Counts:

@@ -62,10 +62,11 @@ from lmcache.v1.multiprocess.server import run_cache_server
 
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
 from aseer.kv.settings import SHM_PREFIX, WATERMARK, version_of
+from aseer.leftovers import hold
+from aseer.lifeline import Lifeline, end_group, watch
 
 _log = logging.getLogger("aseer.kv")
 
-_CLOSE_TIMEOUT_S = 3.0
 _MAX_PREFETCHES = 4  # at once
 _FREE_ROUNDS = 8  # polls; what is being read, or written to disk, cannot go yet
 
@@ -273,11 +274,6 @@ class PoolServer:
             self._storage.clear()
         return self.counts()
 
-    def close(self) -> None:
-        """Stop serving; ends by itself what does not end in time."""
-        self._requests.close()
-        self._engine.close()
-
     def _keys_of(self, what: Free | Prefetch, start: int = 0) -> list[Any]:
         """Of whole chunks that hold `start` or begin after it."""
         context = self._engine.context
@@ -344,46 +340,33 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what LMCache prints goes to the log
+    lifeline = Lifeline.of_this_process()
+    hold(Path(lifeline.run_dir))
+    watch(lifeline, lambda: end_group(lifeline))
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=ServerSpec)
     signal.signal(signal.SIGTERM, lambda *_: _exit_now(spec))
     if spec.disk_dir is not None:
         Path(spec.disk_dir).mkdir(parents=True, exist_ok=True)
-    lines = _Lines(spec)
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    reader = threading.Thread(target=_read, args=(lines, lifeline), daemon=True)
+    reader.start()
     server = PoolServer(spec)
-    with suppress(BrokenPipeError):
-        _say(answers, server.counts())
-        for line in lines:
-            _say(answers, server.answer(msgspec.json.decode(line, type=Poll)))
-    threading.Timer(_CLOSE_TIMEOUT_S, _exit_now, [spec]).start()
-    server.close()
-    _exit_now(spec)
+    _say(answers, server.counts())
+    while True:
+        _say(answers, server.answer(msgspec.json.decode(lines.get(), type=Poll)))
 
 
-class _Lines:
-    """Lines of standard input, read in a thread, so that its end is never missed."""
-
-    def __init__(self, spec: ServerSpec) -> None:
-        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._spec = spec
-        self._is_serving = False
-        threading.Thread(target=self._read, name="lifeline", daemon=True).start()
-
-    def __iter__(self) -> Any:
-        self._is_serving = True
-        return iter(self._lines.get, b"")
-
-    def _read(self) -> None:
-        while line := sys.stdin.buffer.readline():
-            self._lines.put(line)
-        if not self._is_serving:  # still starting: nobody takes the line
-            _exit_now(self._spec)
-        threading.Timer(_CLOSE_TIMEOUT_S, _exit_now, [self._spec]).start()
-        self._lines.put(b"")
+def _read(lines: queue.SimpleQueue[bytes], lifeline: Lifeline) -> None:
+    """Read standard input in a thread, so that its end is never missed."""
+    while line := sys.stdin.buffer.readline():
+        lines.put(line)
+    end_group(lifeline)
 
 
 def _say(answers: Any, counts: Counts) -> None:
-    answers.write(msgspec.json.encode(counts) + b"\n")
-    answers.flush()
+    with suppress(BrokenPipeError):  # the lifeline's end comes with it
+        answers.write(msgspec.json.encode(counts) + b"\n")
+        answers.flush()
 
 
 def _exit_now(spec: ServerSpec) -> None:

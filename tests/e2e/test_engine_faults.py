@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -67,50 +66,70 @@ def test_a_killed_engine_core_costs_no_response_and_changes_nothing():
 
 
 SCRIPT = """
-import sys
+import os, sys, time
 import aseer
 from tests.e2e.tiny import tiny_config
 
-config = tiny_config(num_instances=1, model=sys.argv[1])
-sampling = {"max_tokens": 1000, "ignore_eos": True}
-with aseer.Engine(config) as engine:
-    print(engine.run_dir, engine.instances[0].pid, flush=True)
-    for _ in engine.rollout_sync([aseer.Group([1, 2], n=4096, sampling=sampling)]):
-        pass
+if __name__ == "__main__":
+    pool = aseer.KvPoolConfig(mode="lmcache", dram_bytes=64 << 20)
+    config = tiny_config(
+        num_instances=1, model=sys.argv[1], chunk_size=128, kv_pool=pool
+    )
+    sampling = {"max_tokens": 1000, "ignore_eos": True}
+    groups = [aseer.Group([1, 2], n=4096, sampling=sampling)]
+    with aseer.Engine(config) as engine:
+        engine.update_weights_sync(sys.argv[1])
+        fork = os.fork()
+        if fork == 0:
+            time.sleep(600)  # as a data loader's worker that waits for work
+        print(engine.run_dir, fork, flush=True)
+        for _ in engine.rollout_sync(groups):
+            pass
 """
 
 
-def test_a_killed_trainer_leaves_no_engine_behind(tmp_path):
+@pytest.mark.parametrize(
+    "ends",
+    [
+        "killed with its children",
+        pytest.param("killed", marks=pytest.mark.slow),
+        pytest.param("asked", marks=pytest.mark.slow),
+    ],
+)
+def test_a_trainer_that_is_gone_leaves_no_engine_behind(ends, tmp_path):
+    """Though a process lives on that it had forked."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     root = Path(aseer.__file__).parents[1]
-    with ExitStack() as stack:
-        trainers = {}
-        for kind in (signal.SIGTERM, signal.SIGKILL):
-            trainers[kind] = stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, str(script), str(tiny_model())],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    text=True,
-                    cwd=root,
-                    env=os.environ | {"PYTHONPATH": str(root)},
-                )
-            )
-            stack.callback(trainers[kind].kill)
-        left: list[tuple[Path, list[psutil.Process]]] = []
-        for trainer in trainers.values():
-            assert trainer.stdout is not None
-            run_dir, pid = trainer.stdout.readline().split()
-            instance = psutil.Process(int(pid))
-            left.append((Path(run_dir), [instance, *instance.children(recursive=True)]))
-        time.sleep(1.0)
-        for kind, trainer in trainers.items():
-            trainer.send_signal(kind)
-        for trainer in trainers.values():
+    before = set(os.listdir("/dev/shm"))
+    with subprocess.Popen(
+        [sys.executable, str(script), str(tiny_model())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    ) as trainer:
+        assert trainer.stdout is not None
+        run_dir, number = trainer.stdout.readline().split()
+        fork = psutil.Process(int(number))
+        children = [c for c in psutil.Process(trainer.pid).children() if c != fork]
+        below = [p for c in children for p in c.children(recursive=True)]
+        names = " ".join(p.name() for p in below)
+        assert len(children) == 2, "the instance and the pool's server"
+        assert "EngineCore" in names
+        assert "Worker" in names
+        time.sleep(1.0)  # it is amid a rollout
+        trainer.send_signal(signal.SIGTERM if ends == "asked" else signal.SIGKILL)
+        if ends == "killed with its children":
+            for child in children:
+                child.kill()
+        try:
             trainer.wait(timeout=60)
-    for run_dir, family in left:
-        assert len(family) >= 2
-        _, alive = psutil.wait_procs(family, timeout=30)
-        assert not alive
-        assert not run_dir.exists()
+            _, alive = psutil.wait_procs([*children, *below], timeout=30)
+            assert not alive
+            assert fork.is_running()
+        finally:
+            fork.kill()
+    assert not Path(run_dir).exists()
+    assert set(os.listdir("/dev/shm")) <= before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from aseer.instance.cleanup import (
     remove_shared_memory,
     shared_memory_of,
 )
+from aseer.leftovers import Leftovers
+from aseer.lifeline import Lifeline
 
 SCRIPT = """
 import multiprocessing, sys, time
@@ -58,6 +61,7 @@ def test_only_what_the_group_alone_had_is_removed():
 ENDS_WHILE_IT_CLEANS_UP = """
 import shutil, threading, time
 import uvloop
+from aseer import lifeline
 from aseer.instance.main import main
 
 began = threading.Event()
@@ -74,6 +78,7 @@ def run(work):
     return 0
 
 shutil.rmtree, uvloop.run = slowly, run
+lifeline.Lifeline.is_intact = lambda _: False  # of a controller that is gone
 main()
 """
 
@@ -82,21 +87,24 @@ def test_an_instance_that_ends_waits_for_its_own_cleanup(tmp_path):
     spec = InstanceSpec(
         endpoint="",
         identity="",
-        run_dir=str(tmp_path / "run"),
-        weights_dir=str(tmp_path / "weights"),
         instance_id=0,
         backend="sim",
         report_interval_s=1.0,
         engine_args={},
     )
-    folders = [Path(spec.run_dir), Path(spec.weights_dir)]
+    folders = [tmp_path / "run", tmp_path / "weights"]
     for folder in folders:
         folder.mkdir()
+    leftovers = Leftovers(folders[0])
+    leftovers.add(folders[1])
+    lifeline = Lifeline.to_this_process(folders[0])
     with subprocess.Popen(
         [sys.executable, "-c", ENDS_WHILE_IT_CLEANS_UP],
         stdin=subprocess.PIPE,
+        env=os.environ | lifeline.environment(),
         start_new_session=True,
     ) as process:
         process.communicate(msgspec.json.encode(spec) + b"\n", timeout=30)
     assert process.returncode == -signal.SIGKILL  # of its whole group, when all is gone
     assert not any(folder.exists() for folder in folders)
+    leftovers.remove()

@@ -21,6 +21,8 @@ from aseer.instance.process import InstanceProcess
 from aseer.instance.stats import Stats
 from aseer.kv.pool import KvPool
 from aseer.kv.settings import CONNECTOR, SHM_PREFIX, Memory, plan_pool
+from aseer.leftovers import Leftovers
+from aseer.transport.zeromq import make_socket_dir
 from aseer.types import InstanceId, InstanceInfo
 
 if TYPE_CHECKING:
@@ -63,7 +65,8 @@ async def running(tmp_path: Path) -> AsyncIterator[KvPool]:
     memory = Memory(free_bytes=GIB, shm_free_bytes=GIB)
     plan, _ = plan_pool(config, 2, 32, memory, obstacle=None)
     assert plan is not None
-    pool = KvPool(plan, config, 2, tmp_path)
+    leftovers = Leftovers(make_socket_dir())
+    pool = KvPool(plan, config, 2, tmp_path, leftovers)
     try:
         async with asyncio.TaskGroup() as tasks:
             await pool.start()
@@ -72,6 +75,7 @@ async def running(tmp_path: Path) -> AsyncIterator[KvPool]:
             supervisor.cancel()
     finally:
         await pool.stop(3.0)
+        leftovers.remove()
     assert not shared_memory()
     assert not list((tmp_path / "kv").iterdir())
 

@@ -33,8 +33,6 @@ async def config_of(monkeypatch: pytest.MonkeyPatch, model: Path, **args: Any) -
     spec = InstanceSpec(
         endpoint="",
         identity="",
-        run_dir="",
-        weights_dir="",
         instance_id=0,
         backend="vllm",
         report_interval_s=1.0,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from aseer.instance.process import InstanceProcess, cause_from_log, describe_exit
+from aseer.children import Log
+from aseer.instance.process import cause_from_log, describe_exit
 
 LOG = """\
 (EngineCore pid=7) ERROR 11-21 22:00:00 [core.py:1] Traceback (most recent call last):
@@ -32,13 +33,12 @@ def test_a_log_without_an_error_has_no_cause():
 def test_what_an_earlier_process_wrote_is_no_cause(tmp_path):
     path = tmp_path / "log"
     path.write_text(LOG + "OSError: disk full\n")
-    first = InstanceProcess(None, path, 0)
-    second = InstanceProcess(None, path, len(LOG))
-    third = InstanceProcess(None, path, path.stat().st_size)
-    assert first.cause() == second.cause() == "OSError: disk full"
-    assert second.log_tail() == "OSError: disk full"
-    assert (third.cause(), third.log_tail()) == (None, "")
-    assert InstanceProcess(None, tmp_path / "gone", 0).log_tail() == ""
+    first, second = Log(path, 0), Log(path, len(LOG))
+    third = Log(path, path.stat().st_size)
+    causes = [cause_from_log(log.text()) for log in (first, second, third)]
+    assert causes == ["OSError: disk full"] * 2 + [None]
+    assert (second.tail(9), third.tail(9)) == ("OSError: disk full", "")
+    assert Log(tmp_path / "gone", 0).tail(9) == ""
 
 
 def test_exits_are_told_in_words():

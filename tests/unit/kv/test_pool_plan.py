@@ -33,18 +33,18 @@ def test_servers_share_out_the_engines_in_order():
         (2, [0, 0, 1, 1]),
         (4, [0, 1, 2, 3]),
     ):
-        pool = KvPool(plan_of(num_servers), config, 4, Path())
+        pool = KvPool(plan_of(num_servers), config, 4, Path(), None)
         assert [pool.server_of(i) for i in range(4)] == expected
 
 
 def test_an_engine_that_starts_while_its_server_is_down_has_no_pool():
-    pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, Path())
+    pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, Path(), None)
     assert pool.pids == []
     assert pool.engine_args(0) == {}
 
 
 def test_a_pool_of_another_connector_is_one_for_all_engines_and_starts_nothing():
-    pool = KvPool(plan_of(0), EngineConfig(model="m"), 4, Path())
+    pool = KvPool(plan_of(0), EngineConfig(model="m"), 4, Path(), None)
     assert {pool.server_of(i) for i in range(4)} == {0}
     assert pool.engine_args(0) == {}
     assert pool.counts == Counts()
