@@ -19,12 +19,13 @@ from aseer.config import (
     check_speculation,
 )
 from aseer.errors import ConfigError, EngineClosedError, EngineError
-from aseer.groups import GroupResolver, HuggingFaceTokenizer
+from aseer.groups import GroupResolver
 from aseer.host import Host
 from aseer.instance.launch import plan_instances, this_machine
 from aseer.instance.versions import check_vllm
 from aseer.report import WeightUpdateReport
 from aseer.rollout import Groups, Rollout, SyncRollout
+from aseer.tokenizer import HuggingFaceTokenizer
 from aseer.weights.sending import check_source, send, send_async
 
 if TYPE_CHECKING:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from operator import index
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 from aseer.errors import ConfigError
+from aseer.plain import INT32_MAX, as_int, as_list, as_text, can_be_sent
 from aseer.sampling import SamplingParams, resolve_sampling
 from aseer.types import GroupId, Task
 
 if TYPE_CHECKING:
-    from aseer.config import EngineConfig
+    from aseer.tokenizer import Message, Tokenizer
     from aseer.types import InstanceInfo
 
-Message = Mapping[str, Any]
-
-# vLLM's tokenizer modes that are transformers' tokenizer and the model's template.
-_HUGGING_FACE_MODES = ("auto", "hf", "slow")
+G = TypeVar("G")
+# As many requests as a whole rollout is made for; each takes memory before it runs.
+_MAX_GROUP_SIZE = 1_000_000
+# What `apply_chat_template` is told by us.
+_OWN_TEMPLATE_SETTINGS = frozenset(
+    {"conversation", "tools", "tokenize", "return_dict", "return_tensors"}
+    | {"padding", "truncation", "max_length", "tokenizer_kwargs"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +35,16 @@ class Group:
     Attributes:
         prompt: token ids, a text, or chat messages (rendered with the model's own chat
             template, with the generation prompt added).
-        n: responses to sample (the group's size).
+        n: responses to sample (the group's size), at most a million.
         sampling: `aseer.SamplingParams`, a dict of its fields, or a
             `vllm.SamplingParams`; None = the engine's.
-        group_id: unique within the rollout; None = "group-<position>".
+        group_id: a text, unique within the rollout; None = one is made, such as
+            "group-<position>".
         metadata: comes back untouched with every Response.
         known_lengths: true lengths of the n responses where they are known beforehand;
             used only by the policy "longest-first", which needs them.
+        chat_template_kwargs: for the chat template, such as {"enable_thinking": False}.
+        tools: for the chat template: functions, or JSON schemas of them.
     """
 
     prompt: Sequence[int] | str | Sequence[Message]
@@ -44,81 +53,47 @@ class Group:
     group_id: str | None = None
     metadata: Any = None
     known_lengths: Sequence[int] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    tools: Sequence[Any] | None = None
 
 
-class Tokenizer(Protocol):
-    """What a group with a text or chat prompt needs."""
+def check_groups(groups: G) -> G:
+    """What a rollout is given, if it can be a source of groups.
 
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of a plain prompt."""
-        ...
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, ready for the reply."""
-        ...
-
-
-class HuggingFaceTokenizer:
-    """The model's tokenizer, loaded when a text or chat prompt first needs it.
-
-    It is the one that the engines load: what `engine_args` say of it counts here, too.
+    Raises:
+        ConfigError: it cannot; says what to give.
     """
+    is_source = isinstance(groups, Iterable | AsyncIterable) or hasattr(
+        groups, "__getitem__"
+    )
+    if is_source and not isinstance(groups, Group | str | bytes | Mapping):
+        return groups
+    advice = "a list or an iterator of aseer.Group"
+    if isinstance(groups, Group):
+        advice = "[group], since there may be many"
+    elif isinstance(groups, str):
+        advice = "[aseer.Group(prompt)]"
+    elif callable(groups):
+        advice = "what it makes: call it"
+    raise ConfigError(
+        f"a rollout takes groups, not a {type(groups).__name__} ({groups!r:.100}); "
+        f"give {advice}"
+    )
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Prepare; nothing is loaded yet."""
-        self._name = str(config.tokenizer or config.model)
-        self._args = config.engine_args
-        self._loaded: Any = None
 
-    @property
-    def _tokenizer(self) -> Any:
-        if self._loaded is None:
-            self._loaded = self._load()
-        return self._loaded
+def check_group_id(group_id: object) -> GroupId:
+    """The group's id as plain text; responses carry it, and `cancel` takes it.
 
-    def _load(self) -> Any:
-        args = self._args
-        mode = args.get("tokenizer_mode", "auto")
-        if mode not in _HUGGING_FACE_MODES:
-            raise ConfigError(
-                f"tokenizer_mode={mode!r} is vLLM's own, and texts are encoded outside "
-                "of it; give token ids"
-            )
-        try:
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(
-                self._name,
-                revision=args.get("tokenizer_revision") or args.get("revision"),
-                # Never None, for which transformers asks on the terminal, and waits.
-                trust_remote_code=bool(args.get("trust_remote_code")),
-                token=args.get("hf_token"),
-                use_fast=mode != "slow",
-            )
-        except (ImportError, OSError, ValueError) as error:
-            raise ConfigError(
-                f"the tokenizer {self._name!r} for its text cannot be loaded "
-                f"({error}); set EngineConfig.tokenizer or engine_args, or give token "
-                "ids"
-            ) from error
-
-    def encode_text(self, text: str) -> list[int]:
-        """As vLLM encodes a completion prompt: with the model's special tokens."""
-        return list(self._tokenizer.encode(text))
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """By the chat template, which brings the special tokens itself."""
-        tokenizer = self._tokenizer
-        try:
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # there is no template, or it raises what it likes
-            raise ConfigError(
-                f"the chat template of {self._name!r} cannot render its messages "
-                f"({error}); change them, or give a text or token ids"
-            ) from error
-        return list(tokenizer.encode(text, add_special_tokens=False))
+    Raises:
+        ConfigError: it is no text.
+    """
+    text = as_text(group_id)
+    if text is None:
+        raise ConfigError(
+            f"group_id={group_id!r:.100} is a {type(group_id).__name__}; give a str, "
+            f"such as {str(group_id)!r:.100}"
+        )
+    return GroupId(text)
 
 
 class GroupResolver:
@@ -139,7 +114,8 @@ class GroupResolver:
         self._info = info
         self._tokenizer = tokenizer
         self._default = default
-        self._seen: set[str] = set()
+        # Of each id whether it was made here.
+        self._ids: dict[GroupId, bool] = {}
 
     def resolve(self, group: Group) -> Task:
         """The group as a task.
@@ -147,37 +123,78 @@ class GroupResolver:
         Raises:
             ConfigError: it cannot run; names the group, the value and what is allowed.
         """
-        if not isinstance(group, Group):
-            raise ConfigError(
-                f"a group is an aseer.Group, not {type(group).__name__}: {group!r:.100}"
-            )
-        group_id = self._group_id(group)
-        try:
-            task = self._resolve(group, group_id)
-        except ConfigError as error:
-            raise ConfigError(f"group {group_id!r}: {error}") from None
-        self._seen.add(group_id)
-        return task
+        return self.resolve_all([group])[0]
 
-    def _group_id(self, group: Group) -> GroupId:
-        if group.group_id is None:
-            return GroupId(f"group-{len(self._seen)}")
-        group_id = str(group.group_id)
-        if group_id in self._seen:
+    def resolve_all(self, groups: Iterable[Group]) -> list[Task]:
+        """All groups as tasks, or none: if one is refused, no id is taken.
+
+        Ids that are made differ from those that others of `groups` bring.
+
+        Raises:
+            ConfigError: a group cannot run; names it, the value and what is allowed.
+        """
+        groups = list(groups)
+        given = {g.group_id for g in groups if isinstance(g, Group) and _has_id(g)}
+        new_ids: dict[GroupId, bool] = {}
+        tasks = []
+        for group in groups:
+            if not isinstance(group, Group):
+                raise ConfigError(
+                    f"a group is an aseer.Group, not {type(group).__name__}: "
+                    f"{group!r:.100}"
+                )
+            is_made = group.group_id is None
+            if is_made:
+                group_id = self._make_id(new_ids, given)
+            else:
+                group_id = self._check_id(group.group_id, new_ids)
+            try:
+                tasks.append(self._resolve(group, group_id))
+            except ConfigError as error:
+                raise ConfigError(f"group {group_id!r}: {error}") from None
+            new_ids[group_id] = is_made
+        self._ids |= new_ids
+        return tasks
+
+    def _make_id(
+        self, new_ids: Mapping[GroupId, bool], given: Set[str | None]
+    ) -> GroupId:
+        position = len(self._ids) + len(new_ids)
+        made = GroupId(f"group-{position}")
+        attempt = 1
+        while made in self._ids or made in new_ids or made in given:
+            attempt += 1
+            made = GroupId(f"group-{position}-{attempt}")
+        return made
+
+    def _check_id(self, given: object, new_ids: Mapping[GroupId, bool]) -> GroupId:
+        group_id = check_group_id(given)
+        was_made = new_ids.get(group_id, self._ids.get(group_id))
+        if was_made is None:
+            return group_id
+        if was_made:
             raise ConfigError(
-                f"group_id {group_id!r} is in this rollout twice; ids must be unique "
-                "(leave it out to have one made)"
+                f"group_id {group_id!r} was made for an earlier group of this rollout "
+                "that brought none; give every group an id, or none"
             )
-        return GroupId(group_id)
+        raise ConfigError(
+            f"group_id {group_id!r} is in this rollout twice; ids must be unique "
+            "(leave it out to have one made)"
+        )
 
     def _resolve(self, group: Group, group_id: GroupId) -> Task:
-        if isinstance(group.n, bool) or not isinstance(group.n, int) or group.n < 1:
-            raise ConfigError(f"n={group.n!r} is not allowed; give an int >= 1")
-        lengths = self._check_lengths(group)
+        num_requests = as_int(group.n)
+        if num_requests is None or not 1 <= num_requests <= _MAX_GROUP_SIZE:
+            raise ConfigError(
+                f"n={group.n!r:.100} is not allowed; give an int from 1 to "
+                f"{_MAX_GROUP_SIZE}"
+            )
+        lengths = self._check_lengths(group.known_lengths, num_requests)
         sampling = resolve_sampling(group.sampling, default=self._default)
         if self._speculating:
             self._check_speculation(sampling)
-        prompt = self._encode(group.prompt)
+        self._check_vocabulary(sampling)
+        prompt = self._encode(group)
         room = self._info.max_model_len - len(prompt)
         if room < 1:
             raise ConfigError(
@@ -191,22 +208,25 @@ class GroupResolver:
                 f"min_tokens={sampling.min_tokens} is more than the {max_tokens} "
                 f"tokens that fit behind its prompt of {len(prompt)}"
             )
+        settings = sampling.to_dict()
+        _check_sendable({"group_id": group_id} | settings)
         return Task(
             group_id=group_id,
-            num_requests=group.n,
+            num_requests=num_requests,
             prompt=array("i", prompt).tobytes(),
             num_prompt_tokens=len(prompt),
             max_tokens=max_tokens,
             min_tokens=sampling.min_tokens,
             seed=sampling.seed,
-            sampling=sampling.to_dict(),
+            sampling=settings,
             undivided_because=sampling.undivided_because(),
             known_lengths=lengths,
             metadata=group.metadata,
         )
 
-    def _check_lengths(self, group: Group) -> list[int] | None:
-        given = group.known_lengths
+    def _check_lengths(
+        self, given: Sequence[int] | None, num_requests: int
+    ) -> list[int] | None:
         if given is None:
             if self._needs_lengths:
                 raise ConfigError(
@@ -214,17 +234,18 @@ class GroupResolver:
                     "it has none; give them, or take 'context-aware', which needs none"
                 )
             return None
-        try:
-            lengths = [index(length) for length in given]
-        except TypeError:
+        items = None if isinstance(given, Set) else as_list(given)
+        lengths = [as_int(item) for item in items or ()]
+        if items is None or not all(_is_length(length) for length in lengths):
             raise ConfigError(
-                f"known_lengths={given!r:.100} is not allowed; give {group.n} ints"
-            ) from None
-        if len(lengths) != group.n:
-            raise ConfigError(
-                f"known_lengths has {len(lengths)} entries for n={group.n}"
+                f"known_lengths={given!r:.100} is not allowed; give {num_requests} "
+                f"ints from 0 to {INT32_MAX}"
             )
-        return lengths
+        if len(lengths) != num_requests:
+            raise ConfigError(
+                f"known_lengths has {len(lengths)} entries for n={num_requests}"
+            )
+        return [length for length in lengths if length is not None]
 
     def _check_speculation(self, sampling: SamplingParams) -> None:
         for name, is_set in (
@@ -237,49 +258,122 @@ class GroupResolver:
                     'leave it out, or set EngineConfig(speculation="off")'
                 )
 
-    def _encode(self, prompt: object) -> list[int]:
-        if isinstance(prompt, str):
-            tokens = self._tokenizer.encode_text(prompt) if prompt else []
+    def _check_vocabulary(self, sampling: SamplingParams) -> None:
+        limit = self._num_ids
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            highest = max(getattr(sampling, name) or (0,))
+            if highest >= limit:
+                raise ConfigError(
+                    f"sampling {name} has token id {highest}; this model's are 0 to "
+                    f"{limit - 1}"
+                )
+
+    @property
+    def _num_ids(self) -> int:
+        return self._info.vocab_size or INT32_MAX + 1
+
+    def _encode(self, group: Group) -> list[int]:
+        text = as_text(group.prompt)
+        items = _items(group.prompt) if text is None else []
+        if items and all(isinstance(m, Mapping) for m in items):
+            tokens = self._encode_chat(items, group)
+        elif group.tools or group.chat_template_kwargs:
+            raise ConfigError(
+                "its tools and chat_template_kwargs are for the chat template, and its "
+                "prompt is no list of chat messages; leave them out, or give messages"
+            )
+        elif not text:
+            tokens = self._check_ids(items)
+        elif can_be_sent(text):
+            tokens = self._tokenizer.encode_text(text)
         else:
-            items = _as_list(prompt)
-            if items and all(isinstance(m, Mapping) for m in items):
-                tokens = self._encode_chat(items)
-            else:
-                tokens = self._check_ids(items)
+            raise ConfigError(f"its prompt is no valid Unicode: {text!r:.100}")
         if not tokens:
             raise ConfigError("its prompt is empty; give at least one token")
         return tokens
 
-    def _encode_chat(self, messages: list[Any]) -> list[int]:
+    def _encode_chat(self, messages: list[Any], group: Group) -> list[int]:
         for message in messages:
             if "role" not in message or "content" not in message:
                 raise ConfigError(
                     f"chat message {message!r:.100} has no 'role' or no 'content'"
                 )
-        return self._tokenizer.encode_chat(messages)
+        settings = group.chat_template_kwargs or {}
+        if not isinstance(settings, Mapping):
+            raise ConfigError(
+                f"chat_template_kwargs={settings!r:.100} is not allowed; give a mapping"
+            )
+        own = sorted(_OWN_TEMPLATE_SETTINGS & set(settings))
+        if own:
+            raise ConfigError(
+                f"chat_template_kwargs has {own}, which aseer sets itself; leave them "
+                "out (tools are Group(tools=...))"
+            )
+        return self._tokenizer.encode_chat(
+            messages, tools=group.tools, template_kwargs=settings
+        )
 
     def _check_ids(self, items: list[Any]) -> list[int]:
-        limit = self._info.vocab_size or 1 << 31
-        for item in items:
-            if isinstance(item, bool) or not isinstance(item, int):
-                raise ConfigError(
-                    f"its prompt has {item!r:.100} where a token id is expected; a "
-                    "prompt is token ids, a text, or chat messages"
-                )
-            if not 0 <= item < limit:
-                raise ConfigError(
-                    f"its prompt has token id {item}; this model's are 0 to {limit - 1}"
-                )
+        limit = self._num_ids
+        ids = items if set(map(type, items)) <= {int} else list(map(_token_id, items))
+        if ids and not 0 <= min(ids) <= max(ids) < limit:
+            wrong = next(i for i in ids if not 0 <= i < limit)
+            raise ConfigError(
+                f"its prompt has token id {wrong}; this model's are 0 to {limit - 1}"
+            )
+        return ids
+
+
+def _has_id(group: Group) -> bool:
+    return isinstance(group.group_id, str)
+
+
+def _is_length(length: int | None) -> bool:
+    return length is not None and 0 <= length <= INT32_MAX
+
+
+def _token_id(item: object) -> int:
+    token = as_int(item)
+    if token is None:
+        raise ConfigError(
+            f"its prompt has {item!r:.100} where a token id is expected; a prompt is "
+            "token ids, a text, or chat messages"
+        )
+    return token
+
+
+def _items(prompt: object) -> list[Any]:
+    shape = getattr(prompt, "shape", None)
+    if shape is not None and len(shape) != 1:
+        raise ConfigError(
+            f"its prompt is an array of shape {tuple(shape)}; give the token ids of "
+            "one prompt, such as prompt[0]"
+        )
+    items = None if isinstance(prompt, Set) else as_list(prompt)
+    if items is not None:
         return items
-
-
-def _as_list(prompt: object) -> list[Any]:
-    tolist = getattr(prompt, "tolist", None)  # numpy arrays and tensors
-    if tolist is not None:
-        prompt = tolist()
-    if isinstance(prompt, Sequence):
-        return list(prompt)
+    if shape is not None:
+        raise ConfigError(
+            "its prompt is a tensor without values (of the device 'meta', or fake); "
+            "give token ids, a text, or chat messages"
+        )
+    hint = ", such as prompt['input_ids']" if isinstance(prompt, Mapping) else ""
     raise ConfigError(
-        f"its prompt is a {type(prompt).__name__}; give token ids, a text, or chat "
-        "messages"
+        f"its prompt is a {type(prompt).__name__}; give token ids{hint}, a text, or "
+        "chat messages"
     )
+
+
+def _check_sendable(settings: Mapping[str, Any]) -> None:
+    """Refuse what the message of a chunk could not carry; such as lone surrogates."""
+    try:
+        msgspec.msgpack.encode(settings)
+    except (TypeError, ValueError, OverflowError):
+        for name, value in settings.items():
+            try:
+                msgspec.msgpack.encode(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ConfigError(
+                    f"{name}={value!r:.100} cannot be told to an engine ({error}); "
+                    "give plain numbers and valid Unicode"
+                ) from None

@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from aseer.errors import AseerError, ConfigError, EngineClosedError
-from aseer.groups import Group, GroupResolver
+from aseer.groups import Group, GroupResolver, check_group_id, check_groups
 from aseer.mailbox import Mailbox, MailboxClosed
 from aseer.types import GroupId, Response
 
@@ -65,12 +65,13 @@ class _Common:
         self._group_sizes: dict[str, int] = {}
         self._groups: dict[str, list[Response]] = {}
         self._cancelled_early: list[str] = []
+        check_groups(groups)
         if isinstance(groups, AsyncIterable):
             self._async_source = groups
         elif isinstance(groups, Iterator):
             self._source = groups
         else:
-            self._ready = [self._resolve(g) for g in groups]
+            self._ready = [self._count(t) for t in resolver.resolve_all(groups)]
 
     @property
     def report(self) -> RolloutReport:
@@ -98,7 +99,7 @@ class _Common:
         Raises:
             ConfigError: no such group was given so far.
         """
-        if group_id not in self._group_sizes:
+        if check_group_id(group_id) not in self._group_sizes:
             raise ConfigError(
                 f"there is no group {group_id!r} among the {len(self._group_sizes)} "
                 "given to this rollout so far"
@@ -109,8 +110,7 @@ class _Common:
         else:
             self._host.post(lambda: session.cancel(GroupId(group_id)))
 
-    def _resolve(self, group: Group) -> Task:
-        task = self._resolver.resolve(group)
+    def _count(self, task: Task) -> Task:
         self._group_sizes[task.group_id] = task.num_requests
         self._num_taken += task.num_requests
         return task
@@ -153,9 +153,10 @@ class _Common:
         """Take groups from a plain iterator while there is room for more requests."""
         while self._source is not None and self._has_room and not self._left:
             tasks: list[Task] = []
+            resolve = self._resolver.resolve
             try:
                 while len(tasks) < _PULL_AT_ONCE and self._has_room:
-                    tasks.append(self._resolve(next(self._source)))
+                    tasks.append(self._count(resolve(next(self._source))))
             except StopIteration:
                 self._source = None
             except Exception as error:  # the user's iterator, or a bad group of his
@@ -269,7 +270,7 @@ class Rollout(_Common):
     async def _take_from(self, source: AsyncIterable[Group]) -> None:
         try:
             async for group in source:
-                self._submit([self._resolve(group)])
+                self._submit([self._count(self._resolver.resolve(group))])
                 while not self._has_room:
                     self._room.clear()
                     await self._room.wait()

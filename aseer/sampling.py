@@ -12,12 +12,23 @@ instance over the whole response.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from aseer.errors import ConfigError
+from aseer.plain import (
+    INT32_MAX,
+    INT64_MAX,
+    as_bool,
+    as_float,
+    as_int,
+    as_list,
+    as_text,
+    unwrapped,
+)
+from aseer.structured import check_structured_outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +36,17 @@ class SamplingParams:
     """How a group's responses are sampled; names and meaning as in
     `vllm.SamplingParams`.
 
+    Values are checked and kept as plain data: numpy's numbers, and lists of ids or
+    texts as tuples, sets or arrays, are taken as well.
+
     Attributes:
         max_tokens: the most tokens to generate; None = up to the model's length.
         min_tokens: no end token, stop token or stop string counts before that many.
-        seed: the group's; each member draws from its own stream derived from it.
+        seed: the group's; each member draws from its own stream derived from it. None,
+            or -1 as in vLLM, = none.
         stop: strings that end a response; the text ends before them unless
             `include_stop_str_in_output`, the token ids include them.
+        logit_bias: added to the logits of these token ids, from -1e20 to 1e20.
         structured_outputs: vLLM's StructuredOutputsParams as a mapping, such as
             {"regex": "..."} or {"json": {...}}.
     """
@@ -58,18 +74,8 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        stop: object = self.stop
-        if isinstance(stop, str):  # as vLLM takes it
-            object.__setattr__(self, "stop", (stop,))
-        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Sequence | None):
-                raise _bad(name, value, "a list")
-            if value is None and name != "allowed_token_ids":
-                value = ()  # as vLLM takes it
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
-        _check(self)
+        for name, value in _checked(self).items():
+            object.__setattr__(self, name, value)
 
     def undivided_because(self) -> str | None:
         """The setting that a resumed chunk would silently change; None if there is
@@ -110,7 +116,7 @@ def resolve_sampling(
     if isinstance(given, SamplingParams):
         return given
     if isinstance(given, Mapping):
-        return _from_mapping(dict(given))
+        return _from_mapping(given)
     if type(given).__module__.startswith("vllm.") and type(given).__name__ == (
         "SamplingParams"
     ):
@@ -132,33 +138,55 @@ def chunk_seed(seed: int, index: int, num_generated: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-_SWITCHES = (
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "detokenize",
-)
 _NAMES = tuple(f.name for f in fields(SamplingParams))
-# Settings of vLLM's that change nothing here, or that aseer sets itself.
-_VLLM_IGNORED = frozenset(
-    {"n", "output_kind", "skip_clone", "logprobs", "flat_logprobs", "stream_interval"}
-    | {"output_text_buffer_length", "skip_reading_prefix_cache", "watermarking"}
+# Settings of vLLM's that aseer does not have, with their values that change nothing.
+_CHANGE_NOTHING: Mapping[str, tuple[object, ...]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "logprobs": (None, 0, 1),  # of the sampled token, which responses always carry
+    "prompt_logprobs": (None,),
+    "prompt_logprob_token_ids": (None,),
+    "prompt_logprob_start": (None,),
+    "logprob_token_ids": (None,),
+    "extra_args": (None,),
+    "logits_processors": (None,),
+    "guided_decoding": (None,),
+    "truncate_prompt_tokens": (None,),
+    "thinking_token_budget": (None, -1),
+    "repetition_detection": (None,),
+    "routed_experts_prompt_start": (None, 0),
+    "trace_decode_token_ids": (None,),
+}
+# Those that aseer sets itself, or that have no bearing on what is sampled.
+_IGNORED = frozenset(
+    {"output_kind", "skip_clone", "flat_logprobs", "stream_interval", "watermarking"}
+    | {"output_text_buffer_length", "skip_reading_prefix_cache"}
 )
+_INSTEAD = {
+    "n": "the number of responses is the group's: use Group(prompt, n=...)",
+    "logprobs": "responses carry the sampled tokens' logprobs: leave it out",
+    "truncate_prompt_tokens": "shorten the prompt itself",
+}
 
 
-def _from_mapping(given: dict[str, Any]) -> SamplingParams:
-    if given.pop("n", 1) != 1:
-        raise ConfigError(
-            "sampling has n > 1: the number of responses is the group's; "
-            "use Group(prompt, n=...)"
-        )
-    unknown = sorted(set(given) - set(_NAMES))
+def _from_mapping(given: Mapping[Any, Any]) -> SamplingParams:
+    """Take over what aseer has; refuse what it cannot honour, and what nobody knows."""
+    taken = {}
+    unknown = []
+    for name, value in given.items():
+        if name in _NAMES:
+            if value is not None:  # as for vLLM, None is the default
+                taken[name] = value
+        elif name in _CHANGE_NOTHING:
+            _check_changes_nothing(name, value, _CHANGE_NOTHING[name])
+        elif name not in _IGNORED:
+            unknown.append(name)
     if unknown:
         raise ConfigError(
-            f"sampling has unknown settings {unknown}; known are {sorted(_NAMES)}"
+            f"sampling has unknown settings {sorted(unknown, key=str)}; known are "
+            f"{sorted(_NAMES)}"
         )
-    return SamplingParams(**given)
+    return SamplingParams(**taken)
 
 
 def _from_vllm(given: Any) -> SamplingParams:
@@ -168,84 +196,155 @@ def _from_vllm(given: Any) -> SamplingParams:
     taken: dict[str, Any] = {}
     for name in names:
         value = getattr(given, name)
-        if name.startswith("_") or name in _VLLM_IGNORED:
-            continue
-        if name in _NAMES:
-            if name == "structured_outputs" and value is not None:
-                value = {
-                    k: v
-                    for k, v in vars(value).items()
-                    if not k.startswith("_") and v not in (None, False)
-                }
-            if value is not None:
-                taken[name] = value
-        elif value != getattr(default, name):
-            raise ConfigError(
-                f"sampling sets {name}={value!r}, which aseer does not support; "
-                f"supported are {sorted(_NAMES)}"
-            )
-    if given.n != 1:
-        taken["n"] = given.n
+        if name == "structured_outputs" and value is not None:
+            value = {k: v for k, v in vars(value).items() if not k.startswith("_")}
+        if name in _NAMES or name in _CHANGE_NOTHING:
+            taken[name] = value
+        elif not name.startswith("_") and name not in _IGNORED:  # of another version
+            _check_changes_nothing(name, value, (getattr(default, name),))
     return _from_mapping(taken)
 
 
-def _bad(name: str, value: object, allowed: str) -> ConfigError:
-    return ConfigError(f"sampling {name}={value!r} is not allowed; give {allowed}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_bias(value: object) -> bool:
-    return isinstance(value, Mapping) and all(
-        _is_int(token)
-        and token >= 0
-        and isinstance(bias, int | float)
-        and math.isfinite(bias)
-        for token, bias in value.items()
+def _check_changes_nothing(
+    name: str, value: object, harmless: tuple[object, ...]
+) -> None:
+    plain = unwrapped(value)
+    for other in harmless:
+        if plain is other or (isinstance(plain, int | float | str) and plain == other):
+            return
+    instead = _INSTEAD.get(name, f"supported are {sorted(_NAMES)}")
+    raise ConfigError(
+        f"sampling sets {name}={value!r:.100}, which aseer does not support; {instead}"
     )
 
 
-def _in_range(p: SamplingParams, name: str, low: float, high: float, text: str) -> None:
-    value = getattr(p, name)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise _bad(name, value, text)
-    if not (math.isfinite(value) and low <= value <= high):
-        raise _bad(name, value, text)
+def _bad(name: str, value: object, allowed: str) -> ConfigError:
+    return ConfigError(f"sampling {name}={value!r:.300} is not allowed; give {allowed}")
 
 
-def _check(p: SamplingParams) -> None:
-    _in_range(p, "temperature", 0, 2, "a number in [0, 2]; 0 is greedy")
-    _in_range(p, "top_p", 1e-9, 1, "a number in (0, 1]; 1 keeps every token")
-    _in_range(p, "min_p", 0, 1, "a number in [0, 1]; 0 disables it")
-    _in_range(p, "presence_penalty", -2, 2, "a number in [-2, 2]; 0 disables it")
-    _in_range(p, "frequency_penalty", -2, 2, "a number in [-2, 2]; 0 disables it")
-    _in_range(p, "repetition_penalty", 1e-9, 1e9, "a number above 0; 1 disables it")
-    if not _is_int(p.top_k) or p.top_k < -1:
-        raise _bad("top_k", p.top_k, "an int >= 1; 0 or -1 keeps every token")
-    if p.max_tokens is not None and (not _is_int(p.max_tokens) or p.max_tokens < 1):
-        raise _bad("max_tokens", p.max_tokens, "an int >= 1, or None for no limit")
-    if not _is_int(p.min_tokens) or p.min_tokens < 0:
-        raise _bad("min_tokens", p.min_tokens, "an int >= 0")
-    if p.max_tokens is not None and p.min_tokens > p.max_tokens:
-        raise _bad("min_tokens", p.min_tokens, f"at most max_tokens={p.max_tokens}")
-    if p.seed is not None and not _is_int(p.seed):
-        raise _bad("seed", p.seed, "an int, or None for no seed")
-    if not all(isinstance(s, str) and s for s in (*p.stop, *p.bad_words)):
-        raise _bad("stop/bad_words", (p.stop, p.bad_words), "non-empty strings")
-    ids = (*p.stop_token_ids, *(p.allowed_token_ids or ()))
-    if not all(_is_int(t) and t >= 0 for t in ids):
-        raise _bad("stop_token_ids/allowed_token_ids", ids, "token ids >= 0")
-    if p.allowed_token_ids is not None and not p.allowed_token_ids:
-        raise _bad("allowed_token_ids", (), "at least one id, or None for all")
+# Of each number the least and the most, and words for them.
+_FLOATS = {
+    "temperature": (0, 2, "a number in [0, 2]; 0 is greedy"),
+    "top_p": (1e-9, 1, "a number in (0, 1]; 1 keeps every token"),
+    "min_p": (0, 1, "a number in [0, 1]; 0 disables it"),
+    "presence_penalty": (-2, 2, "a number in [-2, 2]; 0 disables it"),
+    "frequency_penalty": (-2, 2, "a number in [-2, 2]; 0 disables it"),
+    "repetition_penalty": (
+        1e-9,
+        1e9,
+        "a number above 0, up to 1e9; 1 disables it",
+    ),
+}
+_INTS = {
+    "top_k": (
+        -1,
+        INT32_MAX,
+        f"an int from 1 to {INT32_MAX}; 0 or -1 keeps every token",
+    ),
+    "min_tokens": (0, INT32_MAX, f"an int from 0 to {INT32_MAX}"),
+}
+_OPTIONAL_INTS = {
+    "max_tokens": (1, INT64_MAX, "an int >= 1 of 64 bits, or None for no limit"),
+    # Signed or not: it is hashed.
+    "seed": (-(1 << 63), (1 << 64) - 1, "an int of 64 bits, or None for no seed"),
+}
+_TEXTS = ("stop", "bad_words")
+_IDS = ("stop_token_ids", "allowed_token_ids")
+_SWITCHES = (
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "detokenize",
+)
+# Engines compute in float32. A bias is multiplied by up to 1e9 (repetition_penalty) and
+# divided by as little as 0.01 (vLLM's least temperature), and must stay finite.
+_MAX_BIAS = 1e20
+_ID_NAME = re.compile("[0-9]{1,10}")
+
+
+def _checked(p: SamplingParams) -> dict[str, Any]:
+    """Every field as plain data.
+
+    Raises:
+        ConfigError: a value that is not allowed, or two that contradict each other.
+    """
+    data: dict[str, Any] = {}
+    for name, (least, most, allowed) in _FLOATS.items():
+        number = as_float(getattr(p, name))
+        if number is None or not least <= number <= most:
+            raise _bad(name, getattr(p, name), allowed)
+        data[name] = number
+    for name, bounds in (_INTS | _OPTIONAL_INTS).items():
+        value = getattr(p, name)
+        is_left_out = value is None and name in _OPTIONAL_INTS
+        data[name] = None if is_left_out else _int_in(name, value, *bounds)
     for name in _SWITCHES:
-        if not isinstance(getattr(p, name), bool):
+        data[name] = as_bool(getattr(p, name))
+        if data[name] is None:
             raise _bad(name, getattr(p, name), "True or False")
-    if p.logit_bias is not None and not _is_bias(p.logit_bias):
-        raise _bad("logit_bias", p.logit_bias, "a mapping of token ids to numbers")
-    structured: object = p.structured_outputs
-    if structured is not None and not (structured and isinstance(structured, Mapping)):
-        raise _bad("structured_outputs", structured, 'a mapping such as {"regex": ...}')
-    if p.stop and not p.detokenize:
+    data |= {name: _texts(name, getattr(p, name)) for name in _TEXTS}
+    data |= {name: _ids(name, getattr(p, name)) for name in _IDS}
+    data["logit_bias"] = _biases(p.logit_bias)
+    if p.structured_outputs is not None:
+        data["structured_outputs"] = check_structured_outputs(p.structured_outputs)
+    if data["seed"] == -1:
+        data["seed"] = None
+    if data["max_tokens"] is not None and data["min_tokens"] > data["max_tokens"]:
+        most = data["max_tokens"]
+        raise _bad("min_tokens", p.min_tokens, f"at most max_tokens={most}")
+    if data["stop"] and not data["detokenize"]:
         raise _bad("detokenize", False, "True where stop strings are given")
+    return data
+
+
+def _int_in(name: str, value: object, least: int, most: int, allowed: str) -> int:
+    number = as_int(value)
+    if number is None or not least <= number <= most:
+        raise _bad(name, value, allowed)
+    return number
+
+
+def _texts(name: str, given: object) -> tuple[str, ...]:
+    if name == "stop" and isinstance(given, str):  # as vLLM takes it
+        given = (given,)
+    items = [] if given is None else as_list(given)
+    if items is None:
+        raise _bad(name, given, "a list of strings")
+    texts = [as_text(item) for item in items]
+    if not all(texts):
+        raise _bad(name, given, "a list of non-empty strings")
+    return tuple(text for text in texts if text)
+
+
+def _ids(name: str, given: object) -> tuple[int, ...] | None:
+    if given is None:
+        return None if name == "allowed_token_ids" else ()
+    items = as_list(given)
+    if items is None:
+        raise _bad(name, given, "a list of token ids")
+    if name == "allowed_token_ids" and not items:
+        raise _bad(name, given, "at least one id, or None for all")
+    ids = [as_int(item) for item in items]
+    if not all(i is not None and 0 <= i <= INT32_MAX for i in ids):
+        raise _bad(name, given, f"a list of token ids >= 0, at most {INT32_MAX}")
+    return tuple(i for i in ids if i is not None)
+
+
+def _biases(given: object) -> dict[int, float] | None:
+    if given is None:
+        return None
+    allowed = f"a mapping of token ids to numbers from -{_MAX_BIAS:g} to {_MAX_BIAS:g}"
+    if not isinstance(given, Mapping):
+        raise _bad("logit_bias", given, allowed)
+    biases: dict[int, float] = {}
+    for key, value in given.items():
+        # Their names where they come from JSON.
+        is_name = isinstance(key, str) and _ID_NAME.fullmatch(key)
+        token, bias = as_int(int(key) if is_name else key), as_float(value)
+        if token is None or not 0 <= token <= INT32_MAX:
+            raise _bad("logit_bias", given, allowed)
+        if bias is None or abs(bias) > _MAX_BIAS:
+            raise _bad("logit_bias", given, allowed)
+        biases[token] = bias
+    return biases or None

@@ -11,8 +11,9 @@ import pytest
 
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError
-from aseer.groups import Group, GroupResolver, HuggingFaceTokenizer
+from aseer.groups import Group, GroupResolver, check_group_id, check_groups
 from aseer.sampling import SamplingParams
+from aseer.tokenizer import HuggingFaceTokenizer
 from aseer.types import InstanceId, InstanceInfo
 
 INFO = InstanceInfo(
@@ -25,13 +26,17 @@ INFO = InstanceInfo(
 )
 
 
+CHAT = [{"role": "user", "content": "to be"}]
+
+
 class WordTokenizer:
     """A token a word; a chat is its contents with a marker before each."""
 
     def encode_text(self, text):
         return [len(word) for word in text.split()]
 
-    def encode_chat(self, messages):
+    def encode_chat(self, messages, *, tools=None, template_kwargs=None):
+        self.rendered_with = (tools, template_kwargs)
         return [t for m in messages for t in (999, *self.encode_text(m["content"]))]
 
 
@@ -49,6 +54,8 @@ def tokens_of(task):
         ([1, 2, 3], [1, 2, 3]),
         ((4, 5), [4, 5]),
         (np.array([6, 7]), [6, 7]),
+        ([np.int64(6), np.array(7)], [6, 7]),
+        (range(3), [0, 1, 2]),
         ("to be or", [2, 2, 2]),
         ([{"role": "user", "content": "to be"}], [999, 2, 2]),
     ],
@@ -66,7 +73,10 @@ def test_a_prompt_is_ids_or_text_or_messages(prompt, tokens):
         (Group([], group_id="a"), r"group 'a': its prompt is empty; give at least one"),
         (Group("", group_id="a"), r"group 'a': its prompt is empty"),
         (Group([1] * 64, group_id="a"), r"'a'.*64 tokens leaves no room.*len=64"),
-        (Group([1], n=0, group_id="a"), r"'a': n=0 is not allowed; give an int >= 1"),
+        (
+            Group([1], n=0, group_id="a"),
+            r"'a': n=0 is not allowed; give an int from 1 to 1000000",
+        ),
         (Group([1], n=True, group_id="a"), r"'a': n=True"),
         (Group([1, 1000], group_id="a"), r"'a'.*token id 1000.*0 to 999"),
         (Group([1, -1], group_id="a"), r"'a'.*token id -1"),
@@ -80,7 +90,56 @@ def test_a_prompt_is_ids_or_text_or_messages(prompt, tokens):
             Group([1] * 60, sampling={"min_tokens": 5}, group_id="a"),
             r"'a': min_tokens=5 is more than the 4 tokens that fit",
         ),
+        (Group([1], n=10**30, group_id="a"), r"'a': n=1000.* an int from 1 to 1000000"),
+        (
+            Group(b"abc", group_id="a"),
+            r"'a'.*prompt is a bytes; give token ids, a text",
+        ),
+        (Group({1, 2}, group_id="a"), r"'a'.*prompt is a set; give token ids"),
+        (Group([True], group_id="a"), r"'a'.*True where a token id is expected"),
+        (
+            Group(np.ones((1, 3), int), group_id="a"),
+            r"'a'.*shape \(1, 3\).*prompt\[0\]",
+        ),
+        (
+            Group({"input_ids": [1]}, group_id="a"),
+            r"'a'.*a dict.*prompt\['input_ids'\]",
+        ),
+        (Group("\ud800", group_id="a"), r"'a': its prompt is no valid Unicode"),
+        (
+            Group([1], sampling={"stop": ["\ud800"]}, group_id="a"),
+            r"'a': stop=.*Unicode",
+        ),
+        (
+            Group([1], group_id="\ud800"),
+            r"group_id='.ud800' cannot be told to an engine",
+        ),
+        (
+            Group([1], sampling={"stop_token_ids": [3, 1000]}, group_id="a"),
+            r"'a': sampling stop_token_ids has token id 1000.*0 to 999",
+        ),
+        (
+            Group([1], sampling={"allowed_token_ids": [5000, 1]}, group_id="a"),
+            r"'a': sampling allowed_token_ids has token id 5000.*0 to 999",
+        ),
+        (
+            Group([1], sampling={"logit_bias": {1000: 1.0}}, group_id="a"),
+            r"'a': sampling logit_bias has token id 1000.*0 to 999",
+        ),
+        (
+            Group([1], tools=[{}], group_id="a"),
+            r"'a': its tools.*no list of chat messages",
+        ),
+        (
+            Group(CHAT, chat_template_kwargs={"tokenize": True}, group_id="a"),
+            r"'a': chat_template_kwargs has \['tokenize'\]",
+        ),
+        (Group(CHAT, chat_template_kwargs=7, group_id="a"), r"'a'.*=7.*a mapping"),
         (Group([1], n=2, known_lengths=[1], group_id="a"), r"'a'.*1 entries for n=2"),
+        (
+            Group([1], n=1, known_lengths=[1 << 31], group_id="a"),
+            r"'a'.*known_lengths=\[2147483648\].*1 ints from 0 to 2147483647",
+        ),
         (
             Group([1], n=1, known_lengths=[1.5], group_id="a"),
             r"'a'.*\[1.5\].*give 1 ints",
@@ -104,6 +163,114 @@ def test_ids_are_unique_and_made_where_none_is_given():
     assert r.resolve(Group([1])).group_id == "group-2"
     with pytest.raises(ConfigError, match=r"'x' is in this rollout twice"):
         r.resolve(Group([1], group_id="x"))
+
+
+def test_made_ids_differ_from_those_that_others_bring():
+    groups = [Group([1], group_id="group-1"), Group([1]), Group([1])]
+    for order in (groups, groups[::-1]):
+        tasks = resolver().resolve_all(order)
+        assert len({task.group_id for task in tasks}) == 3
+    r = resolver()
+    assert r.resolve(groups[0]).group_id == "group-1"
+    assert r.resolve(Group([1])).group_id == "group-1-2"
+
+
+def test_a_made_id_that_a_later_group_brings_is_refused_with_words():
+    r = resolver()
+    r.resolve(Group([1]))
+    with pytest.raises(ConfigError, match=r"'group-0' was made for an earlier group"):
+        r.resolve(Group([1], group_id="group-0"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [Group([], group_id="x"), Group([1], group_id="b"), 7]
+)
+def test_a_list_is_taken_whole_or_not_at_all(wrong):
+    r = resolver()
+    good = [Group([1], group_id="a"), Group([1], group_id="b"), Group([1])]
+    with pytest.raises(ConfigError):
+        r.resolve_all([*good, wrong])
+    ids = [task.group_id for task in r.resolve_all(good)]
+    assert ids == ["a", "b", "group-2"]
+
+
+@pytest.mark.parametrize("group_id", [7, np.int64(7), b"7", True])
+def test_an_id_is_a_text_for_groups_and_for_cancelling(group_id):
+    with pytest.raises(ConfigError, match=r"group_id=.* give a str, such as"):
+        check_group_id(group_id)
+    with pytest.raises(ConfigError, match=r"group_id=.* give a str, such as"):
+        resolver().resolve(Group([1], group_id=group_id))
+
+
+def test_an_id_is_plain_text():
+    (task,) = resolver().resolve_all([Group([1], group_id=np.str_("a"))])
+    assert type(task.group_id) is str
+
+
+@pytest.mark.parametrize(
+    ("groups", "advice"),
+    [
+        (Group([1]), r"not a Group .*give \[group\]"),
+        (None, r"not a NoneType .*give a list or an iterator"),
+        ("to be", r"not a str .*give \[aseer.Group\(prompt\)\]"),
+        ({"prompt": [1]}, r"not a dict .*give a list or an iterator"),
+        (lambda: [], r"not a function .*call it"),
+    ],
+)
+def test_what_is_no_source_of_groups_is_refused_with_what_to_give(groups, advice):
+    with pytest.raises(ConfigError, match=advice):
+        check_groups(groups)
+
+
+def test_lists_and_iterators_are_sources_of_groups():
+    async def some():
+        yield Group([1])
+
+    for groups in ([], (), iter([]), some(), {Group("a", group_id="a")}):
+        assert check_groups(groups) is groups
+
+
+class Tensor:
+    """As one of torch's on the device "meta"."""
+
+    shape = (3,)
+
+    def tolist(self):
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+
+def test_a_tensor_without_values_is_refused_with_words():
+    with pytest.raises(ConfigError, match=r"'a': its prompt is a tensor without value"):
+        resolver().resolve(Group(Tensor(), group_id="a"))
+
+
+def test_settings_in_the_arrays_of_numpy_are_plain_in_the_task():
+    settings = {
+        "temperature": np.float64(0.8),
+        "top_k": np.int64(3),
+        "ignore_eos": np.True_,
+        "stop": np.array(["a"]),
+        "stop_token_ids": {5, 4},
+        "logit_bias": {np.int32(7): np.float32(1)},
+        "structured_outputs": {"json": {"maximum": np.int64(9), "enum": ("a", None)}},
+    }
+    sampling = resolver().resolve(Group([1], sampling=settings)).sampling
+    assert sampling["temperature"] == 0.8
+    assert sampling["stop_token_ids"] == (4, 5)
+    assert sampling["structured_outputs"]["json"] == {"maximum": 9, "enum": ["a", None]}
+    for value in (sampling["temperature"], *sampling["logit_bias"].values()):
+        assert type(value) is float
+    for value in (sampling["top_k"], *sampling["logit_bias"]):
+        assert type(value) is int
+    assert sampling["ignore_eos"] is True
+    assert type(sampling["stop"][0]) is str
+
+
+def test_what_a_chat_is_rendered_with_is_the_groups():
+    r = resolver()
+    tools = [{"type": "function"}]
+    r.resolve(Group(CHAT, tools=tools, chat_template_kwargs={"enable_thinking": False}))
+    assert r._tokenizer.rendered_with == (tools, {"enable_thinking": False})
 
 
 @pytest.mark.parametrize(("max_tokens", "resolved"), [(None, 60), (10, 10), (1000, 60)])
@@ -164,7 +331,8 @@ class Loader:
     def encode(self, text, **_how):
         return list(text.encode())
 
-    def apply_chat_template(self, messages, **_how):
+    def apply_chat_template(self, messages, **how):
+        self.rendered = how
         if not self.chat_template:
             raise ValueError("chat_template is not set")
         return "".join(m["content"] for m in messages)
@@ -201,6 +369,17 @@ def test_a_tokenizer_that_only_vllm_has_is_not_replaced_by_another(loader):
     config = EngineConfig(model="m", engine_args={"tokenizer_mode": "mistral"})
     with pytest.raises(ConfigError, match=r"tokenizer_mode='mistral'.*token ids"):
         HuggingFaceTokenizer(config).encode_text("a")
+
+
+def test_a_chat_is_rendered_with_its_own_settings(loader):
+    tokenizer = HuggingFaceTokenizer(EngineConfig(model="m"))
+    tools = [{"type": "function"}]
+    settings = {"enable_thinking": False, "add_generation_prompt": False}
+    tokenizer.encode_chat(CHAT, tools=tools, template_kwargs=settings)
+    assert loader.rendered == {"tools": tools, "tokenize": False, **settings}
+    tokenizer.encode_chat(CHAT, tools=[])
+    expected = {"tools": None, "tokenize": False, "add_generation_prompt": True}
+    assert loader.rendered == expected
 
 
 def test_a_chat_without_a_template_is_refused_with_words(loader):

@@ -16,11 +16,13 @@ PACKAGE = ROOT / "aseer"
 
 # The pure part: which modules of aseer each may import. What is not named here is an
 # adapter, or joins adapters.
-BASE = {"aseer.types", "aseer.errors", "aseer.config", "aseer.sampling"}
+BASE = {"aseer.types", "aseer.errors", "aseer.config", "aseer.plain", "aseer.sampling"}
 CORE = {
     "aseer.types": set(),
     "aseer.errors": set(),
-    "aseer.sampling": {"aseer.errors"},
+    "aseer.plain": {"aseer.errors"},
+    "aseer.structured": {"aseer.errors", "aseer.plain"},
+    "aseer.sampling": {"aseer.errors", "aseer.plain", "aseer.structured"},
     "aseer.config": BASE,
     "aseer.buffer": BASE | {"aseer.intake"},
     "aseer.intake": BASE,
