@@ -30,7 +30,7 @@ import threading
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from aseer.forks import forget, keep_from_forks
 from aseer.instance.cleanup import (
@@ -272,13 +272,28 @@ class Child:
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run a function in a thread; in this one if the interpreter is about to exit.
+    """Run a function in a thread of its own; in this one if none can be had.
 
-    It takes no work for other threads then.
+    While the interpreter exits there are no new threads, and none of the loop's own
+    executor, which must not exist then: to close it takes a thread, too.
     """
     loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(settle_with: Callable[[Any], None], outcome: object) -> None:
+        if not done.done():  # whoever waited may have been cancelled
+            settle_with(outcome)
+
+    def run() -> None:
+        try:
+            settled = partial(settle, done.set_result, function(*args, **kwargs))
+        except BaseException as error:
+            settled = partial(settle, done.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits
+            loop.call_soon_threadsafe(settled)
+
     try:
-        running = loop.run_in_executor(None, partial(function, *args, **kwargs))
+        threading.Thread(target=run, name="aseer-aside", daemon=True).start()
     except RuntimeError:
-        return function(*args, **kwargs)
-    return await running
+        run()
+    return await done

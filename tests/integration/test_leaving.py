@@ -207,3 +207,33 @@ def test_a_signal_to_the_users_process_leaves_nothing(kind, tmp_path):
         time.sleep(0.05)
     assert not alive
     assert not Path(run_dir).exists()
+
+
+NEVER_CLOSED = """
+import aseer
+from tests.integration.sims import config_of, groups_of
+
+engine = aseer.Engine(config_of())
+engine.__enter__()
+print(engine.run_dir, *[i.pid for i in engine.instances], flush=True)
+if {is_amid}:
+    long = groups_of(9, ignore_eos=True, max_tokens=2000)[1:]
+    rollout = engine.rollout_sync(groups_of(1, n=1, max_tokens=1) + long)
+    next(iter(rollout))
+"""
+
+
+@pytest.mark.parametrize("is_amid", [False, True])
+def test_an_engine_that_is_never_closed_ends_at_exit_without_a_word(is_amid):
+    root = Path(aseer.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", NEVER_CLOSED.format(is_amid=is_amid)],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        timeout=40,
+    )
+    run_dir, *pids = done.stdout.split()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not [p for p in pids if psutil.pid_exists(int(p))]
+    assert not Path(run_dir).exists()
