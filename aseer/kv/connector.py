@@ -27,6 +27,7 @@ from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
+from aseer.kv.pickles import refuse_in_engine
 from aseer.kv.settings import TIMEOUT_KEY
 from aseer.types import LATENCY_BUCKETS_S
 
@@ -75,6 +76,7 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
     def __init__(
         self, vllm_config: Any, role: Any, kv_cache_config: Any = None
     ) -> None:
+        refuse_in_engine()
         super().__init__(vllm_config, role, kv_cache_config)
         self._stats = Stats()
         self._lookups: dict[str, float] = {}

@@ -6,7 +6,7 @@ input, which stays open: polls follow, and its end means that the server is to g
 that the controller is gone, however it died. Its memory and its disk directory go with
 it.
 
-Three things are done here that LMCache does not do:
+Four things are done here that LMCache does not do:
 
 - A worker that dies in the middle of a store, or gives up on it, leaves memory reserved
   that it never filled. LMCache publishes that memory under the worker's keys when it
@@ -14,6 +14,7 @@ Three things are done here that LMCache does not do:
 - What is read back from the disk is checked against the checksum it was written with,
   which need not outlive the process: neither does the directory.
 - What nobody will ask for again is freed at once, by tokens or by weight version.
+- No pickle is loaded, whoever sends it (`aseer.kv.pickles`).
 
 What will be asked for soon is loaded from the disk by LMCache's own prefetch.
 """
@@ -61,6 +62,7 @@ from lmcache.v1.multiprocess.modules.engine_driven_transfer import (
 from lmcache.v1.multiprocess.server import run_cache_server
 
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
+from aseer.kv.pickles import refuse_in_server
 from aseer.kv.settings import SHM_PREFIX, WATERMARK, version_of
 from aseer.leftovers import hold
 from aseer.lifeline import Lifeline, end_group, watch
@@ -350,6 +352,7 @@ def main() -> None:
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     reader = threading.Thread(target=_read, args=(lines, lifeline), daemon=True)
     reader.start()
+    refuse_in_server()
     server = PoolServer(spec)
     _say(answers, server.counts())
     while True:

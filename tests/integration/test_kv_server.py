@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -75,18 +76,114 @@ print(json.dumps(seen), flush=True)
 _exit_now(spec)
 """
 
+STRANGER = """
+import os, pickle, subprocess, sys, traceback
+from pathlib import Path
+import msgspec, zmq
+from lmcache.v1.multiprocess.custom_types import (
+    IPCCacheServerKey, RegisterEngineDrivenContextPayload)
+from lmcache.v1.multiprocess.transport.zmq_impl.client import ZmqMultiprocessClient
+from lmcache.v1.multiprocess.transport.zmq_impl.mq import MessageQueueClient
+from aseer.children import module_command
+from aseer.kv.messages import Poll, ServerSpec
+from aseer.leftovers import Leftovers
+from aseer.lifeline import Lifeline
 
-def test_storing_freeing_and_dying_in_between():
-    name = f"aseer-test-{os.getpid()}"
+port, name, folder = sys.argv[1:]
+mark, run_dir = Path(folder) / "mark", Path(folder) / "run"
+run_dir.mkdir()
+leftovers = Leftovers(run_dir)
+spec = ServerSpec(shm_name=name, args=[
+    "--host", "127.0.0.1", "--port", port, "--l1-size-gb", "0.02", "--chunk-size", "64",
+    "--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven",
+    "--shm-name", name, "--no-l1-use-lazy", "--disable-observability"])
+server = subprocess.Popen(
+    module_command("aseer.kv.server"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    env=os.environ | Lifeline.to_this_process(run_dir).environment(),
+    start_new_session=True)
+
+def ask(message):
+    server.stdin.write(msgspec.json.encode(message) + b"\\n")
+    server.stdin.flush()
+    return server.stdout.readline()
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (mark,)
+
+try:
+    assert ask(spec)
+    client = ZmqMultiprocessClient(
+        MessageQueueClient(f"tcp://127.0.0.1:{port}", zmq.Context.instance()))
+    client.register_kv_cache_engine_driven_context(RegisterEngineDrivenContextPayload(
+        instance_id=1, model_name="m", world_size=1, block_size=32, num_layers=2,
+        hidden_dim_size=16, dtype_str="float32", use_mla=False,
+        num_physical_slots=64)).result(timeout=20)
+    key = IPCCacheServerKey(model_name="m", world_size=1, worker_id=0,
+        token_ids=tuple(range(64)), start=0, end=64, request_id="r", cache_salt="s",
+        num_kv_readers=1)
+    stored = client.commit_store(key, 1, pickle.dumps(Evil())).result(timeout=20)
+    counts = ask(Poll())
+    print(stored, b'"stored":0,' in counts, mark.exists(), flush=True)
+    status = 0
+except BaseException:
+    traceback.print_exc()
+    status = 1
+server.terminate()
+server.wait()
+leftovers.remove()
+os._exit(status)
+"""
+PICKLES = """
+import os, pickle, sys
+from pathlib import Path
+from aseer.kv.pickles import PickleRefused, refuse_in_server
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path(sys.argv[1]),)
+
+refuse_in_server()
+for loads in (pickle.loads, pickle._loads):
+    try:
+        loads(pickle.dumps(Evil()))
+    except PickleRefused as error:
+        print(error)
+"""
+
+
+def output_of(script: str, *arguments: str) -> list[str]:
+    """Of a script in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "0", name],
+        [sys.executable, "-c", script, *arguments],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"LMCACHE_TRACK_USAGE": "false"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()
+
+
+def test_a_pickle_sent_to_a_server_is_refused_and_runs_nothing(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    name = f"aseer-test-{os.getpid()}"
+    lines = output_of(STRANGER, port, name, str(tmp_path))
+    assert lines[-1] == "False True False"
+
+
+def test_no_pickle_in_a_servers_process_can_name_a_thing(tmp_path):
+    lines = output_of(PICKLES, str(tmp_path / "mark"))
+    assert lines == ["a pickle asks for pathlib.Path.touch; none is loaded here"] * 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_storing_freeing_and_dying_in_between():
+    name = f"aseer-test-{os.getpid()}"
+    lines = output_of(SCRIPT, "0", name)
+    seen = json.loads(lines[-1])
     chunk = 2 * 2 * 64 * 16 * 4
     assert seen == {
         "slots of a store not finished": 3,
@@ -146,8 +243,8 @@ def report(session, request, tokens, **end):
     progress = report_of(instances.chunks[request], tokens, **end)
     session._do(session._controller.progress([progress], session._now()))
 
-def finish(session, request, tokens):
-    report(session, request, tokens, end="stop", stop_reason=0)
+def finish(session, request, tokens, start=0):
+    report(session, request, tokens, start=start, end="stop", stop_reason=0)
 
 def task(name, prompt, num_requests=1):
     from dataclasses import replace
@@ -172,7 +269,7 @@ seen["stored"] = [held(a + a1), held(b + b0)]
 report(session, "a/1", a1[:50])
 finish(session, "a/0", a0)
 seen["a/0 is finished"] = [held(a + a0), held(a + a1), held(b + b0)]
-finish(session, "a/1", a1[50:])
+finish(session, "a/1", a1[50:], start=50)
 seen["group a is finished"] = [held(a + a1), held(b + b0)]
 finish(session, "b/0", b0)
 seen["group b is finished"] = [held(b + b0), state()[3]]
@@ -185,15 +282,8 @@ _exit_now(spec)
 def test_a_prefix_is_freed_with_the_last_that_begins_so():
     """A system prompt that two groups have, and an opening that two siblings have."""
     name = f"aseer-test-{os.getpid()}"
-    done = subprocess.run(
-        [sys.executable, "-c", SHARED, "0", name],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"LMCACHE_TRACK_USAGE": "false"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout.splitlines()[-1])
+    lines = output_of(SHARED, "0", name)
+    seen = json.loads(lines[-1])
     yes, no = [True], [False]
     assert seen == {
         "stored": [5 * yes, 6 * yes],
