@@ -6,6 +6,7 @@ longer than the ten minutes that NCCL waits, and prompts need no GPU's memory.
 
 from __future__ import annotations
 
+import pickle
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,22 +39,33 @@ class Processes:
             self._group = dist.new_group(backend="gloo", timeout=_LONGEST_ROLLOUT)
 
     def gather(self, mine: T) -> list[T]:
-        """What every process gives, by rank; nothing in all processes but the main."""
+        """What every process gives, by rank; nothing in all processes but the main.
+
+        Raises:
+            RolloutError: another process cannot send what it gives.
+            Exception: what this one gives cannot be sent (pickled).
+        """
         if self._group is None:
             return [mine]
+        pickled, error = b"", None
+        try:
+            pickled = pickle.dumps(mine)
+        except Exception as failure:  # the others are told first, which wait for it
+            error = failure
+        self._check_all(error)
         everyones: list[Any] = [None] * self._size
         is_main = self._rank == _MAIN
         self._dist.gather_object(
-            mine, everyones if is_main else None, _MAIN, self._group
+            pickled, everyones if is_main else None, _MAIN, self._group
         )
-        return everyones if is_main else []
+        return [pickle.loads(one) for one in everyones] if is_main else []
 
     def scatter(self, make: Callable[[], list[T]]) -> T:
         """This process's share of what the main one, which alone calls it, makes.
 
         Raises:
             RolloutError: in all others, if that fails.
-            Exception: in the main process, what it failed with.
+            BaseException: in the main process, what it failed with.
         """
         if self._group is None:
             return make()[_MAIN]
@@ -63,13 +75,26 @@ class Processes:
             share, failure = mine[0]
             if failure is not None:
                 raise RolloutError(f"the rollout failed in the main process: {failure}")
-            return share  # type: ignore[no-any-return]
+            return pickle.loads(share)  # type: ignore[no-any-return]
         try:
-            shares = [(share, None) for share in make()]
-        except Exception as error:
+            shares = make()
+            told = [(pickle.dumps(share), None) for share in shares]
+            if len(told) != self._size:
+                raise ValueError(f"{len(told)} shares for {self._size} processes")
+        except BaseException as error:  # Ctrl-C as well: the others wait
             failure = f"{type(error).__name__}: {error}"
             failed = [(None, failure)] * self._size
             self._dist.scatter_object_list(mine, failed, _MAIN, self._group)
             raise
-        self._dist.scatter_object_list(mine, shares, _MAIN, self._group)
-        return shares[_MAIN][0]
+        self._dist.scatter_object_list(mine, told, _MAIN, self._group)
+        return shares[_MAIN]
+
+    def _check_all(self, error: Exception | None) -> None:
+        failures: list[Any] = [None] * self._size
+        mine = f"{type(error).__name__}: {error}" if error is not None else None
+        self._dist.all_gather_object(failures, mine, self._group)
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise RolloutError(f"process {rank} has nothing to send: {failure}")

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from aseer.children import Child, in_thread, module_command
 from aseer.errors import AseerError
 from aseer.instance.cleanup import SHARED_MEMORY
 from aseer.instance.launch import GPU_VARIABLES
+from aseer.kv.frees import FreeQueue
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
 from aseer.kv.settings import QUIET_LMCACHE, SHM_PREFIX, server_args
 from aseer.watch import waking_timeout
@@ -35,6 +37,8 @@ _ANSWER_TIMEOUTS = 2  # of the pool's `timeout_s`, until a server is taken for d
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 8.0
 _LOG_TAIL_LINES = 5
+# Told in one poll. A server begins four loads at once and leaves the rest alone.
+_MAX_PREFETCHES = 8
 # It sees no device: engines bring their KV to it, and it would take some of a GPU's
 # memory, the trainer's as like as not, for nothing.
 _ENV = {"OMP_NUM_THREADS": "1", **dict.fromkeys(GPU_VARIABLES, ""), **QUIET_LMCACHE}
@@ -66,8 +70,8 @@ class ServerProcess:
         self._process: Child | None = None
         self._is_up = False
         self._up_since = 0.0
-        self._to_free: list[Free] = []
-        self._to_prefetch: list[Prefetch] = []
+        self._to_free = FreeQueue()
+        self._to_prefetch: deque[Prefetch] = deque(maxlen=_MAX_PREFETCHES)
         self._drop_below: int | None = None
         self._clear_dram = False
         self._wake = asyncio.Event()
@@ -84,10 +88,10 @@ class ServerProcess:
     def free(self, what: Free) -> None:
         """With the next poll."""
         if self._is_up:
-            self._to_free.append(what)
+            self._to_free.add(what)
 
     def prefetch(self, what: Prefetch) -> None:
-        """With the next poll."""
+        """With the next poll; of many those that were asked for last."""
         if self._is_up:
             self._to_prefetch.append(what)
 
@@ -167,12 +171,12 @@ class ServerProcess:
 
     async def _poll(self) -> None:
         poll = Poll(
-            free=self._to_free,
-            prefetch=self._to_prefetch,
+            free=self._to_free.take(),
+            prefetch=list(self._to_prefetch),
             drop_below=self._drop_below,
             clear_dram=self._clear_dram,
         )
-        self._to_free, self._to_prefetch = [], []
+        self._to_prefetch.clear()
         self._clear_dram = False
         self._tell(poll)
         self.counts = await self._hear(self._answer_timeout_s)
@@ -200,12 +204,14 @@ class ServerProcess:
         try:
             async with waking_timeout(timeout_s):
                 line = await self._process.stdout.readline()
+            if line:
+                return msgspec.json.decode(line, type=Counts)
         except TimeoutError:
             raise PoolServerError(f"no answer within {timeout_s:g} s") from None
-        if not line:
-            tail = self._process.log.tail(_LOG_TAIL_LINES)
-            raise PoolServerError(f"it exited; its log ends with:\n{tail}")
-        return msgspec.json.decode(line, type=Counts)
+        except (ValueError, msgspec.MsgspecError) as error:  # of a line without an end
+            raise PoolServerError(f"it gave no answer but this: {error}") from None
+        tail = self._process.log.tail(_LOG_TAIL_LINES)
+        raise PoolServerError(f"it exited; its log ends with:\n{tail}")
 
     async def _bury(self) -> None:
         """Nothing of the process remains; whoever waits for it does so in vain.
@@ -213,20 +219,22 @@ class ServerProcess:
         If it is cancelled, it may be called again.
         """
         self._is_up = False
+        self._to_free.clear()
+        self._to_prefetch.clear()
+        self._drop_below = None
+        self._clear_dram = False
+        self._idle.set()  # at once: to remove a large directory takes its time
         process = self._process
         if process is not None:
             await process.end()
             self._process = None
-        self._memory.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._memory.unlink(missing_ok=True)
         if self._disk_dir is not None:
             await in_thread(shutil.rmtree, self._disk_dir, ignore_errors=True)
         held = {"resident": 0, "capacity": 0, "disk_resident": 0}
         self.past = msgspec.structs.replace(sum_counts(self.past, self.counts), **held)
         self.counts = Counts()
-        self._to_free, self._to_prefetch = [], []
-        self._drop_below = None
-        self._clear_dram = False
-        self._idle.set()
 
 
 def sum_counts(a: Counts, b: Counts) -> Counts:

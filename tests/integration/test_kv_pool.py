@@ -6,6 +6,7 @@ import asyncio
 import functools
 import os
 import signal
+import sys
 from array import array
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -56,10 +57,13 @@ def on_uvloop(test):
 
 
 @asynccontextmanager
-async def running(tmp_path: Path) -> AsyncIterator[KvPool]:
+async def running(tmp_path: Path, timeout_s: float = 2.0) -> AsyncIterator[KvPool]:
     """A pool with a disk tier, up and supervised."""
     settings = KvPoolConfig(
-        dram_bytes=64 << 20, disk_dir=tmp_path / "kv", disk_bytes=GIB, timeout_s=2.0
+        dram_bytes=64 << 20,
+        disk_dir=tmp_path / "kv",
+        disk_bytes=GIB,
+        timeout_s=timeout_s,
     )
     config = EngineConfig(model="m", kv_pool=settings)
     memory = Memory(free_bytes=GIB, shm_free_bytes=GIB)
@@ -77,7 +81,7 @@ async def running(tmp_path: Path) -> AsyncIterator[KvPool]:
         await pool.stop(3.0)
         leftovers.remove()
     assert not shared_memory()
-    assert not list((tmp_path / "kv").iterdir())
+    assert not list((tmp_path / "kv").glob("*"))
 
 
 def shared_memory() -> list[str]:
@@ -120,6 +124,36 @@ async def test_a_lost_server_is_replaced_at_its_port(tmp_path, kind):
         assert pool.pids != [pid]
         assert pool.num_restarts == 1
         assert pool.engine_args(0) == told
+        assert not psutil.pid_exists(pid)
+
+
+SERVER = """
+import sys, time
+answers = sys.argv[1:]
+for line in sys.stdin:  # the first says how to run, and each of the others asks
+    answer = answers.pop(0) if answers else "silence"
+    if answer == "silence":
+        time.sleep(600)
+    print({"good": "{}", "long": "x" * 200_000}.get(answer, answer), flush=True)
+"""
+
+
+@pytest.mark.parametrize("answer", ["nonsense", "[1, 2]", "long", "silence"])
+@on_uvloop
+async def test_a_server_that_talks_nonsense_or_falls_silent_costs_only_itself(
+    tmp_path, monkeypatch, answer
+):
+    """Who waits for it does not wait long, whatever else is told to it meanwhile."""
+    command = (sys.executable, "-c", SERVER, "good", answer)
+    monkeypatch.setattr("aseer.kv.process.COMMAND", command)
+    async with running(tmp_path, timeout_s=0.5) as pool:
+        (pid,) = pool.pids
+        async with asyncio.timeout(10.0), asyncio.TaskGroup() as tasks:
+            for version in range(1, 4):
+                tasks.create_task(pool.drop_older(version))
+            tasks.create_task(pool.clear_dram())
+        assert pool.pids != [pid]
+        await eventually(lambda: pool.num_restarts)
         assert not psutil.pid_exists(pid)
 
 

@@ -33,12 +33,27 @@ share = processes.scatter(lambda: [len(everyones), "yours"])
 def fail():
     raise ValueError("no room")
 
-try:
-    processes.scatter(fail)
-except Exception as error:
-    failure = f"{type(error).__name__}: {error}"
+def leave():
+    raise KeyboardInterrupt
+
+def unsendable(number=dist.get_rank()):
+    return lambda: None
+
+def failure_of(call, argument):
+    try:
+        call(argument)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+
+failures = [
+    failure_of(processes.scatter, fail),
+    failure_of(processes.scatter, leave),
+    failure_of(processes.scatter, lambda: ["mine", unsendable()]),
+    failure_of(processes.scatter, lambda: ["mine"]),
+    failure_of(processes.gather, unsendable() if dist.get_rank() else "mine"),
+]
 again = processes.scatter(lambda: ["a", "b"])
-print(json.dumps([everyones, share, failure, again]))
+print(json.dumps([everyones, share, failures, again]))
 dist.destroy_process_group()
 """
 
@@ -66,9 +81,18 @@ def test_the_main_process_gets_all_and_everyone_a_share_or_the_failure(
     tmp_path: Path,
 ) -> None:
     main, other = run_peers(tmp_path)
-    assert main == [[[0] * 3, [1] * 3], 2, "ValueError: no room", "a"]
-    told = "the rollout failed in the main process: ValueError: no room"
-    assert other == [[], "yours", f"RolloutError: {told}", "b"]
+    assert main[:2] == [[[0] * 3, [1] * 3], 2]
+    assert other[:2] == [[], "yours"]
+    told = "RolloutError: the rollout failed in the main process: "
+    for mine, theirs in zip(main[2][:4], other[2][:4], strict=True):
+        assert theirs == f"{told}{mine}"
+    kinds = [failure.partition(":")[0] for failure in main[2]]
+    assert kinds[:2] == ["ValueError", "KeyboardInterrupt"]
+    assert "pickle" in main[2][2]
+    assert main[2][3] == "ValueError: 1 shares for 2 processes"
+    assert "pickle" in other[2][4]
+    assert main[2][4] == f"RolloutError: process 1 has nothing to send: {other[2][4]}"
+    assert [main[3], other[3]] == ["a", "b"], "and go on together"
 
 
 def test_a_process_alone_needs_no_process_group() -> None:

@@ -35,6 +35,8 @@ CORE = {
     | {"aseer.policies"}
     | {"aseer.fleet", "aseer.prompts", "aseer.waiting"},
     "aseer.kv.residency": BASE | {"aseer._core"},
+    "aseer.kv.frees": BASE | {"aseer.kv.messages"},
+    "aseer.kv.messages": BASE,
     "aseer.kv.settings": BASE,
     "aseer.kv.sharing": BASE,
     "aseer.dgds.log": BASE | {"aseer.dgds.messages"},
