@@ -7,20 +7,17 @@ or slow server leaves the trees as they are.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from aseer.dgds.messages import TO_CLIENT
-from aseer.transport.threads import lossy_dealer
+from aseer.transport.threads import lossy_dealer, run_again
 
 if TYPE_CHECKING:
     from aseer.dgds.messages import ToClient
     from aseer.dgds.replica import Replica
     from aseer.transport.threads import LossySocket
-
-_log = logging.getLogger("aseer.dgds")
 
 _ANSWER_TIMEOUT_S = 1.0
 
@@ -47,12 +44,14 @@ class DraftClient:
         self._thread.join()
 
     def _run(self) -> None:
-        try:
-            with lossy_dealer(self._endpoint, self._identity, TO_CLIENT) as socket:
-                while not self._stop.wait(self._interval_s):
-                    self._exchange(socket)
-        except Exception:
-            _log.exception("the draft client failed; drafts will be stale")
+        run_again(self._fetch_all, self._stop, "the draft client", "drafts are stale")
+
+    def _fetch_all(self) -> None:
+        with lossy_dealer(self._endpoint, self._identity, TO_CLIENT) as socket:
+            while not self._stop.wait(self._interval_s):
+                self._exchange(socket)
+                # Whether or not there is a server: else trees are kept for ever.
+                self._replica.forget_unused(time.monotonic())
 
     def _exchange(self, socket: LossySocket[ToClient]) -> None:
         """Ask once, and take all that has arrived, asked for now or earlier."""
@@ -65,5 +64,5 @@ class DraftClient:
         socket.send(question)
         timeout_s = _ANSWER_TIMEOUT_S
         while (answer := socket.receive(timeout_s)) is not None:
-            self._replica.apply(answer[1], time.monotonic())
+            self._replica.apply(answer[1])
             timeout_s = 0.0

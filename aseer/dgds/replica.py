@@ -140,14 +140,19 @@ class Replica:
             return None
         return FetchCst({i: self._counts(r) for i, r in groups.items()})
 
-    def apply(self, deltas: Deltas, now: float) -> None:
+    def apply(self, deltas: Deltas) -> None:
         """Take what the server knows."""
         for delta in deltas.groups:
             if delta.is_known:
                 self._apply(delta)
             else:
                 self._forget(delta.group_id)
-        self._forget_unused(now)
+
+    def forget_unused(self, now: float) -> None:
+        """Forget the groups that had no request here for their ttl."""
+        for group_id, group in list(self._groups.items()):
+            if not group.running and group.last_used_s + self._ttl_s < now:
+                self._forget(group_id)
 
     def text(self, key: RequestKey) -> NDArray[np.int32]:
         """A request's tokens as they are known here."""
@@ -209,11 +214,6 @@ class Replica:
                 return
             del self._groups[group_id]
         self.forest.close_group(group.handle)
-
-    def _forget_unused(self, now: float) -> None:
-        for group_id, group in list(self._groups.items()):
-            if not group.running and group.last_used_s + self._ttl_s < now:
-                self._forget(group_id)
 
 
 def prompt_key_of(prompt: NDArray[np.int32]) -> bytes:

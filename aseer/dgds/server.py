@@ -2,12 +2,13 @@
 
 The controller tells it of every token (`update_cst`) and goes on at once; the thread
 takes what it was told before it answers a client, so an answer is never staler than the
-controller. If the thread dies, drafts grow stale and nothing else happens.
+controller. If what the thread does fails, it is done again after a pause. Meanwhile
+drafts grow stale and nothing else happens: what it is told is kept up to a bound, and
+beyond it dropped, so that some texts get no further and their groups expire.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from aseer.dgds.messages import (
     FetchCst,
     RegisterGroups,
 )
-from aseer.transport.threads import lossy_router
+from aseer.transport.threads import lossy_router, run_again
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
     from aseer.config import EngineConfig
     from aseer.dgds.messages import ToClient, ToServer
 
-_log = logging.getLogger("aseer")
-
 _WAKE_INTERVAL_S = 0.05
 _EXPIRE_INTERVAL_S = 5.0
+# A report of a chunk is one, with a fraction of a second's tokens. The thread takes all
+# every `_WAKE_INTERVAL_S`, so that even a thousand engines fall short of it by far.
+MAX_TOLD = 100_000
 
 
 class DraftServer:
@@ -67,7 +69,7 @@ class DraftServer:
     ) -> None:
         """A request has new tokens (int32 as bytes) after its first so many."""
         now = time.monotonic()
-        self._told.append(
+        self._tell(
             lambda: self._token_log.update_cst(
                 group_id, request_id, prev_token_count, new_tokens, now
             )
@@ -75,22 +77,24 @@ class DraftServer:
 
     def finish_group(self, group_id: str) -> None:
         """A group needs no more drafts."""
-        self._told.append(lambda: self._token_log.finish_group(group_id))
+        self._tell(lambda: self._token_log.finish_group(group_id))
 
     def set_weight_version(self, weight_version: int) -> None:
         """The weights from here on; those before may have written other texts."""
         drops = self.spec.settings.after_weight_update == "drop"
         if drops and weight_version != self._weight_version:
+            # In its place among the rest, and never dropped: once an update of weights.
             self._told.append(self._token_log.forget_kept)
         self._weight_version = weight_version
+
+    def _tell(self, what: Callable[[], None]) -> None:
+        if len(self._told) < MAX_TOLD:
+            self._told.append(what)
 
     # On its thread
 
     def _run(self) -> None:
-        try:
-            self._serve()
-        except Exception:
-            _log.exception("the draft server failed; drafts will be stale")
+        run_again(self._serve, self._stop, "the draft server", "drafts are stale")
 
     def _serve(self) -> None:
         next_expiry = 0.0

@@ -15,6 +15,7 @@ from aseer.dgds.client import DraftClient
 from aseer.dgds.messages import DraftingSpec
 from aseer.dgds.replica import Replica, RequestKey
 from aseer.dgds.server import DraftServer
+from aseer.transport import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,6 +99,55 @@ def test_a_dead_server_leaves_stale_drafts_and_a_new_one_is_found(spec):
         with DraftServer(spec) as server:
             report(server, "elsewhere", 0, 7, 8)
             eventually(lambda: text(replica, "elsewhere") == [7, 8])
+    finally:
+        client.close()
+
+
+def test_a_server_and_a_client_that_fail_are_tried_again(spec, monkeypatch, caplog):
+    """Neither's endpoint can be used before there is a folder for it."""
+    monkeypatch.setattr(threads, "_FIRST_PAUSE_S", INTERVAL_S)
+    monkeypatch.setattr(threads, "_LONGEST_PAUSE_S", INTERVAL_S)
+    applied = []
+    apply = Replica.apply
+
+    def fail_once(self, deltas):
+        applied.append(deltas)
+        if len(applied) == 1:
+            raise ZeroDivisionError
+        apply(self, deltas)
+
+    monkeypatch.setattr(Replica, "apply", fail_once)
+    folder = Path(spec.endpoint.removeprefix("ipc://")).parent
+    folder.rmdir()
+    with DraftServer(spec) as server:
+        eventually(lambda: "the draft server failed" in caplog.text)
+        report(server, "elsewhere", 0, 7)
+        folder.mkdir()
+        replica, client = client_of(spec, "one")
+        try:
+            replica.begin(RequestKey("g", "own"), PROMPT, NOTHING, 0.0)
+            eventually(lambda: text(replica, "elsewhere") == [7])
+        finally:
+            client.close()
+    assert "the draft client failed" in caplog.text
+
+
+def test_without_a_server_trees_are_freed_and_what_it_is_told_is_bounded(
+    spec, monkeypatch
+):
+    monkeypatch.setattr("aseer.dgds.server.MAX_TOLD", 100)
+    server = DraftServer(spec)  # it never starts
+    for i in range(200):
+        report(server, "r", i, 1)
+    server.set_weight_version(1)
+    assert len(server._told) == 101
+    replica = Replica(ttl_s=0.05)
+    client = DraftClient(replica, spec.endpoint, b"one", INTERVAL_S)
+    try:
+        key = RequestKey("g", "own")
+        replica.begin(key, PROMPT, NOTHING, time.monotonic())
+        replica.end(key, time.monotonic())
+        eventually(lambda: replica.forest.num_groups == 0)
     finally:
         client.close()
 

@@ -106,7 +106,7 @@ class LossyExchange(RuleBasedStateMachine):
         if self.to_client:
             place = data.draw(st.integers(0, len(self.to_client) - 1))
             engine, message = self.to_client[place]
-            self.replicas[engine].apply(message, now=0.0)
+            self.replicas[engine].apply(message)
             if not keep:
                 del self.to_client[place]
 
@@ -144,7 +144,7 @@ class LossyExchange(RuleBasedStateMachine):
                 while self.to_server:
                     self._serve(*self.to_server.pop(0))
                 while self.to_client:
-                    replica.apply(self.to_client.pop(0)[1], now=0.0)
+                    replica.apply(self.to_client.pop(0)[1])
             question = replica.fetch()
             held = question.cache_infos if question else {}
             for key in REQUESTS:

@@ -247,7 +247,7 @@ def test_what_a_chunk_sampled_after_its_last_look_comes_from_the_server(engine):
     asked = engine.replica.fetch()
     assert asked.cache_infos == {"g": {"a": 3, "b": 3}}
     news = RequestDelta("a", 3, np.array([8], np.int32).tobytes())
-    engine.replica.apply(Deltas([GroupDelta("g", True, [news])]), now=0.0)
+    engine.replica.apply(Deltas([GroupDelta("g", True, [news])]))
     assert engine.text("a") == [5, 6, 7, 8]
 
 

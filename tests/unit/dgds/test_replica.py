@@ -31,7 +31,7 @@ def replica() -> Replica:
 
 def test_a_resumed_chunk_brings_what_was_generated_elsewhere_once(replica):
     replica.begin(KEY, PROMPT, row(), now=0.0)
-    replica.apply(deltas("g/1", 0, 7, 8), now=0.0)
+    replica.apply(deltas("g/1", 0, 7, 8))
     resumed = RequestKey("g", "g/1")
     replica.begin(resumed, PROMPT, row(7, 8, 9), now=0.0)
     assert replica.text(resumed).tolist() == [7, 8, 9]
@@ -48,13 +48,13 @@ def test_tokens_that_were_sampled_and_not_kept_are_forgotten(replica):
 
 def test_a_running_requests_text_is_its_engines_to_write(replica):
     replica.begin(KEY, PROMPT, row(7), now=0.0)
-    replica.apply(deltas("g/0", 1, 8), now=0.0)
+    replica.apply(deltas("g/0", 1, 8))
     assert replica.text(KEY).tolist() == [7]
 
 
 def test_what_is_fetched_says_how_much_of_each_request_is_here(replica):
     replica.begin(KEY, PROMPT, row(7), now=0.0)
-    replica.apply(deltas("g/1", 0, 7, 8), now=0.0)
+    replica.apply(deltas("g/1", 0, 7, 8))
     assert replica.fetch().cache_infos == {"g": {"g/0": 1, "g/1": 2}}
 
 
@@ -63,26 +63,26 @@ def test_a_group_is_registered_once_and_again_if_the_server_forgot(replica):
     (entry,) = replica.registration().groups
     assert entry.group_id == "g"
     assert replica.registration() is None
-    replica.apply(GONE, now=0.0)
+    replica.apply(GONE)
     assert replica.registration() is not None
 
 
 def test_a_group_that_is_over_is_freed_when_nothing_of_it_runs(replica):
     replica.begin(KEY, PROMPT, row(7), now=0.0)
-    replica.apply(GONE, now=0.0)
+    replica.apply(GONE)
     assert replica.forest.num_groups == 1
     replica.end(KEY, now=0.0)
-    replica.apply(GONE, now=0.0)
+    replica.apply(GONE)
     assert replica.forest.num_groups == 0
     assert replica.fetch() is None
-    replica.apply(deltas("g/1", 0, 7), now=0.0)  # late
+    replica.apply(deltas("g/1", 0, 7))  # late
     assert replica.forest.num_tokens == 0
 
 
 def test_a_group_without_work_here_is_freed_after_its_ttl(replica):
     replica.begin(KEY, PROMPT, row(7), now=0.0)
     replica.end(KEY, now=5.0)
-    replica.apply(Deltas([]), now=14.0)
+    replica.forget_unused(now=14.0)
     assert replica.forest.num_groups == 1
-    replica.apply(Deltas([]), now=16.0)
+    replica.forget_unused(now=16.0)
     assert replica.forest.num_groups == 0
