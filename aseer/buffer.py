@@ -199,6 +199,14 @@ class Request:
         )
 
 
+def aborted_responses(task: Task, weight_version: int) -> list[Response]:
+    """The responses of a group that never began."""
+    requests = [Request(task, i, 0.0, array) for i in range(task.num_requests)]
+    for request in requests:
+        request.move(RequestState.FINISHED_ABORTED, 0.0, "it never began")
+    return [request.to_response(weight_version) for request in requests]
+
+
 class RequestBuffer:
     """The requests of one rollout, by id; the chunks that run, by id."""
 

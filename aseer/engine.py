@@ -5,28 +5,30 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextvars
-import time
 import weakref
 from collections.abc import AsyncIterable
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from aseer.config import (
     EngineConfig,
     check_chunk_size,
-    check_pause,
     check_policy,
     check_speculation,
 )
 from aseer.errors import ConfigError, EngineClosedError, EngineError
 from aseer.groups import GroupResolver
-from aseer.host import Host
+from aseer.host import Folders, serve
 from aseer.instance.launch import plan_instances, this_machine
 from aseer.instance.versions import check_vllm
-from aseer.report import WeightUpdateReport
-from aseer.rollout import Groups, Rollout, SyncRollout
+from aseer.loop_thread import LoopThread
+from aseer.rollout import Rollout, SyncRollout
+from aseer.steps import drive, drive_blocking, result_of
 from aseer.tokenizer import HuggingFaceTokenizer
-from aseer.weights.sending import check_source, send, send_async
+from aseer.weights.caller import update_steps
+from aseer.weights.sending import check_source
+from aseer.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,10 +36,11 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aseer.config import PolicyName
-    from aseer.groups import Group
+    from aseer.groups import Group, Groups
+    from aseer.host import Host
+    from aseer.report import WeightUpdateReport
     from aseer.types import InstanceInfo
-    from aseer.weights.files import Index
-    from aseer.weights.keeper import Pause, Plan, SwitchTimes
+    from aseer.weights.keeper import Pause
     from aseer.weights.sending import WeightSource
 
 current_engine: contextvars.ContextVar[Engine | None] = contextvars.ContextVar(
@@ -73,7 +76,8 @@ class Engine:
         self._launches = plan_instances(config, this_machine())
         if self._launches[0].backend == "vllm":
             check_vllm()
-        self._host: Host | None = None
+        self._thread: LoopThread | None = None
+        self._started: Future[Host] = Future()
         self._tokenizer = HuggingFaceTokenizer(config)
         self._tokens: list[contextvars.Token[Engine | None]] = []
         self._at_exit = partial(_close_at_exit, weakref.ref(self))
@@ -81,9 +85,9 @@ class Engine:
     # Opening and closing
 
     async def __aenter__(self) -> Self:
-        host = self._begin()
+        started = self._begin()
         try:
-            await asyncio.wrap_future(host.started)
+            await asyncio.wrap_future(started)
         except BaseException:
             await self.aclose()
             raise
@@ -100,9 +104,9 @@ class Engine:
         await self.aclose()
 
     def __enter__(self) -> Self:
-        host = self._begin()
+        started = self._begin()
         try:
-            host.started.result()
+            started.result()
         except BaseException:
             self.close()
             raise
@@ -120,9 +124,9 @@ class Engine:
 
     async def aclose(self) -> None:
         """End every process of the engine and wait for it. May be called again."""
-        host = self._host
-        if host is not None:
-            host.request_stop()
+        thread = self._thread
+        if thread is not None:
+            thread.request_stop()
             # The end has its own deadline; being cancelled must not leave it half done.
             closing = asyncio.get_running_loop().run_in_executor(None, self.close)
             try:
@@ -137,23 +141,30 @@ class Engine:
         Raises:
             EngineError: it did not end in time.
         """
-        host = self._host
-        if host is None:
+        thread = self._thread
+        if thread is None:
             return
-        host.request_stop()
+        thread.request_stop()
         deadline_s = 2 * self.config.shutdown_timeout_s + _JOIN_MARGIN_S
-        if not host.join(deadline_s):
+        if not thread.join(deadline_s):
             raise EngineError(f"the engine's thread did not end in {deadline_s:g} s")
-        self._host = None
+        self._thread = None
         atexit.unregister(self._at_exit)
 
-    def _begin(self) -> Host:
-        if self._host is not None:
+    def _begin(self) -> Future[Host]:
+        if self._thread is not None:
             raise EngineError("the engine is open already")
-        self._host = host = Host(self.config, self._launches)
-        host.start()
+        folders = Folders.make(self.config)
+        self._thread = thread = LoopThread("aseer-engine")
+        started: Future[Host] = Future()
+        started.set_running_or_notify_cancel()  # whoever waits cannot cancel the start
+        self._started = started
+        config, launches = self.config, self._launches
+        thread.start(
+            lambda stop: serve(config, launches, folders, thread, started, stop)
+        )
         atexit.register(self._at_exit)
-        return host
+        return started
 
     def _leave_context(self) -> None:
         if self._tokens:
@@ -186,7 +197,7 @@ class Engine:
             ConfigError: a group of a list that cannot run.
             EngineClosedError: the engine is not open.
         """
-        return Rollout(*self._parts(groups, policy, chunk_size))
+        return Rollout(self._work(groups, policy, chunk_size))
 
     def rollout_sync(
         self,
@@ -205,7 +216,7 @@ class Engine:
                 "rollout_sync takes a list or an iterator of groups; an async iterator "
                 "needs `async for` over Engine.rollout"
             )
-        return SyncRollout(*self._parts(groups, policy, chunk_size))
+        return SyncRollout(self._work(groups, policy, chunk_size))
 
     async def update_weights(
         self,
@@ -239,26 +250,10 @@ class Engine:
             RolloutInProgressError: a rollout is in progress, and `pause` is None.
             EngineClosedError: the engine is not open.
         """
-        host = self._open_host()
-        check_pause(pause)
+        thread, host = self._open()
         check_source(source, awaits=True)
-        beginning = host.submit(host.begin_weight_update(version, pause))
-        try:
-            plan = await asyncio.shield(asyncio.wrap_future(beginning))
-        except asyncio.CancelledError:
-            beginning.add_done_callback(host.abandon_weight_update)
-            raise
-        try:
-            started = time.monotonic()
-            index = await send_async(source, plan.model, plan.directory)
-            send_s = time.monotonic() - started
-        except BaseException:
-            host.post(lambda: host.weights.abandon(plan))
-            raise
-        # It goes on to its end whoever is cancelled: half an update cannot be left.
-        switching = host.submit(host.switch_weights(plan))
-        times = await asyncio.shield(asyncio.wrap_future(switching))
-        return _update_report(plan, index, send_s, times)
+        asker = asyncio.current_task()
+        return await drive(update_steps(thread, host, source, version, pause, asker))
 
     def update_weights_sync(
         self,
@@ -272,19 +267,28 @@ class Engine:
         Raises:
             WeightUpdateError: as there; or an async iterable.
         """
-        host = self._open_host()
-        check_pause(pause)
+        thread, host = self._open()
         check_source(source, awaits=False)
-        plan = host.submit(host.begin_weight_update(version, pause)).result()
-        try:
-            started = time.monotonic()
-            index = send(source, plan.model, plan.directory)
-            send_s = time.monotonic() - started
-        except BaseException:
-            host.post(lambda: host.weights.abandon(plan))
-            raise
-        times = host.submit(host.switch_weights(plan)).result()
-        return _update_report(plan, index, send_s, times)
+        return drive_blocking(update_steps(thread, host, source, version, pause, None))
+
+    async def abort_rollout(self) -> None:
+        """End the rollout in progress early, whoever reads it, if there is one.
+
+        Its reader gets what is unfinished as `aborted`, and no further groups are
+        taken. For when the loop that reads it is out of reach. Returns once the engines
+        have stopped its work.
+
+        Raises:
+            EngineError: the engine is not open, or has failed.
+        """
+        thread, host = self._open()
+        asker = asyncio.current_task()
+        await result_of(thread, thread.submit(lambda: host.abort_rollout(asker)))
+
+    def abort_rollout_sync(self) -> None:
+        """As `abort_rollout`, for code without an event loop."""
+        thread, host = self._open()
+        thread.submit(lambda: host.abort_rollout(None)).result()
 
     async def sleep(self, level: int = 1) -> None:
         """Release the devices' memory for a trainer on the same GPUs, until `wake`.
@@ -294,56 +298,72 @@ class Engine:
         Args:
             level: 1 keeps the weights in the host's memory; 2 drops them, so that
                 `update_weights` must follow `wake`. Both drop the KV cache.
+        An engine that is asleep stays as it is.
+
         Raises:
             EngineError: an instance cannot; engines on CPUs never can.
             RolloutInProgressError: a rollout is in progress.
         """
-        host = self._open_host()
-        await asyncio.wrap_future(host.submit(host.sleep(level)))
+        thread, host = self._open()
+        asker = asyncio.current_task()
+        await result_of(thread, thread.submit(lambda: host.sleep(level, asker)))
 
     async def wake(self) -> None:
-        """Take the memory back that `sleep` released.
+        """Take the memory back that `sleep` released; nothing if the engine is awake.
 
         Raises:
-            EngineError: an instance cannot.
+            EngineError: no instance can.
         """
-        host = self._open_host()
-        await asyncio.wrap_future(host.submit(host.wake()))
+        thread, host = self._open()
+        await result_of(thread, thread.submit(host.wake))
 
     @property
     def weight_version(self) -> int:
         """Of the weights that every instance has; 0 = those it was started with."""
-        return self._open_host().weights.version
+        return self._open()[1].weights.version
 
     @property
     def instances(self) -> list[InstanceInfo]:
         """What the instances that are up said of themselves."""
-        return [info for _, info in sorted(self._open_host().infos.items())]
+        return [info for _, info in sorted(self._open()[1].infos.items())]
 
     @property
     def log_paths(self) -> list[Path]:
         """Log files of the instances."""
-        return self._open_host().log_paths
+        return self._open()[1].log_paths
 
     @property
     def run_dir(self) -> Path:
         """Directory of the control socket; it goes when the engine closes."""
-        return self._open_host().run_dir
+        return self._open()[1].folders.run
 
-    def _open_host(self) -> Host:
-        host = self._host
-        if host is None or not host.started.done() or host.ended.is_set():
+    def _open(self) -> tuple[LoopThread, Host]:
+        """The engine's thread and host.
+
+        Raises:
+            EngineClosedError: the engine is not open.
+            EngineError: the engine has failed; with the cause.
+        """
+        thread, started = self._thread, self._started
+        if thread is None or not started.done() or started.exception() is not None:
             raise EngineClosedError(
                 "the engine is not open; use it as a context manager, such as "
                 "`async with aseer.Engine(config) as engine:`"
             )
-        return host
+        if thread.ended.is_set():
+            raise thread.closed_error()
+        return thread, started.result()
 
-    def _parts(
+    @property
+    def _host(self) -> Host:
+        return self._open()[1]
+
+    def _work(
         self, groups: Groups, policy: PolicyName | None, chunk_size: int | None
-    ) -> tuple[Host, GroupResolver, Groups, PolicyName, int, int]:
-        """What a rollout is made of."""
-        host, config = self._open_host(), self.config
+    ) -> Work:
+        """What a rollout is made of, in either form."""
+        thread, host = self._open()
+        config = self.config
         chosen = config.policy if policy is None else check_policy(policy)
         size = config.chunk_size if chunk_size is None else chunk_size
         resolver = GroupResolver(
@@ -353,21 +373,15 @@ class Engine:
             speculating=check_speculation(config.speculation).method != "off",
             needs_lengths=chosen == "longest-first",
         )
-        pending = config.max_pending_requests
-        return host, resolver, groups, chosen, check_chunk_size(size), pending
-
-
-def _update_report(
-    plan: Plan, index: Index, send_s: float, times: SwitchTimes
-) -> WeightUpdateReport:
-    return WeightUpdateReport(
-        version=plan.version,
-        num_tensors=len(index.tensors),
-        num_bytes=index.num_bytes,
-        send_s=send_s,
-        prepare_s=times.prepare_s,
-        switch_s=times.switch_s,
-    )
+        return Work(
+            thread=thread,
+            host=host,
+            resolver=resolver,
+            groups=groups,
+            policy=chosen,
+            chunk_size=check_chunk_size(size),
+            max_pending_requests=config.max_pending_requests,
+        )
 
 
 def _close_at_exit(reference: weakref.ref[Engine]) -> None:

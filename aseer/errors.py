@@ -9,6 +9,7 @@
     |-- WeightUpdateError                    new weights were refused; the old ones stay
     |-- RolloutError                         some requests failed; the rest was yielded
     |-- RolloutInProgressError               one rollout at a time an engine
+    |-- RolloutClosedError                   it was left before its end
     |-- ProtocolError                        a peer speaks another protocol version
     `-- InvalidTransition                    a bug in aseer: a request's impossible move
 
@@ -49,6 +50,10 @@ class RolloutError(AseerError):
 
 class RolloutInProgressError(AseerError):
     """The engine is still busy with another rollout."""
+
+
+class RolloutClosedError(AseerError):
+    """The rollout was left before its end; there is nothing more to read."""
 
 
 class WeightUpdateError(AseerError):

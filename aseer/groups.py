@@ -57,6 +57,10 @@ class Group:
     tools: Sequence[Any] | None = None
 
 
+#: What a rollout takes its groups from.
+Groups = Iterable[Group] | AsyncIterable[Group]
+
+
 def check_groups(groups: G) -> G:
     """What a rollout is given, if it can be a source of groups.
 

@@ -1,34 +1,31 @@
-"""What lives on the engine's thread: its event loop, the socket, the pool, the rollout.
+"""What lives on the engine's thread: the instances, the weights, the rollout.
 
-The public `Engine` owns the thread and calls in from outside; everything here runs on
-the thread's own loop.
+The public `Engine` owns the thread (`aseer.loop_thread`) and calls in from outside;
+everything here runs on that thread's event loop.
 
-    user's thread                       engine's thread
-    Engine, Rollout  --call()-->  Host -- Session -- InstancePool -- Router
-                     <--Mailbox--              (pure Controller inside)
+    user's thread                        engine's thread
+    Engine, Rollout  -- submit, post -->  Host -- Session -- InstancePool -- Router
+                     <--- Mailbox ------          (pure Controller inside)
+
+What fails belongs to what it was done for: an error in a rollout's decisions ends that
+rollout, an error in a call ends that call. The engine ends only with its last instance
+or its own loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-from concurrent.futures import Future
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-import uvloop
-
+from aseer.activity import Activity, Call
+from aseer.claims import Claims
 from aseer.context import LengthPriors
 from aseer.dgds.server import make_draft_server
-from aseer.errors import (
-    ConfigError,
-    EngineClosedError,
-    EngineError,
-    describe,
-    root_of,
-)
+from aseer.errors import ConfigError, EngineError, root_of
 from aseer.instance.messages import FROM_INSTANCE, Report
 from aseer.instance.pool import InstancePool
 from aseer.instance.sleep import Sleep
@@ -37,166 +34,271 @@ from aseer.leftovers import Leftovers, sweep
 from aseer.session import Session
 from aseer.transport.zeromq import bind_router, make_socket_dir
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
-from aseer.watch import WakingClock, wait_awake
+from aseer.watch import wait_awake
 from aseer.weights.keeper import NO_INSTANCE, WeightKeeper, weights_dir_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
+    from concurrent.futures import Future
 
+    from aseer.claims import Claim
     from aseer.config import EngineConfig, PolicyName
+    from aseer.dgds.server import DraftServer
     from aseer.instance.launch import Launch
+    from aseer.instance.messages import FromInstance
+    from aseer.loop_thread import LoopThread
     from aseer.mailbox import Mailbox
+    from aseer.transport.base import Router
     from aseer.types import Response
     from aseer.weights.keeper import Pause, Plan, SwitchTimes
 
 _log = logging.getLogger("aseer")
+# A pool server that is asked to end is given this long before it is killed: it only has
+# to unmap its memory.
 _POOL_GRACE_S = 3.0
-_JOIN_STEP_S = 0.5
-T = TypeVar("T")
+_CALLS: dict[Pause | None, Call] = {
+    None: Call.UPDATE,
+    "wait": Call.UPDATE_AFTER,
+    "abort": Call.UPDATE_INSTEAD,
+}
 
 
-class Host:
-    """The engine's thread and what runs on it."""
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where an engine keeps its sockets, its logs, and weights for its instances."""
 
-    def __init__(self, config: EngineConfig, launches: list[Launch]) -> None:
-        pool_plan = plan_kv_pool(config, launches)
-        self._config = config
-        self._launches = launches
+    leftovers: Leftovers
+    logs: Path
+    weights: Path
+
+    @property
+    def run(self) -> Path:
+        return self.leftovers.run_dir
+
+    @classmethod
+    def make(cls, config: EngineConfig) -> Folders:
+        """Make them, but that for weights, which the first update makes.
+
+        Raises:
+            ConfigError: `log_dir` cannot be used.
+        """
         try:
             if config.log_dir is not None:
                 Path(config.log_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"log_dir cannot be used: {error}") from error
         sweep()
-        self.run_dir = make_socket_dir()
-        self.weights_dir = weights_dir_of(config, self.run_dir)
-        self._leftovers = Leftovers(self.run_dir)
-        self._leftovers.add(self.weights_dir)
-        self.weights = WeightKeeper(self.weights_dir)
-        self.log_dir = Path(config.log_dir or self.run_dir)
-        self.infos: dict[InstanceId, InstanceInfo] = {}
-        self.limits: InstanceInfo  # what the latest to come up said; all say the same
-        self.started: Future[None] = Future()
-        self.ended = threading.Event()
+        run = make_socket_dir()
+        weights = weights_dir_of(config, run)
+        leftovers = Leftovers(run)
+        leftovers.add(weights)
+        return cls(leftovers, Path(config.log_dir or run), weights)
+
+
+async def serve(
+    config: EngineConfig,
+    launches: list[Launch],
+    folders: Folders,
+    thread: LoopThread,
+    started: Future[Host],
+    stop: asyncio.Event,
+) -> None:
+    """Run an engine until `stop` is set; whatever happens, nothing of it remains.
+
+    Args:
+        thread: that this runs on.
+        started: gets the host once every instance is up, or why none is.
+    """
+    try:
+        pool_plan = plan_kv_pool(config, launches)
+        kv_pool = None
+        if pool_plan is not None:
+            kv_pool = KvPool(
+                pool_plan, config, len(launches), folders.logs, folders.leftovers
+            )
+        draft_server = make_draft_server(config, folders.run)
+        endpoint = f"ipc://{folders.run}/ctrl"
+        with draft_server or nullcontext():
+            async with bind_router(endpoint, FROM_INSTANCE) as router:
+                host = Host(
+                    config=config,
+                    launches=launches,
+                    folders=folders,
+                    thread=thread,
+                    router=router,
+                    endpoint=endpoint,
+                    draft_server=draft_server,
+                    kv_pool=kv_pool,
+                )
+                await host.run(stop, started)
+    except BaseException as error:
+        if not started.done():
+            started.set_exception(root_of(error))
+        elif not isinstance(error, asyncio.CancelledError):
+            _log.error("the engine failed", exc_info=error)
+        raise
+    finally:
+        folders.leftovers.remove()
+
+
+class Host:
+    """The engine's parts, joined."""
+
+    def __init__(
+        self,
+        *,
+        config: EngineConfig,
+        launches: list[Launch],
+        folders: Folders,
+        thread: LoopThread,
+        router: Router[FromInstance],
+        endpoint: str,
+        draft_server: DraftServer | None,
+        kv_pool: KvPool | None,
+    ) -> None:
+        self._config = config
+        self._thread = thread
+        self._router = router
+        self._draft_server = draft_server
+        self._length_priors = LengthPriors() if config.length_priors else None
+        self._claims = Claims()
         self._loads: dict[InstanceId, InstanceLoad] = {}
         self._exhausted: str | None = None
-        self._sleep: Sleep | None = None
         self._session: Session | None = None
         self._next_chunk_id = 0
-        self._pool: InstancePool | None = None
-        self._draft_server = make_draft_server(config, self.run_dir)
-        self._length_priors = LengthPriors() if config.length_priors else None
-        self.kv_pool: KvPool | None = None
-        if pool_plan is not None:
-            self.kv_pool = KvPool(
-                pool_plan, config, len(launches), self.log_dir, self._leftovers
-            )
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
-        self._is_stopping = False
-        self._thread = threading.Thread(
-            target=self._run, name="aseer-engine", daemon=True
+        self.kv_pool = kv_pool
+        self.folders = folders
+        self.weights = WeightKeeper(folders.weights)
+        self.infos: dict[InstanceId, InstanceInfo] = {}
+        #: Limits of the instance that came up last (all start with the same settings).
+        self.limits: InstanceInfo
+        self._log_paths = [
+            folders.logs / f"instance-{launch.instance_id}.log" for launch in launches
+        ]
+        self._pool = InstancePool(
+            config,
+            launches,
+            router,
+            endpoint,
+            folders.leftovers,
+            folders.logs,
+            self,
+            draft_server.spec if draft_server else None,
+            kv_pool,
         )
+        self._sleep = Sleep(self._pool)
 
-    # From the user's threads
+    @property
+    def log_paths(self) -> list[Path]:
+        """Log files of the instances."""
+        return list(self._log_paths)
 
-    def start(self) -> None:
-        """Start the thread; `started` tells how it went."""
-        self._thread.start()
+    async def run(self, stop: asyncio.Event, started: Future[Host]) -> None:
+        """Bring the instances up, and work until `stop` is set."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                talking = tasks.create_task(
+                    self._router.run(self._pool.on_message, self._pool.on_lost)
+                )
+                working = tasks.create_task(self._work(started))
+                await stop.wait()
+                await self._close_rollout()
+                working.cancel()
+                await asyncio.wait([working])
+                await self._pool.stop(self._config.shutdown_timeout_s)
+                talking.cancel()
+        except BaseException as error:
+            self._thread.failure = error
+            raise
+        finally:
+            self._claims.close(self._thread.closed_error)
+            self.weights.give_up("the engine was closed")
+            await self._pool.stop(0)
+            if self.kv_pool is not None:
+                await self.kv_pool.stop(_POOL_GRACE_S)
+            if self._session is not None:
+                # Nobody may be left waiting for what cannot go on.
+                self._session.fail(self._thread.closed_error())
+                self._session.set_over()
 
-    def request_stop(self) -> None:
-        """Begin the end; `ended` tells when it is reached. May be called again."""
-        self._is_stopping = True  # for a thread that has no loop yet
-        loop, stop = self._loop, self._stop
-        if loop is not None and stop is not None:
-            with suppress(RuntimeError):  # the loop is closed already
-                loop.call_soon_threadsafe(stop.set)
+    async def _work(self, started: Future[Host]) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            if self.kv_pool is not None:
+                await self.kv_pool.start()
+                tasks.create_task(self.kv_pool.supervise())
+            await self._pool.start()
+            started.set_result(self)
+            await self._pool.supervise()
 
-    def join(self, timeout_s: float) -> bool:
-        """Wait for the thread's end; whether it ended."""
-        clock = WakingClock(2 * _JOIN_STEP_S)
-        while self._thread.is_alive() and clock.read() < timeout_s:
-            self._thread.join(_JOIN_STEP_S)
-        return not self._thread.is_alive()
+    async def _close_rollout(self) -> None:
+        """Refuse new work, and let the instances stop what a rollout still runs."""
+        self._claims.close(self._thread.closed_error)
+        session = self._session
+        if session is not None and not session.over.done():
+            session.engine_closes()
+            await wait_awake(session.over, self._config.shutdown_timeout_s)
 
-    def post(self, function: Callable[[], object]) -> None:
-        """Run a function on the engine's thread, some time soon."""
-        loop = self._loop
-        if loop is not None:
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._do, function)
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine on the engine's thread; its result comes with the future.
-
-        Raises:
-            EngineClosedError: the thread has ended.
-        """
-        loop = self._loop
-        if loop is not None and not self.ended.is_set():
-            with suppress(RuntimeError):
-                return asyncio.run_coroutine_threadsafe(coroutine, loop)
-        coroutine.close()
-        raise EngineClosedError("the engine is closed")
-
-    # On the engine's thread
+    # Calls from users' threads
 
     async def open_session(
-        self, mailbox: Mailbox[Response], policy: PolicyName, chunk_size: int
+        self,
+        mailbox: Mailbox[Response],
+        policy: PolicyName,
+        chunk_size: int,
+        asker: object,
     ) -> Session:
-        """Begin a rollout.
+        """Begin a rollout; the engine is taken until the session is over.
 
         Raises:
             RolloutInProgressError: one is in progress.
-            EngineError: no instance is left.
+            EngineError: the engine is asleep, or no instance is left.
         """
-        if self._exhausted is not None:
-            raise EngineError(self._exhausted)
-        assert self._sleep is not None
-        self._sleep.check_over()
-        await self._end_left()
-        await self.weights.idle()  # from here to its end nothing else may run
-        last = self._session
-        if last is not None and not last.over.done():
-            raise last.refusal(
-                "an engine runs one at a time: iterate it to its end, or close it first"
+        self._check_alive()
+        claim = await self._take(Call.ROLLOUT, asker)
+        try:
+            self._check_alive()
+            session = Session(
+                pool=self._pool,
+                mailbox=mailbox,
+                policy=policy,
+                chunk_size=chunk_size,
+                starvation_interval=self._config.starvation_interval,
+                max_request_retries=self._config.max_request_retries,
+                weight_version=self.weights.version,
+                first_chunk_id=self._next_chunk_id,
+                post=self._thread.post,
+                draft_server=self._draft_server,
+                kv_pool=self.kv_pool,
+                length_priors=self._length_priors,
             )
-        assert self._pool is not None
-        assert self._loop is not None
-        session = Session(
-            pool=self._pool,
-            mailbox=mailbox,
-            policy=policy,
-            chunk_size=chunk_size,
-            starvation_interval=self._config.starvation_interval,
-            max_request_retries=self._config.max_request_retries,
-            weight_version=self.weights.version,
-            first_chunk_id=last.next_chunk_id if last else 0,
-            loop=self._loop,
-            draft_server=self._draft_server,
-            kv_pool=self.kv_pool,
-            length_priors=self._length_priors,
-        )
-        for instance_id, info in sorted(self.infos.items()):
-            session.instance_up(info, self._loads[instance_id])
+            for instance_id, info in sorted(self.infos.items()):
+                session.instance_up(info, self._loads[instance_id])
+        except BaseException:
+            claim.release()
+            raise
         self._session = session
-        if session.was_left:
-            session.leave()
+        self._claims.set_rollout(_InTheWay(self, session))
+        session.over.add_done_callback(lambda _: self._session_over(session, claim))
         return session
 
     async def drain(self, session: Session) -> None:
         """Wait until a rollout that was left has stopped; kill the engines that do
         not.
         """
-        assert self._pool is not None
         timeout_s = self._config.shutdown_timeout_s
         await wait_awake(session.over, timeout_s)
         if not session.over.done():
             self._pool.kill_busy(f"it did not stop its work within {timeout_s:g} s")
             await wait_awake(session.over, timeout_s)
+        session.set_over()
+
+    async def abort_rollout(self, asker: object) -> None:
+        """See `Engine.abort_rollout`."""
+        if self._claims.activity is not Activity.CLOSING:
+            await self._claims.take(Call.ABORT, asker)
 
     async def begin_weight_update(
-        self, version: int | None, pause: Pause | None
+        self, version: int | None, pause: Pause | None, asker: object
     ) -> Plan:
         """Make way for new weights, and keep the way free until the update is over.
 
@@ -204,191 +306,116 @@ class Host:
             RolloutInProgressError: a rollout is in progress, and `pause` is None.
             WeightUpdateError: the version is not a later one.
         """
-        assert self._pool is not None
-        assert self._sleep is not None
-        self._sleep.check_over()
-        plan = await self.weights.begin(self._pool, self.infos, version)
+        claim = await self._take(_CALLS[pause], asker)
         try:
-            await self._make_way(pause, ", or give pause='wait' or pause='abort'")
+            self._check_alive()
+            return await self.weights.begin(self._pool, self.infos, version, claim)
         except BaseException:
-            self.weights.abandon(plan)
+            claim.release()
             raise
-        return plan
-
-    def abandon_weight_update(self, beginning: Future[Plan]) -> None:
-        """Give an update up whose caller was cancelled while it began."""
-        if not beginning.cancelled() and beginning.exception() is None:
-            plan = beginning.result()
-            self.post(lambda: self.weights.abandon(plan))
 
     async def switch_weights(self, plan: Plan) -> SwitchTimes:
         """Take every instance to weights that were sent; see `WeightKeeper.switch`."""
-        assert self._pool is not None
-        times = await self.weights.switch(plan, self._pool, self.infos)
-        # What else outlives a rollout, and was made with the old weights, goes here.
-        if self._draft_server is not None:
-            self._draft_server.set_weight_version(plan.version)
-        if self.kv_pool is not None:
-            await self.kv_pool.drop_older(plan.version)
+        try:
+            times = await self.weights.switch(plan, self._pool, self.infos)
+            # What else outlives a rollout, and was made with the old weights, goes.
+            if self._draft_server is not None:
+                self._draft_server.set_weight_version(plan.version)
+            if self.kv_pool is not None:
+                await self.kv_pool.drop_older(plan.version)
+        finally:
+            plan.claim.release()
         return times
 
-    async def sleep(self, level: int) -> None:
+    async def sleep(self, level: int, asker: object) -> None:
         """See `Engine.sleep`."""
-        assert self._sleep is not None
-        await self._make_way()
-        await self.weights.idle()
-        if not self.infos:
-            raise EngineError(self._exhausted or NO_INSTANCE)
-        await self._sleep.begin(self.infos, level)
+        claim = await self._claims.take(Call.SLEEP, asker)
+        if claim is None:
+            return
+        try:
+            self._check_alive()
+            if not self.infos:
+                raise EngineError(NO_INSTANCE)
+            await self._sleep.begin(self.infos, level)
+        except BaseException:
+            claim.release()
+            raise
+        claim.become(Activity.ASLEEP)
 
     async def wake(self) -> None:
         """See `Engine.wake`."""
-        assert self._sleep is not None
-        await self._sleep.end(self.infos)
+        claim = await self._claims.take(Call.WAKE)
+        if claim is not None:
+            try:
+                await self._sleep.end(self.infos)
+            finally:
+                claim.release()
 
-    async def _end_left(self) -> None:
-        """End a rollout that its user walked away from."""
-        session = self._session
-        if session is not None and session.was_left:
-            session.leave()
-            await self.drain(session)
+    async def _take(self, call: Call, asker: object) -> Claim:
+        """Take the engine for a call that is never answered with "nothing to do"."""
+        claim = await self._claims.take(call, asker)
+        assert claim is not None, call
+        return claim
 
-    async def _make_way(self, pause: Pause | None = None, or_else: str = "") -> None:
-        await self._end_left()
-        session = self._session
-        if session is None or session.over.done():
-            return
-        if pause is None:
-            raise session.refusal(f"iterate it to its end first{or_else}")
-        if pause == "abort":
-            session.abort()
-            await self.drain(session)
-        else:
-            await asyncio.wait([session.over])
+    def _check_alive(self) -> None:
+        if self._exhausted is not None:
+            raise EngineError(self._exhausted)
+
+    def _session_over(self, session: Session, claim: Claim) -> None:
+        self._next_chunk_id = session.next_chunk_id
+        if self._session is session:
+            self._session = None
+        claim.release()
+
+    # From the pool (see `PoolOwner`)
 
     def instance_up(self, info: InstanceInfo) -> None:
         """See `PoolOwner`."""
         self.weights.instance_up(info.instance_id)
         self.infos[info.instance_id] = self.limits = info
         self._loads[info.instance_id] = InstanceLoad()
-        if self._sleep is not None:
-            self._sleep.instance_up(info.instance_id)
-        if self._session is not None:
-            self._session.instance_up(info, InstanceLoad())
+        self._sleep.instance_up(info.instance_id)
+        self._tell_session(lambda s: s.instance_up(info, InstanceLoad()))
 
     def instance_report(self, instance_id: InstanceId, report: Report) -> None:
         """See `PoolOwner`."""
         self._loads[instance_id] = report.load
-        if self._session is not None and not self._session.over.done():
-            self._session.instance_report(instance_id, report)
+        self._tell_session(lambda s: s.instance_report(instance_id, report))
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """See `PoolOwner`."""
         self.infos.pop(instance_id, None)
         self.weights.instance_down(instance_id, why)
-        if self._session is not None:
-            self._session.instance_down(instance_id, why)
+        self._tell_session(lambda s: s.instance_down(instance_id, why))
 
     def instances_exhausted(self, why: str) -> None:
         """See `PoolOwner`."""
         self._exhausted = f"the engine has no instance left: {why}"
-        if self._session is not None:
-            self._session.exhausted(why)
+        self._tell_session(lambda s: s.exhausted(why))
 
-    @property
-    def log_paths(self) -> list[Path]:
-        ids = [launch.instance_id for launch in self._launches]
-        return [self.log_dir / f"instance-{i}.log" for i in ids]
-
-    def _run(self) -> None:
-        try:
-            with (
-                self._draft_server or nullcontext(),
-                asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-            ):
-                runner.run(self._main())
-        except BaseException as error:
-            if not self.started.done():
-                self.started.set_exception(root_of(error))
-            elif self._exhausted is None:  # else it was told already
-                _log.error("the engine did not close cleanly", exc_info=error)
-        finally:
-            self._leftovers.remove()
-            self.ended.set()
-
-    def _do(self, posted: Callable[[], object]) -> None:
-        try:
-            posted()
-        except Exception as error:  # told, or whoever reads on would wait for ever
-            self._failed(error)
-
-    def _failed(self, error: BaseException) -> None:
-        if not self.started.done():
-            self.started.set_exception(error)
-            return
-        _log.error("the engine failed", exc_info=error)
-        self._exhausted = f"the engine failed: {describe(error)}"
-        if self._session is not None and not self._session.over.done():
-            with suppress(Exception):  # what failed may be its own decisions
-                self._session.exhausted(self._exhausted)
-            self._session.abandon(self._exhausted)
-
-    async def _main(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
-        if self._is_stopping:
-            self._stop.set()
-        endpoint = f"ipc://{self.run_dir}/ctrl"
-        async with bind_router(endpoint, FROM_INSTANCE) as router:
-            pool = InstancePool(
-                self._config,
-                self._launches,
-                router,
-                endpoint,
-                self._leftovers,
-                self.log_dir,
-                self,
-                self._draft_server.spec if self._draft_server else None,
-                self.kv_pool,
-            )
-            self._pool = pool
-            self._sleep = Sleep(pool)
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    talking = tasks.create_task(
-                        router.run(pool.on_message, pool.on_lost)
-                    )
-                    working = tasks.create_task(self._work(pool))
-                    await self._stop.wait()
-                    await self._leave_session()
-                    working.cancel()
-                    await asyncio.wait([working])
-                    await pool.stop(self._config.shutdown_timeout_s)
-                    talking.cancel()
-            except BaseException as error:
-                self._failed(root_of(error))
-                raise
-            finally:
-                self.weights.give_up("the engine was closed")
-                await pool.stop(0)
-                if self.kv_pool is not None:
-                    await self.kv_pool.stop(_POOL_GRACE_S)
-                if self._session is not None and not self._session.over.done():
-                    # Nobody may be left waiting for what cannot go on.
-                    self._session.exhausted("the engine was closed")
-
-    async def _work(self, pool: InstancePool) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            if self.kv_pool is not None:
-                await self.kv_pool.start()
-                tasks.create_task(self.kv_pool.supervise())
-            await pool.start()
-            self.started.set_result(None)
-            await pool.supervise()
-
-    async def _leave_session(self) -> None:
-        """Let the instances stop what a rollout still runs."""
+    def _tell_session(self, tell: Callable[[Session], None]) -> None:
         session = self._session
-        if session is not None and not session.over.done():
-            session.engine_closes()
-            await wait_awake(session.over, self._config.shutdown_timeout_s)
+        if session is not None:
+            session.guarded(lambda: tell(session))
+
+
+class _InTheWay:
+    """See `aseer.claims.InTheWay`."""
+
+    def __init__(self, host: Host, session: Session) -> None:
+        self._host = host
+        self._session = session
+
+    def was_left(self, asker: object) -> bool:
+        return self._session.was_left(asker)
+
+    def description(self) -> str:
+        return self._session.description()
+
+    async def end(self) -> None:
+        self._session.leave()
+        await self._host.drain(self._session)
+
+    async def abort(self) -> None:
+        self._session.abort()
+        await self._host.drain(self._session)

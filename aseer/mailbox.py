@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections import deque
 from contextlib import suppress
 from typing import Generic, TypeVar
@@ -29,11 +30,31 @@ class Mailbox(Generic[T]):
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._closed = False
         self._error: BaseException | None = None
+        self._gave_up: weakref.ref[object] | None = None
 
     @property
     def is_closed(self) -> bool:
         """Whether nothing will come any more."""
         return self._closed
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why nothing will come any more, if that is an error."""
+        return self._error
+
+    @property
+    def has_items(self) -> bool:
+        """Whether `get` would not wait."""
+        return bool(self._items) or self._closed
+
+    def give_up(self, reader: object) -> None:
+        """A reader's wait was broken off, and the reader may or may not come back."""
+        self._gave_up = weakref.ref(reader)
+
+    def was_given_up_by(self, reader: object) -> bool:
+        """Whether this reader broke a wait off, and nobody has waited since."""
+        gave_up = self._gave_up
+        return reader is not None and gave_up is not None and gave_up() is reader
 
     def put(self, item: T) -> None:
         """Add an item."""
@@ -42,9 +63,7 @@ class Mailbox(Generic[T]):
             self._wake()
 
     def close(self, error: BaseException | None = None) -> None:
-        """No more items; `error` is raised once all are taken. The first call
-        counts.
-        """
+        """No more items; `error` is why, if that is an error. The first call counts."""
         with self._changed:
             if not self._closed:
                 self._closed = True
@@ -58,6 +77,7 @@ class Mailbox(Generic[T]):
             MailboxClosed: there is none and it is closed.
         """
         loop = asyncio.get_running_loop()
+        self._gave_up = None
         while True:
             with self._changed:
                 if self._items or self._closed:
@@ -80,8 +100,6 @@ class Mailbox(Generic[T]):
     def _take(self) -> T:
         if self._items:
             return self._items.popleft()
-        if self._error is not None:
-            raise self._error
         raise MailboxClosed
 
     def _wake(self) -> None:

@@ -1,77 +1,110 @@
 """A rollout as its user sees it: an iterator of responses, in asyncio code or in plain
 code.
 
-Responses come from the engine's thread through a mailbox. Groups go the other way: a
-list at once; an iterator's whenever fewer than `max_pending_requests` requests are
-unfinished; an async iterator's by a task of the consumer's loop, as it produces them.
+    async with engine.rollout(groups) as rollout:
+        async for response in rollout:
+            ...
 
-Leaving is noticed by the iterator that the `for` loop holds: when the loop ends by a
-break, an exception or cancellation, the iterator goes, and with it the rollout's work.
+Responses come from the engine's thread through a mailbox. Groups go the other way
+(`aseer.group_source`). A rollout has one life: it is read to its end, or left before.
+Leaving the `async with` block leaves it, and waits until the engines have stopped its
+work. A bare `for` loop leaves it, too, when it ends by a break, an exception or
+cancellation: then the iterator that only the loop holds is gone. Where something else
+holds that iterator (a variable, a debugger), the engine cannot know; the `async with`
+form does not lean on it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
-from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
-from aseer.errors import AseerError, ConfigError, EngineClosedError
-from aseer.groups import Group, GroupResolver, check_group_id, check_groups
-from aseer.mailbox import Mailbox, MailboxClosed
-from aseer.types import GroupId, Response
+from aseer.errors import ConfigError, EngineClosedError
+from aseer.mailbox import MailboxClosed
+from aseer.steps import drive, drive_blocking
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    from types import TracebackType
 
     from aseer.config import EngineConfig, PolicyName
     from aseer.engine import Engine
-    from aseer.host import Host
+    from aseer.groups import Groups
     from aseer.report import Progress, RolloutReport
-    from aseer.session import Session
-    from aseer.types import Task
+    from aseer.types import Response
+    from aseer.work import Work
 
-Groups = Iterable[Group] | AsyncIterable[Group]
-R = TypeVar("R", bound="_Common")
-_PULL_AT_ONCE = 256
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-class _Common:
-    """What both forms share: intake, cancelling, leaving, the report."""
+class _Loop(Generic[T]):
+    """What a `for` loop holds; dropped, it leaves a rollout that is not at its end.
 
-    def __init__(
+    A frame that an exception leaves lets go of it first: somebody may hold the
+    exception, and with it those frames, for long.
+    """
+
+    def __init__(self, work: Work, next_item: Callable[[], T]) -> None:
+        self._work = work
+        self._next_item = next_item
+
+    def __del__(self) -> None:
+        self._work.leave()
+
+
+class _AsyncLoop(_Loop[Awaitable[R]], AsyncIterator[R]):
+    """What `async for` holds."""
+
+    async def __anext__(self) -> R:
+        next_item = self._next_item
+        try:
+            return await next_item()
+        except BaseException:
+            del self
+            raise
+
+
+class _SyncLoop(_Loop[R], Iterator[R]):
+    """What `for` holds."""
+
+    def __next__(self) -> R:
+        next_item = self._next_item
+        try:
+            return next_item()
+        except BaseException:
+            del self
+            raise
+
+
+class Rollout:
+    """Responses in the order they finish, for `async for`; see `Engine.rollout`.
+
+    A rollout has one life, and every loop over it reads from the same responses.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    async def __aenter__(self) -> Self:
+        await self._open()
+        return self
+
+    async def __aexit__(
         self,
-        host: Host,
-        resolver: GroupResolver,
-        groups: Groups,
-        policy: PolicyName,
-        chunk_size: int,
-        max_pending_requests: int,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
-        self._host = host
-        self._resolver = resolver
-        self._how = (policy, chunk_size)
-        self._max_pending = max_pending_requests
-        self._mailbox: Mailbox[Response] = Mailbox()
-        self._opening: Future[Session] | None = None
-        self._session: Session | None = None
-        self._intake_error: BaseException | None = None
-        self._num_taken = 0
-        self._num_yielded = 0
-        self._left = False
-        self._source: Iterator[Group] | None = None
-        self._async_source: AsyncIterable[Group] | None = None
-        self._ready: list[Task] = []
-        self._group_sizes: dict[str, int] = {}
-        self._groups: dict[str, list[Response]] = {}
-        self._cancelled_early: list[str] = []
-        check_groups(groups)
-        if isinstance(groups, AsyncIterable):
-            self._async_source = groups
-        elif isinstance(groups, Iterator):
-            self._source = groups
-        else:
-            self._ready = [self._count(t) for t in resolver.resolve_all(groups)]
+        await self.aclose()
+
+    def __aiter__(self) -> AsyncIterator[Response]:
+        return _AsyncLoop(self._work, self._next)
+
+    def by_group(self) -> AsyncIterator[list[Response]]:
+        """Whole groups in the order they are complete, members by index."""
+        return _AsyncLoop(self._work, self._next_group)
 
     @property
     def report(self) -> RolloutReport:
@@ -80,14 +113,11 @@ class _Common:
         Raises:
             AseerError: it is not finished.
         """
-        report = self._session.report if self._session is not None else None
-        if report is None:
-            raise AseerError("the rollout is not finished; iterate it to its end first")
-        return report
+        return self._work.report
 
     def progress(self) -> Progress | None:
         """The rollout as of a fraction of a second ago; None before it starts."""
-        return self._session.progress if self._session is not None else None
+        return self._work.progress()
 
     def cancel(self, group_id: str) -> None:
         """End a group early, from any thread.
@@ -99,266 +129,127 @@ class _Common:
         Raises:
             ConfigError: no such group was given so far.
         """
-        if check_group_id(group_id) not in self._group_sizes:
-            raise ConfigError(
-                f"there is no group {group_id!r} among the {len(self._group_sizes)} "
-                "given to this rollout so far"
-            )
-        session = self._session
-        if session is None:
-            self._cancelled_early.append(group_id)
-        else:
-            self._host.post(lambda: session.cancel(GroupId(group_id)))
-
-    def _count(self, task: Task) -> Task:
-        self._group_sizes[task.group_id] = task.num_requests
-        self._num_taken += task.num_requests
-        return task
-
-    def _open(self) -> Future[Session]:
-        """The session to come; the same one when a wait for it was broken off."""
-        opening = self._opening
-        if opening is None or _failed(opening):
-            coroutine = self._host.open_session(self._mailbox, *self._how)
-            self._opening = opening = self._host.submit(coroutine)
-        return opening
-
-    def _begin(self, session: Session) -> None:
-        if self._left:
-            return
-        self._session = session
-        self._submit(self._ready)
-        self._ready = []
-        for group_id in self._cancelled_early:
-            self.cancel(group_id)
-        if self._source is None and self._async_source is None:
-            self._close_intake()
-
-    def _submit(self, tasks: list[Task]) -> None:
-        session = self._session
-        assert session is not None
-        if tasks:
-            self._host.post(lambda: session.add(tasks))
-
-    def _close_intake(self) -> None:
-        session = self._session
-        assert session is not None
-        self._host.post(session.close_intake)
-
-    @property
-    def _has_room(self) -> bool:
-        return self._num_taken - self._num_yielded < self._max_pending
-
-    def _pull(self) -> None:
-        """Take groups from a plain iterator while there is room for more requests."""
-        while self._source is not None and self._has_room and not self._left:
-            tasks: list[Task] = []
-            resolve = self._resolver.resolve
-            try:
-                while len(tasks) < _PULL_AT_ONCE and self._has_room:
-                    tasks.append(self._count(resolve(next(self._source))))
-            except StopIteration:
-                self._source = None
-            except Exception as error:  # the user's iterator, or a bad group of his
-                self._intake_error = error
-                self._source = None
-            self._submit(tasks)
-            if self._source is None:
-                self._close_intake()
-
-    def _took(self, response: Response) -> Response:
-        self._num_yielded += 1
-        return response
-
-    def _complete_group(self, response: Response) -> list[Response] | None:
-        """The response's group, by index, if this was its last."""
-        members = self._groups.setdefault(response.group_id, [])
-        members.append(response)
-        if len(members) < self._group_sizes[response.group_id]:
-            return None
-        del self._groups[response.group_id]
-        return sorted(members, key=lambda r: r.index)
-
-    def _leave(self) -> None:
-        """Stop the work, from any thread; nobody will read on."""
-        self._left = True
-        session, opening = self._session, self._opening
-        if session is not None and not session.over.done():
-            self._host.post(session.leave)
-        elif session is None and opening is not None:
-            opening.add_done_callback(self._leave_opened)
-        self._mailbox.close()
-
-    def _leave_opened(self, opening: Future[Session]) -> None:
-        if not _failed(opening):
-            self._host.post(opening.result().leave)
-
-    def _drained(self) -> Future[None] | None:
-        """Done when the engines have stopped the rollout's work."""
-        session = self._session
-        if session is None or self._host.ended.is_set():
-            return None
-        return self._host.submit(self._host.drain(session))
-
-    def _raise_intake_error(self) -> None:
-        """At the end, after every response: what went wrong with the user's groups."""
-        error, self._intake_error = self._intake_error, None
-        if error is not None:
-            raise error
-
-
-def _failed(opening: Future[Session]) -> bool:
-    return opening.done() and (opening.cancelled() or opening.exception() is not None)
-
-
-class _Loop(Generic[R]):
-    """A loop over a rollout; dropped before the end, it leaves the rollout."""
-
-    def __init__(self, rollout: R) -> None:
-        self._rollout = rollout
-        self._over = False
-
-    def __del__(self) -> None:
-        if not self._over:
-            self._rollout._leave()
-
-
-class Rollout(_Common):
-    """Responses in the order they finish, for `async for`; see `Engine.rollout`."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._pump: asyncio.Task[None] | None = None
-        self._room = asyncio.Event()
-
-    def __aiter__(self) -> AsyncIterator[Response]:
-        return _AsyncResponses(self)
-
-    def by_group(self) -> AsyncIterator[list[Response]]:
-        """Whole groups in the order they are complete, members by index."""
-        return _AsyncGroups(self)
+        self._work.cancel(group_id)
 
     async def aclose(self) -> None:
         """Stop the work and wait until the engines have; safe to call at any time."""
-        self._leave()
-        if self._pump is not None:
-            await asyncio.wait([self._pump])
-        drained = self._drained()
-        if drained is not None:
-            await asyncio.wrap_future(drained)
+        self._work.leave()
+        await self._work.source.wait_stopped()
+        await drive(self._work.close())
+
+    async def _open(self) -> None:
+        work = self._work
+        if work.session is not None:
+            return
+        # What held an earlier rollout's iterator may live until this task is suspended.
+        await asyncio.sleep(0)
+        opening = work.open(asyncio.current_task())
+        work.begin(await asyncio.shield(asyncio.wrap_future(opening)))
+        work.check_not_left()
+        work.source.start_pump()
 
     async def _next(self) -> Response:
-        if self._session is None and not self._left:
-            # The frames of an iteration that was just cancelled, and the iterator in
-            # them, live until this task is suspended: the last rollout is left then.
-            await asyncio.sleep(0)
-            opening = asyncio.wrap_future(self._open())
-            self._begin(await asyncio.shield(opening))
-            if self._async_source is not None and not self._left:
-                # Outlives this call; `_leave` cancels it, `aclose` waits for it.
-                loop = asyncio.get_running_loop()
-                self._pump = loop.create_task(self._take_from(self._async_source))
-        self._pull()
+        work = self._work
         try:
-            response = self._took(await self._mailbox.get())
-        except MailboxClosed:
-            self._raise_intake_error()
+            await self._open()
+            work.check_not_left()
+            more = work.source.pull()
+            while more and not work.mailbox.has_items:
+                await asyncio.sleep(0)
+                more = work.source.pull()
+            try:
+                response = await work.mailbox.get()
+            except MailboxClosed:
+                await work.source.wait_stopped()
+                response = work.ended()
+        except StopIteration:
             raise StopAsyncIteration from None
-        self._room.set()
+        except asyncio.CancelledError:
+            work.mailbox.give_up(asyncio.current_task())
+            raise
+        work.source.yielded()
         return response
 
-    async def _take_from(self, source: AsyncIterable[Group]) -> None:
-        try:
-            async for group in source:
-                self._submit([self._count(self._resolver.resolve(group))])
-                while not self._has_room:
-                    self._room.clear()
-                    await self._room.wait()
-        except Exception as error:  # the user's iterator, or a bad group of his
-            self._intake_error = error
-        finally:
-            self._close_intake()
-
-    def _leave(self) -> None:
-        super()._leave()
-        pump = self._pump
-        if pump is not None and not pump.done():
-            with suppress(RuntimeError):  # its loop is closed: it is gone already
-                pump.get_loop().call_soon_threadsafe(pump.cancel)
-
-
-class _AsyncResponses(_Loop[Rollout]):
-    """What `async for` holds."""
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Response:
-        try:
-            return await self._rollout._next()
-        except StopAsyncIteration:
-            self._over = True
-            raise
-
-
-class _AsyncGroups:
-    """As `_AsyncResponses`, by whole groups."""
-
-    def __init__(self, rollout: Rollout) -> None:
-        self._rollout = rollout
-        self._responses = _AsyncResponses(rollout)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> list[Response]:
+    async def _next_group(self) -> list[Response]:
         while True:
-            group = self._rollout._complete_group(await anext(self._responses))
+            group = self._work.complete_group(await self._next())
             if group is not None:
                 return group
 
 
-class SyncRollout(_Common):
-    """Responses in the order they finish, for `for`; see `Engine.rollout_sync`."""
+class SyncRollout:
+    """Responses in the order they finish, for `for`; see `Engine.rollout_sync`.
+
+    A rollout has one life, and every loop over it reads from the same responses.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def __iter__(self) -> Iterator[Response]:
-        return _Responses(self)
+        return _SyncLoop(self._work, self._next)
 
     def by_group(self) -> Iterator[list[Response]]:
         """Whole groups in the order they are complete, members by index."""
-        responses = _Responses(self)
-        return (g for r in responses if (g := self._complete_group(r)) is not None)
+        return _SyncLoop(self._work, self._next_group)
+
+    @property
+    def report(self) -> RolloutReport:
+        """See `Rollout.report`."""
+        return self._work.report
+
+    def progress(self) -> Progress | None:
+        """See `Rollout.progress`."""
+        return self._work.progress()
+
+    def cancel(self, group_id: str) -> None:
+        """See `Rollout.cancel`."""
+        self._work.cancel(group_id)
 
     def close(self) -> None:
         """Stop the work and wait until the engines have; safe to call at any time."""
-        self._leave()
-        drained = self._drained()
-        if drained is not None:
-            drained.result()
+        drive_blocking(self._work.close())
+
+    def _open(self) -> None:
+        work = self._work
+        if work.session is None:
+            work.begin(work.open(None).result())
 
     def _next(self) -> Response:
-        if self._session is None and not self._left:
-            self._begin(self._open().result())
-        self._pull()
+        work = self._work
         try:
-            return self._took(self._mailbox.get_blocking())
-        except MailboxClosed:
-            self._raise_intake_error()
-            raise StopIteration from None
-
-
-class _Responses(_Loop[SyncRollout]):
-    """What `for` holds."""
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Response:
-        try:
-            return self._rollout._next()
-        except StopIteration:
-            self._over = True
+            self._open()
+            work.check_not_left()
+            more = work.source.pull()
+            while more and not work.mailbox.has_items:
+                more = work.source.pull()
+            try:
+                response = work.mailbox.get_blocking()
+            except MailboxClosed:
+                response = work.ended()
+        except (KeyboardInterrupt, SystemExit):
+            work.leave()  # whoever interrupts a wait does not come back to it
             raise
+        work.source.yielded()
+        return response
+
+    def _next_group(self) -> list[Response]:
+        while True:
+            group = self._work.complete_group(self._next())
+            if group is not None:
+                return group
 
 
 async def rollout(

@@ -1,13 +1,20 @@
 """One rollout on the engine's thread: the pure controller joined to clock, pool and
 user.
 
-Everything here runs on the engine's event loop, in callbacks that never wait. The
-session is over when its intake is closed and every request has finished; leaving early
-cancels what is left and waits for the engines to say that they stopped.
+Everything here runs on the engine's event loop, in callbacks that never wait, but for
+`offer`, which any thread may call. The session is over when its intake is closed and
+every request has finished; leaving early cancels what is left and waits for the engines
+to say that they stopped.
+
+An error in a rollout's decisions fails the rollout, not the engine: its reader gets the
+error, and the session is over as soon as the engines have stopped its chunks.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import threading
 import time
 from array import array
 from dataclasses import replace
@@ -17,17 +24,17 @@ from aseer.controller import Abort, Command, Controller, Dispatch, Finished
 from aseer.errors import (
     EngineClosedError,
     InstanceLostError,
+    RolloutClosedError,
     RolloutError,
-    RolloutInProgressError,
+    describe,
 )
 from aseer.instance.messages import Run
 from aseer.kv.sharing import PromptSharing, num_alike
 from aseer.recorder import Recorder
-from aseer.types import GroupId
+from aseer.types import GroupId, RequestId
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from aseer.config import PolicyName
     from aseer.context import LengthPriors
@@ -41,10 +48,11 @@ if TYPE_CHECKING:
         InstanceId,
         InstanceInfo,
         InstanceLoad,
-        RequestId,
         Response,
         Task,
     )
+
+_log = logging.getLogger("aseer")
 
 _PREFETCHES_PER_INSTANCE = 2
 
@@ -63,7 +71,7 @@ class Session:
         max_request_retries: int,
         weight_version: int,
         first_chunk_id: int,
-        loop: asyncio.AbstractEventLoop,
+        post: Callable[[Callable[[], object]], bool],
         draft_server: DraftServer | None = None,
         kv_pool: KvPool | None = None,
         length_priors: LengthPriors | None = None,
@@ -94,12 +102,20 @@ class Session:
             self._controller.use_pool(kv_pool.granularity, kv_pool.server_of)
         self._started_at = time.monotonic()
         self._prefetched: dict[RequestId, int] = {}  # at how many tokens
+        # Deaths of instances that requests were ended for, by the requests' group.
+        self._blamed: dict[str, int] = {}
+        self._post = post
+        self._intake_lock = threading.RLock()  # an iterator's end may come in between
         self._intake_open = True
+        self._num_offered = 0
+        self._cancelled_early: set[GroupId] = set()
         self._left = False
+        self._failure: Exception | None = None
         self._fatal: str | None = None
-        self._errors: list[str] = []
+        self._num_errors = 0
+        self._first_error = ""
         self._engine_closed = False
-        self.over: asyncio.Future[None] = loop.create_future()
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.report: RolloutReport | None = None
         self.progress: Progress = self._recorder.progress(0.0, intake_open=True)
 
@@ -108,77 +124,154 @@ class Session:
         return self._controller.buffer.next_chunk_id
 
     @property
-    def num_unfinished(self) -> int:
-        return self._controller.num_unfinished
+    def weight_version(self) -> int:
+        return self._weight_version
 
-    @property
-    def was_left(self) -> bool:
-        """Whether its user walked away from it."""
-        return self._left or (self._mailbox.is_closed and not self.over.done())
+    def was_left(self, asker: object) -> bool:
+        """Whether its user walked away from it, as far as the asking task can know."""
+        if self.over.done():
+            return False
+        mailbox = self._mailbox
+        return self._left or mailbox.is_closed or mailbox.was_given_up_by(asker)
 
-    def refusal(self, advice: str) -> RolloutInProgressError:
-        """For whoever wants the engine while this is in progress."""
-        num = self.num_unfinished
-        which = f"with {num} unfinished requests" if num else "that waits for groups"
-        return RolloutInProgressError(f"a rollout {which} is in progress; {advice}")
+    def description(self) -> str:
+        """The rollout in a few words, for whoever wants the engine meanwhile."""
+        num = self._controller.num_unfinished
+        return f"with {num} unfinished requests" if num else "that waits for groups"
 
     # From the user
 
-    def add(self, tasks: Iterable[Task]) -> None:
-        """Take groups."""
-        if self._intake_open:
-            priors = self._length_priors
-            if priors is not None:
-                tasks = [replace(t, length_prior=priors.get(t.prompt)) for t in tasks]
-            tasks = list(tasks)
-            commands = self._controller.add_groups(tasks, self._now())
-            if self._sharing is not None:
-                for task in tasks:
-                    self._sharing.add(task.group_id, task.prompt)
-            self._do(commands)
-            if self._fatal is not None:
-                self.exhausted(self._fatal)
+    def offer(self, tasks: list[Task]) -> bool:
+        """Hand groups over, from any thread; False if no more are taken.
 
-    def close_intake(self) -> None:
-        """No more groups will come."""
-        self._intake_open = False
+        What was taken yields a response a request, whatever happens.
+        """
+        with self._intake_lock:
+            if not self._intake_open:
+                return False
+            self._num_offered += 1
+        if self._post(lambda: self.guarded(lambda: self._add_offered(tasks))):
+            return True
+        with self._intake_lock:
+            self._num_offered -= 1
+        return False
+
+    def _add_offered(self, tasks: list[Task]) -> None:
+        with self._intake_lock:
+            self._num_offered -= 1
+        self._add(tasks)
+
+    def _add(self, tasks: list[Task]) -> None:
+        if self._left or self._failure is not None:
+            self._end_if_over()
+            return
+        priors = self._length_priors
+        if priors is not None:
+            tasks = [replace(t, length_prior=priors.get(t.prompt)) for t in tasks]
+        commands = self._controller.add_groups(tasks, self._now())
+        if self._sharing is not None:
+            for task in tasks:
+                self._sharing.add(task.group_id, task.prompt)
+        self._do(commands)
+        if self._fatal is not None:
+            self._do(self._controller.fail_all(self._now(), self._fatal))
+        elif not self._intake_open:  # aborted between the offer and now
+            self._do(self._controller.cancel_all(self._now()))
+        for task in tasks:
+            if task.group_id in self._cancelled_early:
+                self._cancelled_early.discard(task.group_id)
+                self._do(self._controller.cancel_group(task.group_id, self._now()))
+
+    def close_intake_soon(self) -> None:
+        """No more groups will be offered; from any thread."""
+        self._post(lambda: self.guarded(self._close_intake))
+
+    def _close_intake(self) -> None:
+        self._stop_intake()
         self._end_if_over()
 
     def cancel(self, group_id: GroupId) -> None:
-        """End a group early; one that is over, or unknown, is left alone."""
+        """End a group early; one that is over is left alone."""
+        if self._failure is not None:
+            return
         if self._controller.buffer.has_group(group_id):
             self._do(self._controller.cancel_group(group_id, self._now()))
+        else:  # its user knows of it, so it is on its way here
+            self._cancelled_early.add(group_id)
 
     def leave(self) -> None:
         """End everything early; nobody reads the responses. May be called again."""
-        if self._left:
-            return
-        self._left = True
-        self._intake_open = False
-        self._do(self._controller.cancel_all(self._now()))
+        if not self._left:
+            self._left = True
+            self._mailbox.close(
+                RolloutClosedError(
+                    "this rollout was ended, since the task that read it gave up "
+                    "waiting and went on to something else"
+                )
+            )
+            self._end_all()
 
     def abort(self) -> None:
-        """End everything early; the user gets what there is."""
-        self._intake_open = False
-        self._do(self._controller.cancel_all(self._now()))
+        """End everything early; the user gets what there is. May be called again."""
+        self._end_all()
 
     def engine_closes(self) -> None:
         """End everything early; who still reads is told at the end why."""
-        if self.was_left:
-            self.leave()
-        else:
-            self._engine_closed = True
-            self.abort()
+        self._engine_closed = True
+        self._end_all()
+
+    def _end_all(self) -> None:
+        self._stop_intake()
+        if self._failure is None and not self.over.done():
+            self.guarded(lambda: self._do(self._controller.cancel_all(self._now())))
+
+    def _stop_intake(self) -> None:
+        with self._intake_lock:
+            self._intake_open = False
+
+    # When something goes wrong
+
+    def guarded(self, decide: Callable[[], object]) -> None:
+        """Run a decision; if it fails, this rollout does, and nothing else."""
+        try:
+            decide()
+        except Exception as error:
+            _log.exception("a rollout failed")
+            failure = RolloutError(f"the rollout failed: {describe(error)}")
+            failure.__cause__ = error
+            self.fail(failure)
+
+    def fail(self, error: Exception) -> None:
+        """Nothing can be decided any more: the reader is told, and engines stop."""
+        if self.over.done() or self._failure is not None:
+            return
+        self._failure = error
+        self._stop_intake()
+        self._mailbox.close(error)
+        self._pool.abort_all()
+        self._end_if_over()
+
+    def set_over(self) -> None:
+        """Whatever the engines still do, nothing waits for this rollout any more."""
+        if not self.over.done():
+            self.fail(RolloutError("the engines did not stop this rollout's work"))
+        if not self.over.done():
+            self.over.set_result(None)
 
     # From the pool
 
     def instance_up(self, info: InstanceInfo, load: InstanceLoad) -> None:
         """It takes work; its load so far is not this rollout's."""
+        if self._failure is not None:
+            return
         self._recorder.instance_up(info, load)
         self._do(self._controller.instance_up(info, self._now()))
 
     def instance_report(self, instance_id: InstanceId, report: Report) -> None:
         """Progress and load."""
+        if self._failure is not None:
+            self._end_if_over()
+            return
         now = self._now()
         self._recorder.count_tokens(instance_id, report.chunks)
         if self._draft_server is not None:
@@ -194,20 +287,24 @@ class Session:
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """Its chunks' requests wait again."""
+        if self._failure is not None:
+            self._end_if_over()
+            return
+        self._blamed.clear()
         self._recorder.instance_down(instance_id, self._now())
         self._do(self._controller.instance_down(instance_id, self._now(), why))
+        # Of several groups that end with an instance none is known to be the cause.
+        if len(self._blamed) == 1:
+            self._pool.forgive(*self._blamed.values())
 
     def exhausted(self, why: str) -> None:
         """Nothing can run any more."""
         self._fatal = why
-        self._intake_open = False
-        self._do(self._controller.fail_all(self._now(), why))
-
-    def abandon(self, why: str) -> None:
-        """Whatever state this is in: nobody may go on waiting for it."""
-        if not self.over.done():
-            self.over.set_result(None)
-        self._mailbox.close(InstanceLostError(why))
+        self._stop_intake()
+        if self._failure is None:
+            self._do(self._controller.fail_all(self._now(), why))
+        else:
+            self._end_if_over()
 
     def _now(self) -> float:
         return time.monotonic() - self._started_at
@@ -279,6 +376,7 @@ class Session:
 
     def _finish(self, response: Response) -> None:
         self._recorder.finished(response)
+        self._prefetched.pop(RequestId(response.request_id), None)
         group_id = GroupId(response.group_id)
         if self._kv_pool is not None and self._sharing is not None:
             self._free_kv(self._kv_pool, self._sharing, response)
@@ -288,12 +386,23 @@ class Session:
             if self._length_priors is not None:
                 self._learn(self._length_priors, group_id)
         if response.finish_reason == "error":
-            self._errors.append(f"{response.request_id}: {response.error}")
+            num_deaths = response.metrics.num_retries
+            self._blamed[group_id] = max(self._blamed.get(group_id, 0), num_deaths)
+            self._num_errors += 1
+            self._first_error = (
+                self._first_error or f"{response.request_id}: {response.error}"
+            )
         if not self._left:
             self._mailbox.put(response)
 
     def _end_if_over(self) -> None:
-        if self._intake_open or self._controller.num_unfinished or self.over.done():
+        if self._intake_open or self._num_offered or self.over.done():
+            return
+        if self._failure is not None:
+            if self._pool.is_idle:
+                self.over.set_result(None)
+            return
+        if self._controller.num_unfinished:
             return
         now = self._now()
         self.report = self._recorder.report(
@@ -310,10 +419,10 @@ class Session:
             return EngineClosedError(
                 "the engine was closed while this rollout was in progress"
             )
-        if self._errors and not self._left:
-            num = len(self._controller.buffer)
+        if self._num_errors and not self._left:
+            num = self._controller.counters.num_finished
             return RolloutError(
-                f"{len(self._errors)} of {num} requests ended in an error (their "
-                f"Responses say which); the first: {self._errors[0]}"
+                f"{self._num_errors} of {num} requests ended in an error (their "
+                f"Responses say which); the first: {self._first_error}"
             )
         return None

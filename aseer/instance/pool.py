@@ -3,7 +3,7 @@
 Their owner hears of three things, in order and on the event loop: an instance is up, it
 reported, it is down. A process that exits, that is silent for `heartbeat_timeout_s`, or
 that has work but makes no token for `stall_timeout_s` is down; it is killed with its
-whole process group and started again, `max_restarts` times in all.
+whole process group and started again, as often as `RestartBudget` allows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aseer.errors import EngineError, InstanceStartError
+from aseer.errors import EngineError, InstanceLostError, InstanceStartError
 from aseer.instance.base import InstanceSpec
 from aseer.instance.messages import (
     PROTOCOL_VERSION,
@@ -30,6 +30,7 @@ from aseer.instance.messages import (
     Stop,
 )
 from aseer.instance.process import InstanceProcess, describe_exit
+from aseer.instance.restarts import RestartBudget
 from aseer.instance.slot import Slot
 from aseer.watch import WakingClock
 
@@ -101,7 +102,8 @@ class InstancePool:
         self._clock = WakingClock(2 * self._watch_interval_s)
         self._slots = [Slot(launch, log_dir, self._clock) for launch in launches]
         self._by_identity: dict[bytes, Slot] = {}
-        self._restarts_left = config.max_restarts
+        self._restarts = RestartBudget(config.max_restarts)
+        self._forgiven = asyncio.Event()
         seed = secrets.randbits(31) if config.seed is None else config.seed
         self._seeds = random.Random(seed)
         self._num_asked = 0
@@ -125,19 +127,44 @@ class InstancePool:
         """Ask an instance to end chunks."""
         self._router.send(self._slots[instance_id].identity, AbortChunks(chunk_ids))
 
+    def abort_all(self) -> None:
+        """Ask every instance to end what it runs, whoever it is for."""
+        for slot in self._slots:
+            if slot.running:
+                self._router.send(slot.identity, AbortChunks(list(slot.running)))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no instance runs a chunk."""
+        return not any(slot.running for slot in self._slots)
+
     def ask(
         self, instance_id: InstanceId, what: Question, **arguments: Any
     ) -> asyncio.Future[Any]:
         """Call a method of an instance's backend, after those asked for before.
 
-        The future raises EngineError if the method did; InstanceLostError if it died.
+        The future raises EngineError if the method did; InstanceLostError if the
+        instance died, or is down already. An instance that answers nothing for
+        `start_timeout_s` is killed.
         """
         slot = self._slots[instance_id]
         self._num_asked += 1
+        ask_id = self._num_asked
         asked: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        slot.asked[self._num_asked] = asked
-        self._router.send(slot.identity, Ask(self._num_asked, what, arguments))
+        if not slot.said_hello.is_set():
+            asked.set_exception(InstanceLostError(f"instance {instance_id} is down"))
+            asked.exception()  # whoever asked may not wait for it
+            return asked
+        slot.asked[ask_id] = asked
+        if len(slot.asked) == 1:
+            slot.last_answer = self._clock.read()
+        self._router.send(slot.identity, Ask(ask_id, what, arguments))
         return asked
+
+    def forgive(self, num_deaths: int) -> None:
+        """A request is blamed for so many deaths, the last of which just happened."""
+        if self._restarts.forgive(num_deaths):
+            self._forgiven.set()
 
     async def start(self) -> None:
         """Start every instance, in parallel, and wait until all are up.
@@ -172,7 +199,8 @@ class InstancePool:
                     tasks.create_task(slot.process.end(0))
 
     def replace(self, instance_id: InstanceId, why: str) -> None:
-        """Kill an instance; it is started again like any other."""
+        """Kill an instance for no fault of its own; it is started again for free."""
+        self._slots[instance_id].is_replaced = True
         self._slots[instance_id].kill(why)
 
     def hold_starts(self) -> None:
@@ -201,7 +229,8 @@ class InstancePool:
             case Hello(protocol, info):
                 self._on_hello(slot, protocol, info)
             case Report():
-                slot.count(message)
+                if slot.count(message):
+                    self._restarts.worked()
                 if slot.up.is_set():
                     self._owner.instance_report(slot.instance_id, message)
             case Answer():
@@ -244,7 +273,7 @@ class InstancePool:
             except EngineError as error:
                 if loaded == self.weights:
                     slot.failure = str(error)
-                    self.replace(slot.instance_id, slot.failure)
+                    slot.kill(slot.failure)
                     return
         assert slot.info is not None
         slot.up.set()
@@ -344,8 +373,7 @@ class InstancePool:
             status = await process.wait()
             await process.end(0)  # the rest of its process group
             why = self._death(slot, process, status)
-            slot.up.clear()
-            slot.fail_asked(why)
+            slot.is_gone(why)
             self._router.forget(slot.identity)
             self._by_identity.pop(slot.identity, None)
             _log.warning("instance %d is lost: %s", slot.instance_id, why)
@@ -354,9 +382,14 @@ class InstancePool:
                 return
 
     async def _restart(self, slot: Slot, why: str) -> bool:
-        while self._restarts_left:
+        """Start a dead instance again; False once no instance can be any more."""
+        while True:
             await self._may_start.wait()
-            self._restarts_left -= 1
+            if not (slot.is_replaced or self._restarts.spend()):
+                if not await self._wait_for_forgiveness(slot, why):
+                    return False
+                continue
+            slot.is_replaced = False
             try:
                 await self._bring_up(slot)
             except InstanceStartError as error:
@@ -364,13 +397,26 @@ class InstancePool:
                 _log.warning("%s", error)
                 continue
             return True
+
+    async def _wait_for_forgiveness(self, slot: Slot, why: str) -> bool:
+        """Wait until a restart can be paid for; False if it never will be."""
         slot.given_up = True
+        limit = f"max_restarts={self._config.max_restarts}"
         if all(s.given_up for s in self._slots):
+            self._forgiven.set()
             self._owner.instances_exhausted(
-                f"every instance is lost and max_restarts={self._config.max_restarts} "
-                f"are used up; the last one: {why}"
+                f"every instance is lost and {limit} are used up; the last one: {why}"
             )
-        return False
+            return False
+        _log.error(
+            "instance %d is not started again: %s are used up", slot.instance_id, limit
+        )
+        self._forgiven.clear()
+        await self._forgiven.wait()
+        if all(s.given_up for s in self._slots):
+            return False
+        slot.given_up = False
+        return True
 
     async def _watch(self) -> None:
         """Kill what is silent or stuck; its death is then handled like any other."""
@@ -383,7 +429,10 @@ class InstancePool:
                     continue
                 silent = now - slot.last_heard
                 stuck = now - slot.last_progress if slot.running else 0.0
+                mute = now - slot.last_answer if slot.asked else 0.0
                 if silent > config.heartbeat_timeout_s:
                     slot.kill(f"it was silent for {silent:.0f} s")
                 elif stuck > config.stall_timeout_s:
                     slot.kill(f"it made no token for {stuck:.0f} s")
+                elif mute > config.start_timeout_s:
+                    slot.kill(f"it left a question unanswered for {mute:.0f} s")

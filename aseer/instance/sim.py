@@ -47,6 +47,7 @@ _DEFAULTS: dict[str, Any] = {
     "die_after_tokens": 0,
     "hang_after_tokens": 0,
     "helper": "",  # "spawn" or "fork": a process as vLLM has them, that only sleeps
+    "fatal_prompt": [],  # kills the engine that runs it
     "weights": {},  # shape by name; all are F32
     # [identity, "prepare" or "commit", "refuse" or "die"]: of one incarnation.
     "weights_fault": None,
@@ -108,6 +109,8 @@ class SimBackend:
 
     async def _generate(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
         context = array("i", chunk.prompt + chunk.generated)
+        if array("i", chunk.prompt).tolist() == self._args["fatal_prompt"]:
+            os._exit(13)
         emit(num_cached_tokens=self._find_cached(chunk, len(context)))
         seed = 0 if chunk.sampling["temperature"] == 0 else chunk.seed or 0
         for i in range(chunk.max_tokens):

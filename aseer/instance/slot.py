@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import EngineError, InstanceLostError
-from aseer.types import InstanceId
+from aseer.types import ChunkId, InstanceId
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,19 +28,22 @@ class Slot:
         self.log_path = log_dir / f"instance-{launch.instance_id}.log"
         self.incarnation = 0
         self.given_up = False
+        self.is_replaced = False  # killed for a weight update: no restart is spent
         self.process: InstanceProcess | None = None
+        self.asked: dict[int, asyncio.Future[Any]] = {}
         self._reset()
 
     def _reset(self) -> None:
         self.identity = f"{self.instance_id}.{self.incarnation}".encode()
         self.said_hello = asyncio.Event()
         self.up = asyncio.Event()
-        self.asked: dict[int, asyncio.Future[Any]] = {}
+        self.fail_asked("it was started again")
         self.info: InstanceInfo | None = None
         self.failure: str | None = None
         self.killed_because: str | None = None
         self.running: set[ChunkId] = set()  # sent to it, and not reported as over
-        self.last_heard = self.last_progress = self._clock.read()
+        now = self._clock.read()
+        self.last_heard = self.last_progress = self.last_answer = now
 
     def kill(self, why: str) -> None:
         """Kill the process, if there is one; its death is handled like any other."""
@@ -54,7 +57,8 @@ class Slot:
         self._reset()
 
     def take_answer(self, answer: Answer) -> None:
-        """Hand an answer to who asked, if he still waits."""
+        """Hand an answer to whoever asked, if anybody still waits."""
+        self.last_answer = self._clock.read()
         asked = self.asked.pop(answer.ask_id, None)
         if asked is not None and not asked.done():
             if answer.error:
@@ -64,12 +68,30 @@ class Slot:
 
     def fail_asked(self, why: str) -> None:
         """Nobody will answer any more."""
-        for asked in self.asked.values():
-            if not asked.done():
-                asked.set_exception(InstanceLostError(why))
+        asked, self.asked = self.asked, {}
+        for future in asked.values():
+            if not future.done():
+                future.set_exception(InstanceLostError(why))
+                future.exception()  # whoever asked may have given up
 
-    def count(self, report: Report) -> None:
-        """Keep track of what runs, and when something last moved."""
+    def is_gone(self, why: str) -> None:
+        """Its process has ended, and nothing of it can be asked or run any more."""
+        self.up.clear()
+        self.said_hello.clear()
+        self.running.clear()
+        self.fail_asked(why)
+
+    def count(self, report: Report) -> bool:
+        """Keep track of what runs and when something last moved.
+
+        Returns:
+            Whether a chunk ended well.
+        """
         if report.chunks:
             self.last_progress = self._clock.read()
-        self.running.difference_update(c.chunk_id for c in report.chunks if c.end)
+        ended_well = False
+        for chunk in report.chunks:
+            if chunk.end is not None:
+                self.running.discard(chunk.chunk_id)
+                ended_well |= chunk.end.reason in ("stop", "length")
+        return ended_well

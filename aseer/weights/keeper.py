@@ -1,12 +1,14 @@
 """The weights that the instances have, and how they change; on the engine's thread.
 
-The sender's part is between `begin` and `switch`: it writes in its own thread. Only one
-update runs at a time, and no rollout begins before it is over.
+The sender's part is between `begin` and `switch`: it writes in its own thread. From
+`begin` to the end of `switch` an update has the engine for itself (its `Claim`): only
+one runs at a time, and no rollout begins before it is over.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import time
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
-from aseer.errors import EngineError, InstanceLostError, WeightUpdateError
+from aseer.errors import EngineError, InstanceLostError, WeightUpdateError, describe
 from aseer.instance.cleanup import SHARED_MEMORY
 from aseer.weights.checks import ModelSpec
 from aseer.weights.files import INDEX
@@ -33,13 +35,16 @@ from aseer.weights.update import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from aseer.claims import Claim
     from aseer.config import EngineConfig
     from aseer.instance.pool import InstancePool
     from aseer.types import InstanceId
     from aseer.weights.update import UpdateCommand
 
+_log = logging.getLogger("aseer")
 
 Pause = Literal["abort", "wait"]
+MAX_VERSION = (1 << 63) - 1  # what a message, and vLLM's key of cached KV, can hold
 NO_INSTANCE = (
     "no instance is up at the moment; what was lost is started again: try again then"
 )
@@ -54,11 +59,12 @@ def weights_dir_of(config: EngineConfig, run_dir: Path) -> Path:
 
 
 class Plan(NamedTuple):
-    """What a sender needs to know."""
+    """An update that was begun: what its sender needs to know, and its claim."""
 
     version: int
     directory: Path
     model: ModelSpec
+    claim: Claim
 
 
 class SwitchTimes(NamedTuple):
@@ -77,50 +83,47 @@ class WeightKeeper:
         self.version = 0
         self._model: ModelSpec | None = None
         self._switch: _Switch | None = None
-        self._lock = asyncio.Lock()
         self._num_plans = 0
 
-    async def idle(self) -> None:
-        """Wait until no update is being made."""
-        async with self._lock:
-            pass
-
     async def begin(
-        self, pool: InstancePool, instances: Iterable[InstanceId], version: int | None
+        self,
+        pool: InstancePool,
+        instances: Iterable[InstanceId],
+        version: int | None,
+        claim: Claim,
     ) -> Plan:
-        """Reserve the next update; `abandon` or the end of `switch` frees it.
+        """Plan the next update; `abandon` or the end of `switch` gives the claim back.
 
         Raises:
             WeightUpdateError: the version is not a later one.
             EngineError: no instance can say what it takes.
         """
-        await self._lock.acquire()
-        try:
-            wanted = self.version + 1 if version is None else version
-            if isinstance(wanted, bool) or not isinstance(wanted, int):
-                raise WeightUpdateError(f"version={version!r} is not an int")
-            if wanted <= self.version:
-                raise WeightUpdateError(
-                    f"version={wanted} does not follow the engine's {self.version}; "
-                    "give a greater one, or none"
-                )
-            if self._model is None:
-                one = next(iter(sorted(instances)), None)
-                if one is None:
-                    raise EngineError(NO_INSTANCE)
-                said = await pool.ask(one, "describe_weights")
-                self._model = msgspec.convert(said, ModelSpec)
-            self._num_plans += 1
-            directory = self._directory / f"{wanted}-{self._num_plans}"
-            return Plan(wanted, directory, self._model)
-        except BaseException:
-            self._lock.release()
-            raise
+        wanted = self.version + 1 if version is None else version
+        if isinstance(wanted, bool) or not isinstance(wanted, int):
+            raise WeightUpdateError(f"version={version!r} is not an int")
+        if wanted <= self.version:
+            raise WeightUpdateError(
+                f"version={wanted} does not follow the engine's {self.version}; "
+                "give a greater one, or none"
+            )
+        if wanted > MAX_VERSION:
+            raise WeightUpdateError(
+                f"version={wanted} is not allowed; give one up to {MAX_VERSION}"
+            )
+        if self._model is None:
+            one = next(iter(sorted(instances)), None)
+            if one is None:
+                raise EngineError(NO_INSTANCE)
+            said = await pool.ask(one, "describe_weights")
+            self._model = msgspec.convert(said, ModelSpec)
+        self._num_plans += 1
+        directory = self._directory / f"{wanted}-{self._num_plans}"
+        return Plan(wanted, directory, self._model, claim)
 
     def abandon(self, plan: Plan) -> None:
         """Give an update up that was only begun."""
         shutil.rmtree(plan.directory, ignore_errors=True)
-        self._lock.release()
+        plan.claim.release()
 
     async def switch(
         self, plan: Plan, pool: InstancePool, instances: Iterable[InstanceId]
@@ -145,17 +148,18 @@ class WeightKeeper:
             self._switch = None
             if self.version != plan.version:
                 shutil.rmtree(plan.directory, ignore_errors=True)
-            self._lock.release()
 
     def instance_up(self, instance_id: InstanceId) -> None:
         """It has the weights that are current at this moment."""
         if self._switch is not None:
-            self._switch.do(self._switch.update.joined(instance_id))
+            update = self._switch.update
+            self._switch.do(lambda: update.joined(instance_id))
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """It is gone."""
         if self._switch is not None:
-            self._switch.do(self._switch.update.lost(instance_id, why))
+            update = self._switch.update
+            self._switch.do(lambda: update.lost(instance_id, why))
 
     def give_up(self, why: str) -> None:
         """Fail an update that waits for instances, since none will answer any more."""
@@ -177,38 +181,56 @@ class _Switch:
     async def run(self, instances: Iterable[InstanceId]) -> SwitchTimes | None:
         """Do it; None if the instances keep what they had."""
         started = time.monotonic()
-        self.do(self.update.begin(instances))
+        self.do(lambda: self.update.begin(instances))
         await self._over.wait()
         if self.update.state is not UpdateState.DONE:
             return None
         ended = time.monotonic()
         return SwitchTimes(self._decided_at - started, ended - self._decided_at)
 
-    def do(self, commands: Iterable[UpdateCommand]) -> None:
-        update, pool = self.update, self._pool
-        for command in commands:
-            match command:
-                case Prepare(i):
-                    asked = pool.ask(i, "prepare_weights", index=self._new)
-                    asked.add_done_callback(self._teller(update.prepared, i))
-                case Commit(i):
-                    asked = pool.ask(i, "commit_weights")
-                    asked.add_done_callback(self._teller(update.committed, i))
-                case Discard(i):
-                    pool.ask(i, "discard_weights").add_done_callback(_ignore)
-                case Decide():
-                    self._decided_at = time.monotonic()
-                    pool.weights = self._new
-                case Replace(i, why):
-                    pool.replace(i, why)
-                case TakeBack():
-                    pool.weights = self._old
-        if update.is_over:
+    def do(self, decide: Callable[[], Iterable[UpdateCommand]]) -> None:
+        """Take an event and carry out what it causes; an error fails the update."""
+        try:
+            for command in decide():
+                self._carry_out(command)
+        except Exception as error:
+            _log.exception("a weight update failed")
+            self._fail(f"the update failed: {describe(error)}")
+        if self.update.is_over:
             self._over.set()
 
+    def _carry_out(self, command: UpdateCommand) -> None:
+        update, pool = self.update, self._pool
+        match command:
+            case Prepare(i):
+                asked = pool.ask(i, "prepare_weights", index=self._new)
+                asked.add_done_callback(self._teller(update.prepared, i))
+            case Commit(i):
+                asked = pool.ask(i, "commit_weights")
+                asked.add_done_callback(self._teller(update.committed, i))
+            case Discard(i):
+                pool.ask(i, "discard_weights").add_done_callback(_ignore)
+            case Decide():
+                self._decided_at = time.monotonic()
+                pool.weights = self._new
+            case Replace(i, why):
+                _log.warning("instance %d is started again: %s", i, why)
+                pool.replace(i, why)
+            case TakeBack():
+                pool.weights = self._old
+
+    def _fail(self, why: str) -> None:
+        """Nobody knows what the instances have now: all start again with the old."""
+        self._pool.weights = self._old
+        for instance_id in self.update.touched:
+            self._pool.replace(instance_id, why)
+        self.give_up(why)
+
     def give_up(self, why: str) -> None:
-        self.update.state = UpdateState.FAILED
-        self.update.error = why
+        """Fail the update, since nobody will answer any more."""
+        if not self.update.is_over:
+            self.update.state = UpdateState.FAILED
+            self.update.error = why
         self._over.set()
 
     def _teller(
@@ -217,9 +239,9 @@ class _Switch:
         instance_id: InstanceId,
     ) -> Callable[[asyncio.Future[object]], None]:
         def answered(answer: asyncio.Future[object]) -> None:
-            error = answer.exception()
+            error = None if answer.cancelled() else answer.exception()
             if not isinstance(error, InstanceLostError):  # `instance_down` tells of it
-                self.do(tell(instance_id, str(error) if error else ""))
+                self.do(lambda: tell(instance_id, str(error) if error else ""))
 
         return answered
 

@@ -81,6 +81,11 @@ class WeightUpdate:
     def is_over(self) -> bool:
         return self.state in (UpdateState.DONE, UpdateState.FAILED)
 
+    @property
+    def touched(self) -> list[InstanceId]:
+        """Instances that may have switched already."""
+        return self._members if self.state is UpdateState.COMMITTING else []
+
     def begin(self, instances: Iterable[InstanceId]) -> list[UpdateCommand]:
         """Start with the instances that are up."""
         self._members = sorted(instances)

@@ -130,18 +130,27 @@ async def test_a_rollout_begun_while_the_only_instance_is_away_waits_for_it():
         assert len([r async for r in engine.rollout(groups_of(2))]) == 8
 
 
-async def test_a_bug_in_what_is_posted_to_the_engine_ends_the_rollout(monkeypatch):
-    def add(self, tasks):
+async def test_a_bug_in_a_rollouts_decisions_ends_that_rollout_and_not_the_engine(
+    monkeypatch,
+):
+    def cancel_group(self, group_id, now):
         raise ZeroDivisionError("not today")
 
-    monkeypatch.setattr("aseer.session.Session.add", add)
+    groups = groups_of(8, **LONG) + groups_of(9, n=1, max_tokens=2)[8:]
     async with aseer.Engine(config_of()) as engine:
-        with pytest.raises(aseer.InstanceLostError, match="ZeroDivisionError: not to"):
-            async for _ in engine.rollout(groups_of(1)):
-                pass
-        with pytest.raises(aseer.EngineError, match="the engine failed: ZeroDiv"):
-            async for _ in engine.rollout(groups_of(1)):
-                pass
+        with monkeypatch.context() as patch:
+            patch.setattr("aseer.controller.Controller.cancel_group", cancel_group)
+            rollout = engine.rollout(groups)
+            with pytest.raises(
+                aseer.RolloutError, match="failed: ZeroDivisionError: not"
+            ):
+                async for response in rollout:
+                    assert response.group_id == "g8"
+                    rollout.cancel("g0")
+        again = content([r async for r in engine.rollout(groups_of(8))])
+        victims = [i.pid for i in engine.instances]
+    assert again == await reference(groups_of(8))
+    assert len(victims) == 2
 
 
 async def test_a_start_that_fails_says_why_at_once():

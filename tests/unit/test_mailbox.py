@@ -22,14 +22,26 @@ async def test_items_come_in_order_and_then_the_end():
     thread.join()
 
 
-async def test_an_error_comes_after_the_items_before_it():
+async def test_why_it_was_closed_is_told_after_the_items_before_it():
     mailbox = Mailbox()
     mailbox.put(1)
     mailbox.close(KeyError("x"))
     mailbox.close()
     assert await mailbox.get() == 1
-    with pytest.raises(KeyError):
+    with pytest.raises(MailboxClosed):
         await mailbox.get()
+    assert isinstance(mailbox.error, KeyError)
+
+
+async def test_a_reader_that_gave_up_is_known_until_somebody_reads_again():
+    mailbox = Mailbox()
+    task = asyncio.current_task()
+    mailbox.give_up(task)
+    assert mailbox.was_given_up_by(task)
+    assert not mailbox.was_given_up_by(None)
+    mailbox.put(1)
+    assert await mailbox.get() == 1
+    assert not mailbox.was_given_up_by(task)
 
 
 async def test_a_cancelled_wait_loses_no_item():

@@ -1,0 +1,55 @@
+"""How often dead instances are started again: a budget of all of them together. Pure.
+
+A request that kills every engine it runs on ends as an error after a few deaths. Those
+deaths say nothing about the engines, so they are given back: otherwise one such request
+would take the whole engine with it. They are given back only while other work gets
+done. Where nothing does, the engines are at fault, and the budget is to run out.
+"""
+
+from __future__ import annotations
+
+
+class RestartBudget:
+    """Restarts that are left over an engine's life."""
+
+    def __init__(self, max_restarts: int) -> None:
+        self._max = max_restarts
+        self._left = max_restarts
+        self._num_unpaid = 0  # deaths given back before their restart was paid for
+        self._has_worked = True
+
+    @property
+    def num_left(self) -> int:
+        """Restarts that may still be paid for."""
+        return self._left + self._num_unpaid
+
+    def spend(self) -> bool:
+        """Pay for a restart; False if there is nothing left to pay with."""
+        if self._num_unpaid:
+            self._num_unpaid -= 1
+        elif self._left:
+            self._left -= 1
+        else:
+            return False
+        return True
+
+    def worked(self) -> None:
+        """A chunk ended well somewhere: the engines can do their work."""
+        self._has_worked = True
+
+    def forgive(self, num_deaths: int) -> bool:
+        """Give back what deaths cost that a request is blamed for.
+
+        Args:
+            num_deaths: of which the last is not paid for yet.
+
+        Returns:
+            Whether anything was given back: nothing is if no chunk has ended well since
+            the last time.
+        """
+        if not self._has_worked:
+            return False
+        self._has_worked = False
+        self._num_unpaid += 1
+        self._left = min(self._max, self._left + num_deaths - 1)
+        return True

@@ -1,0 +1,193 @@
+"""A thread that runs one event loop, and the ways into that loop from other threads.
+
+    other threads                          this thread
+    submit(coroutine function) --------->  a task; its result, or its error, comes back
+    post(function)             --------->  a callback; an error is its own to tell
+
+Whatever ends a call completes the future that somebody waits for: the call's own end,
+its cancellation, and the end of the thread, which fails the calls that are left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import uvloop
+
+from aseer.errors import EngineClosedError, EngineError, describe, root_of
+from aseer.watch import WakingClock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+T = TypeVar("T")
+
+_log = logging.getLogger("aseer")
+# A join looks that often whether this process was stopped meanwhile.
+_JOIN_STEP_S = 0.5
+
+
+class LoopThread:
+    """Runs `main` on an event loop of its own until `main` returns."""
+
+    def __init__(self, name: str) -> None:
+        self.ended = threading.Event()
+        self.failure: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._calls: asyncio.TaskGroup | None = None
+        self._tasks: dict[Future[Any], asyncio.Task[None]] = {}
+        self._pending: set[Future[Any]] = set()
+        self._stop: asyncio.Event | None = None
+        self._is_stopping = self._is_ending = False
+        self._main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    # From other threads
+
+    def start(self, main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+        """Start the thread.
+
+        Args:
+            main: runs on the thread's loop; is to return soon after the event is set.
+        """
+        self._main = main
+        self._thread.start()
+
+    def request_stop(self) -> None:
+        """Set `main`'s event; `ended` tells when the thread is over. Idempotent."""
+        self._is_stopping = True  # for a thread that has no loop yet
+        loop, stop = self._loop, self._stop
+        if loop is not None and stop is not None:
+            with suppress(RuntimeError):  # the loop is closed already
+                loop.call_soon_threadsafe(stop.set)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end; whether it ended."""
+        clock = WakingClock(2 * _JOIN_STEP_S)
+        while self._thread.is_alive() and clock.read() < timeout_s:
+            self._thread.join(_JOIN_STEP_S)
+        return not self._thread.is_alive()
+
+    def post(self, function: Callable[[], object]) -> bool:
+        """Run a function on the loop, soon; False if the thread has ended."""
+        loop = self._loop
+        if loop is None or self.ended.is_set():
+            return False
+        try:
+            loop.call_soon_threadsafe(self._do, function)
+        except RuntimeError:  # the loop was closed meanwhile
+            return False
+        return True
+
+    def submit(self, call: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Run a coroutine function on the loop; the future has what comes of it.
+
+        Raises:
+            EngineError: the thread has ended; the cause, if it failed.
+        """
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()  # it is cancelled by `cancel` alone
+        self._pending.add(future)
+        if not self.post(lambda: self._begin(call, future)):
+            self._pending.discard(future)
+            raise self.closed_error()
+        if self.ended.is_set():  # it may have ended before it took the call
+            self._fail_pending()
+        return future
+
+    def cancel(self, future: Future[Any]) -> None:
+        """Cancel a submitted call that nobody waits for any more."""
+        self.post(lambda: self._cancel(future))
+
+    def closed_error(self) -> EngineError:
+        """What a call is told once nothing can run any more."""
+        if self.failure is None:
+            return EngineClosedError("the engine is closed")
+        error = EngineError(f"the engine failed: {describe(self.failure)}")
+        error.__cause__ = root_of(self.failure)
+        return error
+
+    # On the thread
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a task as long as the thread runs; an error of it is logged."""
+        assert self._calls is not None
+        self._calls.create_task(_logged(coroutine))
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._serve())
+        except BaseException as error:
+            self.failure = self.failure or error
+        finally:
+            self.ended.set()
+            self._fail_pending()
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        if self._is_stopping:
+            self._stop.set()
+        async with asyncio.TaskGroup() as self._calls:
+            try:
+                await self._main(self._stop)
+            except BaseException as error:
+                self.failure = error
+                raise
+            finally:
+                self._is_ending = True
+                for task in self._tasks.values():
+                    task.cancel()
+
+    def _begin(
+        self, call: Callable[[], Coroutine[Any, Any, T]], future: Future[T]
+    ) -> None:
+        if self._is_ending:  # it fails with the calls that are left
+            return
+        assert self._calls is not None
+        self._tasks[future] = self._calls.create_task(self._complete(call, future))
+
+    async def _complete(
+        self, call: Callable[[], Coroutine[Any, Any, T]], future: Future[T]
+    ) -> None:
+        try:
+            result = await call()
+        except asyncio.CancelledError:
+            future.set_exception(self.closed_error())
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        finally:
+            self._tasks.pop(future, None)
+            self._pending.discard(future)
+
+    def _cancel(self, future: Future[Any]) -> None:
+        task = self._tasks.get(future)
+        if task is not None:
+            task.cancel()
+
+    def _fail_pending(self) -> None:
+        for future in list(self._pending):
+            with suppress(Exception):  # completed by the other thread just now
+                future.set_exception(self.closed_error())
+        self._pending.clear()
+
+    def _do(self, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except Exception:
+            _log.exception("a call posted to the engine's thread failed")
+
+
+async def _logged(coroutine: Coroutine[Any, Any, None]) -> None:
+    try:
+        await coroutine
+    except Exception:
+        _log.exception("a task of the engine's thread failed")
