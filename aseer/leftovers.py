@@ -14,6 +14,7 @@ that has it, whoever kills it.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import stat
@@ -24,11 +25,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from aseer.errors import describe
 from aseer.forks import forget, keep_from_forks
 from aseer.instance.cleanup import remove_shared_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+_log = logging.getLogger("aseer")
 
 PREFIX = "aseer-"  # of run directories
 _LIST = "leftovers"
@@ -73,7 +77,10 @@ class Leftovers:
         forget(self._kept)
 
     def _add(self, leftover: _Leftover) -> None:
-        self._file.write(msgspec.json.encode(leftover) + b"\n")
+        try:
+            self._file.write(msgspec.json.encode(leftover) + b"\n")
+        except OSError as error:  # a full disk is no reason for an engine to end
+            _log.warning("%s may be left behind: %s", leftover.path, describe(error))
 
 
 def hold(run_dir: Path) -> int:

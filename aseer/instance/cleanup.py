@@ -24,23 +24,20 @@ _POLL_S = 0.01
 def shared_memory_of(group: int) -> set[Path]:
     """Files in shared memory that processes of the group have mapped."""
     mapped = _mapped_by(_members(group))
-    return {path for path in SHARED_MEMORY.iterdir() if _inode(path) in mapped}
+    return {path for path in _entries(SHARED_MEMORY) if _inode(path) in mapped}
 
 
-def signal_group(group: int) -> set[int]:
-    """Send SIGKILL to every process of a group and return their ids; wait for none."""
-    members = _members(group)
-    for pid in members:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return members
+def signal_group(group: int) -> None:
+    """Send SIGKILL to every process of a group; wait for none."""
+    with suppress(OSError):  # there is none, or none of ours
+        os.killpg(group, signal.SIGKILL)
 
 
 def kill_group(group: int) -> None:
     """Kill every process of a group, and wait until they hold nothing any more."""
-    members = signal_group(group)
+    signal_group(group)
     clock = WakingClock()
-    while any(_is_alive(pid) for pid in members) and clock.read() < _EXIT_TIMEOUT_S:
+    while any(map(_is_alive, _members(group))) and clock.read() < _EXIT_TIMEOUT_S:
         time.sleep(_POLL_S)
 
 
@@ -53,7 +50,7 @@ def remove_shared_memory(paths: set[Path], *, group: int | None = None) -> None:
     """
     left = {path for path in paths if path.exists()}
     if left:
-        everyone = {int(p.name) for p in Path("/proc").glob("[0-9]*")}
+        everyone = _processes()
         ending = _members(group) if group is not None else set()
         mapped = _mapped_by(everyone - ending)
         for path in left:
@@ -63,11 +60,24 @@ def remove_shared_memory(paths: set[Path], *, group: int | None = None) -> None:
 
 def _members(group: int) -> set[int]:
     found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
+    for pid in _processes():
         with suppress(OSError):
-            if os.getpgid(int(folder.name)) == group:
-                found.add(int(folder.name))
+            if os.getpgid(pid) == group:
+                found.add(pid)
     return found
+
+
+def _processes() -> set[int]:
+    names = (path.name for path in _entries(Path("/proc")))
+    return {int(name) for name in names if name.isdecimal()}
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder; nothing if it cannot be told."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _is_alive(pid: int) -> bool:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aseer.config import EngineConfig
 
 _GIB = 1 << 30
+_NO_LIMIT_S = "1000000"  # eleven days; in milliseconds it still has 31 bits
 _MAX_CPU_KV_BYTES = 4 * _GIB
 _CPU_KV_SHARE = 0.3  # of the memory that is free at the start, for all engines together
 _CPU_BLOCK_SIZE = 32  # vLLM's CPU kernels want multiples of 32; resumes want it small
@@ -226,6 +227,11 @@ def _launch(
         # By default vLLM forks its workers from a process that runs an event loop and
         # threads, and a fork copies locks that another thread holds.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # How long a start and a step may take is said by `start_timeout_s` and
+        # `stall_timeout_s`. vLLM's own limits are fixed ones, and count the time in
+        # which the engine was stopped.
+        "VLLM_ENGINE_READY_TIMEOUT_S": _NO_LIMIT_S,
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": _NO_LIMIT_S,
         **QUIET_LMCACHE,
     }
     return Launch(

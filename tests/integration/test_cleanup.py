@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from aseer.instance.cleanup import (
 )
 from aseer.leftovers import Leftovers
 from aseer.lifeline import Lifeline
+from aseer.transport.zeromq import make_socket_dir
 
 SCRIPT = """
 import multiprocessing, sys, time
@@ -108,3 +110,29 @@ def test_an_instance_that_ends_waits_for_its_own_cleanup(tmp_path):
     assert process.returncode == -signal.SIGKILL  # of its whole group, when all is gone
     assert not any(folder.exists() for folder in folders)
     leftovers.remove()
+
+
+def test_a_group_is_killed_and_cleaned_up_after_though_proc_cannot_be_read(monkeypatch):
+    """As when this process has no file descriptor left."""
+    with subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True
+    ) as process:
+        monkeypatch.setattr(Path, "iterdir", no_descriptor)
+        assert shared_memory_of(process.pid) == set()
+        kill_group(process.pid)
+        monkeypatch.undo()
+        assert process.wait(timeout=10) == -signal.SIGKILL
+
+
+def no_descriptor(*args):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_list_that_cannot_be_written_is_no_error(caplog):
+    leftovers = Leftovers(make_socket_dir())
+    with Path("/dev/full").open("r+b", 0) as full:
+        kept, leftovers._file = leftovers._file, full
+        leftovers.add(Path("/x"))
+        leftovers._file = kept
+    leftovers.remove()
+    assert "/x may be left behind" in caplog.text

@@ -133,6 +133,14 @@ def test_workers_are_spawned_and_not_forked_unless_the_user_says_otherwise():
     assert launch.env["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
 
 
+def test_how_long_engines_may_take_is_ours_to_say_and_not_vllms():
+    for found in (machine(gpus=("0",)), machine(cores=(0,))):
+        (launch,) = plan_instances(EngineConfig(model="m", num_instances=1), found)
+        for name in ("ENGINE_READY_TIMEOUT_S", "EXECUTE_MODEL_TIMEOUT_SECONDS"):
+            limit_s = int(launch.env[f"VLLM_{name}"])
+            assert 7 * 24 * 3600 < limit_s < 2**31 / 1000
+
+
 def test_an_engines_kv_is_shared_out_among_its_gpus():
     config = EngineConfig(model="m", gpus_per_instance=4, kv_cache_bytes=4 * GIB)
     (launch,) = plan_instances(config, machine(gpus=tuple("0123")))
