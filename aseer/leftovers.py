@@ -55,13 +55,16 @@ class Leftovers:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         self._file = os.fdopen(os.open(run_dir / _LIST, flags, 0o600), "r+b", 0)
         self._kept = keep_from_forks(self._file.fileno())
-        # Whoever looks takes an empty list for one that is just being begun.
-        fcntl.flock(self._file, fcntl.LOCK_SH)
-        self.add(run_dir)
+        # A sweep leaves alone what does not begin with the directory: a list that is
+        # just being begun, or that could not be held.
+        if _lock(self._file.fileno()):
+            self.add(run_dir)
 
     def add(self, path: Path) -> None:
         """Remember a file or directory that is, or will be, this engine's alone."""
-        self._add(_Leftover(str(path)))
+        if path not in self._known:
+            self._known.add(path)
+            self._add(_Leftover(str(path.absolute())))
 
     def add_shared_memory(self, paths: Iterable[Path]) -> None:
         """Remember files in shared memory; others may have such names later."""
@@ -92,7 +95,7 @@ def hold(run_dir: Path) -> int:
         OSError: there is none any more.
     """
     held = os.open(run_dir / _LIST, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_SH)
+    _lock(held)
     return held
 
 
@@ -148,10 +151,23 @@ def _remove_if_dead(run_dir: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        if not os.fstat(file.fileno()).st_size:
+        if not _begins_with(run_dir):
             return False
         remove(run_dir)
         return True
+
+
+def _begins_with(run_dir: Path) -> bool:
+    return [left.path for left in _read(run_dir / _LIST)[:1]] == [str(run_dir)]
+
+
+def _lock(fd: int) -> bool:
+    """Take part in holding a list; whether the file system knows of locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+    except OSError:
+        return False
+    return True
 
 
 def _read(path: Path) -> list[_Leftover]:

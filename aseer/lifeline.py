@@ -137,7 +137,7 @@ def _wait(lifeline: Lifeline, pipe: int | None) -> None:
         poller.register(process, select.POLLIN)
     except ProcessLookupError:
         return
-    except OSError:  # forbidden, as in some containers
+    except (OSError, AttributeError):  # forbidden, or not known to this Python
         timeout_ms = 1000 * _POLL_S
     if pipe is not None:
         poller.register(pipe, select.POLLIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -65,10 +66,18 @@ def test_the_next_engine_removes_what_engines_left_that_were_killed_at_once():
         assert living.weights_dir.exists()
 
 
-def test_a_sweep_removes_only_lists_that_nobody_holds(tmp_path):
+def no_locks(*args: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_sweep_removes_only_lists_that_nobody_holds(tmp_path, monkeypatch):
     held, dead = Leftovers(make_socket_dir()), Leftovers(make_socket_dir())
     begun, foreign = make_socket_dir(), make_socket_dir()
     (begun / "leftovers").touch()
+    monkeypatch.setattr("aseer.leftovers.fcntl.flock", no_locks)
+    unheld = Leftovers(make_socket_dir())
+    monkeypatch.undo()
+    unheld.add(tmp_path / "of-the-unheld")
     target = tmp_path / "of-the-dead"
     target.mkdir()
     dead.add(target)
@@ -77,9 +86,11 @@ def test_a_sweep_removes_only_lists_that_nobody_holds(tmp_path):
         assert dead.run_dir in sweep()
         assert not target.exists()
         assert not dead.run_dir.exists()
-        assert [p.exists() for p in (held.run_dir, begun, foreign)] == [True] * 3
+        kept = (held.run_dir, unheld.run_dir, begun, foreign)
+        assert [p.exists() for p in kept] == [True] * 4
     finally:
         held.remove()
+        unheld.remove()
         (begun / "leftovers").unlink()
         begun.rmdir()
         foreign.rmdir()
