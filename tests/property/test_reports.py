@@ -141,8 +141,6 @@ class Rollout:
         spec = InstanceSpec(
             endpoint="",
             identity=name.decode(),
-            run_dir="",
-            weights_dir="",
             instance_id=i,
             backend="sim",
             report_interval_s=0.0,
