@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 -- annotations are resolved at run time, too
 from typing import Any, Literal, get_args
 
-import msgspec
-
-from aseer.errors import ConfigError
+from aseer.engine_args import check_engine_args
+from aseer.fields import (
+    check_directory,
+    check_int,
+    check_seconds,
+    gpu_ids,
+    model_name,
+    one_of,
+    refusal,
+    set_field,
+    variable,
+)
+from aseer.plain import (
+    INT32_MAX,
+    INT64_MAX,
+    as_bool,
+    as_data,
+    as_float,
+    as_int,
+    as_text,
+)
 from aseer.sampling import SamplingParams
 
 PolicyName = Literal[
@@ -25,22 +43,6 @@ POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 SpeculationMethod = Literal["off", "dgds", "suffix", "ngram"]
 KvPoolMode = Literal["auto", "off", "lmcache", "external"]
 BudgetPolicy = Literal["adaptive", "fixed", "paper"]
-
-# What aseer sets itself in vLLM's engine arguments, and the setting to use instead.
-_OWN_ENGINE_ARGS: Mapping[str, str] = {
-    "model": "model",
-    "tokenizer": "tokenizer",
-    "dtype": "dtype",
-    "max_model_len": "max_model_len",
-    "max_num_seqs": "max_num_seqs",
-    "tensor_parallel_size": "gpus_per_instance",
-    "enable_prefix_caching": "nothing: resumed chunks need it",
-    "logprobs_mode": "nothing: responses carry processed logprobs",
-    "disable_log_stats": "nothing: reports need the statistics",
-    "seed": "seed",
-    "kv_cache_memory_bytes": "kv_cache_bytes",
-    "kv_transfer_config": "kv_transfer_config",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +77,20 @@ class SpeculationConfig:
     group_ttl_s: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(SpeculationMethod):
-            raise _bad("speculation", self.method, "one of off, dgds, suffix, ngram")
-        if self.budget not in get_args(BudgetPolicy):
-            raise _bad("budget", self.budget, "one of adaptive, fixed, paper")
-        if self.after_weight_update not in ("drop", "keep"):
-            raise _bad("after_weight_update", self.after_weight_update, "drop or keep")
-        _int(self, "max_draft_tokens", 1)
-        _int(self, "tail_draft_tokens", self.max_draft_tokens)
-        _positive(self, "group_ttl_s")
-        if not self.probe_weight >= 1:
-            raise _bad("probe_weight", self.probe_weight, "a number >= 1")
+        methods = get_args(SpeculationMethod)
+        set_field(self, "method", one_of("speculation", self.method, methods))
+        set_field(self, "budget", one_of("budget", self.budget, get_args(BudgetPolicy)))
+        after = one_of(
+            "after_weight_update", self.after_weight_update, ("drop", "keep")
+        )
+        set_field(self, "after_weight_update", after)
+        check_int(self, "max_draft_tokens", 1)
+        check_int(self, "tail_draft_tokens", self.max_draft_tokens)
+        check_seconds(self, "group_ttl_s")
+        weight = as_float(self.probe_weight)
+        if weight is None or weight < 1:
+            raise refusal("probe_weight", self.probe_weight, "a number >= 1")
+        set_field(self, "probe_weight", weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,15 +128,15 @@ class KvPoolConfig:
     timeout_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(KvPoolMode):
-            raise _bad("kv_pool", self.mode, "one of auto, off, lmcache, external")
-        _int(self, "dram_bytes", 1, optional=True)
-        _int(self, "disk_bytes", 0)
-        _int(self, "chunk_tokens", 1)
-        _int(self, "num_servers", 1)
-        _positive(self, "timeout_s")
+        set_field(self, "mode", one_of("kv_pool", self.mode, get_args(KvPoolMode)))
+        check_int(self, "dram_bytes", 1, INT64_MAX, optional=True)
+        check_int(self, "disk_bytes", 0, INT64_MAX)
+        check_directory(self, "disk_dir")
+        check_int(self, "chunk_tokens", 1)
+        check_int(self, "num_servers", 1)
+        check_seconds(self, "timeout_s")
         if self.disk_bytes and self.disk_dir is None:
-            raise _bad("disk_dir", None, "a directory, since disk_bytes is above 0")
+            raise refusal("disk_dir", None, "a directory, since disk_bytes is above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,57 +239,55 @@ class EngineConfig:
     weights_dir: Path | str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str | Path) or not str(self.model):
-            raise _bad("model", self.model, "a model name or a directory")
-        object.__setattr__(self, "model", str(self.model))
+        set_field(self, "model", model_name("model", self.model))
         if self.tokenizer is not None:
-            object.__setattr__(self, "tokenizer", str(self.tokenizer))
-        dtype: object = self.dtype
-        if not isinstance(dtype, str):
-            raise _bad("dtype", dtype, 'a name, such as "bfloat16"')
+            set_field(self, "tokenizer", model_name("tokenizer", self.tokenizer))
+        dtype = as_text(self.dtype)
+        if dtype is None:
+            raise refusal("dtype", self.dtype, 'a name, such as "bfloat16"')
+        set_field(self, "dtype", dtype)
         for name in ("num_instances", "max_model_len", "max_num_seqs"):
-            _int(self, name, 1, optional=True)
-        _int(self, "kv_cache_bytes", 1, optional=True)
-        _int(self, "seed", 0, optional=True)
+            check_int(self, name, 1, optional=True)
+        check_int(self, "kv_cache_bytes", 1, INT64_MAX, optional=True)
+        check_int(self, "seed", 0, INT64_MAX, optional=True)
         if self.gpus is not None:
-            object.__setattr__(self, "gpus", _gpu_ids(self.gpus))
-        _int(self, "gpus_per_instance", 1)
-        _int(self, "chunk_size", 0)
-        _int(self, "starvation_interval", 0)
-        _int(self, "max_pending_requests", 1)
-        _int(self, "max_restarts", 0)
-        _int(self, "max_request_retries", 0)
+            set_field(self, "gpus", gpu_ids(self.gpus))
+        check_int(self, "gpus_per_instance", 1)
+        check_int(self, "chunk_size", 0)
+        check_int(self, "starvation_interval", 0, INT64_MAX)
+        check_int(self, "max_pending_requests", 1, INT64_MAX)
+        check_int(self, "max_restarts", 0)
+        check_int(self, "max_request_retries", 0)
         for name in ("report_interval_s", "start_timeout_s", "heartbeat_timeout_s"):
-            _positive(self, name)
+            check_seconds(self, name)
         for name in ("stall_timeout_s", "shutdown_timeout_s"):
-            _positive(self, name)
+            check_seconds(self, name)
         if self.heartbeat_timeout_s < 4 * self.report_interval_s:
-            raise _bad(
+            raise refusal(
                 "heartbeat_timeout_s",
                 self.heartbeat_timeout_s,
                 f"at least 4 reports, of report_interval_s={self.report_interval_s:g}",
             )
-        if self.device not in ("auto", "cuda", "cpu", "sim"):
-            raise _bad("device", self.device, "one of auto, cuda, cpu, sim")
-        check_policy(self.policy)
-        if not isinstance(self.length_priors, bool):
-            raise _bad("length_priors", self.length_priors, "True or False")
-        object.__setattr__(self, "speculation", check_speculation(self.speculation))
-        object.__setattr__(self, "kv_pool", check_kv_pool(self.kv_pool))
+        devices = ("auto", "cuda", "cpu", "sim")
+        set_field(self, "device", one_of("device", self.device, devices))
+        set_field(self, "policy", check_policy(self.policy))
+        priors = as_bool(self.length_priors)
+        if priors is None:
+            raise refusal("length_priors", self.length_priors, "True or False")
+        set_field(self, "length_priors", priors)
+        set_field(self, "speculation", check_speculation(self.speculation))
+        set_field(self, "kv_pool", check_kv_pool(self.kv_pool))
         if not isinstance(self.sampling, SamplingParams):
-            raise _bad("sampling", self.sampling, "an aseer.SamplingParams")
+            raise refusal("sampling", self.sampling, "an aseer.SamplingParams")
         for name in ("engine_args", "env"):
             if not isinstance(getattr(self, name), Mapping):
-                raise _bad(name, getattr(self, name), "a mapping")
-        for name in sorted(set(self.engine_args) & set(_OWN_ENGINE_ARGS)):
-            raise ConfigError(
-                f"engine_args has {name!r}; use instead: {_OWN_ENGINE_ARGS[name]}"
-            )
-        _plain(self, "engine_args")
-        _plain(self, "kv_transfer_config")
-        for variable, value in self.env.items():
-            if not (isinstance(variable, str) and isinstance(value, str)):
-                raise _bad("env", {variable: value}, "texts by texts")
+                raise refusal(name, getattr(self, name), "a mapping")
+        for name in ("engine_args", "kv_transfer_config"):
+            set_field(self, name, as_data(getattr(self, name), name))
+        check_engine_args(self.engine_args)
+        set_field(self, "env", dict(variable(*item) for item in self.env.items()))
+        check_directory(self, "log_dir")
+        check_directory(self, "weights_dir")
 
 
 def check_policy(policy: object) -> PolicyName:
@@ -296,7 +299,7 @@ def check_policy(policy: object) -> PolicyName:
     for name in POLICY_NAMES:
         if policy == name:
             return name
-    raise _bad("policy", policy, f"one of {', '.join(POLICY_NAMES)}")
+    raise refusal("policy", policy, f"one of {', '.join(POLICY_NAMES)}")
 
 
 def check_speculation(
@@ -330,7 +333,7 @@ def check_pause(pause: object) -> None:
         ConfigError: it is not one.
     """
     if pause not in (None, "abort", "wait"):
-        raise _bad("pause", pause, "'abort', 'wait', or None")
+        raise refusal("pause", pause, "'abort', 'wait', or None")
 
 
 def check_chunk_size(chunk_size: object) -> int:
@@ -339,52 +342,8 @@ def check_chunk_size(chunk_size: object) -> int:
     Raises:
         ConfigError: it is not an int >= 0.
     """
-    if (
-        isinstance(chunk_size, bool)
-        or not isinstance(chunk_size, int)
-        or chunk_size < 0
-    ):
-        raise _bad("chunk_size", chunk_size, "an int >= 1, or 0 for undivided")
-    return chunk_size
-
-
-def _bad(name: str, value: object, allowed: str) -> ConfigError:
-    return ConfigError(f"{name}={value!r} is not allowed; give {allowed}")
-
-
-def _int(config: object, name: str, low: int, *, optional: bool = False) -> None:
-    value = getattr(config, name)
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        rest = ", or None for the default" if optional else ""
-        raise _bad(name, value, f"an int >= {low}{rest}")
-
-
-def _gpu_ids(gpus: object) -> tuple[str, ...]:
-    ids = () if isinstance(gpus, str) or not isinstance(gpus, Sequence) else tuple(gpus)
-    for gpu in ids:
-        is_number = isinstance(gpu, int) and not isinstance(gpu, bool) and gpu >= 0
-        if not is_number and not (isinstance(gpu, str) and gpu and "," not in gpu):
-            ids = ()
-            break
-    if not ids:
-        raise _bad("gpus", gpus, "ids such as [4, 5], or None for all that are visible")
-    return tuple(map(str, ids))
-
-
-def _plain(config: object, name: str) -> None:
-    """Refuse what cannot be told to another process."""
-    try:
-        msgspec.json.encode(getattr(config, name))
-    except TypeError as error:
-        raise ConfigError(
-            f"{name} goes to other processes and takes plain data only, such as "
-            f"numbers, texts, lists and dicts: {error}"
-        ) from None
-
-
-def _positive(config: object, name: str) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise _bad(name, value, "a number of seconds above 0")
+    size = as_int(chunk_size)
+    if size is None or not 0 <= size <= INT32_MAX:
+        allowed = f"an int >= 1, or 0 for undivided; at most {INT32_MAX}"
+        raise refusal("chunk_size", chunk_size, allowed)
+    return size

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from aseer.children import module_command
 from aseer.config import check_speculation
 from aseer.errors import ConfigError
+from aseer.instance.joined import joined_name
 from aseer.instance.versions import installed_vllm, is_cpu_build
 from aseer.kv.settings import QUIET_LMCACHE
 
@@ -36,7 +37,9 @@ _CPU_BLOCK_SIZE = 32  # vLLM's CPU kernels want multiples of 32; resumes want it
 _MAX_CPU_INSTANCES = 2
 # vLLM on AMD's GPUs takes either, and refuses to start if they differ.
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_EXTENSION_ARG = "worker_extension_cls"
 _WORKER_EXTENSION = "aseer.instance.worker.WorkerExtension"
+_EXECUTOR_ARG = "distributed_executor_backend"
 _DRAFTER = "aseer.dgds.proposer.GroupDrafter"
 EXECUTOR = "aseer.instance.executor.DraftingExecutor"
 COMMAND = module_command("aseer.instance.main")
@@ -141,7 +144,7 @@ def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
     args = _engine_args(config) | {"tensor_parallel_size": per}
     if config.kv_cache_bytes is not None:  # vLLM is told what is on each GPU
         args["kv_cache_memory_bytes"] = max(1, config.kv_cache_bytes // per)
-    args |= config.engine_args
+    args |= _users_args(config)
     launches = []
     for i in range(num):
         devices = ",".join(machine.gpus[i * per : (i + 1) * per])
@@ -160,12 +163,17 @@ def _plan_cores(config: EngineConfig, machine: Machine) -> list[Launch]:
         "kv_cache_memory_bytes": config.kv_cache_bytes or min(_MAX_CPU_KV_BYTES, free),
     }
     if check_speculation(config.speculation).method == "dgds":
-        defaults["distributed_executor_backend"] = EXECUTOR
+        if _EXECUTOR_ARG in config.engine_args:
+            raise ConfigError(
+                f"engine_args has {_EXECUTOR_ARG!r}, and drafts of speculation='dgds' "
+                "come by an executor of aseer's on a CPU; leave it out"
+            )
+        defaults[_EXECUTOR_ARG] = EXECUTOR
     if config.dtype == "auto" and machine.cpu_dtype == "float32":
         # vLLM's "auto" makes bfloat16 of float32, too, slow where a CPU emulates it.
         defaults["dtype"] = "float32"
     args = _engine_args(config) | defaults
-    args |= config.engine_args
+    args |= _users_args(config)
     launches = []
     for i in range(num):
         if num <= len(cores):
@@ -192,8 +200,14 @@ def _engine_args(config: EngineConfig) -> dict[str, Any]:
         "kv_transfer_config": config.kv_transfer_config,
     }
     args = {k: v for k, v in wanted.items() if v is not None}
-    args["worker_extension_cls"] = _WORKER_EXTENSION
+    theirs = config.engine_args.get(_EXTENSION_ARG)
+    args[_EXTENSION_ARG] = joined_name(theirs) if theirs else _WORKER_EXTENSION
     return args | _speculation_args(config)
+
+
+def _users_args(config: EngineConfig) -> dict[str, Any]:
+    """What `engine_args` has that is not joined with ours."""
+    return {k: v for k, v in config.engine_args.items() if k != _EXTENSION_ARG}
 
 
 def _speculation_args(config: EngineConfig) -> dict[str, Any]:

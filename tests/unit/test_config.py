@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
-from pathlib import Path
+import re
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+from importlib.util import find_spec
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aseer.config import (
     POLICY_NAMES,
     EngineConfig,
+    KvPoolConfig,
     SpeculationConfig,
     check_chunk_size,
     check_policy,
 )
+from aseer.engine_args import _OWN, _REFUSED
 from aseer.errors import ConfigError
 from aseer.policies import POLICIES
 
@@ -40,6 +45,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"report_interval_s": 0}, "a number of seconds above 0"),
     ({"start_timeout_s": -5}, "a number of seconds above 0"),
     ({"heartbeat_timeout_s": float("nan")}, "a number of seconds above 0"),
+    ({"start_timeout_s": float("inf")}, "a number of seconds above 0, at most 1e+09"),
+    ({"shutdown_timeout_s": "soon"}, "a number of seconds above 0"),
+    ({"max_model_len": 1 << 31}, "an int <= 2147483647, or None"),
+    ({"seed": 1 << 63}, "an int <= 9223372036854775807, or None"),
+    ({"kv_cache_bytes": 1 << 63}, "an int <= 9223372036854775807, or None"),
+    ({"length_priors": 1}, "True or False"),
+    ({"log_dir": ""}, "a directory, or None"),
+    ({"weights_dir": 7}, "a directory, or None"),
+    ({"tokenizer": ""}, "a model name or a directory"),
+    ({"env": {"A=B": "1"}}, "texts by texts, without NUL, or = in a name"),
+    ({"env": {"A": "\0"}}, "texts by texts, without NUL"),
     ({"heartbeat_timeout_s": 0.9}, "at least 4 reports"),
     ({"stall_timeout_s": None}, "a number of seconds above 0"),
     ({"shutdown_timeout_s": True}, "a number of seconds above 0"),
@@ -66,6 +82,153 @@ def test_an_engine_argument_that_is_ours_is_refused_with_what_to_use(
 ) -> None:
     with pytest.raises(ConfigError, match=f"engine_args has '{argument}'; use instead"):
         EngineConfig(model="m", engine_args={argument: 1})
+
+
+@pytest.mark.parametrize(
+    ("args", "advice"),
+    [
+        ({"pipeline_parallel_size": 2}, "gpus_per_instance, all of them tensor"),
+        ({"decode_context_parallel_size": 2}, "gpus_per_instance"),
+        ({"prefill_context_parallel_size": 2}, "gpus_per_instance"),
+        ({"data_parallel_size": 2}, "set num_instances"),
+        ({"data_parallel_size_local": 2}, "set num_instances"),
+        ({"data_parallel_rank": 0}, "set num_instances"),
+        ({"data_parallel_address": "10.0.0.1"}, "set num_instances"),
+        ({"data_parallel_external_lb": True}, "set num_instances"),
+        ({"nnodes": 2}, "on the machine that starts them"),
+        ({"node_rank": 1}, "on the machine that starts them"),
+        ({"distributed_executor_backend": "ray"}, 'give "mp" or "uni"'),
+        ({"scheduler_cls": "mine.Scheduler"}, "reserves KV"),
+        ({"watermark": 0.1}, "reserves KV"),
+        ({"max_num_queued_reqs": 4}, "reserves KV"),
+        ({"logits_processors": ["mine.Processor"]}, "begin its history anew"),
+        ({"watermark_config": {"a": 1}}, "begin its history anew"),
+        ({"runner": "pooling"}, "from left to right"),
+        ({"skip_tokenizer_init": True}, "detokenize=False"),
+    ],
+)
+def test_an_engine_argument_that_goes_wrong_later_is_refused_by_name(
+    args: dict[str, Any], advice: str
+) -> None:
+    ((name, value),) = args.items()
+    with pytest.raises(ConfigError) as error:
+        EngineConfig(model="m", engine_args=args)
+    assert f"engine_args has {name}={value!r}, which aseer" in str(error.value)
+    assert advice in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "instead"),
+    [
+        ("speculative_config", "speculation"),
+        ("spec_method", "speculation"),
+        ("kv_offloading_size", "kv_pool"),
+        ("device_ids", "gpus"),
+        ("max_num_active_seqs", "max_num_seqs"),
+        ("stream_interval", "nothing"),
+    ],
+)
+def test_an_engine_argument_that_another_setting_has_is_refused_with_it(
+    argument: str, instead: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{argument!r}; use instead: {instead}"):
+        EngineConfig(model="m", engine_args={argument: 1})
+
+
+def test_an_engine_argument_that_changes_nothing_goes_through() -> None:
+    args = {
+        "pipeline_parallel_size": 1,
+        "data_parallel_size": 1,
+        "distributed_executor_backend": "mp",
+        "scheduler_cls": None,
+        "watermark": 0.0,
+        "runner": "generate",
+        "skip_tokenizer_init": False,
+    }
+    assert EngineConfig(model="m", engine_args=args).engine_args == args
+
+
+@pytest.mark.parametrize("name", ["Extension", "a.b:C", ".C", 7, "a..C"])
+def test_a_worker_extension_is_named_with_its_module(name: object) -> None:
+    with pytest.raises(ConfigError, match=r"worker_extension_cls=.*package\.module"):
+        EngineConfig(model="m", engine_args={"worker_extension_cls": name})
+
+
+def test_every_argument_that_is_refused_is_one_of_vllms() -> None:
+    """Or a name of another version would be refused in vain."""
+    source = find_spec("vllm")
+    if source is None or source.origin is None:
+        pytest.skip("vLLM is not installed")
+    text = (Path(source.origin).parent / "engine" / "arg_utils.py").read_text()
+    for name in {**_OWN, **_REFUSED}:
+        assert re.search(rf"^    {name}: ", text, re.MULTILINE), name
+
+
+def test_numbers_may_be_numpys_and_are_kept_as_plain_data() -> None:
+    config = EngineConfig(
+        model=np.str_("m"),
+        num_instances=np.int64(2),
+        max_model_len=np.array(64),
+        gpus=np.array([1, 2]),
+        chunk_size=np.uint16(7),
+        report_interval_s=np.float32(0.5),
+        length_priors=np.True_,
+        speculation=SpeculationConfig(
+            max_draft_tokens=np.int64(4), probe_weight=np.float64(1.5)
+        ),
+        kv_pool=KvPoolConfig(disk_bytes=np.int64(0), timeout_s=np.float32(2)),
+        engine_args={"block_size": np.int64(32), "a": {"b": (np.float64(0.5), None)}},
+        env={np.str_("A"): np.str_("b")},
+    )
+    assert config.engine_args == {"block_size": 32, "a": {"b": [0.5, None]}}
+    assert config.gpus == ("1", "2")
+
+    def check_plain(value: object) -> None:
+        if isinstance(value, dict):
+            value = [*value.keys(), *value.values()]
+        if is_dataclass(value):
+            value = [getattr(value, f.name) for f in fields(value)]
+        if isinstance(value, list | tuple):
+            for item in value:
+                check_plain(item)
+        else:
+            allowed = (int, float, str, bool, type(None), PosixPath)
+            assert type(value) in allowed, value
+
+    check_plain([getattr(config, f.name) for f in fields(config)])
+
+
+def test_settings_do_not_change_with_what_they_were_made_of() -> None:
+    args = {"hf_overrides": {"a": 1}}
+    config = EngineConfig(model="m", engine_args=args)
+    args["hf_overrides"]["a"] = 2
+    assert config.engine_args == {"hf_overrides": {"a": 1}}
+
+
+def test_paths_are_those_of_when_the_settings_were_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = EngineConfig(
+        model="models/m",
+        tokenizer=Path("models/m"),
+        log_dir="logs",
+        weights_dir=Path("weights"),
+        kv_pool=KvPoolConfig(disk_dir="kv", disk_bytes=1),
+    )
+    monkeypatch.chdir("/")
+    assert config.model == config.tokenizer == str(tmp_path / "models" / "m")
+    assert config.log_dir == tmp_path / "logs"
+    assert config.weights_dir == tmp_path / "weights"
+    assert isinstance(config.kv_pool, KvPoolConfig)
+    assert config.kv_pool.disk_dir == tmp_path / "kv"
+    assert EngineConfig(model="./later").model == "/later"
+
+
+@pytest.mark.parametrize("name", ["org/name", "name", "x" * 5000, "s3://bucket/name"])
+def test_a_models_name_stays_a_name(name: str) -> None:
+    assert EngineConfig(model=name, tokenizer=name).model == name
 
 
 def test_other_engine_arguments_go_through() -> None:

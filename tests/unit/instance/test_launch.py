@@ -232,3 +232,25 @@ def test_another_kv_connector_is_passed_on_as_it_is():
     assert "kv_transfer_config" not in plain.engine_args
     with pytest.raises(ConfigError, match="use instead: kv_transfer_config"):
         EngineConfig(model="m", engine_args={"kv_transfer_config": told})
+
+
+@pytest.mark.parametrize("gpus", [(), ("0",)])
+def test_a_users_worker_extension_is_joined_with_ours(gpus):
+    args = {"worker_extension_cls": "package.module.Extension"}
+    config = EngineConfig(model="m", engine_args=args)
+    (launch, *_) = plan_instances(config, machine(gpus=gpus))
+    joined = "aseer.instance.joined.package:module:Extension"
+    assert launch.engine_args["worker_extension_cls"] == joined
+    (launch, *_) = plan_instances(EngineConfig(model="m"), machine(gpus=gpus))
+    ours = "aseer.instance.worker.WorkerExtension"
+    assert launch.engine_args["worker_extension_cls"] == ours
+
+
+@pytest.mark.parametrize("given", ["mp", None])
+def test_the_executor_that_drafts_need_on_a_cpu_is_not_replaced(given):
+    args = {"distributed_executor_backend": given}
+    config = EngineConfig(model="m", speculation="dgds", engine_args=args)
+    with pytest.raises(ConfigError, match=r"'dgds' come by an executor.*leave it out"):
+        plan_instances(config, machine())
+    (launch, *_) = plan_instances(config, machine(gpus=("0",)))
+    assert launch.engine_args["distributed_executor_backend"] == given

@@ -1,0 +1,113 @@
+"""What `EngineConfig.engine_args` may have: vLLM's arguments that aseer can live with.
+
+Some are aseer's own to set. Others would change what aseer counts (GPUs, KV blocks,
+requests) or needs (its drafter, text, logprobs that a resumed chunk repeats), and an
+engine started with them would go wrong later and without a word: these are refused by
+name. Everything else goes to vLLM as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from aseer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# What aseer sets itself, and the setting to use instead.
+_OWN: Mapping[str, str] = {
+    "model": "model",
+    "tokenizer": "tokenizer",
+    "dtype": "dtype",
+    "max_model_len": "max_model_len",
+    "max_num_seqs": "max_num_seqs",
+    "max_num_active_seqs": "max_num_seqs",
+    "tensor_parallel_size": "gpus_per_instance",
+    "device_ids": "gpus",
+    "enable_prefix_caching": "nothing: resumed chunks need it",
+    "logprobs_mode": "nothing: responses carry processed logprobs",
+    "disable_log_stats": "nothing: reports need the statistics",
+    "stream_interval": "nothing: every request has its own",
+    "seed": "seed",
+    "kv_cache_memory_bytes": "kv_cache_bytes",
+    "kv_transfer_config": "kv_transfer_config",
+    "kv_offloading_size": "kv_pool or kv_transfer_config",
+    "speculative_config": "speculation",
+    "spec_method": "speculation",
+    "spec_model": "speculation",
+    "spec_tokens": "speculation",
+}
+
+_OTHER_LAYOUT = "an engine's GPUs are counted as gpus_per_instance, all of them tensor "
+_OTHER_LAYOUT += "parallel: leave it out"
+_OTHER_REPLICAS = "each of num_instances is an engine of its own: leave it out, and "
+_OTHER_REPLICAS += "set num_instances"
+_OTHER_NODES = "engines run on the machine that starts them: leave it out"
+_OTHER_QUEUE = "aseer decides how many requests an engine has, and reserves KV for "
+_OTHER_QUEUE += "them: leave it out"
+_HISTORY = "a resumed chunk would begin its history anew, and the rest of a response "
+_HISTORY += "be sampled otherwise: leave it out"
+_NO_TEXT = "aseer looks for stop strings in text: leave it out, and set "
+_NO_TEXT += "SamplingParams(detokenize=False) where no text is wanted"
+_NO_TOKENS = "engines generate text from left to right: leave it out"
+_OTHER_PROCESSES = "aseer ends the processes that an engine starts on this machine, "
+_OTHER_PROCESSES += 'and no others: leave it out, or give "mp" or "uni"'
+
+# Of what aseer does not support: the values that change nothing, and the way out.
+_REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
+    "pipeline_parallel_size": ((1,), _OTHER_LAYOUT),
+    "prefill_context_parallel_size": ((1,), _OTHER_LAYOUT),
+    "decode_context_parallel_size": ((1,), _OTHER_LAYOUT),
+    "data_parallel_size": ((1,), _OTHER_REPLICAS),
+    "data_parallel_size_local": ((None, 1), _OTHER_REPLICAS),
+    "data_parallel_rank": ((None,), _OTHER_REPLICAS),
+    "data_parallel_start_rank": ((None,), _OTHER_REPLICAS),
+    "data_parallel_address": ((None,), _OTHER_REPLICAS),
+    "data_parallel_rpc_port": ((None,), _OTHER_REPLICAS),
+    "data_parallel_hybrid_lb": ((False,), _OTHER_REPLICAS),
+    "data_parallel_external_lb": ((False,), _OTHER_REPLICAS),
+    "data_parallel_multi_port_external_lb": ((False,), _OTHER_REPLICAS),
+    "enable_elastic_ep": ((False,), _OTHER_REPLICAS),
+    "nnodes": ((1,), _OTHER_NODES),
+    "node_rank": ((0,), _OTHER_NODES),
+    "distributed_executor_backend": ((None, "mp", "uni"), _OTHER_PROCESSES),
+    "scheduler_cls": ((None,), _OTHER_QUEUE),
+    "max_num_queued_reqs": ((None,), _OTHER_QUEUE),
+    "max_num_queued_tokens": ((None,), _OTHER_QUEUE),
+    "watermark": ((0,), _OTHER_QUEUE),
+    "logits_processors": ((None,), _HISTORY),
+    "watermark_config": ((None,), _HISTORY),
+    "diffusion_config": ((None,), _NO_TOKENS),
+    "runner": (("auto", "generate"), _NO_TOKENS),
+    "convert": (("auto", "none"), _NO_TOKENS),
+    "skip_tokenizer_init": ((False,), _NO_TEXT),
+    "tokens_only": ((False,), _NO_TEXT),
+}
+_CLASS_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+
+def check_engine_args(args: Mapping[str, Any]) -> None:
+    """Refuse what aseer sets itself or cannot live with.
+
+    Raises:
+        ConfigError: there is one; it is named, with what to do instead.
+    """
+    for name, value in sorted(args.items()):
+        if name in _OWN:
+            raise ConfigError(f"engine_args has {name!r}; use instead: {_OWN[name]}")
+        harmless, advice = _REFUSED.get(name, ((value,), ""))
+        if value not in harmless:
+            raise ConfigError(
+                f"engine_args has {name}={value!r:.100}, which aseer does not support: "
+                f"{advice}"
+            )
+    extension = args.get("worker_extension_cls")
+    if extension and not (
+        isinstance(extension, str) and _CLASS_NAME.fullmatch(extension)
+    ):
+        raise ConfigError(
+            f"engine_args has worker_extension_cls={extension!r:.100}; give the name "
+            'of a class with its module, such as "package.module.Extension"'
+        )
