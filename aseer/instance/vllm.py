@@ -17,11 +17,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
 import os
 from array import array
 from dataclasses import fields
 from importlib import metadata
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
@@ -29,7 +29,6 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from aseer.dgds.messages import EXTRA_ARGS_KEY
@@ -43,6 +42,7 @@ from aseer.instance.speculation import (
     unpadded,
 )
 from aseer.instance.stats import Stats
+from aseer.instance.text import SETTINGS, Text
 from aseer.instance.versions import installed_vllm
 from aseer.kv.settings import cache_salt
 from aseer.types import ChunkEnd, InstanceId, InstanceInfo
@@ -65,12 +65,6 @@ _HAS_REQUEST_INTERVAL = (
 _HAS_RETENTION_INTERVAL = "prefix_cache_retention_interval" in {
     field.name for field in fields(AsyncEngineArgs)
 }
-_DETOKENIZER_SETTINGS = (
-    "stop",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-)
 
 
 class VllmBackend:
@@ -149,7 +143,7 @@ class VllmBackend:
             self._running.pop(chunk.chunk_id, None)
 
     async def _generate(self, chunk: Chunk, request_id: str, emit: Emit) -> ChunkEnd:
-        text = _Text(chunk, self._tokenizer) if chunk.sampling["detokenize"] else None
+        text = Text(chunk, self._tokenizer) if chunk.sampling["detokenize"] else None
         inputs = array("i", chunk.prompt + chunk.generated).tolist()
         params = _engine_params(chunk)
         if self._speculation is not None and self._speculation.drafts_by_group:
@@ -171,6 +165,10 @@ class VllmBackend:
                 emit(num_cached_tokens=cached)
             tokens = list(done.token_ids)
             logprobs = _sampled_logprobs(done.logprobs, tokens)
+            # Of floats of 32 bits the sum is finite if each is.
+            if not math.isfinite(sum(logprobs)):
+                await self._engine.abort(request_id)
+                return _not_finite(tokens, logprobs, text)
             stopped = done.finish_reason == "stop"
             hit = None
             if text is not None:
@@ -265,44 +263,9 @@ class VllmBackend:
             await asyncio.to_thread(self._llm.shutdown)
 
 
-class _Text:
-    """The response's text and stop strings, over the chunks so far and this one."""
-
-    def __init__(self, chunk: Chunk, tokenizer: Any) -> None:
-        settings = {k: chunk.sampling[k] for k in _DETOKENIZER_SETTINGS}
-        settings["stop"] = list(settings["stop"])
-        generated = array("i", chunk.generated).tolist()
-        # It counts earlier chunks' tokens too, and must not look for stops among them.
-        settings["min_tokens"] = len(generated) + chunk.min_tokens
-        request = SimpleNamespace(
-            request_id=chunk.request_id,
-            prompt_token_ids=array("i", chunk.prompt).tolist(),
-            prompt_embeds=None,
-            sampling_params=SimpleNamespace(**settings),
-        )
-        self._decoder = IncrementalDetokenizer.from_new_request(tokenizer, request)
-        if generated:
-            self._decoder.update(generated, stop_terminated=False)
-            self.take(finished=False)  # earlier chunks delivered it
-
-    def add(self, tokens: list[int], stopped: bool) -> tuple[int, str | None]:
-        """Decode new tokens; returns how many count, and the stop string they
-        complete.
-        """
-        before = self._decoder.num_output_tokens()
-        hit = self._decoder.update(tokens, stopped)
-        return self._decoder.num_output_tokens() - before, hit
-
-    def take(self, finished: bool) -> str:
-        """Text since the last call, less what might begin a stop string."""
-        return str(self._decoder.get_next_output_text(finished, delta=True))
-
-
 def _engine_params(chunk: Chunk) -> SamplingParams:
-    """vLLM's settings for one chunk; stop strings and text are `_Text`'s."""
-    settings = {
-        k: v for k, v in chunk.sampling.items() if k not in _DETOKENIZER_SETTINGS
-    }
+    """vLLM's settings for one chunk; stop strings and text are `Text`'s."""
+    settings = {k: v for k, v in chunk.sampling.items() if k not in SETTINGS}
     structured = settings.pop("structured_outputs")
     for name in ("stop_token_ids", "allowed_token_ids", "bad_words"):
         if settings[name] is not None:
@@ -333,7 +296,21 @@ def _sampled_logprobs(logprobs: Any, tokens: list[int]) -> list[float]:
     return [logprobs.logprobs[start] for start in logprobs.start_indices]
 
 
-def _end(done: Any, text: _Text | None) -> ChunkEnd:
+def _not_finite(
+    tokens: list[int], logprobs: list[float], text: Text | None
+) -> ChunkEnd:
+    """No trainer can use a token of such a logprob, nor what was sampled after it."""
+    bad = next(i for i, x in enumerate(logprobs) if not math.isfinite(x))
+    return ChunkEnd(
+        reason="error",
+        error=f"the engine says that it sampled token {tokens[bad]} with the logprob "
+        f"{logprobs[bad]}: the model's logits are not finite, or the sampling "
+        "parameters leave no token that may be sampled",
+        held_text=text.take(finished=True) if text else "",
+    )
+
+
+def _end(done: Any, text: Text | None) -> ChunkEnd:
     reason = done.finish_reason
     if reason == "stop":
         stop = done.stop_reason  # None for the model's own end token: say which it was
