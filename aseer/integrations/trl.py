@@ -7,8 +7,10 @@
         trainer.train()
 
 Before a rollout the engines get the weights that the trainer has, whenever it has taken
-a step since the last. TRL hands over every prompt as often as it wants completions of
-it, one after the other; neighbours that are equal become one group.
+a step since the last. Prompts are encoded by the trainer itself, as they are where it
+generates: with its own processing class, chat template, `chat_template_kwargs`, tools
+and environments. TRL hands over every prompt as often as it wants completions of it,
+one after the other; neighbours that are equal become one group.
 
 Of a trainer of several processes the main one has the engine, and the others give None:
 
@@ -74,7 +76,7 @@ class _RolloutFunc:
             )
         step = trainer.state.global_step
         weights = None if step == self._synced_step else _weights_of(trainer)
-        everyones = self._processes.gather(prompts)
+        everyones = self._processes.gather(prompt_ids_of(trainer, prompts))
         columns = self._processes.scatter(
             lambda: self._rollout(everyones, trainer.args, weights)
         )
@@ -86,7 +88,7 @@ class _RolloutFunc:
         return Processes()
 
     def _rollout(
-        self, everyones: list[list[Any]], args: Any, weights: Any | None
+        self, everyones: list[list[list[int]]], args: Any, weights: Any | None
     ) -> list[dict[str, list[Any]]]:
         """Columns for the prompts of each process."""
         assert self._engine is not None
@@ -156,7 +158,27 @@ def sampling_of(args: Any, overrides: Mapping[str, Any]) -> SamplingParams:
     return resolve_sampling({k: v for k, v in wanted.items() if v is not None})
 
 
-def group_prompts(prompts: list[Any], sampling: SamplingParams) -> list[Group]:
+def prompt_ids_of(trainer: Any, prompts: list[Any]) -> list[list[int]]:
+    """Token ids of texts or chats, as the trainer encodes them where it generates.
+
+    Raises:
+        ConfigError: they have images, or this version of TRL encodes elsewhere.
+    """
+    encode = getattr(trainer, "_tokenize_prompts", None)
+    if encode is None:
+        raise ConfigError(
+            f"{type(trainer).__name__} has no _tokenize_prompts, by which TRL encodes "
+            "prompts from version 1.16 on; install trl>=1.16"
+        )
+    prompt_ids, images, _ = encode(prompts)
+    if images is not None:
+        raise ConfigError(
+            "its prompts have images, and aseer takes token ids only; train without"
+        )
+    return [list(map(int, ids)) for ids in prompt_ids]
+
+
+def group_prompts(prompts: list[list[int]], sampling: SamplingParams) -> list[Group]:
     """A group for every run of equal prompts, in order."""
     runs = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
     return [

@@ -56,6 +56,7 @@ def make_model(directory: Path, *, tied: bool) -> None:
     ("num_processes", "args", "tied", "weights"),
     [
         pytest.param(1, (), False, "Tensor", id="one process"),
+        pytest.param(1, ("--chat",), False, "Tensor", id="one process, chats"),
         pytest.param(2, (), True, "Tensor", id="two processes"),
         pytest.param(2, ("--sharded",), True, "DTensor", id="two, sharded"),
         pytest.param(2, ("--lora",), True, "Tensor", id="two, with adapters"),

@@ -1,7 +1,9 @@
 """A process of a `trl.GRPOTrainer`, alone or one of several.
 
     python -m tests.e2e.trl_trainer DIRECTORY
-    torchrun --nproc-per-node 2 -m tests.e2e.trl_trainer DIRECTORY [--sharded | --lora]
+    torchrun --nproc-per-node 2 -m tests.e2e.trl_trainer DIRECTORY [FLAG]
+
+A flag is --sharded, --lora or --chat.
 
 It trains the model in `DIRECTORY/model`, compares what it is given with that, and
 writes what it saw to `DIRECTORY/rank-<rank>.json`.
@@ -30,6 +32,12 @@ NUM_GENERATIONS = 4
 BATCH = 12  # of two processes each then has half of the second group
 STEPS = 3
 PROMPTS = ["abc", "what is it", "123 + 4", "the end"]
+# The trainer's alone: the engine's tokenizer has none.
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a' if enable_thinking else 'b' }}{% endif %}"
+)
+TEMPLATE_KWARGS = {"enable_thinking": False}
 SHARDED = {
     "fsdp": True,
     "fsdp_config": {
@@ -58,13 +66,13 @@ class Watched:
         self.versions: list[int] = []
         self.probes: list[list[float]] = []
         self.worst = 0.0  # error of a logprob
-        self.prompts: list[list[str]] = []
+        self.prompts: list[list[Any]] = []
         self.weights = ""  # what holds the trainer's
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         self.weights = type(next(trainer.model.parameters()).data).__name__
         out = self.inner(prompts, trainer)
-        assert out["prompt_ids"] == [self.tokenizer.encode(p) for p in prompts]
+        assert out["prompt_ids"] == [self.encoded(p) for p in prompts]
         rows = list(
             zip(out["prompt_ids"], out["completion_ids"], out["logprobs"], strict=True)
         )
@@ -79,21 +87,32 @@ class Watched:
         self.prompts.append(prompts)
         return out
 
+    def encoded(self, prompt: Any) -> list[int]:
+        """As TRL encodes it, by the trainer's tokenizer and settings."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode(prompt[0]["content"] + "b")
+
 
 num_rewarded = 0
 
 
-def reward(completions: list[str], **columns: Any) -> list[float]:
+def reward(completions: list[Any], **columns: Any) -> list[float]:
     global num_rewarded
     num_rewarded += len(completions)
     assert set(columns["finish_reason"]) <= {"stop", "length"}
-    return [sum(c.isalpha() for c in text) / 32 for text in completions]
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [sum(c.isalpha() for c in text) / 32 for text in texts]
 
 
-def main(directory: Path, *, sharded: bool, lora: bool) -> None:
+def main(directory: Path, *, sharded: bool, lora: bool, chat: bool) -> None:
     state = PartialState(cpu=True)
     model_dir = directory / "model"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    prompts: list[Any] = list(PROMPTS)
+    if chat:
+        tokenizer.chat_template = TEMPLATE
+        prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
     config = GRPOConfig(
         output_dir=str(directory / "out"),
         per_device_train_batch_size=BATCH // state.num_processes,
@@ -107,6 +126,7 @@ def main(directory: Path, *, sharded: bool, lora: bool) -> None:
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
+        chat_template_kwargs=TEMPLATE_KWARGS if chat else None,
         **(SHARDED if sharded else {}),
     )
     if sharded:  # Accelerate does that to processes that have another device only
@@ -118,7 +138,7 @@ def main(directory: Path, *, sharded: bool, lora: bool) -> None:
             model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32),
             args=config,
             reward_funcs=reward,
-            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
             processing_class=tokenizer,
             rollout_func=watched,
             peft_config=LoraConfig(r=8, target_modules="all-linear") if lora else None,
@@ -140,4 +160,5 @@ def main(directory: Path, *, sharded: bool, lora: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sharded="--sharded" in sys.argv, lora="--lora" in sys.argv)
+    flags = ("sharded", "lora", "chat")
+    main(Path(sys.argv[1]), **{flag: f"--{flag}" in sys.argv for flag in flags})

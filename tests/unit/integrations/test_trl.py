@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from aseer.errors import ConfigError
-from aseer.integrations.trl import group_prompts, rollout_func, sampling_of
+from aseer.integrations.trl import (
+    group_prompts,
+    prompt_ids_of,
+    rollout_func,
+    sampling_of,
+)
 from aseer.sampling import SamplingParams
 
 CHAT = [{"role": "user", "content": "hello"}]
@@ -27,13 +33,9 @@ def args_of(**changes):
 
 
 def test_runs_of_equal_prompts_are_groups_in_order():
-    groups = group_prompts(["a", "a", "b", CHAT, CHAT, CHAT, "a"], SamplingParams())
-    assert [(g.prompt, g.n) for g in groups] == [
-        ("a", 2),
-        ("b", 1),
-        (CHAT, 3),
-        ("a", 1),
-    ]
+    a, b, c = [1], [2], [1, 2]
+    groups = group_prompts([a, a, b, c, c, c, a], SamplingParams())
+    assert [(g.prompt, g.n) for g in groups] == [(a, 2), (b, 1), (c, 3), (a, 1)]
     assert len({g.group_id for g in groups}) == 4
 
 
@@ -47,6 +49,75 @@ def test_the_trainers_settings_are_taken_and_ours_come_last():
 def test_a_setting_that_is_unknown_is_named():
     with pytest.raises(ConfigError, match="num_beams"):
         sampling_of(args_of(generation_kwargs={"num_beams": 2}), {})
+
+
+class Trainer:
+    """Encodes as TRL's trainer does, and keeps what it was asked to."""
+
+    def __init__(self, images=None):
+        self.images = images
+        self.accelerator = SimpleNamespace(
+            is_main_process=True,
+            process_index=0,
+            num_processes=1,
+            distributed_type="NO",
+            unwrap_model=lambda model: model,
+            get_state_dict=lambda model: {},
+        )
+        self.state = SimpleNamespace(global_step=0)
+        self.model = self.model_wrapped = SimpleNamespace(
+            named_parameters=lambda **_: [], modules=lambda: []
+        )
+        self.args = args_of(chat_template_kwargs={"enable_thinking": False})
+
+    def _tokenize_prompts(self, prompts):
+        thinking = self.args.chat_template_kwargs["enable_thinking"]
+        ids = [np.array([len(str(prompt)), 7 + thinking]) for prompt in prompts]
+        return ids, self.images, {}
+
+
+class Engine:
+    """Answers every request with its prompt's last token."""
+
+    def update_weights_sync(self, source):
+        del source
+
+    def rollout_sync(self, groups):
+        self.groups = groups
+        return self
+
+    def by_group(self):
+        for group in self.groups:
+            yield [
+                SimpleNamespace(
+                    group_id=group.group_id,
+                    prompt_token_ids=group.prompt,
+                    token_ids=group.prompt[-1:],
+                    logprobs=[0.0],
+                    finish_reason="stop",
+                    weight_version=1,
+                )
+                for _ in range(group.n)
+            ]
+
+
+def test_prompts_are_encoded_by_the_trainer_itself():
+    engine = Engine()
+    out = rollout_func(engine)([CHAT, CHAT, "abc"], Trainer())
+    chat = [len(str(CHAT)), 7]
+    assert [(g.prompt, g.n) for g in engine.groups] == [(chat, 2), ([3, 7], 1)]
+    assert out["prompt_ids"] == [chat, chat, [3, 7]]
+    assert {type(token) for ids in out["prompt_ids"] for token in ids} == {int}
+
+
+def test_images_are_refused_with_words():
+    with pytest.raises(ConfigError, match=r"images, and aseer takes token ids only"):
+        prompt_ids_of(Trainer(images=[object()]), ["abc"])
+
+
+def test_a_trainer_that_encodes_otherwise_is_refused_with_words():
+    with pytest.raises(ConfigError, match=r"object has no _tokenize_prompts"):
+        prompt_ids_of(object(), ["abc"])
 
 
 @pytest.mark.parametrize(("is_main", "engine"), [(True, None), (False, object())])
