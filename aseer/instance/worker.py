@@ -22,7 +22,7 @@ from aseer.dgds.replica import Replica
 from aseer.dgds.steptime import StepTimeModel
 from aseer.instance.executor import send_drafts_along
 from aseer.instance.launch import EXECUTOR
-from aseer.weights.files import Index, map_tensors, read_index
+from aseer.weights.files import OpenIndex
 
 _log = logging.getLogger("aseer.instance")
 _POLL_S = 0.1  # longer than a step's pause, far shorter than a trainer's
@@ -136,21 +136,24 @@ class WorkerExtension:
     reload_weights: Any
     device: Any
     rank: int
-    aseer_weights: Index | None = None
+    aseer_weights: OpenIndex | None = None
 
     def aseer_prepare_weights(self, path: str) -> None:
-        """Read the index of new weights, and see that they are there."""
-        self.aseer_weights = read_index(path)
+        """Open the files of new weights, and see that they are there."""
+        self.aseer_discard_weights()
+        self.aseer_weights = OpenIndex(path)
 
     def aseer_commit_weights(self) -> None:
         """Load what was prepared, each worker its own part of every tensor."""
-        index, self.aseer_weights = self.aseer_weights, None
-        assert index is not None, "prepare first"
-        self.reload_weights(weights_iterator=map_tensors(index))
+        assert self.aseer_weights is not None, "prepare first"
+        self.reload_weights(weights_iterator=self.aseer_weights.tensors())
         pack_tied_heads(self.model_runner.model)
+        self.aseer_discard_weights()
 
     def aseer_discard_weights(self) -> None:
         """Forget what was prepared."""
+        if self.aseer_weights is not None:
+            self.aseer_weights.close()
         self.aseer_weights = None
 
     def aseer_check_sampler(self) -> dict[str, Any]:

@@ -8,8 +8,9 @@ once, however many read it.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
@@ -84,6 +85,41 @@ def read_index(path: str) -> Index:
     except (OSError, msgspec.MsgspecError) as error:
         raise WeightUpdateError(f"the new weights are gone: {error}") from error
     return index
+
+
+class OpenIndex:
+    """An index whose files are held open, so that their names may go meanwhile."""
+
+    def __init__(self, path: str) -> None:
+        """Open what `Index.write` wrote, and its files.
+
+        Raises:
+            WeightUpdateError: a file is not there, or too short.
+        """
+        self._index = index = read_index(path)
+        self._files: list[BinaryIO] = []
+        try:
+            for name in index.files:
+                self._files.append(Path(name).open("rb"))
+        except OSError as error:
+            self.close()
+            raise WeightUpdateError(f"the new weights are gone: {error}") from error
+
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        """As `map_tensors`.
+
+        Raises:
+            WeightUpdateError: a file was cut off since.
+        """
+        numbers = [file.fileno() for file in self._files]
+        _check_ends(self._index, [os.fstat(number).st_size for number in numbers])
+        opened = [f"/proc/self/fd/{number}" for number in numbers]
+        return map_tensors(Index(opened, self._index.tensors))
+
+    def close(self) -> None:
+        """Let the files go."""
+        for file in self._files:
+            file.close()
 
 
 def index_checkpoint(directory: Path) -> Index:
@@ -229,7 +265,10 @@ def _listed(listing: Path) -> list[Path]:
 
 
 def _check_sizes(index: Index) -> None:
-    sizes = [Path(file).stat().st_size for file in index.files]
+    _check_ends(index, [Path(file).stat().st_size for file in index.files])
+
+
+def _check_ends(index: Index, sizes: list[int]) -> None:
     for tensor in index.tensors:
         if tensor.offset + tensor.num_bytes > sizes[tensor.file]:
             raise WeightUpdateError(

@@ -8,6 +8,7 @@ import pytest
 
 from aseer.errors import WeightUpdateError
 from aseer.weights.files import (
+    OpenIndex,
     describe_checkpoint,
     index_checkpoint,
     map_tensors,
@@ -101,6 +102,27 @@ def test_files_that_shrink_or_vanish_after_they_were_sent_are_refused(tmp_path):
     (new / "index.json").write_text("{}")
     with pytest.raises(WeightUpdateError, match="weights are gone"):
         read_index(str(new / "index.json"))
+
+
+def test_between_its_two_phases_a_files_name_may_go_but_not_its_end(tmp_path):
+    source, new = tmp_path / "source", tmp_path / "new"
+    source.mkdir()
+    file = source / "model.safetensors"
+    safetensors.save_file({"w": torch.ones(100)}, file)
+    model = describe_checkpoint(str(source), None, "F32", declares_tied=False)
+    send(source, model, new)
+    opened = OpenIndex(str(new / "index.json"))
+    try:
+        file.rename(source / "elsewhere")
+        assert dict(opened.tensors())["w"].tolist() == [1.0] * 100
+        with (source / "elsewhere").open("r+b") as shortened:
+            shortened.truncate(200)
+        with pytest.raises(WeightUpdateError, match="ends before tensor 'w' does"):
+            opened.tensors()
+    finally:
+        opened.close()
+    with pytest.raises(WeightUpdateError, match="weights are gone"):
+        OpenIndex(str(new / "index.json"))
 
 
 @pytest.mark.parametrize(
