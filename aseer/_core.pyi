@@ -103,8 +103,14 @@ class Capacity:
         block_size: int,
         num_lookahead_tokens: int,
         max_num_seqs: int,
+        kv_groups: list[tuple[int, int, int]],
     ) -> None:
-        """An instance came up (or came back), with nothing running."""
+        """An instance came up (or came back), with nothing running.
+
+        Args:
+            kv_groups: block size, most blocks (-1 = no limit) and extra blocks of each
+                of the model's groups; empty = one that keeps all tokens.
+        """
 
     def remove(self, instance_id: InstanceId) -> None:
         """The instance is gone, and all that ran there with it."""
@@ -146,8 +152,14 @@ class Capacity:
             Whether there is one.
         """
 
-    def fits(self, instance_id: InstanceId, num_tokens: int) -> bool:
-        """Whether an instance has room for a chunk that writes so many tokens' KV."""
+    def fits(
+        self, instance_id: InstanceId, num_tokens: int, num_shared_blocks: int = 0
+    ) -> bool:
+        """Whether an instance has room for a chunk that writes so many tokens' KV.
+
+        Args:
+            num_shared_blocks: of its blocks that are reserved already.
+        """
 
     def select_alive(self) -> bool:
         """Candidates: every instance that is up; False if there is none."""

@@ -176,8 +176,9 @@ class Controller:
         """An instance can take work, with empty caches."""
         pool = self.residency.pool_of(info.instance_id)
         self.scheduler.add_instance(info, pool)
+        num_blocks = info.num_kv_blocks if info.keeps_kv else 0
         self.residency.add_instance(
-            info.instance_id, info.num_kv_blocks, info.block_size
+            info.instance_id, num_blocks, info.block_size, info.cached_blocks_each
         )
         self._running[info.instance_id] = {}
         return self.schedule(now)

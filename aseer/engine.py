@@ -23,6 +23,7 @@ from aseer.host import Folders, serve
 from aseer.instance.launch import plan_instances, this_machine
 from aseer.instance.versions import check_vllm
 from aseer.loop_thread import LoopThread
+from aseer.models.traits import read_traits
 from aseer.rollout import Rollout, SyncRollout
 from aseer.steps import drive, drive_blocking, result_of
 from aseer.tokenizer import HuggingFaceTokenizer
@@ -73,7 +74,10 @@ class Engine:
                 "example Engine(EngineConfig(model=...))"
             )
         self.config = config
-        self._launches = plan_instances(config, this_machine())
+        is_real = config.device != "sim"
+        revision = config.engine_args.get("revision")
+        traits = read_traits(config.model, revision) if is_real else None
+        self._launches = plan_instances(config, this_machine(), traits)
         if self._launches[0].backend == "vllm":
             check_vllm()
         self._thread: LoopThread | None = None

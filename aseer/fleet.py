@@ -51,6 +51,14 @@ class Fleet(Capacity):
                 block_size=info.block_size,
                 num_lookahead_tokens=info.num_lookahead_tokens,
                 max_num_seqs=info.max_num_seqs,
+                kv_groups=[
+                    (
+                        group.block_size,
+                        -1 if group.max_blocks is None else group.max_blocks,
+                        group.num_extra_blocks,
+                    )
+                    for group in info.kv_groups
+                ],
             )
         except ValueError as error:
             raise ValueError(f"instance {info.instance_id}: {error}") from None

@@ -255,10 +255,7 @@ class Scheduler:
         fits = [
             i
             for i in self._prompts.holders(group_id)
-            if fleet.fits(
-                i,
-                needs - self._num_shared_blocks(request, i) * fleet.info(i).block_size,
-            )
+            if fleet.fits(i, needs, self._num_shared_blocks(request, i))
         ]
         return min(fits, key=fleet.num_running, default=None)
 
@@ -272,7 +269,8 @@ class Scheduler:
         return self.fleet.reserve(where, needs) - of_prompt
 
     def _num_shared_blocks(self, request: Waiting, where: InstanceId) -> int:
-        return self._num_shared_tokens(request) // self.fleet.info(where).block_size
+        shared = self._num_shared_tokens(request)
+        return self.fleet.info(where).shared_blocks_for(shared)
 
     def _num_shared_tokens(self, request: Waiting) -> int:
         """Of its prompt, but the last: a request computes at least one token."""

@@ -41,19 +41,48 @@ def request_id_of(group_id: GroupId, index: int) -> RequestId:
     return RequestId(f"{group_id}/{index}")
 
 
+class KvGroup(NamedTuple):
+    """Layers of a model that keep KV alike, in blocks of their own for each request.
+
+    Attributes:
+        block_size: tokens a block holds.
+        max_blocks: the most that a request needs at once, since a sliding window or a
+            recurrent state leaves older tokens behind; None = it keeps all its tokens.
+        num_extra_blocks: that a request has besides, for states of drafted tokens.
+    """
+
+    block_size: int
+    max_blocks: int | None = None
+    num_extra_blocks: int = 0
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """KV blocks that so many tokens of one request occupy at most."""
+        needed = -(-num_tokens // self.block_size)
+        if self.max_blocks is not None:
+            needed = min(needed, self.max_blocks)
+        return needed + self.num_extra_blocks
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceInfo:
     """What an instance says of itself in its hello.
 
     Attributes:
         num_kv_blocks: blocks that requests can use (vLLM's null block is not counted).
-        block_size: tokens a KV block holds.
+        block_size: KV is found again up to multiples of so many tokens. Where there is
+            one kind of layer, it is what a KV block holds.
         max_num_seqs: requests it runs at once.
         max_model_len: prompt and generated tokens a request may have together.
         num_lookahead_tokens: KV slots past a request's last token that one step may
             write (draft tokens), 0 without speculation.
         shares_prompts: running requests that begin alike share KV (prefix caching).
+        keeps_kv: the next chunk of a request finds the KV of the last one there, unless
+            others needed the room (prefix caching).
         vocab_size: token ids a prompt may use are below it; 0 = unknown.
+        kv_groups: where a model's layers differ in what they keep, its groups: all take
+            blocks out of the same `num_kv_blocks`. Empty = one group that keeps every
+            token in blocks of `block_size`.
+        kv_world_size: pieces that a token's KV is split into, as a KV pool counts them.
     """
 
     instance_id: InstanceId
@@ -63,17 +92,39 @@ class InstanceInfo:
     max_model_len: int
     num_lookahead_tokens: int = 0
     shares_prompts: bool = False
+    keeps_kv: bool = True
     vocab_size: int = 0
     model: str = ""
     dtype: str = ""
     device: str = ""
     engine_version: str = ""
     pid: int = 0
+    kv_groups: tuple[KvGroup, ...] = ()
+    kv_world_size: int = 1
 
     def blocks_for(self, num_tokens: int) -> int:
         """KV blocks that `num_tokens` tokens of one request occupy at most."""
-        needed = -(-(num_tokens + self.num_lookahead_tokens) // self.block_size)
+        written = num_tokens + self.num_lookahead_tokens
+        needed = sum(group.blocks_for(written) for group in self._groups)
         return min(needed, self.num_kv_blocks)
+
+    def shared_blocks_for(self, num_tokens: int) -> int:
+        """Of a request's blocks, those that hold nothing but its first tokens.
+
+        Siblings that begin alike share them while they run. What a window or a state
+        leaves behind is shared by nobody for long, and not counted.
+        """
+        lasting = (g.block_size for g in self._groups if g.max_blocks is None)
+        return sum(num_tokens // block_size for block_size in lasting)
+
+    @property
+    def cached_blocks_each(self) -> int:
+        """KV blocks that keep `block_size` tokens of a request that has ended."""
+        return sum(self.block_size // group.block_size for group in self._groups)
+
+    @property
+    def _groups(self) -> tuple[KvGroup, ...]:
+        return self.kv_groups or (KvGroup(self.block_size),)
 
 
 class Assignment(NamedTuple):

@@ -1,6 +1,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <tuple>
+#include <utility>
 
 #include "fleet.h"
 #include "residency.h"
@@ -46,6 +50,19 @@ std::pair<Handle, Handle> Add(WaitingOrders& orders, Handle group, const nb::lis
   WaitingOrders::AllRanks ranks;
   for (size_t i = 0; i < kMaxOrders; ++i) ranks[i] = {among_siblings[i], of_group[i]};
   return orders.Add(group, ranks);
+}
+
+using GroupNumbers = std::tuple<int64_t, int64_t, int64_t>;
+
+void AddInstance(Capacity& capacity, size_t instance, int64_t pool,
+                 int64_t num_kv_blocks, int64_t block_size,
+                 int64_t num_lookahead_tokens, int64_t max_num_seqs,
+                 const std::vector<GroupNumbers>& kv_groups) {
+  KvShape shape{.block_size = block_size, .num_lookahead_tokens = num_lookahead_tokens};
+  for (const auto& [size, max_blocks, num_extra_blocks] : kv_groups) {
+    shape.groups.push_back({size, max_blocks, num_extra_blocks});
+  }
+  capacity.Add(instance, pool, num_kv_blocks, max_num_seqs, std::move(shape));
 }
 
 void SetLeads(WaitingOrders& orders, Handle group, const nb::dict& leads) {
@@ -114,9 +131,9 @@ NB_MODULE(_core, m) {
       .def_prop_ro("block_size", &Capacity::BlockSize)
       .def_prop_ro("num_lookahead_tokens", &Capacity::NumLookaheadTokens)
       .def("alive_ids", &Capacity::AliveIds)
-      .def("add_instance", &Capacity::Add, "instance_id"_a, nb::kw_only(), "pool"_a,
-           "num_kv_blocks"_a, "block_size"_a, "num_lookahead_tokens"_a,
-           "max_num_seqs"_a)
+      .def("add_instance", &aseer::AddInstance, "instance_id"_a, nb::kw_only(),
+           "pool"_a, "num_kv_blocks"_a, "block_size"_a, "num_lookahead_tokens"_a,
+           "max_num_seqs"_a, "kv_groups"_a)
       .def("remove", &Capacity::Remove, "instance_id"_a)
       .def("reserve", &Capacity::Reserve, "instance_id"_a, "num_tokens"_a,
            "num_shared_blocks"_a = 0)
@@ -128,7 +145,8 @@ NB_MODULE(_core, m) {
       .def("most_tokens", &Capacity::MostTokens)
       .def("select", &Capacity::Select, "num_tokens"_a)
       .def("select_alive", &Capacity::SelectAlive)
-      .def("fits", &Capacity::Fits, "instance_id"_a, "num_tokens"_a)
+      .def("fits", &Capacity::Fits, "instance_id"_a, "num_tokens"_a,
+           "num_shared_blocks"_a = 0)
       .def("is_selected", &Capacity::IsSelected, "instance_id"_a)
       .def("least_loaded", &Capacity::LeastLoaded)
       .def("least_loaded_of", &Capacity::LeastLoadedOf, "pool"_a)

@@ -1,6 +1,7 @@
 #include "fleet.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace aseer {
 namespace {
@@ -11,6 +12,37 @@ constexpr int64_t kIdle = int64_t{1} << 40;
 constexpr size_t kMaxInstances = size_t{1} << 20;
 
 }  // namespace
+
+int64_t KvShape::BlocksFor(int64_t num_tokens) const {
+  const int64_t written = num_tokens + num_lookahead_tokens;
+  if (groups.empty()) return (written + block_size - 1) / block_size;
+  int64_t blocks = 0;
+  for (const KvGroup& group : groups) {
+    const int64_t needed = (written + group.block_size - 1) / group.block_size;
+    const bool is_bounded = group.max_blocks >= 0;
+    blocks += is_bounded ? std::min(needed, group.max_blocks) : needed;
+    blocks += group.num_extra_blocks;
+  }
+  return blocks;
+}
+
+int64_t KvShape::MostTokens(int64_t num_blocks) const {
+  if (groups.empty()) return num_blocks * block_size;
+  if (num_blocks >= kIdle) return kIdle;
+  if (BlocksFor(0) > num_blocks) return 0;
+  // So many tokens fit; what is above does not.
+  int64_t fits = 0;
+  int64_t above = kIdle;
+  for (const KvGroup& group : groups) {
+    if (group.max_blocks < 0) above = (num_blocks + 1) * group.block_size;
+  }
+  if (BlocksFor(above) <= num_blocks) return kIdle;  // no group grows without end
+  while (above - fits > 1) {
+    const int64_t middle = fits + (above - fits) / 2;
+    (BlocksFor(middle) <= num_blocks ? fits : above) = middle;
+  }
+  return fits;
+}
 
 const Capacity::Instance& Capacity::At(size_t instance) const {
   if (instance >= instances_.size() || !instances_[instance].is_known) {
@@ -28,12 +60,16 @@ std::vector<int64_t> Capacity::AliveIds() const {
 }
 
 void Capacity::Add(size_t instance, int64_t pool, int64_t num_kv_blocks,
-                   int64_t block_size, int64_t num_lookahead_tokens,
-                   int64_t max_num_seqs) {
+                   int64_t max_num_seqs, KvShape shape) {
   Require(instance < kMaxInstances, "an instance's id is below 1,048,576");
-  Require(block_size >= 1, "a block holds at least one token");
-  Require(num_kv_blocks >= 0 && num_lookahead_tokens >= 0 && max_num_seqs >= 0,
+  Require(shape.block_size >= 1, "a block holds at least one token");
+  Require(num_kv_blocks >= 0 && shape.num_lookahead_tokens >= 0 && max_num_seqs >= 0,
           "an instance's limits are not negative");
+  for (const KvGroup& group : shape.groups) {
+    Require(group.block_size >= 1, "a block of a group holds at least one token");
+    Require(group.max_blocks >= -1 && group.num_extra_blocks >= 0,
+            "a group's blocks are not negative");
+  }
   if (instance >= instances_.size()) {
     instances_.resize(instance + 1);
     room_.resize(instance + 1);
@@ -41,21 +77,16 @@ void Capacity::Add(size_t instance, int64_t pool, int64_t num_kv_blocks,
     selected_.resize(instance + 1);
   }
   Require(!instances_[instance].is_alive, "it is up already");
-  const bool is_same =
-      block_size == block_size_ && num_lookahead_tokens == num_lookahead_tokens_;
-  is_uniform_ = !is_any_known_ || (is_uniform_ && is_same);
+  is_uniform_ = !is_any_known_ || (is_uniform_ && shape == shape_);
   is_any_known_ = true;
-  block_size_ = block_size;
-  num_lookahead_tokens_ = num_lookahead_tokens;
-  most_block_size_ = std::max(most_block_size_, block_size);
+  shape_ = shape;
   instances_[instance] = {.is_known = true,
                           .is_alive = true,
                           .pool = pool,
                           .num_kv_blocks = num_kv_blocks,
-                          .block_size = block_size,
-                          .num_lookahead_tokens = num_lookahead_tokens,
                           .max_num_seqs = max_num_seqs,
-                          .free = num_kv_blocks};
+                          .free = num_kv_blocks,
+                          .shape = std::move(shape)};
   ++num_alive_;
   Update(instance);
 }
@@ -72,7 +103,8 @@ void Capacity::Remove(size_t instance) {
 int64_t Capacity::Reserve(size_t instance, int64_t num_tokens,
                           int64_t num_shared_blocks) {
   Instance& i = At(instance);
-  int64_t blocks = num_tokens ? std::min(i.BlocksFor(num_tokens), i.num_kv_blocks) : 0;
+  int64_t blocks =
+      num_tokens ? std::min(i.shape.BlocksFor(num_tokens), i.num_kv_blocks) : 0;
   blocks = std::max(int64_t{0}, blocks - num_shared_blocks);
   if (blocks > i.free) throw std::logic_error("reservation beyond capacity");
   i.free -= blocks;
@@ -104,23 +136,31 @@ void Capacity::Update(size_t instance) {
   load_[instance] = i.running * (int64_t{1} << 32) - i.free;
 }
 
-int64_t Capacity::MostTokens() {
+int64_t Capacity::MostRoom() {
   if (most_room_ < 0) most_room_ = std::ranges::max(room_);
-  return most_room_ * most_block_size_;
+  return most_room_;
+}
+
+int64_t Capacity::MostTokens() {
+  if (is_uniform_) return MostRoom() ? shape_.MostTokens(MostRoom()) : 0;
+  int64_t most = 0;
+  for (size_t i = 0; i < instances_.size(); ++i) {
+    if (room_[i]) most = std::max(most, instances_[i].shape.MostTokens(room_[i]));
+  }
+  return most;
 }
 
 bool Capacity::Select(int64_t num_tokens) {
   bool is_any = false;
   if (!is_uniform_) {
     for (size_t i = 0; i < instances_.size(); ++i) {
-      selected_[i] = room_[i] >= instances_[i].BlocksFor(num_tokens);
+      selected_[i] = room_[i] >= instances_[i].shape.BlocksFor(num_tokens);
       is_any |= selected_[i] != 0;
     }
     return is_any;
   }
-  const int64_t blocks =
-      (num_tokens + num_lookahead_tokens_ + block_size_ - 1) / block_size_;
-  if (blocks * block_size_ > MostTokens()) {
+  const int64_t blocks = shape_.BlocksFor(num_tokens);
+  if (blocks > MostRoom()) {
     std::ranges::fill(selected_, 0);
     return false;
   }
@@ -133,9 +173,10 @@ bool Capacity::SelectAlive() {
   return num_alive_ > 0;
 }
 
-bool Capacity::Fits(size_t instance, int64_t num_tokens) const {
+bool Capacity::Fits(size_t instance, int64_t num_tokens,
+                    int64_t num_shared_blocks) const {
   const Instance& i = At(instance);
-  return room_[instance] >= i.BlocksFor(num_tokens);
+  return room_[instance] >= i.shape.BlocksFor(num_tokens) - num_shared_blocks;
 }
 
 bool Capacity::IsSelected(size_t instance) const {

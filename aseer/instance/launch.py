@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,8 @@ from aseer.instance.versions import installed_vllm, is_cpu_build
 from aseer.kv.settings import QUIET_LMCACHE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from aseer.config import EngineConfig
+    from aseer.models.traits import ModelTraits
 
 _GIB = 1 << 30
 _NO_LIMIT_S = "1000000"  # eleven days; in milliseconds it still has 31 bits
@@ -40,6 +40,7 @@ GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _EXTENSION_ARG = "worker_extension_cls"
 _WORKER_EXTENSION = "aseer.instance.worker.WorkerExtension"
 _EXECUTOR_ARG = "distributed_executor_backend"
+_ROTARY_OP = "rotary_embedding"
 _DRAFTER = "aseer.dgds.proposer.GroupDrafter"
 EXECUTOR = "aseer.instance.executor.DraftingExecutor"
 COMMAND = module_command("aseer.instance.main")
@@ -69,6 +70,7 @@ class Launch:
 
     Attributes:
         cores: that all its processes stay on; empty = any.
+        traits: of its model; None = not known.
     """
 
     instance_id: int
@@ -77,6 +79,7 @@ class Launch:
     env: Mapping[str, str]
     share: str
     cores: tuple[int, ...] = ()
+    traits: ModelTraits | None = None
 
 
 def this_machine() -> Machine:
@@ -91,9 +94,13 @@ def this_machine() -> Machine:
     )
 
 
-def plan_instances(config: EngineConfig, machine: Machine) -> list[Launch]:
+def plan_instances(
+    config: EngineConfig, machine: Machine, traits: ModelTraits | None = None
+) -> list[Launch]:
     """Share the machine out among the instances.
 
+    Args:
+        traits: of the model; None = not known.
     Raises:
         ConfigError: it has not what the settings ask for.
     """
@@ -116,8 +123,11 @@ def plan_instances(config: EngineConfig, machine: Machine) -> list[Launch]:
             )
             for i in range(config.num_instances or 2)
         ]
-    plan = _plan_gpus if device == "cuda" else _plan_cores
-    return plan(config, machine)
+    if device == "cuda":
+        launches = _plan_gpus(config, machine)
+    else:
+        launches = _plan_cores(config, machine, traits)
+    return [replace(launch, traits=traits) for launch in launches]
 
 
 def _device(config: EngineConfig, machine: Machine) -> str:
@@ -153,7 +163,9 @@ def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
     return launches
 
 
-def _plan_cores(config: EngineConfig, machine: Machine) -> list[Launch]:
+def _plan_cores(
+    config: EngineConfig, machine: Machine, traits: ModelTraits | None
+) -> list[Launch]:
     cores = machine.cores
     num = config.num_instances or min(len(cores), _MAX_CPU_INSTANCES)
     free = int(machine.free_memory_bytes * _CPU_KV_SHARE) // num
@@ -174,6 +186,10 @@ def _plan_cores(config: EngineConfig, machine: Machine) -> list[Launch]:
         defaults["dtype"] = "float32"
     args = _engine_args(config) | defaults
     args |= _users_args(config)
+    if traits is not None and traits.rotates_slices:
+        args["compilation_config"] = _without_rotary_kernel(
+            args.get("compilation_config")
+        )
     launches = []
     for i in range(num):
         if num <= len(cores):
@@ -187,6 +203,27 @@ def _plan_cores(config: EngineConfig, machine: Machine) -> list[Launch]:
             launch = replace(launch, cores=own)
         launches.append(launch)
     return launches
+
+
+def _without_rotary_kernel(compilation: Any) -> Any:
+    """vLLM's compilation settings, but with rotations computed by torch.
+
+    vLLM's kernel for CPUs takes the rows it rotates to lie one behind another. A slice
+    of wider rows does not, and comes out wrong: no error, other tokens.
+
+    Args:
+        compilation: the user's settings, None or a mapping; a choice of theirs stays.
+    """
+    settings = {} if compilation is None else compilation
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"engine_args: compilation_config={compilation!r} must be a mapping, such "
+            "as {'mode': 0}, for this model on a CPU"
+        )
+    ops = list(settings.get("custom_ops", ()))
+    if not any(str(op).endswith(_ROTARY_OP) for op in ops):
+        ops.append(f"-{_ROTARY_OP}")
+    return {**settings, "custom_ops": ops}
 
 
 def _engine_args(config: EngineConfig) -> dict[str, Any]:

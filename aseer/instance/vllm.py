@@ -45,7 +45,7 @@ from aseer.instance.stats import Stats
 from aseer.instance.text import SETTINGS, Text
 from aseer.instance.versions import installed_vllm
 from aseer.kv.settings import cache_salt
-from aseer.types import ChunkEnd, InstanceId, InstanceInfo
+from aseer.types import ChunkEnd, InstanceId, InstanceInfo, KvGroup
 from aseer.weights.files import describe_checkpoint, dtype_name
 
 if TYPE_CHECKING:
@@ -110,22 +110,29 @@ class VllmBackend:
             self._speculation = Speculation(llm, self._spec.drafting)
             await self._speculation.start()
             self._stats.speculation = self._speculation
+        groups, num_set_aside = await self._kv_groups()
+        num_blocks = config.cache_config.num_gpu_blocks - 1  # without the null block
+        # Some of vLLM's backends switch it off, as those for latents (MLA) on CPUs.
+        caches_prefixes = bool(config.cache_config.enable_prefix_caching)
         name, version = installed_vllm() or ("vllm", metadata.version("vllm"))
         self._info = InstanceInfo(
             instance_id=InstanceId(self._spec.instance_id),
-            num_kv_blocks=config.cache_config.num_gpu_blocks
-            - 1,  # without the null block
-            block_size=config.cache_config.block_size,
+            num_kv_blocks=max(1, num_blocks - num_set_aside),
+            # A hit ends where a block of every group does.
+            block_size=math.lcm(*(group.block_size for group in groups)),
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=config.model_config.max_model_len,
             vocab_size=config.model_config.get_vocab_size(),
             num_lookahead_tokens=_num_lookahead_tokens(config),
-            shares_prompts=bool(config.cache_config.enable_prefix_caching),
+            shares_prompts=caches_prefixes,
+            keeps_kv=caches_prefixes,
             model=config.model_config.model,
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             device=config.device_config.device_type,
             engine_version=f"{name} {version}",
             pid=os.getpid(),
+            kv_groups=tuple(groups) if _are_mixed(groups) else (),
+            kv_world_size=_kv_world_size(config),
         )
         return self._info
 
@@ -234,6 +241,12 @@ class VllmBackend:
         """See `Backend`."""
         await self._call("aseer_discard_weights")
 
+    async def _kv_groups(self) -> tuple[list[KvGroup], int]:
+        """See `describe_groups`."""
+        answers = await self._engine.collective_rpc("aseer_describe_kv")
+        groups, num_set_aside = answers[0]  # all workers plan the same
+        return [KvGroup(*group) for group in groups], num_set_aside
+
     async def _call(self, method: str, *args: Any) -> None:
         """Call a method of aseer's extension in every worker."""
         try:
@@ -324,6 +337,24 @@ def _end(done: Any, text: Text | None) -> ChunkEnd:
     return ChunkEnd(
         reason="error", error=f"vLLM ended it with {reason!r}", held_text=held
     )
+
+
+def _are_mixed(groups: list[KvGroup]) -> bool:
+    """Whether there is more to say of the groups than one block size."""
+    return len(groups) != 1 or groups[0] != KvGroup(groups[0].block_size)
+
+
+def _kv_world_size(config: Any) -> int:
+    """Pieces of a token's KV, as LMCache's keys count them.
+
+    Every rank of a tensor-parallel group has all of a latent (MLA), which is stored
+    once; other KV is split by heads.
+    """
+    parallel = config.parallel_config
+    if not config.model_config.use_mla:
+        return int(parallel.world_size)
+    num_stages = parallel.world_size // parallel.tensor_parallel_size
+    return int(num_stages * getattr(parallel, "decode_context_parallel_size", 1))
 
 
 def _num_lookahead_tokens(config: Any) -> int:

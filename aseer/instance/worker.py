@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -21,8 +21,12 @@ from aseer.dgds.proposer import GroupDrafter
 from aseer.dgds.replica import Replica
 from aseer.dgds.steptime import StepTimeModel
 from aseer.instance.executor import send_drafts_along
+from aseer.instance.kvgroups import describe_groups
 from aseer.instance.launch import EXECUTOR
 from aseer.weights.files import OpenIndex
+
+if TYPE_CHECKING:
+    from aseer.types import KvGroup
 
 _log = logging.getLogger("aseer.instance")
 _POLL_S = 0.1  # longer than a step's pause, far shorter than a trainer's
@@ -149,6 +153,20 @@ class WorkerExtension:
         self.reload_weights(weights_iterator=self.aseer_weights.tensors())
         pack_tied_heads(self.model_runner.model)
         self.aseer_discard_weights()
+
+    def aseer_describe_kv(self) -> tuple[list[KvGroup], int]:
+        """See `describe_groups`."""
+        config = self.vllm_config
+        speculative = config.speculative_config
+        num_drafted = speculative.num_speculative_tokens if speculative else 0
+        groups = self.model_runner.kv_cache_config.kv_cache_groups
+        return describe_groups(
+            # What lies in the host's memory takes none of the device's blocks.
+            [g.kv_cache_spec for g in groups if not getattr(g, "host_resident", False)],
+            batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            step_tokens=1 + num_drafted,
+            num_steps=getattr(config, "max_concurrent_batches", 2),
+        )
 
     def aseer_discard_weights(self) -> None:
         """Forget what was prepared."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aseer.instance.launch import Launch
     from aseer.kv.settings import PoolPlan
     from aseer.leftovers import Leftovers
+    from aseer.models.traits import ModelTraits
     from aseer.types import InstanceInfo
 
 _log = logging.getLogger("aseer")
@@ -45,7 +46,6 @@ class KvPool:
     ) -> None:
         """Prepare; nothing is started yet."""
         self._plan = plan
-        self._world_size = config.gpus_per_instance
         self._num_instances = num_instances
         self.namespace = secrets.token_hex(4)
         """Of the keys: KV of other runs is never found, even in a shared tier."""
@@ -128,7 +128,7 @@ class KvPool:
             tokens: int32; a prompt, or a prompt and what was generated.
         """
         salt = cache_salt(self.namespace, info, weight_version)
-        what = Free(info.model, self._world_size, salt, tokens, start)
+        what = Free(info.model, info.kv_world_size, salt, tokens, start)
         for server in self._servers:
             server.free(what)
 
@@ -147,7 +147,7 @@ class KvPool:
             tokens: int32; a prompt and what was generated.
         """
         salt = cache_salt(self.namespace, info, weight_version)
-        what = Prefetch(info.model, self._world_size, salt, tokens)
+        what = Prefetch(info.model, info.kv_world_size, salt, tokens)
         for server in self._servers:
             server.prefetch(what)
 
@@ -169,6 +169,17 @@ class KvPool:
                 tasks.create_task(server.drop_below(version))
 
 
+def model_obstacle(traits: ModelTraits | None) -> str | None:
+    """Why a model's KV cannot be in a pool; None = it can, or the model is not known.
+
+    LMCache refuses models with several groups of layers, and of a window's tokens it
+    would load more than the engine has blocks for.
+    """
+    if traits is None or traits.kinds == ("full",):
+        return None
+    return f"LMCache serves models of full attention alone; this one is {traits.words}"
+
+
 def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | None:
     """The pool that an engine has; None, and a line in the log that says why, if none.
 
@@ -182,7 +193,8 @@ def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | Non
         len(launches),
         launches[0].engine_args.get("block_size"),
         node_memory(config),
-        obstacle=lmcache_obstacle(
+        obstacle=model_obstacle(launches[0].traits)
+        or lmcache_obstacle(
             installed_version("lmcache"),
             installed_version("torch"),
             on_gpu="VLLM_CPU_OMP_THREADS_BIND" not in launches[0].env,

@@ -37,7 +37,9 @@ class KvResidency:
     def __init__(self) -> None:
         self._caches = PrefixCaches()
         self._pool_of: Callable[[InstanceId], int] = lambda _: NO_POOL
-        self._instances: set[InstanceId] = set()
+        # By instance: its KV blocks that keep a piece of `block_size` tokens. What is
+        # counted natively are pieces.
+        self._blocks_each: dict[InstanceId, int] = {}
         self._handles: dict[RequestId, int] = {}
 
     @property
@@ -56,7 +58,7 @@ class KvResidency:
             granularity: tokens found together.
             pool_of: tells instances of different pools apart, by numbers from 0.
         """
-        pools = {instance_id: pool_of(instance_id) for instance_id in self._instances}
+        pools = {instance_id: pool_of(instance_id) for instance_id in self._blocks_each}
         self._caches.set_granularity(granularity)
         for instance_id, pool in pools.items():
             self._caches.set_pool(instance_id, pool)
@@ -67,19 +69,31 @@ class KvResidency:
         return self._pool_of(instance_id)
 
     def add_instance(
-        self, instance_id: InstanceId, num_blocks: int, block_size: int
+        self,
+        instance_id: InstanceId,
+        num_blocks: int,
+        block_size: int,
+        blocks_each: int = 1,
     ) -> None:
-        """An empty cache, also for an instance that came back."""
-        pool = self._pool_of(instance_id)
+        """An empty cache, also for an instance that came back.
+
+        Args:
+            num_blocks: KV blocks; 0 = it keeps nothing of what has run.
+            block_size: tokens that are found again together.
+            blocks_each: KV blocks that keep them, of all groups of the model's layers.
+        """
         self._caches.add_instance(
-            instance_id, num_blocks=num_blocks, block_size=block_size, pool=pool
+            instance_id,
+            num_blocks=num_blocks // blocks_each,
+            block_size=block_size,
+            pool=self._pool_of(instance_id),
         )
-        self._instances.add(instance_id)
+        self._blocks_each[instance_id] = blocks_each
 
     def drop_instance(self, instance_id: InstanceId) -> None:
         """Forget an instance that is gone."""
         self._caches.drop_instance(instance_id)
-        self._instances.discard(instance_id)
+        self._blocks_each.pop(instance_id, None)
 
     def holders(self, request_id: RequestId) -> Holders:
         """Who holds tokens of the request."""
@@ -90,7 +104,8 @@ class KvResidency:
         self, instance_id: InstanceId, request_id: RequestId, num_blocks: int
     ) -> None:
         """A chunk starts: its own cached blocks are used, others' pushed out."""
-        self._caches.reserve(instance_id, self._handles.get(request_id, -1), num_blocks)
+        num_pieces = self._num_pieces(instance_id, num_blocks)
+        self._caches.reserve(instance_id, self._handles.get(request_id, -1), num_pieces)
 
     def release(
         self,
@@ -105,10 +120,15 @@ class KvResidency:
         handle = self._handles.get(request_id)
         if handle is None:
             handle = self._handles[request_id] = self._caches.open()
-        self._caches.release(instance_id, handle, num_blocks, num_tokens)
+        num_pieces = self._num_pieces(instance_id, num_blocks)
+        self._caches.release(instance_id, handle, num_pieces, num_tokens)
 
     def forget(self, request_id: RequestId) -> None:
         """The request is finished: nobody will ask for its KV."""
         handle = self._handles.pop(request_id, None)
         if handle is not None:
             self._caches.close(handle)
+
+    def _num_pieces(self, instance_id: InstanceId, num_blocks: int) -> int:
+        """Pieces that so many reserved blocks could keep, rounded up."""
+        return -(-num_blocks // self._blocks_each.get(instance_id, 1))

@@ -136,16 +136,17 @@ _SHARPER = math.sqrt(3.0)
 _ADDED: dict[str, dict[str, Any]] = {"deepseek_v3": {"topk_method": "noaux_tc"}}
 
 
-def family_model(model_type: str) -> Path:
+def family_model(model_type: str, seed: int = 0) -> Path:
     """A directory with the family's model, made once for a test run."""
-    directory = Path(tempfile.gettempdir()) / f"family-{os.getpid()}-{model_type}"
+    name = f"family-{os.getpid()}-{model_type}-{seed}"
+    directory = Path(tempfile.gettempdir()) / name
     if not directory.exists():
-        make_family(directory, model_type)
+        make_family(directory, model_type, seed)
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
 
 
-def make_family(directory: Path, model_type: str) -> None:
+def make_family(directory: Path, model_type: str, seed: int = 0) -> None:
     """Write the family's model with its tokenizer into a new directory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,7 +156,7 @@ def make_family(directory: Path, model_type: str) -> None:
     settings = _COMMON | FAMILIES[model_type]
     config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _scale(model)
+    _scale(model, seed)
     if settings["tie_word_embeddings"]:
         # Inputs and outputs share their matrix: small rows, and the last norm makes up
         # for it, or every token would predict itself.
@@ -170,11 +171,28 @@ def make_family(directory: Path, model_type: str) -> None:
     path.write_text(json.dumps(written | _ADDED.get(model_type, {})))
 
 
-def _scale(model: Any) -> None:
+def greedy(
+    directory: Path, prompt: list[int], num_tokens: int
+) -> tuple[list[int], list[float]]:
+    """What transformers generates: token ids, and the logprob of each."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ids, logprobs = list(prompt), []
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            row = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            ids.append(int(row.argmax()))
+            logprobs.append(float(row.max()))
+    return ids[len(prompt) :], logprobs
+
+
+def _scale(model: Any, seed: int) -> None:
     """Draw every matrix anew so that what goes through a layer keeps its size."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(parameter: Any, std: float) -> None:
         with torch.no_grad():

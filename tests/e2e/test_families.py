@@ -1,7 +1,7 @@
 """Models that are not shaped like Llama keep the invariants, family by family.
 
 References are undivided runs of the same engine under another weight version, with
-which they find nothing of each other's KV.
+which they find nothing of each other's KV, and what transformers generates.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 import aseer
-from tests.e2e.families import family_model
-from tests.e2e.tiny import by_request, same, tiny_config, undivided
+from tests.e2e.families import family_model, greedy
+from tests.e2e.tiny import by_request, next_version, same, tiny_config, undivided
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,20 +21,25 @@ if TYPE_CHECKING:
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 slow = pytest.mark.slow
 
-# Families whose layers do not all keep every token's KV, one engine each: sliding
-# windows beside full attention, sliding windows alone, and recurrent states.
+# Families whose layers do not all keep every token's KV, one engine each, with the size
+# of its KV cache: room for some ten requests of 400 tokens, counted group by group, and
+# for twice as many if one group were all there is.
 MIXED = [
-    "gemma3_text",
-    pytest.param("gemma2", marks=slow),
-    pytest.param("gpt_oss", marks=slow),
-    pytest.param("mistral", marks=slow),
-    pytest.param("granitemoehybrid", marks=slow),
-    pytest.param("qwen3_next", marks=slow),
+    pytest.param("gemma3_text", 12 << 20, id="gemma3_text"),
+    pytest.param("gemma2", 10 << 20, id="gemma2", marks=slow),
+    pytest.param("gpt_oss", 10 << 20, id="gpt_oss", marks=slow),
+    pytest.param("mistral", 8 << 20, id="mistral", marks=slow),
+    pytest.param("granitemoehybrid", 10 << 20, id="granitemoehybrid", marks=slow),
+    pytest.param("qwen3_next", 5 << 20, id="qwen3_next", marks=slow),
 ]
 # With two threads a CPU's sums round by how the batch is split between them.
 ONE_CORE = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
 # vLLM computes this family's linear attention on a CPU in bfloat16 only.
 DTYPES = {"qwen3_next": "bfloat16"}
+# Mixtures of experts, with latent attention and without.
+EXPERTS = ["deepseek_v3", pytest.param("qwen3_moe", marks=slow)]
+# The last bits differ by a batch's other rows, and where KV was computed again.
+ROUNDING = 5e-5
 
 
 def groups_of(num: int, max_tokens: int, n: int = 1) -> list[aseer.Group]:
@@ -53,13 +58,14 @@ def groups_of(num: int, max_tokens: int, n: int = 1) -> list[aseer.Group]:
 
 @pytest.fixture(scope="module", params=MIXED)
 def mixed(request: pytest.FixtureRequest) -> Iterator[aseer.Engine]:
+    family, kv_cache_bytes = request.param
     config = tiny_config(
-        model=family_model(request.param),
-        dtype=DTYPES.get(request.param, "float32"),
+        model=family_model(family),
+        dtype=DTYPES.get(family, "float32"),
         num_instances=1,
-        max_num_seqs=8,
         chunk_size=64,
-        kv_cache_bytes=64 << 20,
+        kv_cache_bytes=kv_cache_bytes,
+        engine_args={"max_num_batched_tokens": 128},
         env=ONE_CORE,
     )
     with aseer.Engine(config) as engine:
@@ -67,12 +73,76 @@ def mixed(request: pytest.FixtureRequest) -> Iterator[aseer.Engine]:
 
 
 def test_a_resume_computes_one_token_and_changes_nothing(mixed):
-    groups = groups_of(3, 400)
+    groups = groups_of(2, 300)
     expected = undivided(mixed, groups)
     rollout = mixed.rollout_sync(groups)
     found = by_request(list(rollout))
     same(found, expected)
+    assert min(r.metrics.num_chunks for r in found.values()) >= 2
+    assert rollout.report.num_recomputed_tokens == 0
+
+
+def test_no_admitted_chunk_is_preempted_when_kv_is_short(mixed):
+    next_version(mixed)
+    rollout = mixed.rollout_sync(groups_of(32, 400), chunk_size=0)
+    assert {r.finish_reason for r in rollout} == {"length"}
     report = rollout.report
-    assert min(r.metrics.num_chunks for r in found.values()) >= 3
-    assert report.num_recomputed_tokens == 0
     assert report.num_preemptions == 0
+    most_used = max(sample.kv_used for sample in report.timeline)
+    assert most_used > 0.5, "and the room there is is used"
+
+
+@pytest.fixture(scope="module", params=EXPERTS)
+def experts(request: pytest.FixtureRequest) -> Iterator[aseer.Engine]:
+    pytest.importorskip("lmcache")
+    config = tiny_config(
+        model=family_model(request.param),
+        num_instances=2,
+        max_num_seqs=8,
+        chunk_size=64,
+        kv_cache_bytes=64 << 20,
+        kv_pool=aseer.KvPoolConfig(
+            mode="lmcache", chunk_tokens=64, dram_bytes=256 << 20
+        ),
+        speculation="dgds",
+    )
+    with aseer.Engine(config) as engine:
+        yield engine
+
+
+def equals_transformers(engine: aseer.Engine, seed: int) -> None:
+    """Greedy responses are those of transformers, alone and beside others."""
+    assert engine.config.model is not None
+    family = str(engine.config.model).split("-")[-2]
+    groups = groups_of(4, 24)
+    responses = by_request(list(engine.rollout_sync(groups)))
+    for group in groups:
+        tokens, logprobs = greedy(family_model(family, seed), group.prompt, 24)
+        response = responses[f"{group.group_id}/0"]
+        assert response.token_ids == tokens
+        assert response.logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_experts_compute_what_transformers_does(experts):
+    equals_transformers(experts, seed=0)
+
+
+@pytest.mark.usefixtures("always_migrate")
+def test_experts_requests_hop_and_draft_and_nothing_changes(experts):
+    groups = groups_of(3, 260, n=3)
+    expected = undivided(experts, groups)
+    rollout = experts.rollout_sync(groups)
+    same(by_request(list(rollout)), expected, rounding=ROUNDING)
+    report = rollout.report
+    assert report.num_migrations > 15
+    assert report.kv.num_moves_found > 15, "of the pool's KV"
+    assert sum(report.speculation.accepted) > 50
+    assert report.num_preemptions == 0
+
+
+def test_new_weights_reach_every_layer_of_experts(experts):
+    family = str(experts.config.model).split("-")[-2]
+    experts.update_weights_sync(family_model(family, seed=1))
+    equals_transformers(experts, seed=1)
+    experts.update_weights_sync(family_model(family))
+    equals_transformers(experts, seed=0)

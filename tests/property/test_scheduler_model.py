@@ -21,6 +21,7 @@ from aseer.types import (
     Holders,
     InstanceId,
     InstanceInfo,
+    KvGroup,
     RequestId,
 )
 from aseer.waiting import MAX_PASSED, Waiting
@@ -35,6 +36,13 @@ NUM_INSTANCES = 3
 GROUPS = [GroupId(g) for g in "abcdefgh"]
 KNOWN = GROUPS[:4]
 GROUP_SIZE = 4
+# Of models whose layers all keep every token, or a window, or a state.
+SHAPES: list[tuple[KvGroup, ...]] = [
+    (),
+    (KvGroup(4), KvGroup(4, 3), KvGroup(8, 2)),
+    (KvGroup(8), KvGroup(8, 2, 1)),
+    (KvGroup(4, 3),),
+]
 MAX_TOKENS = 120
 
 
@@ -184,7 +192,13 @@ class NaiveScheduler:
     def needs(self, i: InstanceId, num_tokens: int) -> int:
         info = self.instances[i].info
         num_written = num_tokens - 1 + info.num_lookahead_tokens
-        return -(-num_written // info.block_size)
+        if not info.kv_groups:
+            return -(-num_written // info.block_size)
+        needs = 0
+        for size, most, extra in info.kv_groups:
+            filled = -(-num_written // size)
+            needs += extra + (filled if most is None or filled < most else most)
+        return needs
 
     def assign(self, request: Waiting, tokens: int, where: InstanceId) -> Assignment:
         instance = self.instances[where]
@@ -206,11 +220,18 @@ class SchedulersAgree(RuleBasedStateMachine):
         chunk_size=st.sampled_from([0, 8, 16]),
         interval=st.sampled_from([0, 1, 3]),
         uniform=st.booleans(),
+        groups=st.sampled_from(SHAPES),
     )
     def begin(
-        self, policy: Policy, chunk_size: int, interval: int, uniform: bool
+        self,
+        policy: Policy,
+        chunk_size: int,
+        interval: int,
+        uniform: bool,
+        groups: tuple[KvGroup, ...],
     ) -> None:
         self.uniform = uniform
+        self.groups = groups
         self.policy = policy
         self.real = Scheduler(
             policy, chunk_size=chunk_size, starvation_interval=interval
@@ -226,6 +247,7 @@ class SchedulersAgree(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         block_size=st.sampled_from([2, 4, 8]),
         lookahead=st.integers(0, 3),
+        groups=st.sampled_from(SHAPES),
     )
     def instance_up(
         self,
@@ -234,6 +256,7 @@ class SchedulersAgree(RuleBasedStateMachine):
         max_num_seqs: int,
         block_size: int,
         lookahead: int,
+        groups: tuple[KvGroup, ...],
     ) -> None:
         if InstanceId(i) in self.naive.instances:
             return
@@ -243,6 +266,7 @@ class SchedulersAgree(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             block_size=4 if self.uniform else block_size,
             num_lookahead_tokens=1 if self.uniform else lookahead,
+            kv_groups=self.groups if self.uniform else groups,
         )
         self.real.fleet.add(info)
         self.naive.instances[info.instance_id] = NaiveInstance(info, num_kv_blocks)

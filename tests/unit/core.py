@@ -15,6 +15,7 @@ from aseer.types import (
     Holders,
     InstanceId,
     InstanceInfo,
+    KvGroup,
     RequestId,
     Task,
     request_id_of,
@@ -38,6 +39,7 @@ def info_of(
     block_size: int = BLOCK,
     num_lookahead_tokens: int = 0,
     shares_prompts: bool = False,
+    kv_groups: tuple[KvGroup, ...] = (),
 ) -> InstanceInfo:
     return InstanceInfo(
         instance_id=InstanceId(instance_id),
@@ -47,6 +49,7 @@ def info_of(
         max_model_len=10_000,
         num_lookahead_tokens=num_lookahead_tokens,
         shares_prompts=shares_prompts,
+        kv_groups=kv_groups,
     )
 
 

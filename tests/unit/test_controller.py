@@ -6,6 +6,7 @@ Blocks have 4 tokens, prompts 4, chunks at most 8: a first chunk makes 5 tokens 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -230,6 +231,21 @@ def test_the_kv_of_waiting_requests_is_lost_with_their_instance() -> None:
     assert controller.residency.holders(last.request_id).tokens == {A: 8}
     controller.instance_down(A, 2.0, "it burnt")
     assert controller.residency.holders(last.request_id).tokens == {}
+
+
+def test_an_engine_without_prefix_caching_holds_nothing_but_what_the_pool_has() -> None:
+    controller = controller_of(policy="fcfs")
+    info = replace(info_of(0, num_kv_blocks=7), keeps_kv=False)
+    controller.instance_up(info, 0.0)
+    commands = controller.add_groups([task_of(num_requests=3)], 0.0)
+    first, _, last = chunks_in(commands)
+    # They need 4 blocks next, and there are 3.
+    controller.progress([report_of(last.chunk_id, range(5), end="length")], 1.0)
+    assert controller.residency.holders(last.request_id).tokens == {}
+    controller.use_pool(4, lambda _: 0)
+    controller.progress([report_of(first.chunk_id, range(5), end="length")], 2.0)
+    held = controller.residency.holders(first.request_id)
+    assert (held.tokens, held.num_pooled) == ({}, 7)  # 8 tokens, less their price
 
 
 def test_what_a_lost_instance_still_says_changes_nothing() -> None:

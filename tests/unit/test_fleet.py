@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from aseer._core import Capacity
 from aseer.fleet import Fleet
-from aseer.types import InstanceId
+from aseer.types import InstanceId, KvGroup
 from tests.unit.core import info_of
 
 A, B, C = InstanceId(0), InstanceId(1), InstanceId(2)
@@ -191,3 +194,62 @@ def test_a_held_instance_may_be_lost_and_come_back() -> None:
     assert selected(fleet, 4) == [0]
     fleet.add(info_of(1, num_kv_blocks=20))
     assert selected(fleet, 4) == [0, 1]
+
+
+MIXED = (KvGroup(4), KvGroup(4, 2), KvGroup(8, 2, 1))
+
+
+@pytest.mark.parametrize("groups", [MIXED, MIXED[1:], (KvGroup(4, 3),)])
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_most_tokens_of_a_model_with_several_groups_is_the_most_that_fits(
+    groups: tuple[KvGroup, ...], lookahead: int
+) -> None:
+    info = info_of(0, num_kv_blocks=30, kv_groups=groups)
+    info = replace(info, num_lookahead_tokens=lookahead)
+    fleet = Fleet()
+    fleet.add(info)
+    fleet.reserve(A, 4)
+    while fleet.num_free_blocks(A):
+        most = fleet.most_tokens()
+        fits = [n for n in range(200) if fleet.select(n)]
+        assert fits == list(range(min(200, most + 1))) or not most
+        fleet.reserve(A, 1, info.blocks_for(1) - 1)  # one block less
+
+
+def test_a_model_with_several_groups_reserves_for_all() -> None:
+    fleet = Fleet()
+    info = info_of(0, num_kv_blocks=30, kv_groups=MIXED)
+    fleet.add(info)
+    assert fleet.reserve(A, 20) == info.blocks_for(20) == 5 + 2 + 3
+    assert fleet.num_free_blocks(A) == 20
+    assert fleet.reserve(A, 20, 3) == 7
+    assert fleet.fits(A, 32)
+    assert not fleet.fits(A, 33)
+    assert fleet.fits(A, 33, 1)
+
+
+def test_instances_of_different_groups_are_each_counted_by_their_own() -> None:
+    fleet = Fleet()
+    fleet.add(info_of(0, num_kv_blocks=10))
+    fleet.add(info_of(1, num_kv_blocks=10, kv_groups=MIXED))
+    for i in (A, B):
+        fleet.reserve(i, 1, 100)
+    assert selected(fleet, 8) == [A, B]
+    assert selected(fleet, 25) == [A]
+    assert fleet.most_tokens() == 40
+
+
+@pytest.mark.parametrize("group", [(0, -1, 0), (4, -2, 0), (4, -1, -1)])
+def test_numbers_of_a_group_that_make_no_sense_are_refused(
+    group: tuple[int, int, int],
+) -> None:
+    with pytest.raises(ValueError, match="group"):
+        Capacity().add_instance(
+            A,
+            pool=-1,
+            num_kv_blocks=1,
+            block_size=4,
+            num_lookahead_tokens=0,
+            max_num_seqs=1,
+            kv_groups=[group],
+        )

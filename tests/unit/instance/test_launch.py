@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from aseer.config import EngineConfig
@@ -13,6 +15,7 @@ from aseer.instance.launch import (
     plan_instances,
     visible_gpus,
 )
+from aseer.models.traits import ModelTraits, traits_of
 
 GIB = 1 << 30
 
@@ -254,3 +257,36 @@ def test_the_executor_that_drafts_need_on_a_cpu_is_not_replaced(given):
         plan_instances(config, machine())
     (launch, *_) = plan_instances(config, machine(gpus=("0",)))
     assert launch.engine_args["distributed_executor_backend"] == given
+
+
+LATENT = traits_of({"kv_lora_rank": 512, "qk_rope_head_dim": 64})
+
+
+def compilation(traits: ModelTraits | None, given: Any = None) -> Any:
+    settings = {} if given is None else {"compilation_config": given}
+    config = EngineConfig(model="m", engine_args=settings)
+    (first, *_) = plan_instances(config, machine(), traits)
+    return first.engine_args.get("compilation_config")
+
+
+def test_slices_are_rotated_without_vllms_kernel_on_a_cpu():
+    assert compilation(LATENT) == {"custom_ops": ["-rotary_embedding"]}
+    assert compilation(traits_of({"model_type": "llama"})) is None
+    assert compilation(None) is None
+    on_gpu = machine(gpus=("0",))
+    (launch,) = plan_instances(EngineConfig(model="m"), on_gpu, LATENT)
+    assert "compilation_config" not in launch.engine_args
+    assert launch.traits is LATENT
+
+
+def test_the_users_compilation_settings_stay():
+    given = {"mode": 0, "custom_ops": ["none"]}
+    assert compilation(LATENT, given) == {
+        "mode": 0,
+        "custom_ops": ["none", "-rotary_embedding"],
+    }
+    assert given == {"mode": 0, "custom_ops": ["none"]}, "not changed"
+    chosen = {"custom_ops": ["+rotary_embedding"]}
+    assert compilation(LATENT, chosen) == chosen
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        compilation(LATENT, 3)

@@ -196,3 +196,27 @@ def test_a_pool_that_cannot_be_told_changes_nothing(kv: KvResidency):
         kv.use_pool(8, no_server)
     run(kv, A, X, 16)
     assert kv.holders(X) == Holders({A: 16})
+
+
+def test_a_piece_takes_blocks_of_every_group_of_layers() -> None:
+    kv = KvResidency()
+    kv.add_instance(A, num_blocks=13, block_size=4, blocks_each=3)
+    kv.reserve(A, X, 7)  # of what is reserved each started piece counts
+    kv.release(A, X, 7, 8)
+    assert kv.holders(X).tokens == {A: 8}
+    kv.reserve(A, Y, 7)  # 3 of 4 pieces
+    assert kv.holders(X).tokens == {}
+    kv.release(A, Y, 7, 9)
+    assert kv.holders(Y).tokens == {A: 8}
+
+
+def test_without_a_prefix_cache_nothing_is_held() -> None:
+    kv = KvResidency()
+    kv.add_instance(A, num_blocks=0, block_size=4)
+    run(kv, A, X, 12)
+    assert kv.holders(X).tokens == {}
+    kv.use_pool(4, lambda _: 0)
+    run(kv, A, X, 12)
+    held = kv.holders(X)
+    assert held.tokens == {}
+    assert held.num_pooled > 0

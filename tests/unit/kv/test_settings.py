@@ -11,6 +11,7 @@ import pytest
 
 from aseer.config import EngineConfig, KvPoolConfig
 from aseer.errors import ConfigError
+from aseer.kv.pool import model_obstacle
 from aseer.kv.settings import (
     Memory,
     PoolPlan,
@@ -20,6 +21,7 @@ from aseer.kv.settings import (
     transfer_config,
     version_of,
 )
+from aseer.models.traits import traits_of
 from tests.unit.core import info_of
 
 GB = 10**9
@@ -72,7 +74,7 @@ def test_what_is_in_the_way_is_said():
         ({"mode": "off"}, "switched off"),
         (
             {"obstacle": "LMCache is not installed"},
-            "pip install --no-deps lmcache",
+            "LMCache is not installed",
         ),
         ({"config": {"kv_transfer_config": {"kv_connector": "X"}}}, "another"),
         ({"config": {"model": "a@b"}}, "'@'"),
@@ -82,6 +84,24 @@ def test_what_is_in_the_way_is_said():
         found, why = plan(**settings)
         assert found is None
         assert text in why
+
+
+def test_a_model_that_keeps_more_than_full_attention_has_no_pool():
+    for settings, words in [
+        ({"model_type": "gemma2", "sliding_window": 64}, "attention to a window"),
+        ({"model_type": "jamba", "mamba_d_state": 16}, "recurrent states"),
+        ({"model_type": "mistral", "sliding_window": 64}, "attention to a window"),
+    ]:
+        obstacle = model_obstacle(traits_of(settings))
+        assert obstacle is not None
+        assert words in obstacle
+        assert plan(obstacle=obstacle) == (None, obstacle)
+        with pytest.raises(ConfigError, match=f"cannot be had: .*{words}"):
+            plan(mode="lmcache", obstacle=obstacle)
+    assert model_obstacle(traits_of({"model_type": "llama"})) is None
+    latent = {"model_type": "deepseek_v3", "kv_lora_rank": 512}
+    assert model_obstacle(traits_of(latent)) is None
+    assert model_obstacle(None) is None
 
 
 def test_a_pool_that_was_asked_for_is_an_error_where_it_cannot_be():
