@@ -6,6 +6,7 @@ or hangs. Guarded are exactly the calls that talk to the server; a failed one ma
 server unhealthy, whereupon LMCache's own heartbeat waits for its return and registers
 the engine anew. A lookup that takes too long is given up. Further:
 
+- What a request's last steps computed, and none of them stored, is stored at its end.
 - LMCache counts a request's computed tokens by adding up what is scheduled. After a
   load that failed in part, and with drafts that were rejected, that is too many, and it
   would store memory that is not computed yet. Here the count is vLLM's, at every step.
@@ -17,24 +18,36 @@ along vLLM's statistics.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
-from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
+from lmcache.integration.vllm.lmcache_mp_metadata import (
+    LMCacheMPRequestMetadata,
+    LMCacheMPRequestState,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.v1.request import RequestStatus
 
+from aseer.kv.guard import WorkerGuard, mark
 from aseer.kv.pickles import refuse_in_engine
-from aseer.kv.settings import TIMEOUT_KEY
+from aseer.kv.settings import POOL_LOG_KEY, TIMEOUT_KEY
 from aseer.types import LATENCY_BUCKETS_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _log = logging.getLogger("aseer.kv")
+
+LATE_STORES = "aseer_late_stores"  # of a step's metadata, beside LMCache's own
+# Requests that may go on elsewhere: chunks at their end, and turns of a conversation.
+_RESUMED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
 
 @dataclass
@@ -44,6 +57,11 @@ class Stats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untyped to us
     def add(self, **amounts: float) -> None:
         for name, amount in amounts.items():
             self.data[name] = self.data.get(name, 0) + amount
+
+    def add_of_worker(self, num_workers: int, **amounts: float) -> None:
+        """Add what one of several workers counted, its share of the engine's times."""
+        for name, amount in amounts.items():
+            self.add(**{name: amount / num_workers if name.endswith("_s") else amount})
 
     def add_load(self, num_tokens: int, seconds: float) -> None:
         """One request's load, from lookup to the last byte."""
@@ -81,10 +99,20 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
         self._stats = Stats()
         self._lookups: dict[str, float] = {}
         self._loads: dict[str, tuple[float, int]] = {}
+        self._late_stores: list[Any] = []
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._timeout_s = float(extra[TIMEOUT_KEY])
         if role is KVConnectorRole.WORKER:
-            self._guard_worker(self.worker_adapter)
+            log = extra.get(POOL_LOG_KEY)
+            # All workers transfer at once, and vLLM adds up what they count.
+            num_workers = vllm_config.parallel_config.world_size
+            self._guard = WorkerGuard(
+                self.worker_adapter,
+                partial(self._stats.add_of_worker, num_workers),
+                self._timeout_s,
+                Path(log) if log else None,
+                _load_kernels,
+            )
         else:
             self.scheduler_adapter._mq_timeout = self._timeout_s
             self._guard_scheduler(self.scheduler_adapter)
@@ -92,50 +120,30 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
     # In the workers
 
     def register_kv_caches(self, kv_caches: Any) -> None:
-        super().register_kv_caches(kv_caches)
-        # LMCache has one timeout for a start on a busy machine and for every transfer.
-        adapter = self.worker_adapter
-        adapter._mq_timeout = self._timeout_s
-        transfer = getattr(adapter.transfer_ctx, "_engine_driven_context", None)
-        if transfer is not None:
-            transfer.mq_timeout = self._timeout_s
+        self._guard.register(partial(super().register_kv_caches, kv_caches))
 
-    def _guard_worker(self, adapter: Any) -> None:
-        store, retrieve = adapter.submit_store_request, adapter.submit_retrieve_request
-
-        def guarded_store(request_id: str, op: Any, *args: Any, **kwargs: Any) -> None:
-            started = time.perf_counter()
-            try:
-                store(request_id, op, *args, **kwargs)
-            except Exception as error:
-                self._stats.add(num_failures=1)
-                _mark(adapter._health_event, "a store", error)
-            self._stats.add(store_s=time.perf_counter() - started)
-
-        def guarded_retrieve(
-            request_id: str, op: Any, *args: Any, **kwargs: Any
-        ) -> None:
-            started = time.perf_counter()
-            try:
-                retrieve(request_id, op, *args, **kwargs)
-            except Exception as error:
-                self._stats.add(num_failures=1)
-                _mark(adapter._health_event, "a load", error)
-                # As LMCache itself does with one that finds the server unhealthy.
-                adapter.error_block_ids.update(op.flat_block_ids)
-                adapter._failed_request_ids.add(request_id)
-                adapter._dropped_retrieves.add(request_id)
-            self._stats.add(copy_s=time.perf_counter() - started)
-
-        adapter.submit_store_request = guarded_store
-        adapter.submit_retrieve_request = guarded_retrieve
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        super().start_load_kv(forward_context, **kwargs)
+        # Not with the other stores: in a step that computes nothing, such as the one
+        # after the last request's end, vLLM up to 0.30 does not come to them.
+        late = getattr(self._get_connector_metadata(), LATE_STORES, ())
+        if late:
+            event = self.worker_adapter.create_recorded_event()
+            for store in late:
+                self.worker_adapter.submit_store_request(
+                    store.request_id,
+                    store.op,
+                    event,
+                    cache_salt=store.cache_salt,
+                    request_configs=store.request_configs,
+                )
 
     # In the scheduler
 
     def _guard_scheduler(self, adapter: Any) -> None:
-        def mark(what: str, error: Exception) -> None:
+        def mark_all(what: str, error: Exception) -> None:
             for event in adapter._health_events.values():
-                _mark(event, what, error)
+                mark(event, what, error)
 
         def guard(name: str, otherwise: Any) -> None:
             call: Callable[..., Any] = getattr(adapter, name)
@@ -144,7 +152,7 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
                 try:
                     return call(*args, **kwargs)
                 except Exception as error:
-                    mark(name, error)
+                    mark_all(name, error)
                     return otherwise
 
             setattr(adapter, name, guarded)
@@ -153,7 +161,6 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
         guard("check_lookup_result", 0)
         guard("free_lookup_locks", None)
         guard("end_session", None)
-        guard("reset_cache", False)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -187,7 +194,40 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
     def request_finished(self, request: Any, block_ids: list[int]) -> Any:
         self._lookups.pop(request.request_id, None)
         self._loads.pop(request.request_id, None)
+        self._store_rest(request)
         return super().request_finished(request, block_ids)
+
+    def _store_rest(self, request: Any) -> None:
+        """Store, with the next step, what no step of the request's did.
+
+        Each step stores what the scheduler knows to be computed. Under asynchronous
+        scheduling, and after drafts were accepted, that is less than is computed when
+        the request ends: without this a chunk that moves computes 129 tokens, not one.
+        Its blocks are held until the worker has reported the request's stores as done.
+        """
+        tracker = self.request_trackers.get(request.request_id)
+        if tracker is None or not self._can_store or request.status not in _RESUMED:
+            return
+        # The last token was sampled, and its KV is not computed.
+        computed = min(request.num_computed_tokens, request.num_tokens - 1)
+        _set_computed(tracker, computed)
+        store = LMCacheMPRequestMetadata.GetStoreMetadata(
+            tracker,
+            self.scheduler_adapter.lmcache_tokens_per_chunk,
+            self._group_tokens_per_block,
+            save_decode_cache=self._save_decode_cache,
+        )
+        if store is not None:
+            self._late_stores.append(store)
+
+    def reset_cache(self) -> bool | None:
+        """Leave the pool as it is.
+
+        LMCache would empty it for all engines when one of them sleeps or resets its
+        prefix cache. What is out of date is not found: the weight version is in the
+        salt of every key, and the controller has it freed.
+        """
+        return True if self.role is KVConnectorRole.SCHEDULER else None
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         told = [
@@ -199,13 +239,12 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
         for request_id, num_computed in told:
             tracker = self.request_trackers.get(request_id)
             if tracker is not None:
-                tracker.num_scheduled_tokens = num_computed - max(
-                    tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens
-                )
+                _set_computed(tracker, num_computed)
         meta = super().build_connector_meta(scheduler_output)
-        stored = sum(
-            r.op.end - r.op.start for r in meta.requests if r.direction == "STORE"
-        )
+        late, self._late_stores = self._late_stores, []
+        setattr(meta, LATE_STORES, late)
+        stores = [r for r in meta.requests if r.direction == "STORE"] + late
+        stored = sum(store.op.end - store.op.start for store in stores)
         if stored:
             self._stats.add(stored_tokens=stored)
         return meta
@@ -227,8 +266,18 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
         return None
 
 
-def _mark(event: Any, what: str, error: Exception) -> None:
-    """The server is unhealthy until the heartbeat says otherwise."""
-    if event.is_set():
-        _log.warning("the KV pool failed in %s: %s: %s", what, type(error), error)
-    event.clear()
+def _set_computed(tracker: Any, num_tokens: int) -> None:
+    """Tell LMCache how many of a request's tokens are computed."""
+    tracker.num_scheduled_tokens = num_tokens - max(
+        tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens
+    )
+
+
+def _load_kernels() -> None:
+    """Load what copies KV on GPUs; LMCache goes on without, and says so in its log."""
+    try:
+        importlib.import_module("lmcache.cuda_ops")
+    except ImportError as error:
+        raise RuntimeError(
+            f"LMCache's CUDA kernels cannot be loaded: {error}"
+        ) from None

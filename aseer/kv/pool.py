@@ -116,7 +116,8 @@ class KvPool:
         if server.pid is None:
             _log.warning("instance %d starts without the KV pool", instance_id)
             return {}
-        return {"kv_transfer_config": transfer_config(self._plan, server.port)}
+        config = transfer_config(self._plan, server.port, server.log_path)
+        return {"kv_transfer_config": config}
 
     def free(
         self, info: InstanceInfo, weight_version: int, tokens: bytes, start: int

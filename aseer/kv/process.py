@@ -66,7 +66,7 @@ class ServerProcess:
         self._leftovers = leftovers
         self._start_timeout_s = start_timeout_s
         self._answer_timeout_s = _ANSWER_TIMEOUTS * plan.timeout_s
-        self._log_path = log_path
+        self.log_path = log_path
         self._process: Child | None = None
         self._is_up = False
         self._up_since = 0.0
@@ -161,7 +161,7 @@ class ServerProcess:
         if disk_dir is not None:
             self._leftovers.add(disk_dir)
         self._process = process = await Child.start(
-            COMMAND, _ENV, self._log_path, self._leftovers, answers=True
+            COMMAND, _ENV, self.log_path, self._leftovers, answers=True
         )
         self._tell(spec)
         self.counts = await self._hear(self._start_timeout_s)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CONNECTOR = "GuardedConnector"
 CONNECTOR_MODULE = "aseer.kv.connector"
 TIMEOUT_KEY = "aseer.timeout_s"
+POOL_LOG_KEY = "aseer.pool_log"
 SHM_PREFIX = "lmcache_l1_pool_"  # LMCache's, of files in shared memory
 QUIET_LMCACHE = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
 MIN_DRAM_BYTES = 64 << 20
@@ -241,8 +242,12 @@ def disk_adapter(directory: Path, max_bytes: int) -> str:
     )
 
 
-def transfer_config(plan: PoolPlan, port: int) -> dict[str, Any]:
-    """vLLM's `kv_transfer_config` for an engine of the pool's."""
+def transfer_config(plan: PoolPlan, port: int, pool_log: Path) -> dict[str, Any]:
+    """vLLM's `kv_transfer_config` for an engine of the pool's.
+
+    Args:
+        port, pool_log: of its server.
+    """
     extra: dict[str, Any] = {
         "lmcache.mp.host": "tcp://127.0.0.1",
         "lmcache.mp.port": port,
@@ -252,6 +257,7 @@ def transfer_config(plan: PoolPlan, port: int) -> dict[str, Any]:
         "lmcache.mp.heartbeat_interval": 1.0,
         "lmcache.mp.mq_timeout": _START_TIMEOUT_S,
         TIMEOUT_KEY: plan.timeout_s,
+        POOL_LOG_KEY: str(pool_log),
     }
     return {
         "kv_connector": CONNECTOR,
