@@ -37,6 +37,7 @@ with warnings.catch_warnings():
     from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
 
+    from aseer.kv import connector
     from aseer.kv.connector import LATE_STORES, Stats
     from aseer.kv.settings import CONNECTOR, CONNECTOR_MODULE, TIMEOUT_KEY
 
@@ -166,6 +167,8 @@ class Engine:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(lmcache_mp_connector, "LMCacheMPSchedulerAdapter", FakeServer)
+    # It is for the rest of a process's life, and this one has other tests to run.
+    monkeypatch.setattr(connector, "refuse_in_engine", lambda: None)
     no_sockets = SimpleNamespace(Context=SimpleNamespace(instance=lambda: None))
     monkeypatch.setattr(lmcache_mp_connector, "zmq", no_sockets)
     return make_tiny(tmp_path)

@@ -6,7 +6,6 @@ machine's memory, and the server's answers come when a test says so.
 
 from __future__ import annotations
 
-import pickle
 import threading
 import warnings
 from concurrent.futures import wait
@@ -32,6 +31,9 @@ with warnings.catch_warnings():
     from lmcache.v1.multiprocess.transfer_context import (
         async_engine_driven,
         worker_transfer,
+    )
+    from lmcache.v1.multiprocess.transfer_context.pickle import (
+        EngineDrivenContextPickle,
     )
 
 from aseer.kv.guard import WorkerGuard
@@ -94,10 +96,10 @@ class FakeServer:
     def go_on(self, request_id: str) -> None:
         self.prepared[request_id].set_result(PrepareStoreResponse())
 
-    def commit_store(self, key: Any, instance_id: int, data: bytes) -> Any:
-        self.committed.setdefault(key.request_id, []).extend(pickle.loads(data))
+    def take(self, key: Any, chunks: list[torch.Tensor]) -> bool:
+        self.committed.setdefault(key.request_id, []).extend(c.clone() for c in chunks)
         self.was_committed.set()
-        return self._now(True)
+        return True
 
     def close(self) -> None: ...
 
@@ -174,6 +176,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     monkeypatch.setattr(adapters, "RequestClientFactory", create)
     monkeypatch.setattr(worker_transfer, "_supports_async_primitives", lambda: True)
     monkeypatch.setattr(worker_transfer, "compute_kv_layout", lambda *a, **k: shape)
+    monkeypatch.setattr(
+        EngineDrivenContextPickle,
+        "commit_store",
+        lambda self, key, instance_id, chunks: found.take(key, chunks),
+    )
     monkeypatch.setattr(async_engine_driven, "gather_paged_kv_to_cpu", copy_blocks)
     return found
 
