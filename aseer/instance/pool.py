@@ -53,6 +53,9 @@ _WATCH_INTERVAL_S = 0.5
 # of its own counts for is far from a time-out.
 _LOOKS_A_HEARTBEAT = 8
 _NOTE_INTERVAL_S = 1.0
+# Before a start is tried again, so that a moment in which the system has no room for a
+# process does not use up all restarts.
+_RETRY_PAUSE_S = 1.0
 # Counts between two looks at a start; reading a busy machine's /proc takes some of it.
 _LONGEST_NOTE_S = 5.0
 
@@ -395,6 +398,7 @@ class InstancePool:
             except InstanceStartError as error:
                 why = str(error)
                 _log.warning("%s", error)
+                await asyncio.sleep(_RETRY_PAUSE_S)
                 continue
             return True
 

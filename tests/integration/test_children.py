@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import uvloop
@@ -115,18 +116,17 @@ async def test_a_function_runs_though_there_are_no_threads(monkeypatch):
         await in_thread(lambda: 1 / 0)
 
 
-async def test_an_instance_that_the_system_has_no_room_for_costs_a_restart(
-    monkeypatch,
-):
+async def test_a_moment_without_room_for_processes_costs_one_restart(monkeypatch):
     starts = []
     start = subprocess.Popen
 
-    def refused_once(*args, **kwargs):
-        starts.append(args)
-        return no_room() if len(starts) == 1 else start(*args, **kwargs)
+    def refused_at_first(*args, **kwargs):
+        starts.append(time.monotonic())
+        is_soon = starts[-1] - starts[0] < 0.5
+        return no_room() if is_soon else start(*args, **kwargs)
 
     async with aseer.Engine(config_of(max_restarts=2)) as engine:
-        monkeypatch.setattr("aseer.children.subprocess.Popen", refused_once)
+        monkeypatch.setattr("aseer.children.subprocess.Popen", refused_at_first)
         victim = engine.instances[0].pid
         responses = []
         async for response in engine.rollout(groups_of(8, **LONG)):

@@ -47,7 +47,7 @@ def test_what_is_below_the_instances_ends_if_they_are_killed_with_the_trainer(he
 
 
 def test_the_next_engine_removes_what_engines_left_that_were_killed_at_once():
-    with trainer() as living, trainer(helper="spawn") as dead:
+    with trainer() as living, trainer(forks=True, helper="spawn") as dead:
         for pid in (dead.process.pid, *dead.instances, *dead.below):
             os.kill(pid, signal.SIGSTOP)  # so that none outlives another
         kill(dead.process.pid, *dead.instances, *dead.below)
