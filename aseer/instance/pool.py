@@ -256,8 +256,11 @@ class InstancePool:
             if slot.process is not None:
                 slot.process.kill()
             return
-        if info.instance_id != slot.instance_id:
-            slot.kill(f"it takes itself for instance {info.instance_id}")
+        counts = (info.num_kv_blocks, info.block_size, info.max_num_seqs)
+        if info.instance_id != slot.instance_id or min(counts) < 1:
+            slot.kill(f"its hello makes no sense: {info}")
+            return
+        if slot.said_hello.is_set():
             return
         slot.info = info
         slot.said_hello.set()

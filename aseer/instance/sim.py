@@ -47,7 +47,7 @@ _DEFAULTS: dict[str, Any] = {
     "die_after_tokens": 0,
     "hang_after_tokens": 0,
     "helper": "",  # "spawn" or "fork": a process as vLLM has them, that only sleeps
-    "fatal_prompt": [],  # kills the engine that runs it
+    "fatal_prompt": None,  # token ids; kills the engine that runs it
     "weights": {},  # shape by name; all are F32
     # [identity, "prepare" or "commit", "refuse" or "die"]: of one incarnation.
     "weights_fault": None,
