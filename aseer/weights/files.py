@@ -69,8 +69,35 @@ class Index(msgspec.Struct, frozen=True):
         return sum(num_bytes for _, _, num_bytes in places)
 
     def write(self, path: Path) -> None:
-        """Write it for `read_index`."""
-        path.write_bytes(msgspec.json.encode(self))
+        """Write it for `read_index`.
+
+        Raises:
+            WeightUpdateError: there is no room.
+        """
+        try:
+            path.write_bytes(msgspec.json.encode(self))
+        except OSError as error:
+            raise no_place(error) from error
+
+
+def make_directory(directory: Path) -> None:
+    """Make an update's directory.
+
+    Raises:
+        WeightUpdateError: it cannot be made.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise no_place(error) from error
+
+
+def no_place(error: OSError) -> WeightUpdateError:
+    """What to raise where the system makes no file."""
+    return WeightUpdateError(
+        f"there is no place for the new weights: {error}; "
+        "EngineConfig(weights_dir=...) puts them elsewhere"
+    )
 
 
 def read_index(path: str) -> Index:

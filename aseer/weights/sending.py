@@ -25,12 +25,17 @@ from msgspec import structs
 from aseer.errors import WeightUpdateError
 from aseer.weights.adapters import has_adapters, merged_weights
 from aseer.weights.checks import TensorSpec, WeightCheck
-from aseer.weights.files import INDEX, Index, index_checkpoint, map_tensors
+from aseer.weights.files import (
+    INDEX,
+    Index,
+    index_checkpoint,
+    make_directory,
+    map_tensors,
+)
 from aseer.weights.writer import (
     TensorWriter,
     check_equal,
     check_finite,
-    make_directory,
     spec_of,
 )
 
@@ -64,7 +69,8 @@ def check_source(source: WeightSource, *, awaits: bool) -> None:
                 f"{_KINDS}; there is no directory {os.fspath(source)!r}"
             )
         return
-    if has_adapters(source) or hasattr(source, "state_dict"):
+    is_class = isinstance(source, type)
+    if not is_class and (has_adapters(source) or hasattr(source, "state_dict")):
         return
     if isinstance(source, AsyncIterable):
         if not awaits:
@@ -72,7 +78,8 @@ def check_source(source: WeightSource, *, awaits: bool) -> None:
                 f"{_KINDS}; an async iterable needs `await Engine.update_weights(...)`"
             )
         return
-    if not isinstance(source, Iterable) or isinstance(source, bytes | bytearray):
+    is_bytes = isinstance(source, bytes | bytearray)
+    if is_class or is_bytes or not isinstance(source, Iterable):
         raise WeightUpdateError(f"{_KINDS}, not a {type(source).__name__}")
 
 
@@ -144,6 +151,7 @@ async def _write_async(
         writer.expect(model.least_bytes)
         async for pair in source:
             writer.write(*_whole(pair))
+            await asyncio.sleep(0)
         return writer.finish()
 
 

@@ -17,7 +17,9 @@ from aseer.weights.files import (
     Index,
     Tensor,
     dtype_name,
+    make_directory,
     map_tensors,
+    no_place,
     torch_dtype,
 )
 
@@ -49,7 +51,10 @@ class TensorWriter:
 
     def __enter__(self) -> Self:
         make_directory(self._directory)
-        self._file = self._path.open("xb", buffering=0)
+        try:
+            self._file = self._path.open("xb", buffering=0)
+        except OSError as error:
+            raise no_place(error) from error
         return self
 
     def __exit__(
@@ -108,9 +113,9 @@ class TensorWriter:
         )
         try:
             self._file.truncate(self._offset)  # what is empty was not written
-            index.write(self._directory / INDEX)
         except OSError as error:
             raise self._no_room(free_bytes(self._directory)) from error
+        index.write(self._directory / INDEX)
         return index
 
     def _append(self, key: str, spec: TensorSpec, data: memoryview) -> None:
@@ -135,21 +140,6 @@ class TensorWriter:
             "set: a container's --shm-size), or put them elsewhere with "
             "EngineConfig(weights_dir=...)"
         )
-
-
-def make_directory(directory: Path) -> None:
-    """Make an update's directory.
-
-    Raises:
-        WeightUpdateError: it cannot be made.
-    """
-    try:
-        directory.mkdir(mode=0o700, parents=True)
-    except OSError as error:
-        raise WeightUpdateError(
-            f"there is no place for the new weights: {error}; "
-            "EngineConfig(weights_dir=...) puts them elsewhere"
-        ) from error
 
 
 def free_bytes(directory: Path) -> int:

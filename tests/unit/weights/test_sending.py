@@ -273,6 +273,7 @@ def test_what_is_no_tensor_with_values_is_refused_by_its_name(
         (b"weights", "not a bytes"),
         ("/no/such/directory", "there is no directory '/no/such/directory'"),
         (torch.nn.Linear(1, 1).named_parameters, "not a method"),
+        (torch.nn.Linear, "not a type"),
         ([torch.ones(2, 2)], "gave a Tensor, which is no pair"),
         (["w"], "gave a str, which is no pair"),
         ([("w", torch.ones(2), 3)], "gave a tuple, which is no pair"),
