@@ -336,6 +336,18 @@ def check_pause(pause: object) -> None:
         raise refusal("pause", pause, "'abort', 'wait', or None")
 
 
+def check_sleep_level(level: object) -> int:
+    """The level of sleep, 1 or 2.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    number = as_int(level)
+    if number not in (1, 2):
+        raise refusal("level", level, "1, which keeps the weights, or 2")
+    return number
+
+
 def check_chunk_size(chunk_size: object) -> int:
     """The chunk size in tokens.
 

@@ -15,6 +15,7 @@ from aseer.config import (
     EngineConfig,
     check_chunk_size,
     check_policy,
+    check_sleep_level,
     check_speculation,
 )
 from aseer.errors import ConfigError, EngineClosedError, EngineError
@@ -305,9 +306,11 @@ class Engine:
         An engine that is asleep stays as it is.
 
         Raises:
+            ConfigError: there is no such level.
             EngineError: an instance cannot; engines on CPUs never can.
             RolloutInProgressError: a rollout is in progress.
         """
+        level = check_sleep_level(level)
         thread, host = self._open()
         asker = asyncio.current_task()
         await result_of(thread, thread.submit(lambda: host.sleep(level, asker)))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoModelForCausalLM
-
 import aseer
 from tests.e2e.tiny import tiny_config, tiny_model
 
@@ -12,10 +9,9 @@ from tests.e2e.tiny import tiny_config, tiny_model
 def test_a_users_extension_replaces_nothing_of_ours():
     args = {"worker_extension_cls": "tests.e2e.extension.Extension"}
     config = tiny_config(num_instances=1, engine_args=args, speculation="dgds")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
     group = aseer.Group([5, 6, 7], n=2, sampling={"max_tokens": 8})
     with aseer.Engine(config) as engine:
-        engine.update_weights_sync(model)  # by a call that ours has
+        engine.update_weights_sync(tiny_model())  # by a call that ours has
         assert len(list(engine.rollout_sync([group]))) == 2
         log = engine.log_paths[0].read_text()
     calls = next(line for line in log.splitlines() if "extended collective_rpc" in line)

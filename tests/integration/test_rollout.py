@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import aseer
@@ -133,6 +134,56 @@ async def test_a_bad_group_in_a_list_runs_nothing(engine):
     groups = [*groups_of(2), aseer.Group([], group_id="empty")]
     with pytest.raises(ValueError, match=r"group 'empty'.*empty.*at least one token"):
         engine.rollout(groups)
+
+
+async def test_settings_in_numpys_numbers_reach_the_engines(engine):
+    sampling = {
+        "temperature": np.float64(0.8),
+        "top_k": np.int64(5),
+        "max_tokens": np.int32(8),
+        "seed": np.uint64(3),
+        "stop_token_ids": np.array([1, 2]),
+        "stop": [np.str_("x")],
+        "ignore_eos": np.True_,
+    }
+    group = aseer.Group(np.array([5, 6]), np.int64(2), sampling, np.str_("a"))
+    responses = [r async for r in engine.rollout([group])]
+    assert [len(r.token_ids) for r in responses] == [8, 8]
+    assert {r.group_id for r in responses} == {"a"}
+
+
+async def test_ids_that_are_made_and_ids_that_are_given_live_together(engine):
+    groups = [
+        aseer.Group([5], n=1, sampling={"max_tokens": 4}, group_id=group_id)
+        for group_id in ("group-1", None, None, "group-3", None)
+    ]
+    for source in (groups, iter(groups[:3])):
+        responses = [r async for r in engine.rollout(source)]
+        assert len({r.group_id for r in responses}) == len(responses)
+        assert len(responses) in (3, 5)
+
+
+async def test_what_is_no_list_of_groups_is_refused_and_the_engine_goes_on(engine):
+    (group,) = groups_of(1, n=1)
+    for wrong in (group, None, "prompt", {"prompt": [1]}, [[1, 2]]):
+        with pytest.raises(aseer.ConfigError, match=r"aseer.Group|give \[group\]"):
+            engine.rollout(wrong)
+    rollout = engine.rollout([group])
+    with pytest.raises(aseer.ConfigError, match="group_id=7 is a int; give a str"):
+        rollout.cancel(7)
+    assert len([r async for r in rollout]) == 1
+
+
+@pytest.mark.parametrize("level", [0, 3, True, "1", 1 << 70])
+async def test_a_level_of_sleep_that_there_is_not_is_refused(engine, level):
+    with pytest.raises(aseer.ConfigError, match=r"level=.* give 1, .*or 2"):
+        await engine.sleep(level)
+
+
+async def test_a_level_of_sleep_may_be_numpys(engine):
+    await engine.sleep(np.int64(1))
+    await engine.wake()
+    assert len([r async for r in engine.rollout(groups_of(1, n=2))]) == 2
 
 
 async def test_a_bad_group_in_an_iterator_loses_nothing_before_it(engine):
