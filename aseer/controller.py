@@ -16,22 +16,17 @@ request) by the buffer, I3 (reservations fit) by the fleet.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from aseer.buffer import Request, RequestBuffer
+from aseer.commands import Abort, Command, Dispatch, Finished
 from aseer.context import ContextManager
+from aseer.counters import Counters
 from aseer.kv.residency import DEFAULT_MOVE_PRICE, KvResidency
 from aseer.policies import POLICIES, Policy
+from aseer.running import RunningChunks
 from aseer.scheduler import Scheduler
-from aseer.types import (
-    Chunk,
-    ChunkId,
-    GroupId,
-    InstanceId,
-    RequestState,
-    Response,
-    Task,
-)
+from aseer.types import Chunk, GroupId, InstanceId, RequestState, Task
 from aseer.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -41,46 +36,7 @@ if TYPE_CHECKING:
     from aseer.types import ChunkProgress, InstanceInfo
 
 
-class Dispatch(NamedTuple):
-    """Run this chunk on its instance."""
-
-    chunk: Chunk
-
-
-class Abort(NamedTuple):
-    """Stop this chunk; its end is still to be reported."""
-
-    instance_id: InstanceId
-    chunk_id: ChunkId
-
-
-class Finished(NamedTuple):
-    """A request is over; the user gets this."""
-
-    response: Response
-
-
-Command = Dispatch | Abort | Finished
-
-
-class Counters:
-    """Sums over a rollout, for its report."""
-
-    def __init__(self) -> None:
-        self.num_output_tokens = 0
-        self.num_prompt_tokens = 0
-        self.num_chunks = 0
-        self.num_migrations = 0
-        self.num_recomputed_tokens = 0
-        self.num_cached_tokens = 0
-        self.num_retries = 0
-        self.num_finished = 0
-        self.num_groups = 0
-        self.num_groups_finished = 0
-        # Chunks on another instance than the one before, by what they computed when
-        # they started: one token, or more.
-        self.num_moves_found = 0
-        self.num_moves_recomputed = 0
+__all__ = ["Abort", "Command", "Controller", "Dispatch", "Finished"]
 
 
 class Controller:
@@ -118,8 +74,9 @@ class Controller:
         self._weight_version = weight_version
         self._num_arrived = 0
         self._arrivals: dict[GroupId, int] = {}
-        self._running: dict[InstanceId, dict[ChunkId, Chunk]] = {}
+        self.running = RunningChunks()
         self._unfinished_in_group: dict[GroupId, int] = {}
+        self._just_finished: list[GroupId] = []
 
     @property
     def num_unfinished(self) -> int:
@@ -130,21 +87,21 @@ class Controller:
         return len(self.scheduler)
 
     def is_group_finished(self, group_id: GroupId) -> bool:
-        """Whether all its requests are over."""
-        return not self._unfinished_in_group[group_id]
+        """Whether all its requests are over.
+
+        Raises:
+            KeyError: no such group.
+        """
+        self.buffer.group(group_id)
+        return not self._unfinished_in_group.get(group_id)
 
     def num_running(self, instance_id: InstanceId) -> int:
         """Chunks that run on an instance."""
-        return len(self._running.get(instance_id, ()))
+        return self.running.num_on(instance_id)
 
     def longest_running(self) -> tuple[str, int] | None:
         """The running request with the most tokens so far, and how many."""
-        owners = (self.buffer.chunk_owner(c) for r in self._running.values() for c in r)
-        longest = max(
-            (r for r in owners if r is not None),
-            key=lambda r: len(r.tokens),
-            default=None,
-        )
+        longest = self.running.longest()
         return None if longest is None else (longest.request_id, len(longest.tokens))
 
     def upcoming(self, num_groups: int) -> list[Request]:
@@ -156,41 +113,54 @@ class Controller:
         """Take validated groups and only then decide, so that all probes are seen.
 
         Raises:
-            ValueError: an id is taken.
+            ValueError: an id is taken, or two are the same; no group was taken.
         """
+        tasks = list(tasks)
+        ids: set[GroupId] = set()
         for task in tasks:
-            if self.buffer.has_group(task.group_id):
+            if task.group_id in ids or self.buffer.has_group(task.group_id):
                 raise ValueError(f"group {task.group_id!r} is in this rollout already")
-            self.context.add_group(
-                task.group_id, task.max_tokens, task.num_requests, task.length_prior
-            )
-            self.counters.num_groups += 1
-            self._arrivals[task.group_id] = self._num_arrived
-            self._num_arrived += task.num_requests
-            self._unfinished_in_group[task.group_id] = task.num_requests
-            for request in self.buffer.add_group(task, now):
-                self._enqueue(request)
+            ids.add(task.group_id)
+        self._forget_finished()
+        num_arrived = self._num_arrived
+        try:
+            for task in tasks:
+                self._add_group(task, now)
+        except BaseException:  # of a policy's own
+            for task in tasks:
+                self.scheduler.remove_group(task.group_id)
+                self._forget(task.group_id, was_taken=False)
+            self._num_arrived = num_arrived
+            raise
+        self.counters.num_groups += len(tasks)
         return self.schedule(now)
 
     def instance_up(self, info: InstanceInfo, now: float) -> list[Command]:
-        """An instance can take work, with empty caches."""
+        """An instance can take work, with empty caches.
+
+        Raises:
+            ValueError: it is up already.
+        """
+        self._forget_finished()
         pool = self.residency.pool_of(info.instance_id)
         self.scheduler.add_instance(info, pool)
         num_blocks = info.num_kv_blocks if info.keeps_kv else 0
         self.residency.add_instance(
             info.instance_id, num_blocks, info.block_size, info.cached_blocks_each
         )
-        self._running[info.instance_id] = {}
+        self.running.add_instance(info.instance_id)
         return self.schedule(now)
 
     def instance_down(
         self, instance_id: InstanceId, now: float, why: str
     ) -> list[Command]:
         """An instance is gone; its chunks' requests wait again with what they have."""
+        self._forget_finished()
         return self._lose_instance(instance_id, now, why) + self.schedule(now)
 
     def progress(self, reports: Iterable[ChunkProgress], now: float) -> list[Command]:
         """Take what an instance reports of its chunks."""
+        self._forget_finished()
         commands: list[Command] = []
         ended = False
         for report in reports:
@@ -204,11 +174,12 @@ class Controller:
             outcome = self.buffer.progress(report, now)
             self.counters.num_output_tokens += len(request.tokens) - num_before
             if is_first and intake.num_cached_tokens is not None:
-                self._count_move(request, chunk, intake.num_cached_tokens)
+                self.counters.count_start(request, chunk, intake.num_cached_tokens)
                 self.scheduler.begin(
                     chunk.group_id, chunk.instance_id, chunk.request_id
                 )
             if outcome in ("running", "broken"):
+                self.running.grew(chunk.instance_id, request)
                 if outcome == "broken":
                     commands.append(Abort(chunk.instance_id, chunk.chunk_id))
                 continue
@@ -226,11 +197,14 @@ class Controller:
         Raises:
             KeyError: no such group.
         """
+        self.buffer.group(group_id)
+        self._forget_finished()
         # What it kept others from (an instance may have been held for it) can go on.
         return self._cancel(group_id, now) + self.schedule(now)
 
     def cancel_all(self, now: float) -> list[Command]:
         """End every group early."""
+        self._forget_finished()
         commands: list[Command] = []
         for group_id, num_unfinished in list(self._unfinished_in_group.items()):
             if num_unfinished:
@@ -239,8 +213,9 @@ class Controller:
 
     def fail_all(self, now: float, why: str) -> list[Command]:
         """Nothing can run any more: every unfinished request ends as an error."""
+        self._forget_finished()
         commands: list[Command] = []
-        for instance_id in list(self._running):
+        for instance_id in list(self.running):
             commands += self._lose_instance(instance_id, now, why)
         for request in self.buffer.requests():
             if request.state is RequestState.WAITING:
@@ -261,7 +236,7 @@ class Controller:
             self.residency.reserve(
                 where, chunk.request_id, assignment.num_reserved_blocks
             )
-            self._running[where][chunk.chunk_id] = chunk
+            self.running.start(where, chunk.chunk_id, request)
             self.counters.num_chunks += 1
             self.counters.num_migrations += before is not None and before != where
             commands.append(Dispatch(chunk))
@@ -275,7 +250,7 @@ class Controller:
             pool_of: tells instances of different pools apart, by numbers from 0.
         """
         self.residency.use_pool(granularity, pool_of)
-        for instance_id in self._running:
+        for instance_id in self.running:
             pool = self.residency.pool_of(instance_id)
             self.scheduler.fleet.set_pool(instance_id, pool)
 
@@ -284,10 +259,9 @@ class Controller:
 
         Moves that did not find their KV raise it. None = not known yet.
         """
-        found, lost = self.counters.num_moves_found, self.counters.num_moves_recomputed
-        share_lost = lost / (found + lost) if lost else 0.0
         base = DEFAULT_MOVE_PRICE if price is None else price
-        self.residency.move_price = base + (1 - base) * share_lost
+        lost = self.counters.share_of_moves_lost
+        self.residency.move_price = base + (1 - base) * lost
 
     def check_integrity(self) -> None:
         """Assert that the parts agree; changes nothing."""
@@ -299,21 +273,17 @@ class Controller:
         }
         assert waiting == {i for i in waiting if i in self.scheduler}
         assert len(waiting) == len(self.scheduler)
-        fleet = self.scheduler.fleet
-        for instance_id, chunks in self._running.items():
-            reserved = sum(c.num_reserved_blocks for c in chunks.values())
-            reserved += self.scheduler.num_prompt_blocks(instance_id)
-            total = fleet.info(instance_id).num_kv_blocks
-            assert reserved + fleet.num_free_blocks(instance_id) == total
-            assert len(chunks) == fleet.num_running(instance_id)
-            assert reserved <= total
+        self.running.check_integrity()
+        for instance_id in self.running:
+            chunks = [r.chunk for r in self.running.on(instance_id) if r.chunk]
+            self.scheduler.check_integrity(instance_id, chunks)
 
     def _lose_instance(
         self, instance_id: InstanceId, now: float, why: str
     ) -> list[Command]:
-        chunks = self._running.pop(instance_id, None)
-        if chunks is None:
+        if instance_id not in self.running:
             return []
+        chunks = self.running.drop_instance(instance_id)
         self.scheduler.remove_instance(instance_id)
         self.residency.drop_instance(instance_id)
         commands: list[Command] = []
@@ -343,13 +313,16 @@ class Controller:
                 commands.append(Abort(chunk.instance_id, chunk.chunk_id))
         return commands
 
-    def _count_move(self, request: Request, chunk: Chunk, num_cached: int) -> None:
-        places = request.instances
-        if len(places) > 1 and places[-1] != places[-2]:
-            at_start = (len(chunk.prompt) + len(chunk.generated)) // 4
-            is_found = num_cached >= at_start - 1
-            self.counters.num_moves_found += is_found
-            self.counters.num_moves_recomputed += not is_found
+    def _add_group(self, task: Task, now: float) -> None:
+        group_id = task.group_id
+        self.context.add_group(
+            group_id, task.max_tokens, task.num_requests, task.length_prior
+        )
+        self._arrivals[group_id] = self._num_arrived
+        self._num_arrived += task.num_requests
+        self._unfinished_in_group[group_id] = task.num_requests
+        for request in self.buffer.add_group(task, now):
+            self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:
         task = request.group
@@ -373,7 +346,7 @@ class Controller:
 
     def _release(self, chunk: Chunk, request: Request) -> None:
         where = chunk.instance_id
-        del self._running[where][chunk.chunk_id]
+        self.running.end(where, chunk.chunk_id)
         self.scheduler.end(
             chunk.group_id, where, chunk.request_id, chunk.num_reserved_blocks
         )
@@ -403,12 +376,24 @@ class Controller:
                 group_id, self.context.length_estimate(group_id)
             )
         self.scheduler.set_siblings_alike(alike=self.context.siblings_are_alike)
-        counters = self.counters
-        counters.num_finished += 1
-        counters.num_cached_tokens += request.num_cached_tokens
-        counters.num_recomputed_tokens += request.num_recomputed_tokens
-        counters.num_retries += request.num_retries
-        counters.num_prompt_tokens += request.group.num_prompt_tokens
+        self.counters.count_finished(request)
         self._unfinished_in_group[group_id] -= 1
-        counters.num_groups_finished += not self._unfinished_in_group[group_id]
-        return [Finished(request.to_response(self._weight_version))]
+        if not self._unfinished_in_group[group_id]:
+            self.counters.num_groups_finished += 1
+            self._just_finished.append(group_id)
+        response = request.to_response(self._weight_version)
+        request.drop_output()
+        return [Finished(response)]
+
+    def _forget_finished(self) -> None:
+        """Whoever took the last call's commands has asked what they wanted to know."""
+        while self._just_finished:
+            self._forget(self._just_finished.pop())
+
+    def _forget(self, group_id: GroupId, *, was_taken: bool = True) -> None:
+        """Keep nothing of a group but its id, and that only if it was taken."""
+        self.scheduler.forget_group(group_id)
+        self.buffer.forget_group(group_id, was_taken=was_taken)
+        self.context.forget_group(group_id)
+        self._arrivals.pop(group_id, None)
+        self._unfinished_in_group.pop(group_id, None)

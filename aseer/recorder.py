@@ -1,13 +1,18 @@
-"""Keeps what a rollout's report and live display need; decides nothing."""
+"""Keeps what a rollout's report and live display need; decides nothing.
+
+What is done for a report of an instance does not grow with the cluster: sums over all
+instances are made once a second, samples are thinned out to a number for all, and of a
+finished request a row of numbers is kept.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from aseer.figures import InstanceFigures
 from aseer.report import (
-    Completion,
-    InstanceReport,
+    Completions,
     KvReport,
     Progress,
     RolloutReport,
@@ -30,8 +35,13 @@ if TYPE_CHECKING:
         Response,
     )
 
-_MAX_SAMPLES = 2000  # an instance; then every second one is dropped
+# Samples of an instance: so many, but of all together not more than the second figure
+# (some 30 MB), and a few of each in any case. Then every second one is dropped.
+_MAX_SAMPLES = 2000
+_MAX_SAMPLES_OF_ALL = 100_000
+_MIN_SAMPLES = 50
 _PROGRESS_INTERVAL_S = 0.2
+_SUMS_INTERVAL_S = 1.0
 
 
 class Recorder:
@@ -52,8 +62,12 @@ class Recorder:
         self._policy = policy
         self._chunk_size = chunk_size
         self._weight_version = weight_version
-        self._instances: dict[InstanceId, _InstanceRecord] = {}
-        self._completions: list[Completion] = []
+        self._instances: dict[InstanceId, InstanceFigures] = {}
+        self._in_order: list[InstanceFigures] = []
+        self._sums_at: float | None = None
+        self._kv_sum = KvCounts()
+        self._speculation_sum: SpeculationReport | None = None
+        self._completions = Completions()
         self._reasons: Counter[str] = Counter()
         self._finished_tokens = 0
         self._max_tokens = 0
@@ -69,10 +83,15 @@ class Recorder:
 
     def instance_up(self, info: InstanceInfo, load: InstanceLoad) -> None:
         """An instance takes part, for the first time or again, from this load on."""
-        record = self._instances.setdefault(info.instance_id, _InstanceRecord(info))
-        record.preemptions_seen = load.num_preemptions
-        record.drafts_seen = load.drafts or DraftCounts()
-        record.kv_seen = load.kv or KvCounts()
+        record = self._instances.get(info.instance_id)
+        if record is None:
+            record = self._instances[info.instance_id] = InstanceFigures(info)
+            self._in_order = [r for _, r in sorted(self._instances.items())]
+            self._max_samples = max(
+                _MIN_SAMPLES,
+                min(_MAX_SAMPLES, _MAX_SAMPLES_OF_ALL // len(self._instances)),
+            )
+        record.begin(load)
 
     def instance_down(self, instance_id: InstanceId, now: float) -> None:
         """An instance is gone: it is not busy."""
@@ -85,21 +104,26 @@ class Recorder:
     ) -> None:
         """Tokens that an instance reports."""
         record = self._instances[instance_id]
+        num_bytes = num_chunks = 0
         for chunk in chunks:
-            record.num_tokens += len(chunk.tokens) // 4
-            record.num_chunks += chunk.end is not None
+            num_bytes += len(chunk.tokens)
+            num_chunks += chunk.end is not None
+        record.num_tokens += num_bytes // 4
+        record.num_chunks += num_chunks
 
     def mark_busy(self, now: float) -> None:
         """Account which instances have work."""
-        for instance_id, record in self._instances.items():
-            record.set_busy(busy=self._controller.num_running(instance_id) > 0, now=now)
+        for instance_id in self._controller.running.take_touched():
+            record = self._instances.get(instance_id)
+            if record is not None:
+                busy = self._controller.num_running(instance_id) > 0
+                record.set_busy(busy=busy, now=now)
 
     def sample(self, instance_id: InstanceId, load: InstanceLoad, now: float) -> None:
         """An instance's load, for the timeline."""
         record = self._instances[instance_id]
-        record.count_preemptions(load.num_preemptions)
-        drafts = record.count_drafts(load.drafts)
-        kv = record.count_kv(load.kv)
+        record.count(load)
+        drafts, kv = record.drafts_in_all, record.kv_in_all
         free = self._controller.scheduler.fleet.num_free_blocks(instance_id)
         record.add_sample(
             TimelineSample(
@@ -110,31 +134,22 @@ class Recorder:
                 kv_used=load.kv_used,
                 kv_reserved=1 - free / record.info.num_kv_blocks,
                 num_output_tokens=record.num_tokens,
-                num_drafts=drafts.num_drafts,
-                num_drafted_tokens=sum(drafts.drafted),
-                num_accepted_tokens=sum(drafts.accepted),
-                num_stored_tokens=kv.stored_tokens,
-                num_loaded_tokens=kv.loaded_tokens,
-            )
+                num_drafts=drafts[0],
+                num_drafted_tokens=drafts[1],
+                num_accepted_tokens=drafts[2],
+                num_stored_tokens=kv[0],
+                num_loaded_tokens=kv[1],
+            ),
+            self._max_samples,
         )
 
     def finished(self, response: Response) -> None:
         """A request is over."""
-        metrics = response.metrics
         num_tokens = len(response.token_ids)
         self._reasons[response.finish_reason] += 1
         self._finished_tokens += num_tokens
         self._max_tokens = max(self._max_tokens, num_tokens)
-        self._completions.append(
-            Completion(
-                t_s=metrics.finished_at_s,
-                group_id=response.group_id,
-                index=response.index,
-                instance_id=metrics.instances[-1] if metrics.instances else None,
-                num_output_tokens=num_tokens,
-                finish_reason=response.finish_reason,
-            )
-        )
+        self._completions.add(response)
 
     def progress(
         self, now: float, *, intake_open: bool, is_over: bool = False
@@ -144,6 +159,7 @@ class Recorder:
         if last is not None and not is_over:
             if now - last.t_s < _PROGRESS_INTERVAL_S:
                 return last
+        self._sum_up(now, is_over=is_over)
         controller = self._controller
         counters = controller.counters
         throughput = counters.num_output_tokens / now if now > 0 else 0.0
@@ -159,18 +175,25 @@ class Recorder:
             longest_running=controller.longest_running(),
             eta_s=self._eta(throughput),
             intake_open=intake_open,
-            instances=[
-                r.samples[-1] for _, r in sorted(self._instances.items()) if r.samples
-            ],
-            speculation=self._speculation(),
+            instances=[r.latest for r in self._in_order if r.latest is not None],
+            speculation=self._speculation_sum,
             kv=self._kv(now),
         )
         return self._progress
 
     @property
     def kv_counts(self) -> KvCounts:
-        """What all engines moved to and from the pool."""
-        return sum((r.kv for r in self._instances.values()), KvCounts())
+        """What all engines moved to and from the pool; of a second ago at most."""
+        return self._kv_sum
+
+    def _sum_up(self, now: float, *, is_over: bool = False) -> None:
+        """Sums over all instances, once in a while."""
+        last = self._sums_at
+        if is_over or last is None or now - last >= _SUMS_INTERVAL_S:
+            self._sums_at = now
+            self._speculation_sum = self._speculation()
+            if self._kv_pool is not None:
+                self._kv_sum = sum((r.kv for r in self._in_order), KvCounts())
 
     def _kv(self, now: float) -> KvReport | None:
         """What the KV pool did; None if there is none."""
@@ -205,7 +228,7 @@ class Recorder:
 
     def _speculation(self) -> SpeculationReport | None:
         """What the engines that speculate did; None if there is none."""
-        counted = [r.drafts for r in self._instances.values() if r.drafts is not None]
+        counted = [r.drafts for r in self._in_order if r.drafts is not None]
         if not counted:
             return None
         total = sum(counted, DraftCounts())
@@ -232,9 +255,10 @@ class Recorder:
     def report(self, now: float, num_restarts: Sequence[int]) -> RolloutReport:
         """The finished rollout."""
         counters = self._controller.counters
+        self._sum_up(now, is_over=True)
         for record in self._instances.values():
             record.set_busy(busy=False, now=now)
-        times = [c.t_s for c in self._completions]
+        times = self._completions.times()
         wall = max(times, default=0.0)
         busy = sum(r.busy_s for r in self._instances.values())
         return RolloutReport(
@@ -264,82 +288,11 @@ class Recorder:
                     sorted(self._instances.items()), num_restarts, strict=True
                 )
             ],
-            speculation=self._speculation(),
+            speculation=self._speculation_sum,
             kv=self._kv(now),
-            completions=self._completions,
+            completions=self._completions.rows(),
             timeline=sorted(
                 (s for r in self._instances.values() for s in r.samples),
                 key=lambda s: s.t_s,
             ),
-        )
-
-
-class _InstanceRecord:
-    """One instance's figures."""
-
-    def __init__(self, info: InstanceInfo) -> None:
-        self.info = info
-        self.num_tokens = 0
-        self.num_chunks = 0
-        self.num_preemptions = 0
-        self.preemptions_seen = 0
-        self.drafts: DraftCounts | None = None
-        self.drafts_seen = DraftCounts()
-        self.kv = KvCounts()
-        self.kv_seen = KvCounts()
-        self.busy_s = 0.0
-        self.samples: list[TimelineSample] = []
-        self._busy_since: float | None = None
-        self._keep_every = 1
-        self._num_offered = 0
-
-    def set_busy(self, *, busy: bool, now: float) -> None:
-        if busy and self._busy_since is None:
-            self._busy_since = now
-        elif not busy and self._busy_since is not None:
-            self.busy_s += now - self._busy_since
-            self._busy_since = None
-
-    def busy_until(self, now: float) -> float:
-        """Time with work so far."""
-        since = self._busy_since
-        return self.busy_s + (0.0 if since is None else now - since)
-
-    def count_preemptions(self, total: int) -> None:
-        """`total` counts from the process's start, so only what is new is added."""
-        self.num_preemptions += total - self.preemptions_seen
-        self.preemptions_seen = total
-
-    def count_drafts(self, total: DraftCounts | None) -> DraftCounts:
-        """`total` counts from the process's start, too; what is new is added."""
-        if total is not None:
-            self.drafts = (self.drafts or DraftCounts()) + total - self.drafts_seen
-            self.drafts_seen = total
-        return self.drafts or DraftCounts()
-
-    def count_kv(self, total: KvCounts | None) -> KvCounts:
-        """`total` counts from the process's start, too; what is new is added."""
-        if total is not None:
-            self.kv = self.kv + total - self.kv_seen
-            self.kv_seen = total
-        return self.kv
-
-    def add_sample(self, sample: TimelineSample) -> None:
-        self._num_offered += 1
-        if self._num_offered % self._keep_every == 0:
-            self.samples.append(sample)
-        if len(self.samples) > _MAX_SAMPLES:
-            del self.samples[::2]
-            self._keep_every *= 2
-
-    def report(self, num_restarts: int) -> InstanceReport:
-        return InstanceReport(
-            instance_id=self.info.instance_id,
-            num_output_tokens=self.num_tokens,
-            num_chunks=self.num_chunks,
-            num_preemptions=self.num_preemptions,
-            num_restarts=num_restarts,
-            busy_s=self.busy_s,
-            num_kv_blocks=self.info.num_kv_blocks,
-            block_size=self.info.block_size,
         )

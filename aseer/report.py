@@ -8,11 +8,14 @@ rollout minus the completion time of the 90th-percentile request.
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from aseer.types import FinishReason, Response
 
 TAIL_FRACTION = 0.1
 
@@ -145,6 +148,59 @@ class Completion:
     instance_id: int | None
     num_output_tokens: int
     finish_reason: str
+
+
+class Completions:
+    """When requests were over, and how: columns, some 30 bytes a request."""
+
+    _REASONS: tuple[FinishReason, ...] = ("stop", "length", "aborted", "error")
+    _NOWHERE = -1
+
+    def __init__(self) -> None:
+        self._times = array("d")
+        self._group_ids: list[str] = []
+        self._indices = array("i")
+        self._instances = array("i")
+        self._lengths = array("i")
+        self._reasons = array("b")
+
+    def add(self, response: Response) -> None:
+        """A request is over."""
+        metrics = response.metrics
+        self._times.append(metrics.finished_at_s)
+        self._group_ids.append(response.group_id)
+        self._indices.append(response.index)
+        places = metrics.instances
+        self._instances.append(places[-1] if places else self._NOWHERE)
+        self._lengths.append(len(response.token_ids))
+        self._reasons.append(self._REASONS.index(response.finish_reason))
+
+    def times(self) -> list[float]:
+        """In order of completion."""
+        return self._times.tolist()
+
+    def rows(self) -> list[Completion]:
+        """For the report."""
+        columns = zip(
+            self._times,
+            self._group_ids,
+            self._indices,
+            self._instances,
+            self._lengths,
+            self._reasons,
+            strict=True,
+        )
+        return [
+            Completion(
+                t_s=t_s,
+                group_id=group_id,
+                index=index,
+                instance_id=None if instance_id == self._NOWHERE else instance_id,
+                num_output_tokens=num_tokens,
+                finish_reason=self._REASONS[reason],
+            )
+            for t_s, group_id, index, instance_id, num_tokens, reason in columns
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

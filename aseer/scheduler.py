@@ -27,10 +27,10 @@ from aseer.types import NO_POOL, Assignment, Holders
 from aseer.waiting import Waiting, WaitingQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from aseer.policies import Policy
-    from aseer.types import GroupId, InstanceId, InstanceInfo, RequestId
+    from aseer.types import Chunk, GroupId, InstanceId, InstanceInfo, RequestId
 
 RECOMPUTE_TOKENS_PER_REQUEST = 256
 _NEVER = 1 << 62
@@ -66,34 +66,40 @@ def place_by_affinity(holders: Holders, room: Fleet) -> InstanceId:
         room: candidates, as left by `Fleet.select`; there is at least one.
     """
     least = room.least_loaded()
-    home = _home(holders, room, least)
+    tokens, num_pooled, _ = holders
+    if num_pooled:
+        home, lost = _home_with_pool(holders, room, least)
+    elif tokens:
+        home = next(iter(tokens))
+        if len(tokens) > 1:
+            home = max(tokens, key=lambda i: (tokens[i], -room.num_running(i)))
+        lost = tokens[home] - tokens.get(least, 0)
+    else:
+        return least
     if home == least or not room.is_selected(home):
         return least
-    lost = _tokens_held(holders, room, home) - _tokens_held(holders, room, least)
     allowed = 1 + max(0, lost) // RECOMPUTE_TOKENS_PER_REQUEST
     imbalance = room.num_running(home) - room.num_running(least)
     return least if imbalance > allowed else home
 
 
-def _home(holders: Holders, room: Fleet, least: InstanceId) -> InstanceId:
-    """Who holds the most; of those that hold as much, who runs the fewest."""
+def _home_with_pool(
+    holders: Holders, room: Fleet, least: InstanceId
+) -> tuple[InstanceId, int]:
+    """Who holds the most, and how many tokens more than `least` does.
+
+    The pool's instances are not looked at one by one: those that hold no more than it
+    has are all alike, so the least loaded stands for them.
+    """
     tokens, num_pooled, pool = holders
+    is_near = room.pool_of(least) == pool
+    at_least = tokens.get(least, num_pooled if is_near else 0)
     if tokens:
-        home = next(iter(tokens))
-        if len(tokens) > 1:
-            home = max(tokens, key=lambda i: (tokens[i], -room.num_running(i)))
+        home = max(tokens, key=lambda i: (tokens[i], -room.num_running(i)))
         if tokens[home] > num_pooled:
-            return home
-    if not num_pooled or room.pool_of(least) == pool:
-        return least
-    near = room.least_loaded_of(pool)
-    return least if near < 0 else near
-
-
-def _tokens_held(holders: Holders, room: Fleet, instance_id: InstanceId) -> int:
-    tokens, num_pooled, pool = holders
-    is_near = num_pooled and room.pool_of(instance_id) == pool
-    return tokens.get(instance_id, num_pooled if is_near else 0)
+            return home, tokens[home] - at_least
+    near = least if is_near else room.least_loaded_of(pool)
+    return (least, 0) if near < 0 else (near, num_pooled - at_least)
 
 
 class Scheduler:
@@ -118,8 +124,8 @@ class Scheduler:
         self._if_alike = policy
         self._if_unlike = policy.if_unlike or policy
         self.fleet = Fleet()
-        orders = [policy] if policy.if_unlike is None else [policy, policy.if_unlike]
-        self._queue = WaitingQueue(*(order.rank for order in orders))
+        other = policy.if_unlike
+        self._queue = WaitingQueue(policy.rank, other.rank if other else None)
         self._chunk_size = chunk_size if policy.divided else 0
         self._granularity = granularity
         self._starvation_interval = starvation_interval or _NEVER
@@ -196,6 +202,10 @@ class Scheduler:
         """Drop a cancelled group's waiting requests."""
         self._queue.remove_group(group_id)
 
+    def forget_group(self, group_id: GroupId) -> None:
+        """Nothing of it waits or runs any more."""
+        self._group_homes.pop(group_id, None)
+
     def upcoming(self, num_groups: int) -> list[RequestId]:
         """Who will be among the next to run: the first of the first groups."""
         return [request.request_id for request in self._queue.head(num_groups)]
@@ -236,6 +246,16 @@ class Scheduler:
             else:
                 queue.pass_over(needs - self._num_shared_tokens(request))
         return assignments
+
+    def check_integrity(
+        self, instance_id: InstanceId, chunks: Collection[Chunk]
+    ) -> None:
+        """Assert that what an instance's chunks reserved is what it lacks (I3)."""
+        fleet, total = self.fleet, self.fleet.info(instance_id).num_kv_blocks
+        reserved = sum(chunk.num_reserved_blocks for chunk in chunks)
+        reserved += self.num_prompt_blocks(instance_id)
+        assert reserved + fleet.num_free_blocks(instance_id) == total >= reserved
+        assert len(chunks) == fleet.num_running(instance_id)
 
     def _place(
         self,

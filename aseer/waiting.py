@@ -65,19 +65,25 @@ class _Group:
 class WaitingQueue:
     """Waiting requests by rank and by age."""
 
-    def __init__(self, *ranks: Callable[[Waiting, int], Rank]) -> None:
-        """Start empty.
+    def __init__(
+        self,
+        rank: Callable[[Waiting, int], Rank],
+        other: Callable[[Waiting, int], Rank] | None = None,
+    ) -> None:
+        """Start empty, in the first order.
 
         Args:
-            ranks: one or two, each an order: lowest `rank(request, length estimate of
-                its group)` first, siblings among each other as if their estimate were
-                0. No two requests rank the same. The first is chosen.
+            rank: lowest `rank(request, length estimate of its group)` first, siblings
+                among each other as if their estimate were 0. No two rank the same.
+            other: of a second order.
         """
-        self._ranks = ranks
-        self._orders = WaitingOrders(len(ranks))
+        self._rank = rank
+        self._other = other
+        self._orders = WaitingOrders(1 if other is None else 2)
         self._handles: dict[RequestId, int] = {}
-        self._waiting: dict[int, Waiting] = {}  # by handle
+        self._waiting: list[Waiting | None] = []  # by handle
         self._groups: dict[GroupId, _Group] = {}
+        self._first = self._orders.first
         self.begin_round = self._orders.begin_round
         self.pass_over = self._orders.pass_over
 
@@ -102,8 +108,11 @@ class WaitingQueue:
         Raises:
             ValueError: it waits already.
         """
-        own = [rank(request, 0) for rank in self._ranks]
-        lead = [rank(request, length_estimate) for rank in self._ranks]
+        rank, other = self._rank, self._other
+        own, lead = [rank(request, 0)], [rank(request, length_estimate)]
+        if other is not None:
+            own.append(other(request, 0))
+            lead.append(other(request, length_estimate))
         request_id, group_id = request.request_id, request.group_id
         if request_id in self._handles:
             raise ValueError(f"request {request_id!r} waits already")
@@ -114,7 +123,10 @@ class WaitingQueue:
             -1 if group is None else group.handle, own, lead
         )
         self._handles[request_id] = handle
-        self._waiting[handle] = request
+        if handle < len(self._waiting):
+            self._waiting[handle] = request
+        else:
+            self._waiting.append(request)
         if group is None:
             self._groups[group_id] = _Group(of_group, length_estimate)
 
@@ -125,8 +137,10 @@ class WaitingQueue:
             return
         leads = {}
         for handle in self._orders.members(group.handle):
-            request = self._waiting[handle]
-            leads[handle] = [rank(request, length_estimate) for rank in self._ranks]
+            request = self._request(handle)
+            leads[handle] = [self._rank(request, length_estimate)]
+            if self._other is not None:
+                leads[handle].append(self._other(request, length_estimate))
         self._orders.set_leads(group.handle, leads)
         group.length_estimate = length_estimate
 
@@ -145,7 +159,7 @@ class WaitingQueue:
             KeyError: it does not wait.
         """
         handle = self._handles.pop(request.request_id)
-        del self._waiting[handle]
+        self._waiting[handle] = None
         if self._orders.remove(handle):
             del self._groups[request.group_id]
 
@@ -155,16 +169,18 @@ class WaitingQueue:
         if group is None:
             return
         for handle in self._orders.members(group.handle):
-            del self._handles[self._waiting.pop(handle).request_id]
+            del self._handles[self._request(handle).request_id]
+            self._waiting[handle] = None
         self._orders.remove_group(group.handle)
 
     def oldest(self) -> Waiting | None:
         """The request that has waited longest."""
-        return self._waiting.get(self._orders.oldest())
+        handle = self._orders.oldest()
+        return None if handle < 0 else self._waiting[handle]
 
     def head(self, num_groups: int) -> list[Waiting]:
         """The first request of each of the first groups, in order."""
-        return [self._waiting[handle] for handle in self._orders.head(num_groups)]
+        return [self._request(handle) for handle in self._orders.head(num_groups)]
 
     def first(self, room: int) -> Waiting | None:
         """The first request of the first group that this round has not passed over.
@@ -172,4 +188,10 @@ class WaitingQueue:
         Args:
             room: groups whose first is known to need more tokens are passed over.
         """
-        return self._waiting.get(self._orders.first(room))
+        handle = self._first(room)
+        return None if handle < 0 else self._waiting[handle]
+
+    def _request(self, handle: int) -> Waiting:
+        request = self._waiting[handle]
+        assert request is not None
+        return request

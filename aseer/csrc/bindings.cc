@@ -20,33 +20,30 @@ using namespace nb::literals;
 namespace aseer {
 namespace {
 
-using RanksByOrder = std::array<Rank, kMaxOrders>;
-
-Rank ToRank(nb::handle given) {
-  Rank rank{};
-  nb::tuple numbers;
-  if (!nb::try_cast(given, numbers) || numbers.size() > rank.size()) {
+Rank ToRank(PyObject* given) {
+  if (!PyTuple_Check(given) || PyTuple_GET_SIZE(given) > 4) {
     throw nb::value_error("a rank is a tuple of at most 4 whole numbers");
   }
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    if (!nb::try_cast(nb::handle(numbers[i]), rank[i])) {
+  Rank rank{};
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); ++i) {
+    if (!nb::try_cast(nb::handle(PyTuple_GET_ITEM(given, i)), rank[i])) {
       throw nb::value_error("a rank's numbers are whole and have at most 64 bits");
     }
   }
   return rank;
 }
 
-RanksByOrder ToRanks(const nb::list& by_order) {
-  RanksByOrder ranks{};
+std::array<Rank, kMaxOrders> ToRanks(const nb::list& by_order) {
+  std::array<Rank, kMaxOrders> ranks{};
   if (by_order.size() > ranks.size()) throw nb::value_error("a rank for each order");
-  for (size_t i = 0; i < by_order.size(); ++i) ranks[i] = ToRank(by_order[i]);
+  for (size_t i = 0; i < by_order.size(); ++i) ranks[i] = ToRank(by_order[i].ptr());
   return ranks;
 }
 
 std::pair<Handle, Handle> Add(WaitingOrders& orders, Handle group, const nb::list& own,
                               const nb::list& lead) {
-  const RanksByOrder among_siblings = ToRanks(own);
-  const RanksByOrder of_group = ToRanks(lead);
+  const auto among_siblings = ToRanks(own);
+  const auto of_group = ToRanks(lead);
   WaitingOrders::AllRanks ranks;
   for (size_t i = 0; i < kMaxOrders; ++i) ranks[i] = {among_siblings[i], of_group[i]};
   return orders.Add(group, ranks);
@@ -66,7 +63,7 @@ void AddInstance(Capacity& capacity, size_t instance, int64_t pool,
 }
 
 void SetLeads(WaitingOrders& orders, Handle group, const nb::dict& leads) {
-  std::vector<std::pair<Handle, RanksByOrder>> converted;
+  std::vector<std::pair<Handle, std::array<Rank, kMaxOrders>>> converted;
   converted.reserve(leads.size());
   for (const auto& [request, ranks] : leads) {
     converted.emplace_back(nb::cast<Handle>(request),

@@ -209,7 +209,28 @@ class ControllerMachine(RuleBasedStateMachine):
     def tokens_are_counted_once(self) -> None:
         if hasattr(self, "controller"):
             kept = sum(len(r.tokens) for r in self.controller.buffer.requests())
+            kept += sum(len(r.token_ids) for r in self.responses.values())
             assert self.controller.counters.num_output_tokens == kept
+
+    @invariant()
+    def the_longest_running_is_known(self) -> None:
+        if hasattr(self, "controller"):
+            running = [
+                len(r.tokens)
+                for r in self.controller.buffer.requests()
+                if r.chunk is not None
+            ]
+            found = self.controller.longest_running()
+            assert max(running, default=None) == (found[1] if found else None)
+
+    @invariant()
+    def only_what_is_unfinished_is_kept(self) -> None:
+        if hasattr(self, "controller"):
+            for request in self.controller.buffer.requests():
+                if request.request_id in self.responses:
+                    assert (len(request.tokens), request.text) == (0, [])
+            for group_id in self.tasks:
+                assert self.controller.buffer.has_group(group_id)
 
     def teardown(self) -> None:
         """When every engine answers, everything ends."""

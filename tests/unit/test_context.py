@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from itertools import pairwise
+
 import pytest
 
-from aseer.context import FEW, UNFORESEEN, ContextManager, LengthPriors
+from aseer.context import FEW, SURE, UNFORESEEN, ContextManager, LengthPriors
 from aseer.types import GroupId, RequestId
 
 G, H = GroupId("g"), GroupId("h")
@@ -73,33 +76,81 @@ def test_the_longest_is_known_once_all_have_ended_by_themselves() -> None:
     assert context.longest(G) == 30
 
 
-def test_siblings_are_alike_until_one_is_far_longer_than_was_known() -> None:
+def unforeseen(context: ContextManager, group_id: GroupId, num: int) -> None:
+    """A group's first response has 20 tokens, and so many others far more."""
+    context.add_group(group_id, max_tokens=1000, num_requests=num + 1)
+    finish(context, group_id, 20)
+    for i in range(num):
+        request_id = RequestId(f"{group_id}/{i + 1}")
+        context.record_length(group_id, request_id, UNFORESEEN * 20 + 1)
+
+
+def test_a_response_is_unforeseen_once_it_is_far_longer_than_was_known() -> None:
     context = ContextManager()
     context.add_group(G, max_tokens=1000, num_requests=8)
-    slow, other = RequestId("g/6"), RequestId("g/7")
-    context.record_length(G, slow, 900)  # nothing is known yet
+    many = [RequestId(f"g/{i}") for i in range(1, 8)]
+    for request_id in many:
+        context.record_length(G, request_id, 900)  # nothing is known yet
     finish(context, G, 20)
-    context.record_length(G, slow, UNFORESEEN * 20)
+    for request_id in many:
+        context.record_length(G, request_id, UNFORESEEN * 20)
+        for _ in range(9):
+            context.record_length(G, many[0], UNFORESEEN * 20 + 1)  # counts once
     assert context.siblings_are_alike
-    context.record_length(G, slow, UNFORESEEN * 20 + 1)
+    for request_id in many:
+        context.record_length(G, request_id, UNFORESEEN * 20 + 1)
     assert not context.siblings_are_alike
-    finish(context, G, *[20] * (round(1 / FEW) - 1))
+
+
+def test_few_unforeseen_responses_prove_nothing() -> None:
+    context = ContextManager()
+    unforeseen(context, G, round(SURE**2))
+    assert context.siblings_are_alike
+    unforeseen(context, H, 1)
     assert not context.siblings_are_alike
-    context.record_length(G, slow, 1000)  # counts once
-    finish(context, G, 20)
-    assert context.siblings_are_alike, "one in fifty is few"
-    context.record_length(G, other, 1000)
+
+
+def test_many_responses_as_they_were_foreseen_are_needed_to_take_it_back() -> None:
+    context = ContextManager()
+    num = 16
+    unforeseen(context, G, num)
     assert not context.siblings_are_alike
+    context.add_group(H, max_tokens=1000, num_requests=10_000)
+    num_told = 0
+    while not context.siblings_are_alike:
+        finish(context, H, 20)
+        num_told += 1
+    assert num_told >= (num + SURE * num**0.5) / FEW, "not as soon as they are few"
+
+
+@pytest.mark.parametrize("share", [0.002, 0.01, FEW, 0.03, 0.1])
+def test_an_opinion_of_siblings_rarely_changes(share: float) -> None:
+    rng = random.Random(5)
+    changes = []
+    for _ in range(5):
+        context = ContextManager()
+        opinions = [True]
+        for g in range(2000):
+            group_id = GroupId(f"g{g}")
+            context.add_group(group_id, max_tokens=100_000, num_requests=8)
+            for i in range(8):
+                is_unforeseen = i > 0 and rng.random() < share
+                finish(context, group_id, 600 if is_unforeseen else 100)
+                opinions.append(context.siblings_are_alike)
+        changes.append(sum(a != b for a, b in pairwise(opinions)))
+        assert opinions[-1] or share > FEW / 2
+        assert not opinions[-1] or share < FEW * 2
+    assert max(changes) <= 4
 
 
 def test_what_an_earlier_rollout_told_is_known_too() -> None:
     context = ContextManager()
-    context.add_group(G, max_tokens=1000, num_requests=4, prior=150)
-    finish(context, G, 10, 700)
+    context.add_group(G, max_tokens=1000, num_requests=20, prior=150)
+    finish(context, G, 10, *[700] * 19)
     assert context.siblings_are_alike
-    finish(context, G, 720)
-    context.add_group(H, max_tokens=1000, num_requests=4, prior=100)
-    finish(context, H, 501)
+    context.add_group(H, max_tokens=1000, num_requests=20, prior=100)
+    for i in range(9):
+        context.record_length(H, RequestId(f"h/{i}"), 501)
     assert not context.siblings_are_alike
 
 

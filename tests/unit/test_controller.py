@@ -6,12 +6,16 @@ Blocks have 4 tokens, prompts 4, chunks at most 8: a first chunk makes 5 tokens 
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aseer.types import GroupId, InstanceId
+from aseer.policies import Policy
+from aseer.recorder import Recorder
+from aseer.types import GroupId, InstanceId, InstanceLoad
 from tests.unit.core import (
     aborts_in,
     chunks_in,
@@ -24,7 +28,9 @@ from tests.unit.core import (
 )
 
 if TYPE_CHECKING:
-    from aseer.controller import Controller
+    from aseer.controller import Command, Controller
+    from aseer.types import Response
+    from aseer.waiting import Waiting
 
 A, B = InstanceId(0), InstanceId(1)
 G, H = GroupId("g"), GroupId("h")
@@ -387,6 +393,78 @@ def test_when_nothing_can_run_any_more_everything_ends_as_an_error(
     controller.check_integrity()
 
 
+# What is kept
+
+
+def finish_all(controller: Controller, commands: list[Command]) -> list[Response]:
+    """Engines that stop at once, until nothing runs."""
+    responses = finished_in(commands)
+    while chunks := chunks_in(commands):
+        ends = [report_of(c.chunk_id, range(3), end="stop") for c in chunks]
+        commands = controller.progress(ends, 1.0)
+        responses += finished_in(commands)
+    return responses
+
+
+def test_a_finished_group_can_be_asked_for_until_the_next_call() -> None:
+    controller = with_instances(100)
+    assert len(finish_all(controller, controller.add_groups([task_of()], 0.0))) == 2
+    assert controller.is_group_finished(G)
+    assert controller.context.longest(G) == 3
+    assert controller.buffer.group(G)[0].group.group_id == G
+    controller.progress([], 2.0)
+    assert controller.is_group_finished(G)
+    assert controller.buffer.group(G) == []
+    with pytest.raises(KeyError):
+        controller.is_group_finished(H)
+
+
+def test_a_finished_group_is_not_taken_again() -> None:
+    controller = with_instances(100)
+    finish_all(controller, controller.add_groups([task_of()], 0.0))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="group 'g' is in this rollout already"):
+            controller.add_groups([task_of()], 1.0)
+    assert controller.cancel_group(G, 1.0) == []
+
+
+def test_a_rollout_without_an_end_does_not_grow() -> None:
+    # Requests of 60 tokens and some text, each a group of its own, 20 at a time. What
+    # is left of one is its group's id and a row of its figures: 200 bytes at most.
+    controller = with_instances(1000, 1000)
+    recorder = Recorder(controller, "context-aware", 8, 0)
+    for i in range(2):
+        recorder.instance_up(info_of(i), InstanceLoad())
+    sizes = []
+
+    def roll(first: int, num: int) -> None:
+        for n in range(first, first + num, 20):
+            tasks = [task_of(f"group-{i}", num_requests=1) for i in range(n, n + 20)]
+            commands = controller.add_groups(tasks, float(n))
+            while chunks := chunks_in(commands):
+                ends = [
+                    report_of(c.chunk_id, range(c.max_tokens), end="length")
+                    if len(c.generated) < 200
+                    else report_of(c.chunk_id, [1], end="stop", text="x" * 200)
+                    for c in chunks
+                ]
+                commands = controller.progress(ends, float(n))
+                for response in finished_in(commands):
+                    recorder.finished(response)
+                recorder.mark_busy(float(n))
+        gc.collect()
+        sizes.append(tracemalloc.get_traced_memory()[0])
+
+    tracemalloc.start()
+    try:
+        for first in range(0, 900, 300):
+            roll(first, 300)
+    finally:
+        tracemalloc.stop()
+    assert controller.counters.num_finished == 900
+    assert (sizes[-1] - sizes[0]) / 600 < 200, sizes
+
+
 # The edge
 
 
@@ -395,6 +473,45 @@ def test_a_group_is_in_a_rollout_once() -> None:
     controller.add_groups([task_of()], 0.0)
     with pytest.raises(ValueError, match="group 'g' is in this rollout already"):
         controller.add_groups([task_of()], 1.0)
+
+
+@pytest.mark.parametrize("ids", ["hg", "hhi", "hig"])
+def test_groups_of_which_one_is_refused_are_all_refused(ids: str) -> None:
+    controller = with_instances(3)
+    controller.add_groups([task_of("g")], 0.0)
+    with pytest.raises(ValueError, match="is in this rollout already"):
+        controller.add_groups(iter([task_of(g) for g in ids]), 1.0)
+    assert not controller.buffer.has_group(GroupId("h"))
+    assert (controller.num_unfinished, controller.counters.num_groups) == (2, 1)
+    controller.check_integrity()
+    controller.add_groups([task_of(g) for g in "hi"], 2.0)
+    assert (controller.num_unfinished, controller.counters.num_groups) == (6, 3)
+
+
+def test_groups_that_a_policy_cannot_rank_leave_nothing() -> None:
+    def rank(request: Waiting, length_estimate: int) -> tuple[int, ...]:
+        if request.request_id == "i/1":
+            raise RuntimeError("a policy's own bug")
+        return (request.arrival,)
+
+    controller = with_instances(3, policy=Policy("fcfs", rank, "affinity"))
+    with pytest.raises(RuntimeError, match="own bug"):
+        controller.add_groups([task_of(g) for g in "ghi"], 0.0)
+    assert (controller.num_unfinished, controller.num_waiting) == (0, 0)
+    assert (len(controller.buffer), controller.counters.num_groups) == (0, 0)
+    controller.check_integrity()
+    assert placed(controller.add_groups([task_of(g) for g in "hg"], 1.0)) == [
+        ("h/0", 0)
+    ]
+
+
+def test_an_instance_that_is_up_already_changes_nothing() -> None:
+    controller = with_instances(3)
+    controller.add_groups([task_of()], 0.0)
+    with pytest.raises(ValueError, match="up already"):
+        controller.instance_up(info_of(0), 1.0)
+    assert controller.num_running(A) == 1
+    controller.check_integrity()
 
 
 def test_an_unknown_group_cannot_be_cancelled() -> None:

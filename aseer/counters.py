@@ -1,0 +1,52 @@
+"""Sums over a rollout, for its report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aseer.buffer import Request
+    from aseer.types import Chunk
+
+
+class Counters:
+    """Sums over a rollout, for its report."""
+
+    def __init__(self) -> None:
+        self.num_output_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_chunks = 0
+        self.num_migrations = 0
+        self.num_recomputed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_retries = 0
+        self.num_finished = 0
+        self.num_groups = 0
+        self.num_groups_finished = 0
+        # Chunks on another instance than the one before, by what they computed when
+        # they started: one token, or more.
+        self.num_moves_found = 0
+        self.num_moves_recomputed = 0
+
+    @property
+    def share_of_moves_lost(self) -> float:
+        """Of the moves, those that did not find their KV."""
+        lost = self.num_moves_recomputed
+        return lost / (self.num_moves_found + lost) if lost else 0.0
+
+    def count_start(self, request: Request, chunk: Chunk, num_cached: int) -> None:
+        """A chunk found so many tokens' KV when it started."""
+        places = request.instances
+        if len(places) > 1 and places[-1] != places[-2]:
+            at_start = (len(chunk.prompt) + len(chunk.generated)) // 4
+            is_found = num_cached >= at_start - 1
+            self.num_moves_found += is_found
+            self.num_moves_recomputed += not is_found
+
+    def count_finished(self, request: Request) -> None:
+        """A request is over."""
+        self.num_finished += 1
+        self.num_cached_tokens += request.num_cached_tokens
+        self.num_recomputed_tokens += request.num_recomputed_tokens
+        self.num_retries += request.num_retries
+        self.num_prompt_tokens += request.group.num_prompt_tokens

@@ -1,0 +1,137 @@
+"""One instance's figures over a rollout, also over the lives of several processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from aseer.report import InstanceReport
+from aseer.types import DraftCounts, InstanceLoad, KvCounts
+
+if TYPE_CHECKING:
+    from aseer.report import TimelineSample
+    from aseer.types import InstanceInfo
+
+
+class InstanceFigures:
+    """One instance's figures.
+
+    What an engine counts, it counts from its process's start. What counts here is what
+    is new since `begin`, and what earlier processes had counted.
+    """
+
+    def __init__(self, info: InstanceInfo) -> None:
+        self.info = info
+        self.num_tokens = 0
+        self.num_chunks = 0
+        self.busy_s = 0.0
+        self.samples: list[TimelineSample] = []
+        self.latest: TimelineSample | None = None
+        self._load = self._seen = InstanceLoad()
+        self._earlier_preemptions = 0
+        self._earlier_drafts: DraftCounts | None = None
+        self._earlier_kv = KvCounts()
+        self._busy_since: float | None = None
+        self._keep_every = 1
+        self._num_offered = 0
+
+    def begin(self, load: InstanceLoad) -> None:
+        """A process takes part, with what it has counted before."""
+        self._earlier_preemptions = self.num_preemptions
+        self._earlier_drafts = self.drafts
+        self._earlier_kv = self.kv
+        self._load = self._seen = load
+
+    def count(self, load: InstanceLoad) -> None:
+        """What the process has counted now; what it does not say stays as it was."""
+        if load.drafts is None or load.kv is None:
+            last = self._load
+            load = replace(
+                load, drafts=load.drafts or last.drafts, kv=load.kv or last.kv
+            )
+        self._load = load
+
+    @property
+    def num_preemptions(self) -> int:
+        new = self._load.num_preemptions - self._seen.num_preemptions
+        return self._earlier_preemptions + new
+
+    @property
+    def drafts(self) -> DraftCounts | None:
+        """None if it has never counted any."""
+        now = self._load.drafts
+        if now is None or self._load is self._seen:
+            return self._earlier_drafts
+        new = now if self._seen.drafts is None else now - self._seen.drafts
+        return new if self._earlier_drafts is None else self._earlier_drafts + new
+
+    @property
+    def kv(self) -> KvCounts:
+        now, seen = self._load.kv, self._seen.kv
+        if now is None:
+            return self._earlier_kv
+        return self._earlier_kv + (now if seen is None else now - seen)
+
+    @property
+    def drafts_in_all(self) -> tuple[int, int, int]:
+        """Drafts, their tokens, and of those the accepted; for every sample."""
+        counts = (self._earlier_drafts, self._load.drafts)
+        if not any(counts):
+            return 0, 0, 0
+        seen = _draft_sums(self._seen.drafts)
+        earlier, now = map(_draft_sums, counts)
+        return (
+            earlier[0] + now[0] - seen[0],
+            earlier[1] + now[1] - seen[1],
+            earlier[2] + now[2] - seen[2],
+        )
+
+    @property
+    def kv_in_all(self) -> tuple[int, int]:
+        """Tokens stored and loaded; for every sample."""
+        if self._load.kv is None:
+            return self._earlier_kv.stored_tokens, self._earlier_kv.loaded_tokens
+        kv, now, seen = self._earlier_kv, self._load.kv, self._seen.kv or KvCounts()
+        return (
+            kv.stored_tokens + now.stored_tokens - seen.stored_tokens,
+            kv.loaded_tokens + now.loaded_tokens - seen.loaded_tokens,
+        )
+
+    def set_busy(self, *, busy: bool, now: float) -> None:
+        if busy and self._busy_since is None:
+            self._busy_since = now
+        elif not busy and self._busy_since is not None:
+            self.busy_s += now - self._busy_since
+            self._busy_since = None
+
+    def busy_until(self, now: float) -> float:
+        """Time with work so far."""
+        since = self._busy_since
+        return self.busy_s + (0.0 if since is None else now - since)
+
+    def add_sample(self, sample: TimelineSample, max_samples: int) -> None:
+        self.latest = sample
+        self._num_offered += 1
+        if self._num_offered % self._keep_every == 0:
+            self.samples.append(sample)
+        while len(self.samples) > max_samples:
+            del self.samples[::2]
+            self._keep_every *= 2
+
+    def report(self, num_restarts: int) -> InstanceReport:
+        return InstanceReport(
+            instance_id=self.info.instance_id,
+            num_output_tokens=self.num_tokens,
+            num_chunks=self.num_chunks,
+            num_preemptions=self.num_preemptions,
+            num_restarts=num_restarts,
+            busy_s=self.busy_s,
+            num_kv_blocks=self.info.num_kv_blocks,
+            block_size=self.info.block_size,
+        )
+
+
+def _draft_sums(counts: DraftCounts | None) -> tuple[int, int, int]:
+    if counts is None:
+        return 0, 0, 0
+    return counts.num_drafts, sum(counts.drafted), sum(counts.accepted)
