@@ -76,6 +76,10 @@ def inherited(environ: Mapping[str, str], path: Sequence[str]) -> dict[str, str]
     return {**kept, "PYTHONPATH": os.pathsep.join(folders)}
 
 
+# A child that has run for weeks may have written more than is worth reading at its end.
+_LOG_BYTES = 4 << 20
+
+
 class Log:
     """What a child has written to its log."""
 
@@ -85,10 +89,11 @@ class Log:
         self._start = start
 
     def text(self) -> str:
-        """All of it; empty if it is gone."""
+        """Its last megabytes; empty if it is gone."""
         try:
             with self._path.open("rb") as log:
-                log.seek(self._start)
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(self._start, end - _LOG_BYTES))
                 return log.read().decode(errors="replace")
         except OSError:
             return ""

@@ -130,7 +130,7 @@ class Scheduler:
         self._granularity = granularity
         self._starvation_interval = starvation_interval or _NEVER
         self._num_since_oldest = 0
-        self._group_homes: dict[GroupId, InstanceId] = {}
+        self._group_homes: dict[GroupId, InstanceId] = {}  # one a group of the rollout
         self._num_groups_placed = 0
         self._prompts = SharedPrompts()
         self._shares_prompts = False

@@ -121,8 +121,10 @@ class TokenLog:
         if group is None or not group.prompt_key or not self._max_kept_tokens:
             return
         texts = dict(self._kept.get(group.prompt_key, {}))
-        texts |= {name: bytes(text) for name, text in group.texts.items()}
+        texts |= {name: bytes(text) for name, text in group.texts.items() if text}
         self._drop_kept(group.prompt_key)
+        if not texts:  # it would not count, and so never go
+            return
         for name in list(texts)[:-MAX_KEPT_TEXTS]:
             del texts[name]
         self._kept[group.prompt_key] = texts

@@ -126,6 +126,8 @@ class SimBackend:
             if is_eos and not chunk.sampling["ignore_eos"]:
                 return ChunkEnd(reason="stop", stop_reason=token)
         self._cached[chunk.request_id.encode()] = len(context) - 1
+        if len(self._cached) > self._args["num_kv_blocks"]:  # each holds a block
+            del self._cached[next(iter(self._cached))]
         return ChunkEnd(reason="length")
 
     def _find_cached(self, chunk: Chunk, num_tokens: int) -> int:

@@ -169,7 +169,8 @@ class CheckedAdapter(native.NativeConnectorL2Adapter):  # type: ignore[misc]  # 
     """A disk tier that finds what it reads back changed to be missing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._sums: dict[Any, int] = {}
+        self._sums: dict[Any, int] = {}  # of what is on the disk, or on its way there
+        self._storing: dict[int, list[Any]] = {}
         self._loading: dict[int, tuple[list[Any], list[Any]]] = {}
         super().__init__(*args, **kwargs)
 
@@ -178,10 +179,23 @@ class CheckedAdapter(native.NativeConnectorL2Adapter):  # type: ignore[misc]  # 
             (key, zlib.crc32(memory.byte_array))
             for key, memory in zip(keys, objects, strict=True)
         )
-        return super().submit_store_task(keys, objects)
+        task: int = super().submit_store_task(keys, objects)
+        self._storing[task] = keys
+        return task
+
+    def pop_completed_store_tasks(self) -> Any:
+        done = super().pop_completed_store_tasks()
+        for task, result in done.items():
+            keys = self._storing.pop(task)
+            if not result.is_successful():
+                self._forget(keys)
+        return done
 
     def delete(self, keys: list[Any]) -> None:
         super().delete(keys)
+        self._forget(keys)
+
+    def _forget(self, keys: list[Any]) -> None:
         for key in keys:
             self._sums.pop(key, None)
 
@@ -349,6 +363,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: _exit_now(spec))
     if spec.disk_dir is not None:
         Path(spec.disk_dir).mkdir(parents=True, exist_ok=True)
+    # Bounded by the controller, which sends a line once the last was answered.
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     reader = threading.Thread(target=_read, args=(lines, lifeline), daemon=True)
     reader.start()

@@ -133,3 +133,14 @@ def test_what_is_no_tokens_is_ignored(log):
     log.update_cst("g", "a", -1, tokens(0, 1, 2, 3, 4), now=0.0)
     log.update_cst("g", "a", 3, tokens(4), now=0.0)
     assert given(log, {}) == {"a": [0, [1, 2, 3, 4]]}
+
+
+def test_a_group_without_a_text_leaves_nothing(log):
+    log.register_group("g", b"key", ttl_s=10.0, now=0.0)
+    for i in range(3):
+        log.update_cst(f"h{i}", "a", 5, tokens(1), now=0.0)  # its beginning was lost
+        log.register_group(f"h{i}", b"key %d" % i, ttl_s=10.0, now=0.0)
+        log.finish_group(f"h{i}")
+    assert not log._kept
+    log.finish_group("g")
+    assert list(log._kept) == [b"key"]

@@ -45,3 +45,12 @@ def test_exits_are_told_in_words():
     assert describe_exit(1) == "exited with status 1"
     assert describe_exit(-9) == "was killed by SIGKILL (out of memory?)"
     assert describe_exit(-11) == "was killed by SIGSEGV"
+
+
+def test_of_a_long_log_the_end_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "log"
+    path.write_bytes(b"before" + b"x" * 100 + b"end")
+    assert Log(path, 6).text() == "x" * 100 + "end"
+    monkeypatch.setattr("aseer.children._LOG_BYTES", 5)
+    assert Log(path, 6).text() == "xxend"
+    assert Log(path, path.stat().st_size).text() == ""
