@@ -270,7 +270,7 @@ class Child:
             assert ended is not None  # since it waits
             by_signal = ended.si_code != os.CLD_EXITED
             status = -ended.si_status if by_signal else ended.si_status
-        except ChildProcessError:  # somebody else has taken its status
+        except OSError:  # somebody else has taken its status
             status = self._process.wait()
         with suppress(RuntimeError):  # the loop is closed, and nobody waits
             self._loop.call_soon_threadsafe(self._ended.set_result, status)
