@@ -289,7 +289,7 @@ class GroupResolver:
         elif not text:
             tokens = self._check_ids(items)
         elif can_be_sent(text):
-            tokens = self._tokenizer.encode_text(text)
+            tokens = self._check_ids(self._tokenizer.encode_text(text))
         else:
             raise ConfigError(f"its prompt is no valid Unicode: {text!r:.100}")
         if not tokens:
@@ -313,8 +313,9 @@ class GroupResolver:
                 f"chat_template_kwargs has {own}, which aseer sets itself; leave them "
                 "out (tools are Group(tools=...))"
             )
-        return self._tokenizer.encode_chat(
-            messages, tools=group.tools, template_kwargs=settings
+        encode = self._tokenizer.encode_chat
+        return self._check_ids(
+            encode(messages, tools=group.tools, template_kwargs=settings)
         )
 
     def _check_ids(self, items: list[Any]) -> list[int]:

@@ -13,6 +13,7 @@ import numpy as np
 from hypothesis import given, settings
 
 from aseer.buffer import RequestBuffer
+from aseer.config import EngineConfig
 from aseer.controller import Controller
 from aseer.errors import ConfigError
 from aseer.groups import Group, GroupResolver
@@ -150,3 +151,13 @@ def test_what_is_accepted_can_be_scheduled_by_any_policy(groups):
         commands = controller.add_groups(some, 0.0)
         assert bool(chunks_in(commands)) == bool(some)
         controller.check_integrity()
+
+
+@given(st.dictionaries(TEXTS | KEYS, SCHEMAS, max_size=3))
+def test_engine_arguments_that_are_accepted_arrive_as_they_are(args):
+    try:
+        config = EngineConfig(model="m", engine_args=args)
+    except ConfigError:
+        return
+    sent = msgspec.json.encode(config.engine_args)  # as processes are started with
+    assert msgspec.json.decode(sent) == config.engine_args

@@ -266,6 +266,14 @@ def test_settings_in_the_arrays_of_numpy_are_plain_in_the_task():
     assert type(sampling["stop"][0]) is str
 
 
+@pytest.mark.parametrize("prompt", ["x" * 1000, [CHAT[0] | {"content": "x" * 1000}]])
+def test_ids_that_a_tokenizer_makes_are_the_models_too(prompt):
+    with pytest.raises(
+        ConfigError, match=r"'a': its prompt has token id 1000; this mo"
+    ):
+        resolver().resolve(Group(prompt, group_id="a"))
+
+
 def test_what_a_chat_is_rendered_with_is_the_groups():
     r = resolver()
     tools = [{"type": "function"}]
