@@ -223,6 +223,7 @@ class VllmBackend:
             config.revision,
             dtype_name(config.dtype),
             declares_tied=declares_tied,
+            num_layers=getattr(config.hf_text_config, "num_hidden_layers", None),
         )
 
     async def prepare_weights(self, index: str) -> None:

@@ -59,11 +59,14 @@ class ModelSpec(msgspec.Struct, frozen=True):
         tied: names of the one tensor that is both the input embedding's and the output
             layer's, as far as the checkpoint has them, the embedding's first; empty if
             these are two tensors, or not known.
+        optional: what the checkpoint has, and neither trainers nor what samples need:
+            layers that predict more than the next token.
     """
 
     tensors: dict[str, TensorSpec]
     dtype: str
     tied: list[str] = []
+    optional: list[str] = []
 
     def names_of(self, key: str) -> list[str]:
         """Names under which engines are given a tensor."""
@@ -85,11 +88,18 @@ class ModelSpec(msgspec.Struct, frozen=True):
     def least_bytes(self) -> int:
         """No complete weights are written in fewer bytes."""
         smallest = dict.fromkeys(ROUNDABLE, "BF16")
+        required = self.required
         return sum(
             TensorSpec(smallest.get(spec.dtype, spec.dtype), spec.shape).num_bytes
             for name, spec in self.tensors.items()
-            if name not in self.tied[1:] and is_weight(name)
+            if name in required
         )
+
+    @property
+    def required(self) -> set[str]:
+        """What must be given; of tied names it is the first, for any of them."""
+        names = self.tensors.keys() - set(self.tied[1:]) - set(self.optional)
+        return {name for name in names if is_weight(name)}
 
 
 class Accepted(NamedTuple):
@@ -159,13 +169,8 @@ class WeightCheck:
             WeightUpdateError: something is.
         """
         tensors = self._model.tensors
-        missing = [
-            name
-            for name in tensors
-            if name not in self._seen
-            and name not in self._model.tied[1:]
-            and is_weight(name)
-        ]
+        required = self._model.required - self._seen.keys()
+        missing = [name for name in tensors if name in required]
         if missing:
             named = ", ".join(map(repr, missing[:_MAX_NAMED]))
             more = " and others" if len(missing) > _MAX_NAMED else ""

@@ -16,7 +16,7 @@ import msgspec
 
 from aseer.errors import WeightUpdateError
 from aseer.weights.checks import DTYPE_BYTES, ModelSpec, TensorSpec
-from aseer.weights.names import embedding_of, is_output_layer
+from aseer.weights.names import embedding_of, is_output_layer, predicts_further
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -182,7 +182,12 @@ def index_checkpoint(directory: Path) -> Index:
 
 
 def describe_checkpoint(
-    model: str, revision: str | None, dtype: str, *, declares_tied: bool
+    model: str,
+    revision: str | None,
+    dtype: str,
+    *,
+    declares_tied: bool,
+    num_layers: int | None = None,
 ) -> ModelSpec:
     """What an engine takes that was started from a checkpoint.
 
@@ -193,6 +198,7 @@ def describe_checkpoint(
         declares_tied: whether the model's settings say that its output layer has the
             input embedding's weight. Where the checkpoint has both nevertheless,
             engines tie them only if they are equal.
+        num_layers: of the language model; None = not known.
     Raises:
         WeightUpdateError: it is not a safetensors checkpoint.
     """
@@ -212,25 +218,26 @@ def describe_checkpoint(
         directory = Path(found)
     index = index_checkpoint(directory)
     specs = {tensor.name: tensor.spec for tensor in index.tensors}
-    return ModelSpec(specs, dtype, _tied(index, specs, declares_tied=declares_tied))
+    optional = [name for name in specs if predicts_further(name, num_layers)]
+    own = [tensor for tensor in index.tensors if tensor.name not in set(optional)]
+    tied = _tied(Index(index.files, own), declares_tied=declares_tied)
+    return ModelSpec(specs, dtype, tied, optional)
 
 
-def _tied(
-    index: Index, specs: dict[str, TensorSpec], *, declares_tied: bool
-) -> list[str]:
-    embedding = embedding_of(specs)
-    heads = [name for name in specs if is_output_layer(name)]
+def _tied(index: Index, *, declares_tied: bool) -> list[str]:
+    names = [tensor.name for tensor in index.tensors]
+    embedding = embedding_of(names)
+    heads = [name for name in names if is_output_layer(name)]
     if embedding is None or len(heads) > 1:
         return []
-    names = [embedding, *heads]
     if heads:
-        pair = [tensor for tensor in index.tensors if tensor.name in names]
+        pair = [t for t in index.tensors if t.name in (embedding, heads[0])]
         if not declares_tied or pair[0].spec != pair[1].spec:
             return []
         one, other = (values for _, values in map_tensors(Index(index.files, pair)))
         if not one.equal(other):
             return []
-    return names
+    return [embedding, *heads]
 
 
 def dtype_name(dtype: Any) -> str:

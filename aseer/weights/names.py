@@ -7,6 +7,7 @@ embedding and the output layer share has one name or two.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +30,13 @@ _EMBEDDINGS = frozenset(
     }
 )
 _OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "output_layer", "output"})
+# Of multi-token prediction, where it has a name of its own. Else (DeepSeek-V3, GLM-4.5)
+# its layers follow a language model's last.
+_FURTHER = re.compile(r"mtp(_.*)?")
+_LAYER = re.compile(
+    r"(?:model|model\.language_model|language_model\.model|language_model)"
+    r"\.layers\.(\d+)\."
+)
 # Computed at the start by models that still save them; engines skip them.
 _NOT_WEIGHTS = (
     "rotary_emb.inv_freq",
@@ -60,6 +68,20 @@ def _forms(parts: list[str]) -> Iterator[str]:
 def is_weight(name: str) -> bool:
     """Whether engines load it."""
     return not name.endswith(_NOT_WEIGHTS)
+
+
+def predicts_further(name: str, num_layers: int | None) -> bool:
+    """Whether it is of layers that predict more than the next token.
+
+    Checkpoints have them for speculation; what samples, and trainers, do without.
+
+    Args:
+        num_layers: of the model without them; None = not known.
+    """
+    if any(_FURTHER.fullmatch(part) for part in name.split(".")):
+        return True
+    layer = _LAYER.match(name)
+    return layer is not None and num_layers is not None and int(layer[1]) >= num_layers
 
 
 def is_output_layer(name: str) -> bool:

@@ -151,6 +151,31 @@ def test_what_is_tied_is_told_by_the_checkpoint_and_its_settings(
     assert model.tensors.keys() == tensors.keys()
 
 
+def test_layers_that_predict_further_may_be_given_or_not(tmp_path):
+    """They have a head of their own, which is not the model's."""
+    source = tmp_path / "engine"
+    source.mkdir()
+    own = {EMBEDDING: torch.randn(8, 4), "model.layers.0.w": torch.randn(4)}
+    further = {
+        "mtp.fc.weight": torch.randn(4),
+        "model.layers.1.embed_tokens.weight": torch.randn(8, 4),
+        "model.layers.1.shared_head.output.weight": torch.randn(8, 4),
+    }
+    safetensors.save_file(own | further, source / "model.safetensors")
+    model = describe_checkpoint(
+        str(source), None, "F32", declares_tied=False, num_layers=1
+    )
+    assert set(model.optional) == further.keys()
+    assert model.tied == [EMBEDDING]
+    for number, given in enumerate((own, own | further)):
+        index = send(given, model, tmp_path / f"{number}")
+        found = dict(map_tensors(index))
+        assert found.keys() == given.keys()
+        assert all(torch.equal(found[name], given[name]) for name in found)
+    with pytest.raises(WeightUpdateError, match=r"not given: 'model.layers.0.w'"):
+        send({EMBEDDING: own[EMBEDDING]} | further, model, tmp_path / "new")
+
+
 def test_a_checkpoint_that_is_not_at_hand_is_said():
     with pytest.raises(WeightUpdateError, match="'no/such/model' is not at hand"):
         describe_checkpoint("/no/such/model"[1:], None, "F32", declares_tied=False)

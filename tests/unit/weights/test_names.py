@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from aseer.weights.names import embedding_of, is_output_layer, is_weight, unwrapped
+from aseer.weights.names import (
+    embedding_of,
+    is_output_layer,
+    is_weight,
+    predicts_further,
+    unwrapped,
+)
 
 KNOWN = {"model.layers.0.mlp.up.weight", "vision.module.proj.weight", "lm_head.weight"}
 
@@ -41,6 +47,10 @@ def test_a_name_is_the_known_one_without_its_wrappers(given, meant):
             ["transformer.wte.weight", "transformer.wpe.weight"],
             "transformer.wte.weight",
         ),
+        (
+            ["model.language_model.embed_tokens.weight", "model.visual.pos.weight"],
+            "model.language_model.embed_tokens.weight",
+        ),
         (["model.embed_tokens_per_layer.weight"], None),
         (["a.embed_tokens.weight", "b.embed_tokens.weight"], None),  # which is it?
         (["embed_tokens.bias"], None),
@@ -57,3 +67,23 @@ def test_output_layers_and_what_is_no_weight_are_known_by_their_names():
     assert not is_output_layer("model.layers.0.output.dense.weight")
     assert not is_weight("model.layers.3.self_attn.rotary_emb.inv_freq")
     assert is_weight("model.layers.3.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_layers", "further"),
+    [
+        ("mtp.fc.weight", 48, True),  # Qwen3-Next
+        ("model.mtp_layers.0.norm.weight", 48, True),
+        ("model.layers.61.embed_tokens.weight", 61, True),  # DeepSeek-V3
+        ("model.language_model.layers.46.eh_proj.weight", 46, True),
+        ("model.layers.46.mlp.up_proj.weight", 92, False),  # GLM-4.5
+        ("model.layers.46.mlp.up_proj.weight", None, False),
+        ("vision_model.encoder.layers.46.mlp.fc1.weight", 28, False),
+        ("model.layers.0.mlp.up_proj.weight", 28, False),
+        ("lm_head.weight", 28, False),
+    ],
+)
+def test_layers_that_predict_further_are_told_from_a_models_own(
+    name, num_layers, further
+):
+    assert predicts_further(name, num_layers) == further
