@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 -- annotations are resolved at run time, too
 from typing import Any, Literal, get_args
 
-from aseer.engine_args import check_engine_args
+from aseer.engine_args import check_engine_args, has_drafter
 from aseer.fields import (
     check_directory,
     check_int,
@@ -284,7 +284,8 @@ class EngineConfig:
                 raise refusal(name, getattr(self, name), "a mapping")
         for name in ("engine_args", "kv_transfer_config"):
             set_field(self, name, as_data(getattr(self, name), name))
-        check_engine_args(self.engine_args)
+        method = check_speculation(self.speculation).method
+        check_engine_args(self.engine_args, method)
         set_field(self, "env", dict(variable(*item) for item in self.env.items()))
         check_directory(self, "log_dir")
         check_directory(self, "weights_dir")
@@ -313,6 +314,12 @@ def check_speculation(
     if isinstance(speculation, SpeculationConfig):
         return speculation
     return SpeculationConfig(method=speculation)
+
+
+def is_speculating(config: EngineConfig) -> bool:
+    """Whether engines draft, by aseer's methods or by a drafter of the user's."""
+    method = check_speculation(config.speculation).method
+    return method != "off" or has_drafter(config.engine_args)
 
 
 def check_kv_pool(kv_pool: KvPoolConfig | KvPoolMode) -> KvPoolConfig:

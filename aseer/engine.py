@@ -16,7 +16,7 @@ from aseer.config import (
     check_chunk_size,
     check_policy,
     check_sleep_level,
-    check_speculation,
+    is_speculating,
 )
 from aseer.errors import ConfigError, EngineClosedError, EngineError
 from aseer.groups import GroupResolver
@@ -377,7 +377,7 @@ class Engine:
             host.limits,
             self._tokenizer,
             config.sampling,
-            speculating=check_speculation(config.speculation).method != "off",
+            speculating=is_speculating(config),
             needs_lengths=chosen == "longest-first",
         )
         return Work(

@@ -34,10 +34,6 @@ _OWN: Mapping[str, str] = {
     "kv_cache_memory_bytes": "kv_cache_bytes",
     "kv_transfer_config": "kv_transfer_config",
     "kv_offloading_size": "kv_pool or kv_transfer_config",
-    "speculative_config": "speculation",
-    "spec_method": "speculation",
-    "spec_model": "speculation",
-    "spec_tokens": "speculation",
 }
 
 _OTHER_LAYOUT = "an engine's GPUs are counted as gpus_per_instance, all of them tensor "
@@ -85,12 +81,22 @@ _REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "skip_tokenizer_init": ((False,), _NO_TEXT),
     "tokens_only": ((False,), _NO_TEXT),
 }
+# A drafter of the user's, which goes with no other.
+_DRAFTER = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 _CLASS_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
-def check_engine_args(args: Mapping[str, Any]) -> None:
+def has_drafter(args: Mapping[str, Any]) -> bool:
+    """Whether vLLM is told to speculate by a drafter of the user's."""
+    return any(args.get(name) is not None for name in _DRAFTER)
+
+
+def check_engine_args(args: Mapping[str, Any], method: str) -> None:
     """Refuse what aseer sets itself or cannot live with.
 
+    Args:
+        args: as they are given.
+        method: of the engine's speculation.
     Raises:
         ConfigError: there is one; it is named, with what to do instead.
     """
@@ -103,6 +109,11 @@ def check_engine_args(args: Mapping[str, Any]) -> None:
                 f"engine_args has {name}={value!r:.100}, which aseer does not support: "
                 f"{advice}"
             )
+    if method != "off" and has_drafter(args):
+        raise ConfigError(
+            f"engine_args has a drafter of its own, and speculation={method!r} sets "
+            f"another; leave {', '.join(_DRAFTER)} out, or set speculation='off'"
+        )
     extension = args.get("worker_extension_cls")
     if extension and not (
         isinstance(extension, str) and _CLASS_NAME.fullmatch(extension)

@@ -18,8 +18,9 @@ from aseer.config import (
     SpeculationConfig,
     check_chunk_size,
     check_policy,
+    is_speculating,
 )
-from aseer.engine_args import _OWN, _REFUSED
+from aseer.engine_args import _DRAFTER, _OWN, _REFUSED
 from aseer.errors import ConfigError
 from aseer.policies import POLICIES
 
@@ -120,8 +121,6 @@ def test_an_engine_argument_that_goes_wrong_later_is_refused_by_name(
 @pytest.mark.parametrize(
     ("argument", "instead"),
     [
-        ("speculative_config", "speculation"),
-        ("spec_method", "speculation"),
         ("kv_offloading_size", "kv_pool"),
         ("device_ids", "gpus"),
         ("max_num_active_seqs", "max_num_seqs"),
@@ -133,6 +132,16 @@ def test_an_engine_argument_that_another_setting_has_is_refused_with_it(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{argument!r}; use instead: {instead}"):
         EngineConfig(model="m", engine_args={argument: 1})
+
+
+@pytest.mark.parametrize("name", ["speculative_config", "spec_method", "spec_model"])
+def test_a_drafter_of_the_users_goes_with_no_other(name: str) -> None:
+    args = {name: "ngram"}
+    with pytest.raises(ConfigError, match=r"speculation='dgds' sets another"):
+        EngineConfig(model="m", speculation="dgds", engine_args=args)
+    assert is_speculating(EngineConfig(model="m", engine_args=args))
+    assert is_speculating(EngineConfig(model="m", speculation="dgds"))
+    assert not is_speculating(EngineConfig(model="m", engine_args={name: None}))
 
 
 def test_an_engine_argument_that_changes_nothing_goes_through() -> None:
@@ -160,7 +169,7 @@ def test_every_argument_that_is_refused_is_one_of_vllms() -> None:
     if source is None or source.origin is None:
         pytest.skip("vLLM is not installed")
     text = (Path(source.origin).parent / "engine" / "arg_utils.py").read_text()
-    for name in {**_OWN, **_REFUSED}:
+    for name in (*_OWN, *_REFUSED, *_DRAFTER):
         assert re.search(rf"^    {name}: ", text, re.MULTILINE), name
 
 
