@@ -101,9 +101,10 @@ class RequestBuffer:
         """Whether the group was added."""
         return group_id in self._groups or group_id in self._finished_groups
 
-    def chunk_owner(self, chunk_id: ChunkId) -> Request | None:
-        """The request whose chunk runs under that id; None if it is over."""
-        return self._chunks.get(chunk_id)
+    @property
+    def chunk_owner(self) -> Callable[[ChunkId], Request | None]:
+        """Tells the request whose chunk runs under an id; None if it is over."""
+        return self._chunks.get
 
     def add_group(self, task: Task, now: float) -> list[Request]:
         """Split a group into its requests, all WAITING; the first is the probe.

@@ -87,11 +87,7 @@ class Controller:
         return len(self.scheduler)
 
     def is_group_finished(self, group_id: GroupId) -> bool:
-        """Whether all its requests are over.
-
-        Raises:
-            KeyError: no such group.
-        """
+        """Whether all its requests are over; a KeyError if there is no such group."""
         self.buffer.group(group_id)
         return not self._unfinished_in_group.get(group_id)
 
@@ -122,7 +118,6 @@ class Controller:
                 raise ValueError(f"group {task.group_id!r} is in this rollout already")
             ids.add(task.group_id)
         self._forget_finished()
-        num_arrived = self._num_arrived
         try:
             for task in tasks:
                 self._add_group(task, now)
@@ -130,7 +125,6 @@ class Controller:
             for task in tasks:
                 self.scheduler.remove_group(task.group_id)
                 self._forget(task.group_id, was_taken=False)
-            self._num_arrived = num_arrived
             raise
         self.counters.num_groups += len(tasks)
         return self.schedule(now)
@@ -163,11 +157,19 @@ class Controller:
         self._forget_finished()
         commands: list[Command] = []
         ended = False
+        grown: list[Request] = []
+        owner = self.buffer.chunk_owner
         for report in reports:
-            request = self.buffer.chunk_owner(report.chunk_id)
+            request = owner(report.chunk_id)
             if request is None:
                 continue
             chunk, intake = request.chunk, request.intake
+            if report.end is None and report.num_cached_tokens is None:
+                num_new = intake.extend(report)
+                if num_new >= 0:  # as nearly always
+                    self.counters.num_output_tokens += num_new
+                    grown.append(request)
+                    continue
             assert chunk is not None
             num_before = len(request.tokens)
             is_first = intake.num_cached_tokens is None
@@ -179,7 +181,7 @@ class Controller:
                     chunk.group_id, chunk.instance_id, chunk.request_id
                 )
             if outcome in ("running", "broken"):
-                self.running.grew(chunk.instance_id, request)
+                grown.append(request)
                 if outcome == "broken":
                     commands.append(Abort(chunk.instance_id, chunk.chunk_id))
                 continue
@@ -189,6 +191,7 @@ class Controller:
                 commands += self._finish(request)
             else:
                 self._enqueue(request)
+        self.running.grew(grown)
         return commands + self.schedule(now) if ended else commands
 
     def cancel_group(self, group_id: GroupId, now: float) -> list[Command]:
@@ -206,9 +209,8 @@ class Controller:
         """End every group early."""
         self._forget_finished()
         commands: list[Command] = []
-        for group_id, num_unfinished in list(self._unfinished_in_group.items()):
-            if num_unfinished:
-                commands += self._cancel(group_id, now)
+        for group_id in list(self._unfinished_in_group):
+            commands += self._cancel(group_id, now)
         return commands
 
     def fail_all(self, now: float, why: str) -> list[Command]:
@@ -238,7 +240,7 @@ class Controller:
             )
             self.running.start(where, chunk.chunk_id, request)
             self.counters.num_chunks += 1
-            self.counters.num_migrations += before is not None and before != where
+            self.counters.num_migrations += before not in (None, where)
             commands.append(Dispatch(chunk))
         return commands
 
@@ -266,12 +268,9 @@ class Controller:
     def check_integrity(self) -> None:
         """Assert that the parts agree; changes nothing."""
         self.buffer.check_integrity()
-        waiting = {
-            r.request_id
-            for r in self.buffer.requests()
-            if r.state is RequestState.WAITING
-        }
-        assert waiting == {i for i in waiting if i in self.scheduler}
+        requests = self.buffer.requests()
+        waiting = [r.request_id for r in requests if r.state is RequestState.WAITING]
+        assert all(i in self.scheduler for i in waiting)
         assert len(waiting) == len(self.scheduler)
         self.running.check_integrity()
         for instance_id in self.running:

@@ -60,6 +60,32 @@ class Intake:
         self.num_cached_tokens: int | None = None
         self.is_broken = False
 
+    def extend(self, report: ChunkProgress) -> int:
+        """Append the very next tokens, the usual case; how many they are.
+
+        Returns:
+            -1, and nothing is taken: it is not as simple as that, so `take` it.
+        """
+        tokens, logprobs = report.tokens, report.logprobs
+        start, num_bytes = self._num_tokens, len(tokens)
+        num = num_bytes // _TOKEN_BYTES
+        end = start + num
+        if (
+            report.start != start
+            or num_bytes != num * _TOKEN_BYTES
+            or num_bytes != len(logprobs)
+            or end > self._max_tokens
+            or report.text_start != self._text_length
+        ):
+            return -1
+        self._tokens.frombytes(tokens)
+        self._logprobs.frombytes(logprobs)
+        self._num_tokens = end
+        if report.text:
+            self._text.append(report.text)
+            self._text_length += len(report.text)
+        return num
+
     def take(self, report: ChunkProgress) -> bool:
         """Append what of a report is new; False, and nothing, if it is refused."""
         num = len(report.tokens) // _TOKEN_BYTES

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from aseer.buffer import Request
     from aseer.types import ChunkId, InstanceId
@@ -72,14 +72,25 @@ class RunningChunks:
             self._touched.add(instance_id)
             instance.longest = request
         instance.chunks[chunk_id] = request
-        self.grew(instance_id, request)
-
-    def grew(self, instance_id: InstanceId, request: Request) -> None:
-        """A request that runs there has more tokens, maybe."""
-        instance = self._instances[instance_id]
         longest = instance.longest
         if longest is not None and len(request.tokens) > len(longest.tokens):
             instance.longest = request
+
+    def grew(self, requests: Iterable[Request]) -> None:
+        """Requests that ran have more tokens, maybe; some may run no more."""
+        where: InstanceId | None = None
+        instance: _Instance | None = None
+        for request in requests:
+            chunk = request.chunk
+            if chunk is None:
+                continue
+            if chunk.instance_id != where:
+                where = chunk.instance_id
+                instance = self._instances[where]
+            assert instance is not None
+            longest = instance.longest
+            if longest is not None and len(request.tokens) > len(longest.tokens):
+                instance.longest = request
 
     def end(self, instance_id: InstanceId, chunk_id: ChunkId) -> None:
         """A chunk is over."""

@@ -11,9 +11,16 @@ the parts that decide: scheduler, waiting queue, fleet, length context, KV resid
 reports, keeps every request's tokens and history, and builds the chunks and the
 responses. Its tokens are scaled down so that they fit in memory.
 
-Expected: at most 50 us a decision for every policy, since a decision is two moves in a
-tree of 125,000 groups, two passes over arrays of 1,000 instances, and some thirty calls
-in Python; half as much again for the whole controller.
+`context-aware, one pool` has a KV pool that all instances share, so that all of them
+hold a request's KV. `reporting_cores` is the share of a core that a whole controller
+and its recorder take while 256 requests run on each of 1,000 instances and every
+instance reports new tokens of all of them four times a second (`reporting.py`).
+
+Expected: at most 50 us a decision for every policy, with a pool or without, since a
+decision is two moves in a tree of 125,000 groups, two passes over arrays of 1,000
+instances, and some thirty calls in Python; half as much again for the whole controller.
+Reports take a core or so: a million times a second two arrays grow, at about a
+microsecond each.
 
 The mix is that of long rollouts: siblings of similar length, 11 chunks a response on
 average, instances short of KV rather than of places, so that most ends leave room that
@@ -35,6 +42,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from common import print_result, quantiles, result_line
+from reporting import REPORTS_PER_S, Reporting
 
 from aseer.context import ContextManager
 from aseer.controller import Controller, Dispatch
@@ -42,6 +50,7 @@ from aseer.kv.residency import KvResidency
 from aseer.policies import POLICIES
 from aseer.scheduler import Scheduler
 from aseer.types import (
+    NO_POOL,
     Assignment,
     ChunkEnd,
     ChunkProgress,
@@ -62,6 +71,8 @@ if TYPE_CHECKING:
     from aseer.types import Chunk
 
 MEASURED: tuple[PolicyName, ...] = ("context-aware", "fcfs")
+POOLED = "context-aware, one pool"
+REPORTING_ROUNDS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +183,16 @@ def timed(calls: Iterator[int]) -> tuple[Cost, int, int]:
 class Deciding:
     """The parts that decide, and what they are told."""
 
-    def __init__(self, policy: PolicyName, settings: Settings) -> None:
+    def __init__(
+        self, policy: PolicyName, settings: Settings, *, pooled: bool = False
+    ) -> None:
         self.num_events = self.num_decisions = self.num_finished = 0
         self._rng = random.Random(settings.seed)
         self._max_tokens = settings.max_tokens
         self._context = ContextManager()
         self._residency = KvResidency()
+        if pooled:
+            self._residency.use_pool(settings.block_size, lambda _: 0)
         self._scheduler = Scheduler(
             POLICIES[policy],
             chunk_size=settings.chunk_size,
@@ -188,7 +203,7 @@ class Deciding:
         self._running: list[Assignment] = []
         self._add_groups(settings)
         for info in instances(settings):
-            self._scheduler.fleet.add(info)
+            self._scheduler.add_instance(info, 0 if pooled else NO_POOL)
             self._residency.add_instance(
                 info.instance_id, info.num_kv_blocks, info.block_size
             )
@@ -362,13 +377,13 @@ class Controlling:
                 self.num_finished += 1
 
 
-def measure(arms: Mapping[PolicyName, Arm], settings: Settings) -> dict[str, Any]:
-    """Figures by policy; the policies take turns."""
+def measure(arms: Mapping[str, Arm], settings: Settings) -> dict[str, Any]:
+    """Figures by arm; the arms take turns."""
     for arm in arms.values():
         for _ in range(settings.warmup_batches):
             arm.batch(settings.events_per_batch)
         arm.num_events = arm.num_decisions = 0
-    costs: dict[PolicyName, list[Cost]] = {policy: [] for policy in arms}
+    costs: dict[str, list[Cost]] = {policy: [] for policy in arms}
     for i in range(settings.num_batches):
         for policy in list(arms)[:: 1 if i % 2 else -1]:
             costs[policy].append(arms[policy].batch(settings.events_per_batch))
@@ -385,23 +400,45 @@ def measure(arms: Mapping[PolicyName, Arm], settings: Settings) -> dict[str, Any
     }
 
 
+def measure_reports(settings: Settings) -> dict[str, Any]:
+    """What a report costs while nothing ends."""
+    arm = Reporting(
+        (replace(info, num_kv_blocks=1 << 30) for info in instances(settings)),
+        settings.max_tokens,
+    )
+    arm.round()  # every array's first tokens
+    costs = [arm.round() for _ in range(REPORTING_ROUNDS)]
+    return {
+        "us_per_report": quantiles(costs),
+        "reports_per_s": REPORTS_PER_S * settings.num_instances,
+        "num_running": arm.num_running,
+    }
+
+
 def run(settings: Settings, scaled: Settings) -> dict[str, Any]:
     """All figures."""
     deciding = measure({p: Deciding(p, settings) for p in MEASURED}, settings)
     gc.collect()  # a million requests, before the next million
     policy = MEASURED[0]
+    deciding |= measure({POOLED: Deciding(policy, settings, pooled=True)}, settings)
+    gc.collect()
     controlling = measure({policy: Controlling(policy, scaled)}, scaled)
+    gc.collect()
+    reporting = measure_reports(settings)
     slowest = max(
         (figures["us_per_decision"] for figures in deciding.values()),
         key=lambda cost: float(cost["median"]),
     )
+    us_per_report = reporting["us_per_report"]["median"]
     return {
         "us_per_decision": slowest["median"],
         "us_per_decision_p10": slowest["p10"],
         "us_per_decision_p90": slowest["p90"],
         "controller_us_per_decision": controlling[policy]["us_per_decision"]["median"],
+        "reporting_cores": round(us_per_report * reporting["reports_per_s"] / 1e6, 3),
         "policies": deciding,
         "controller": controlling,
+        "reporting": reporting,
         "load_average": round(os.getloadavg()[0], 1),
     }
 

@@ -26,7 +26,10 @@ NEEDS_VLLM = pytest.mark.skipif(
     ("name", "keys"),
     [
         ("overhead", {"ratio_undivided", "ratio_chunks_256"}),
-        ("scheduler", {"us_per_decision", "controller_us_per_decision"}),
+        (
+            "scheduler",
+            {"us_per_decision", "controller_us_per_decision", "reporting_cores"},
+        ),
         ("simulate", {"workloads"}),
         ("order", {"workloads"}),
         pytest.param(
