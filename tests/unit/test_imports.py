@@ -32,6 +32,7 @@ CORE = {
     "aseer.counters": BASE | {"aseer.buffer"},
     "aseer.buffer": BASE | {"aseer.intake", "aseer.request"},
     "aseer.intake": BASE,
+    "aseer.transport.link": BASE,
     "aseer.context": BASE,
     "aseer.fleet": BASE | {"aseer._core"},
     "aseer.waiting": BASE | {"aseer._core"},
