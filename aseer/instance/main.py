@@ -140,7 +140,11 @@ class Instance:
             except Exception as error:
                 _log.exception("%s failed", ask.what)
                 answer = Answer(ask.ask_id, error=describe(error))
-            await self._dealer.send(answer)
+            try:
+                await self._dealer.send(answer)
+            except Exception as error:  # it is too large, or of no type that is sent
+                _log.exception("what %s returned cannot be sent", ask.what)
+                await self._dealer.send(Answer(ask.ask_id, error=describe(error)))
 
     async def _report(self) -> None:
         while True:
