@@ -243,7 +243,7 @@ class EngineConfig:
         if self.tokenizer is not None:
             set_field(self, "tokenizer", model_name("tokenizer", self.tokenizer))
         dtype = as_text(self.dtype)
-        if dtype is None:
+        if not dtype or not can_be_sent(dtype):
             raise refusal("dtype", self.dtype, 'a name, such as "bfloat16"')
         set_field(self, "dtype", dtype)
         for name in ("num_instances", "max_model_len", "max_num_seqs"):

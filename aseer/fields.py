@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aseer.errors import ConfigError
-from aseer.plain import INT32_MAX, as_float, as_int, as_list, as_text
+from aseer.plain import INT32_MAX, as_float, as_int, as_list, as_text, can_be_sent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,8 +76,8 @@ def gpu_ids(gpus: object) -> tuple[str, ...]:
 def model_name(name: str, given: object) -> str:
     """A model's name; of what lies on this machine the whole path."""
     text = str(given) if isinstance(given, Path) else as_text(given)
-    if not text:
-        raise refusal(name, given, "a model name or a directory")
+    if not text or not can_be_sent(text):
+        raise refusal(name, given, "a model name or a directory, in valid Unicode")
     try:
         is_path = isinstance(given, Path) or Path(text).exists()
     except OSError:  # too long for one
@@ -92,8 +92,8 @@ def check_directory(config: object, name: str) -> None:
     if given is None:
         return
     text = str(given) if isinstance(given, Path) else as_text(given)
-    if not text or "\0" in text:
-        raise refusal(name, given, "a directory, or None")
+    if not text or "\0" in text or not can_be_sent(text):
+        raise refusal(name, given, "a directory, in valid Unicode, or None")
     set_field(config, name, Path(text).absolute())
 
 

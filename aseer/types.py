@@ -412,7 +412,9 @@ class Response:
     Attributes:
         logprobs: float32 values, one a token: the logprob of the sampled token under
             the distribution it was drawn from (after temperature, top-p, top-k and
-            penalties).
+            penalties). All are finite: a token for which an engine says anything else
+            (NaN, or -inf, which no token that was drawn can have) is not delivered, and
+            its request ends as an `error`.
         text: decoded tokens, without the stop string (unless asked for) and without
             special tokens (unless asked for).
         finish_reason: `stop` (an end token or a stop string), `length` (max_tokens or
