@@ -248,15 +248,13 @@ class InstancePool:
             slot.kill(why)
 
     def _on_hello(self, slot: Slot, protocol: int, info: InstanceInfo) -> None:
+        counts = (info.num_kv_blocks, info.block_size, info.max_num_seqs)
         if protocol != PROTOCOL_VERSION:
-            slot.failure = (
+            slot.kill(
                 f"it speaks protocol {protocol}, this is {PROTOCOL_VERSION}: the "
                 "engine process runs another version of aseer"
             )
-            if slot.process is not None:
-                slot.process.kill()
             return
-        counts = (info.num_kv_blocks, info.block_size, info.max_num_seqs)
         if info.instance_id != slot.instance_id or min(counts) < 1:
             slot.kill(f"its hello makes no sense: {info}")
             return
@@ -350,7 +348,7 @@ class InstancePool:
     def _start_error(
         self, slot: Slot, process: InstanceProcess, what: str
     ) -> InstanceStartError:
-        own = self._own_cause(slot, process) or process.cause()
+        own = self._own_cause(slot, process) or slot.killed_because or process.cause()
         cause = f"; cause: {own}" if own else ""
         return InstanceStartError(
             f"instance {slot.instance_id} ({slot.launch.share}) {what}{cause}\n"

@@ -39,7 +39,10 @@ def test_an_instance_whose_hello_is_wrong_is_killed(hello: Hello, why: str) -> N
     kills: list[int] = []
     slot.process = SimpleNamespace(kill=lambda: kills.append(1))  # type: ignore[assignment]
     pool.on_message(slot.identity, hello)
-    said = slot.killed_because or slot.failure or ""
-    assert said.startswith(why)
+    assert (slot.killed_because or "").startswith(why)
     assert bool(kills) == bool(why)
+    process: Any = SimpleNamespace(cause=lambda: "a signal", log_tail=lambda: "")
+    assert f"cause: {why or 'a signal'}" in str(
+        pool._start_error(slot, process, "died")
+    )
     assert slot.said_hello.is_set() == (not why)
