@@ -27,6 +27,7 @@ from aseer.plain import (
     as_float,
     as_int,
     as_text,
+    can_be_sent,
 )
 from aseer.sampling import SamplingParams
 
