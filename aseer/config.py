@@ -145,7 +145,8 @@ class EngineConfig:
     """Settings of an `aseer.Engine`.
 
     Attributes:
-        model: a Hugging Face model name or a directory, as vLLM takes it.
+        model: a Hugging Face model name or a directory, as vLLM takes it. Directories
+            that are not whole paths are those of when the settings are made.
         tokenizer: name or directory; None = the model's.
         num_instances: vLLM engines to start; None = one for every `gpus_per_instance`
             of the GPUs, or on a CPU one a core, at most 2.
@@ -199,7 +200,9 @@ class EngineConfig:
             over the engine's life.
         max_request_retries: instances that may die while they run a request; if one
             more does, the request ends as an error.
-        engine_args: further arguments of vLLM's AsyncEngineArgs, as plain data.
+        engine_args: further arguments of vLLM's AsyncEngineArgs, as plain data. Those
+            that change what aseer counts or needs are refused by name; a
+            `worker_extension_cls` is joined with aseer's own.
         env: environment variables of the engine processes.
         log_dir: where engine logs go and stay; None = with the socket directory,
             removed at close.

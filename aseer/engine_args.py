@@ -36,20 +36,31 @@ _OWN: Mapping[str, str] = {
     "kv_offloading_size": "kv_pool or kv_transfer_config",
 }
 
-_OTHER_LAYOUT = "an engine's GPUs are counted as gpus_per_instance, all of them tensor "
-_OTHER_LAYOUT += "parallel: leave it out"
-_OTHER_REPLICAS = "each of num_instances is an engine of its own: leave it out, and "
-_OTHER_REPLICAS += "set num_instances"
+_OTHER_LAYOUT = (
+    "an engine's GPUs are counted as gpus_per_instance, all of them tensor parallel: "
+    "leave it out"
+)
+_OTHER_REPLICAS = (
+    "each of num_instances is an engine of its own: leave it out, and set num_instances"
+)
 _OTHER_NODES = "engines run on the machine that starts them: leave it out"
-_OTHER_QUEUE = "aseer decides how many requests an engine has, and reserves KV for "
-_OTHER_QUEUE += "them: leave it out"
-_HISTORY = "a resumed chunk would begin its history anew, and the rest of a response "
-_HISTORY += "be sampled otherwise: leave it out"
-_NO_TEXT = "aseer looks for stop strings in text: leave it out, and set "
-_NO_TEXT += "SamplingParams(detokenize=False) where no text is wanted"
+_OTHER_PROCESSES = (
+    "aseer ends the processes that an engine starts on this machine, and no others: "
+    'leave it out, or give "mp" or "uni"'
+)
+_OTHER_QUEUE = (
+    "aseer decides how many requests an engine has, and reserves KV for them: leave it "
+    "out"
+)
+_HISTORY = (
+    "a resumed chunk would begin its history anew, and the rest of a response be "
+    "sampled otherwise: leave it out"
+)
 _NO_TOKENS = "engines generate text from left to right: leave it out"
-_OTHER_PROCESSES = "aseer ends the processes that an engine starts on this machine, "
-_OTHER_PROCESSES += 'and no others: leave it out, or give "mp" or "uni"'
+_NO_TEXT = (
+    "aseer looks for stop strings in text: leave it out, and set "
+    "SamplingParams(detokenize=False) where no text is wanted"
+)
 
 # Of what aseer does not support: the values that change nothing, and the way out.
 _REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
