@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from aseer import __version__
-from aseer.cli import demo, doctor, record, simulate
+from aseer.cli import demo, doctor, record, replay_log, simulate
 from aseer.errors import AseerError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_parser(subparsers, common)
     doctor.add_parser(subparsers, common)
     record.add_parser(subparsers, common)
+    replay_log.add_parser(subparsers, common)
     simulate.add_parser(subparsers, common)
     return parser
 

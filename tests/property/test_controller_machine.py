@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -63,7 +63,7 @@ class ControllerMachine(RuleBasedStateMachine):
     def begin(
         self, policy: PolicyName, chunk_size: int, starvation_interval: int
     ) -> None:
-        self.controller = Controller(
+        self.controller = self.new_controller(
             policy=policy,
             chunk_size=chunk_size,
             starvation_interval=starvation_interval,
@@ -79,6 +79,9 @@ class ControllerMachine(RuleBasedStateMachine):
         self.responses: dict[str, Response] = {}
         self.num_tokens = 0
         self.now = 0.0
+
+    def new_controller(self, **settings: Any) -> Controller:
+        return Controller(**settings)
 
     # What may happen
 

@@ -57,6 +57,7 @@ CORE = {
     "aseer.weights.names": BASE,
     "aseer.weights.checks": BASE | {"aseer.weights.names"},
     "aseer.weights.update": BASE,
+    "aseer.calls": BASE | {"aseer.commands", "aseer.controller"},
     # It joins the core, and is as pure.
     "aseer.controller": BASE
     | {
