@@ -14,7 +14,7 @@ def always_migrate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send every chunk to another engine than the one that holds its KV."""
 
     def elsewhere(holders: Any, room: Any) -> Any:
-        home = max(holders, key=holders.get, default=-1)
+        home = max(holders.tokens, key=holders.tokens.get, default=-1)
         others = [i for i in room.alive_ids() if room.is_selected(i) and i != home]
         return min(others, key=room.num_running, default=room.least_loaded())
 
