@@ -18,6 +18,8 @@ namespace {
 
 using aseer::Capacity;
 using aseer::Handle;
+using aseer::KvGroup;
+using aseer::KvShape;
 using aseer::PrefixCaches;
 using aseer::Rank;
 using aseer::WaitingOrders;
@@ -206,11 +208,13 @@ class Orders {
 
 class Instances {
  public:
-  explicit Instances(uint32_t seed) : random_(seed), is_uniform_(random_() % 2) {}
+  explicit Instances(uint32_t seed)
+      : random_(seed), is_uniform_(random_() % 2), shape_(NewShape()) {}
 
   void Run() {
     CheckRefused([&] { capacity_.Remove(3); }, "an unknown instance");
-    CheckRefused([&] { capacity_.Add(size_t{1} << 40, -1, 1, 1, 0, 1); }, "a wild id");
+    CheckRefused([&] { capacity_.Add(size_t{1} << 40, -1, 1, 1, {}); }, "a wild id");
+    CheckRefused([&] { capacity_.Add(0, -1, 1, 1, {.block_size = 0}); }, "no block");
     for (int step = 0; step < 400; ++step) {
       const size_t id = random_() % 9;
       switch (random_() % 6) {
@@ -237,10 +241,21 @@ class Instances {
 
  private:
   struct Model {
-    int64_t total, block_size, lookahead, max_seqs, pool;
+    int64_t total, max_seqs, pool;
+    KvShape shape;
     int64_t free, running = 0;
+    // Block by block, as an engine takes them.
     int64_t BlocksFor(int64_t tokens) const {
-      return (tokens + lookahead + block_size - 1) / block_size;
+      const int64_t written = tokens + shape.num_lookahead_tokens;
+      std::vector<KvGroup> groups = shape.groups;
+      if (groups.empty()) groups.push_back({shape.block_size, -1, 0});
+      int64_t blocks = 0;
+      for (const KvGroup& group : groups) {
+        int64_t own = 0;
+        while (own * group.block_size < written && own != group.max_blocks) ++own;
+        blocks += own + group.num_extra_blocks;
+      }
+      return blocks;
     }
     bool HasRoom(int64_t tokens) const {
       return running < max_seqs && (!running || free >= BlocksFor(tokens));
@@ -254,17 +269,25 @@ class Instances {
 
   int64_t Number(int64_t most) { return 1 + static_cast<int64_t>(random_()) % most; }
 
+  KvShape NewShape() {
+    KvShape shape{.block_size = Number(8), .num_lookahead_tokens = Number(4) - 1};
+    for (int64_t i = Number(3) - 1; i > 0; --i) {
+      shape.groups.push_back(
+          {Number(8), random_() % 2 ? -1 : Number(4), Number(3) - 1});
+    }
+    return shape;
+  }
+
   void Toggle(size_t id) {
     if (models_.erase(id)) {
       capacity_.Remove(id);
       return;
     }
-    const int64_t size = is_uniform_ ? 4 : Number(8);
-    const int64_t lookahead = is_uniform_ ? 1 : Number(4) - 1;
-    Model model{Number(60), size, lookahead, Number(5), Number(2) - 1, 0};
+    const KvShape shape = is_uniform_ ? shape_ : NewShape();
+    Model model{Number(60), Number(5), Number(2) - 1, shape, 0};
     model.free = model.total;
-    capacity_.Add(id, model.pool, model.total, size, lookahead, model.max_seqs);
-    CheckRefused([&] { capacity_.Add(id, -1, 1, 1, 0, 1); }, "it is up already");
+    capacity_.Add(id, model.pool, model.total, model.max_seqs, shape);
+    CheckRefused([&] { capacity_.Add(id, -1, 1, 1, {}); }, "it is up already");
     models_[id] = model;
     ++lives_[id];
   }
@@ -278,6 +301,7 @@ class Instances {
       CheckRefused([&] { capacity_.LeastLoaded(); }, "no candidate");
       return;
     }
+    Check(tokens <= capacity_.MostTokens(), "the bound on tokens");
     Check(capacity_.LeastLoaded() == Least(tokens, -1), "the least loaded");
     for (int64_t pool : {0, 1}) {
       Check(capacity_.LeastLoadedOf(pool) == Least(tokens, pool), "and of a pool");
@@ -330,6 +354,7 @@ class Instances {
 
   std::mt19937 random_;
   bool is_uniform_;
+  KvShape shape_;  // of all, if they are uniform
   Capacity capacity_;
   std::map<size_t, Model> models_;
   std::map<size_t, uint64_t> lives_;
