@@ -36,16 +36,18 @@ _log = logging.getLogger("aseer")
 In = TypeVar("In")
 In_co = TypeVar("In_co", covariant=True)
 
-# An instance is sent a chunk for each request it may run, and an abort for each of
-# those: engines run up to about a thousand requests at once.
-MAX_QUEUED = 10_000
-# Chunks of a thousand requests of 128k tokens, 4 bytes each, and as much again.
-MAX_QUEUED_BYTES = 1 << 30
+# An instance may be sent a chunk for each request that it can run, and an abort for
+# each of those, before any is read. Engines run a thousand requests at once by default,
+# and are seldom told to run ten times as many.
+MAX_QUEUED = 100_000
+# Chunks carry tokens that fit into an engine's KV together, and siblings' each carries
+# their prompt. For ten million tokens, 4 bytes each, and sixteen siblings: 640 MB.
+MAX_QUEUED_BYTES = 2 << 30
 # A chunk of a request of a million tokens has 4 MB; reports are cut at about as many.
 MAX_MESSAGE_BYTES = 128 << 20
-# Longer than an event loop is ever blocked by work; as long as an instance may be
-# silent by default (`EngineConfig.heartbeat_timeout_s`).
-MAX_BLOCKED_S = 60.0
+# A peer that says nothing either is its owner's to judge, and sooner; this is for one
+# that reports and does not read.
+MAX_BLOCKED_S = 600.0
 # A socket does not tell when one of its peers has room again, so it is tried.
 _RETRY_S = 0.01
 # Messages from or to one peer before the others, and other tasks, have their turn.

@@ -17,7 +17,13 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from aseer.transport.base import MAX_MESSAGE_BYTES, QueueingRouter, Reader, encode
+from aseer.transport.base import (
+    MAX_MESSAGE_BYTES,
+    MAX_QUEUED,
+    QueueingRouter,
+    Reader,
+    encode,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -53,9 +59,12 @@ class ZmqRouter(QueueingRouter[In]):
     """A `Router` over a ROUTER socket."""
 
     def __init__(
-        self, socket: zmq.asyncio.Socket, decoder: msgspec.msgpack.Decoder[In]
+        self,
+        socket: zmq.asyncio.Socket,
+        decoder: msgspec.msgpack.Decoder[In],
+        max_queued: int = MAX_QUEUED,
     ) -> None:
-        super().__init__(decoder)
+        super().__init__(decoder, max_queued=max_queued)
         self._socket = socket
 
     def _try_send(self, peer: bytes, data: bytes) -> Sent:
@@ -101,7 +110,10 @@ class ZmqDealer(Generic[In]):
 
 @asynccontextmanager
 async def bind_router(
-    endpoint: str, decoder: msgspec.msgpack.Decoder[In]
+    endpoint: str,
+    decoder: msgspec.msgpack.Decoder[In],
+    *,
+    max_queued: int = MAX_QUEUED,
 ) -> AsyncIterator[ZmqRouter[In]]:
     """A ROUTER bound to `endpoint`; closed, without lingering, at the end."""
     with zmq.asyncio.Context() as context:
@@ -112,7 +124,7 @@ async def bind_router(
         _set_bounds(socket)
         try:
             socket.bind(endpoint)
-            yield ZmqRouter(socket, decoder)
+            yield ZmqRouter(socket, decoder, max_queued)
         finally:
             socket.close(linger=0)
 

@@ -10,7 +10,7 @@ import pytest
 
 from aseer.instance.messages import FROM_INSTANCE, TO_INSTANCE
 from aseer.transport.zeromq import bind_router, connect_dealer, make_socket_dir
-from tests.unit.transport.contract import Contract
+from tests.unit.transport.contract import MAX_QUEUED, Contract
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -49,7 +49,9 @@ class TestZeroMq(Contract):
         folder = make_socket_dir()
         endpoint = f"ipc://{folder}/s"
         try:
-            async with bind_router(endpoint, FROM_INSTANCE) as router:
+            async with bind_router(
+                endpoint, FROM_INSTANCE, max_queued=MAX_QUEUED
+            ) as router:
                 yield ZmqEnds(router, endpoint)
         finally:
             shutil.rmtree(folder)

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from aseer.transport.base import Dealer, Router
 
 MANY = 1000
+MAX_QUEUED = 5000  # of the routers in these tests
 # More than a peer's queue and all that a transport keeps on the way.
-TOO_MANY = base.MAX_QUEUED + 5000
+TOO_MANY = MAX_QUEUED + 5000
 GARBAGE = {
     "no frame": [],
     "an empty frame": [b""],

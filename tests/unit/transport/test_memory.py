@@ -14,7 +14,7 @@ from aseer.instance.messages import FROM_INSTANCE, TO_INSTANCE, AbortChunks
 from aseer.transport import base
 from aseer.transport.base import Reader
 from aseer.transport.memory import Faults, MemoryRouter, Wire
-from tests.unit.transport.contract import Contract, Heard, running
+from tests.unit.transport.contract import MAX_QUEUED, Contract, Heard, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -27,7 +27,9 @@ class MemoryEnds:
     """See `Ends`."""
 
     def __init__(self) -> None:
-        self.router: MemoryRouter[FromInstance] = MemoryRouter(FROM_INSTANCE)
+        self.router: MemoryRouter[FromInstance] = MemoryRouter(
+            FROM_INSTANCE, max_queued=MAX_QUEUED
+        )
 
     @asynccontextmanager
     async def connect(self, identity: bytes) -> AsyncIterator[MemoryDealer[ToInstance]]:
