@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,6 +27,8 @@ from aseer.instance.launch import EXECUTOR
 from aseer.weights.files import OpenIndex
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from aseer.types import KvGroup
 
 _log = logging.getLogger("aseer.instance")
@@ -100,6 +103,41 @@ def pack_tied_heads(model: Any) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
+@contextmanager
+def experts_packed_anew(model: Any) -> Iterator[None]:
+    """Have a CPU's experts compute with the weights that are loaded meanwhile.
+
+    They read weights in an order of their own, into which vLLM puts them when it first
+    loads a model. Its reload leaves them in a checkpoint's order, which is then read as
+    if it were theirs: other numbers, and no error.
+    """
+    from vllm.platforms import current_platform
+
+    packed: set[int] = set()
+
+    def note(layer: Any, pack: Callable[[Any], None]) -> None:
+        packed.add(id(layer))
+        pack(layer)
+
+    layers = []
+    for layer in model.modules() if current_platform.is_cpu() else ():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if hasattr(experts, "process_weights_after_loading"):
+            layers.append((layer, experts))
+    for _, experts in layers:
+        pack = experts.process_weights_after_loading
+        experts.process_weights_after_loading = functools.partial(note, pack=pack)
+    try:
+        yield
+    finally:
+        for _, experts in layers:
+            del experts.process_weights_after_loading  # the class's own again
+    for layer, experts in layers:
+        if id(layer) not in packed:
+            experts.process_weights_after_loading(layer)
+
+
 def take_undrafted_steps_as_plain(runner: Any) -> None:
     """Have a CPU's steps in which nothing was drafted prepared as without speculation.
 
@@ -150,7 +188,8 @@ class WorkerExtension:
     def aseer_commit_weights(self) -> None:
         """Load what was prepared, each worker its own part of every tensor."""
         assert self.aseer_weights is not None, "prepare first"
-        self.reload_weights(weights_iterator=self.aseer_weights.tensors())
+        with experts_packed_anew(self.model_runner.model):
+            self.reload_weights(weights_iterator=self.aseer_weights.tensors())
         pack_tied_heads(self.model_runner.model)
         self.aseer_discard_weights()
 

@@ -133,7 +133,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # Of queries and keys: attention then picks a few tokens rather than average over all.
 _SHARPER = math.sqrt(3.0)
 # Settings that vLLM reads and that transformers leaves out of what it writes.
-_ADDED: dict[str, dict[str, Any]] = {"deepseek_v3": {"topk_method": "noaux_tc"}}
+_ADDED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+}
 
 
 def family_model(model_type: str, seed: int = 0) -> Path:
@@ -198,7 +200,8 @@ def _scale(model: Any, seed: int) -> None:
         with torch.no_grad():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
-    for name, parameter in model.named_parameters():
+    biases = {n: b for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    for name, parameter in {**dict(model.named_parameters()), **biases}.items():
         module, leaf = (["", *name.split(".")])[-2:]
         if leaf == "sinks":
             normal(parameter, 1.0)
