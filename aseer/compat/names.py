@@ -39,6 +39,7 @@ vllm.engine.arg_utils  AsyncEngineArgs EngineArgs.create_engine_config(usage_con
   EngineArgs.tensor_parallel_size EngineArgs.enforce_eager EngineArgs.stream_interval?
   EngineArgs.distributed_executor_backend EngineArgs.get_batch_defaults
 vllm.usage.usage_lib  UsageContext.LLM_CLASS
+vllm.inputs.engine  tokens_input(prompt_token_ids,cache_salt)
 vllm.v1.engine.async_llm
   AsyncLLM.from_engine_args(engine_args,stat_loggers,usage_context)
   AsyncLLM.generate(prompt,sampling_params,request_id) AsyncLLM.abort(request_id)
@@ -64,6 +65,7 @@ vllm.config.scheduler  SchedulerConfig.max_num_seqs SchedulerConfig.async_schedu
 vllm.config.model  ModelConfig.max_model_len ModelConfig.get_vocab_size
   ModelConfig.enable_sleep_mode ModelConfig.revision
 vllm.config.device  DeviceConfig.device_type
+vllm.config.vllm  VllmConfig._maybe_disable_dynamic_sd_for_v1? VllmConfig
 vllm.platforms  current_platform
 vllm.platforms.interface  Platform.import_kernels Platform.is_cpu
   Platform.register_triton_kernel_overrides?

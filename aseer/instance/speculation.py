@@ -8,6 +8,7 @@ with and without drafts take, for the budget to start from.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from dataclasses import fields, replace
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from vllm import SamplingParams
 from vllm.config import SpeculativeConfig
+from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from aseer.dgds.messages import EXTRA_ARGS_KEY, DraftingSpec
@@ -65,6 +67,27 @@ def unpadded(settings: dict[str, Any]) -> dict[str, Any]:
     return {_SCHEDULE: [(1, 1, settings["num_speculative_tokens"])], **settings}
 
 
+def keep_schedule(config_class: Any) -> None:
+    """Have vLLM keep the schedule of `unpadded` on model runner V1.
+
+    Needed from vLLM 0.33 on, which drops it there for drafters that it does not know to
+    follow one. Ours has the same number for every batch size: there is nothing to
+    follow.
+    """
+    name = "_maybe_disable_dynamic_sd_for_v1"
+    drop = getattr(config_class, name, None)
+    if drop is None:
+        return
+
+    @functools.wraps(drop)
+    def drop_others(config: Any) -> None:
+        speculative = config.speculative_config
+        if speculative is None or speculative.method != "custom_class":
+            drop(config)
+
+    setattr(config_class, name, drop_others)
+
+
 def ends_with_chunk(config: Any) -> bool:
     """Whether no drafted token's KV lies past its chunk's end; of vLLM's config."""
     return config.method == "custom_class" and bool(getattr(config, _SCHEDULE, None))
@@ -80,6 +103,8 @@ class Speculation:
         self._counts = DraftCounts()
         self._times_at_start = DraftCounts()
         self.is_refused = False
+        self.drafts_on = False
+        """Whether drafts were refused, and vLLM cannot be made to stop drafting."""
 
     @property
     def counts(self) -> DraftCounts:
@@ -104,7 +129,7 @@ class Speculation:
                     verdict["fault"],
                 )
         if self.is_refused:
-            await self._call("aseer_refuse_drafts")
+            self.drafts_on = not all(await self._call("aseer_refuse_drafts"))
         elif self._drafting is not None:
             spec = msgspec.to_builtins(self._drafting)
             await self._call("aseer_start_drafting", spec)
@@ -179,7 +204,7 @@ class Speculation:
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={EXTRA_ARGS_KEY: told},
         )
-        prompt = {"prompt_token_ids": [index + 1]}
+        prompt = tokens_input([index + 1])
         name = f"profile-{num_drafted}-{index}"
         async for _ in self._llm.generate(prompt, params, name):
             pass

@@ -25,7 +25,9 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -39,6 +41,7 @@ from aseer.instance.speculation import (
     Speculation,
     draft_identity,
     ends_with_chunk,
+    keep_schedule,
     unpadded,
 )
 from aseer.instance.stats import Stats
@@ -88,28 +91,26 @@ class VllmBackend:
             args.setdefault("prefix_cache_retention_interval", None)
         if self._spec.drafting is not None:
             args["speculative_config"] = unpadded(args["speculative_config"])
-        engine_args = AsyncEngineArgs(
-            **args,
-            logprobs_mode="processed_logprobs",
-            enable_prefix_caching=True,
-            disable_log_stats=True,  # vLLM's own loggers; ours is added
-        )
-        self._llm = llm = AsyncLLM.from_engine_args(
-            engine_args,
-            stat_loggers=[self._stats.make_logger],
-            # Without it vLLM takes limits for an unknown use, 128 requests and 2,048
-            # tokens a step, which are a fraction of what a GPU computes in one.
-            usage_context=UsageContext.LLM_CLASS,
-        )
+            keep_schedule(VllmConfig)
+        self._llm = llm = self._make_engine(args)
+        if llm.vllm_config.speculative_config is not None:
+            self._speculation = Speculation(llm, self._spec.drafting)
+            await self._speculation.start()
+            if self._speculation.drafts_on:
+                _log.warning(
+                    "model runner V2 drafts on whatever its worker is told: the engine "
+                    "is started again without speculation"
+                )
+                self._speculation = None
+                await asyncio.to_thread(llm.shutdown)
+                del args["speculative_config"]
+                self._llm = llm = self._make_engine(args)
+            self._stats.speculation = self._speculation
         tokenizer = llm.get_tokenizer()
         self._tokenizer = (
             await tokenizer if inspect.isawaitable(tokenizer) else tokenizer
         )
         config = llm.vllm_config
-        if config.speculative_config is not None:
-            self._speculation = Speculation(llm, self._spec.drafting)
-            await self._speculation.start()
-            self._stats.speculation = self._speculation
         groups, num_set_aside = await self._kv_groups()
         num_blocks = config.cache_config.num_gpu_blocks - 1  # without the null block
         # Some of vLLM's backends switch it off, as those for latents (MLA) on CPUs.
@@ -136,6 +137,20 @@ class VllmBackend:
         )
         return self._info
 
+    def _make_engine(self, args: dict[str, Any]) -> AsyncLLM:
+        return AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                **args,
+                logprobs_mode="processed_logprobs",
+                enable_prefix_caching=True,
+                disable_log_stats=True,  # vLLM's own loggers; ours is added
+            ),
+            stat_loggers=[self._stats.make_logger],
+            # Without it vLLM takes limits for an unknown use, 128 requests and 2,048
+            # tokens a step, which are a fraction of what a GPU computes in one.
+            usage_context=UsageContext.LLM_CLASS,
+        )
+
     async def run(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
         """See `Backend`."""
         request_id = f"{chunk.request_id}#{chunk.chunk_id}"
@@ -161,7 +176,7 @@ class VllmBackend:
         assert self._info is not None
         namespace, version = self._spec.kv_namespace, chunk.weight_version
         salt = cache_salt(namespace, self._info, version)
-        prompt = {"prompt_token_ids": inputs, "cache_salt": salt}
+        prompt = tokens_input(inputs, cache_salt=salt)
         outputs = self._engine.generate(prompt, params, request_id)
         self._running[chunk.chunk_id] = request_id
         cached: int | None = None

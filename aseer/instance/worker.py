@@ -232,15 +232,21 @@ class WorkerExtension:
         verdict = test_sampler(runner.rejection_sampler, self.device)
         return {**verdict._asdict(), "was_mended": was_mended}
 
-    def aseer_refuse_drafts(self) -> None:
-        """Draft nothing, whatever drafter vLLM has."""
+    def aseer_refuse_drafts(self) -> bool:
+        """Draft nothing, whatever drafter vLLM has; whether that can be had.
+
+        Model runner V2 has a speculator instead of a drafter. It drafts on the device,
+        for steps that are launched already.
+        """
         runner = self.model_runner
+        if not hasattr(runner, "drafter"):
+            return getattr(runner, "speculator", None) is None
 
         def propose(*args: Any, **kwargs: Any) -> list[list[int]]:
             return [[] for _ in runner.input_batch.req_ids]
 
-        if hasattr(runner, "drafter"):
-            runner.drafter.propose = propose
+        runner.drafter.propose = propose
+        return True
 
     def aseer_start_drafting(self, spec: dict[str, Any]) -> None:
         """Join the drafter to the runner and the draft server."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 pytest.importorskip("vllm")
 
 from aseer.instance.base import InstanceSpec
+from aseer.instance.speculation import keep_schedule
 from aseer.instance.vllm import AsyncLLM, VllmBackend
+from aseer.instance.worker import WorkerExtension
 from aseer.models.tiny import make_tiny
 
 if TYPE_CHECKING:
@@ -18,6 +21,17 @@ if TYPE_CHECKING:
 
 class _Enough(Exception):
     """The engine was about to start."""
+
+
+def spec_of(model: Path, **args: Any) -> InstanceSpec:
+    return InstanceSpec(
+        endpoint="",
+        identity="",
+        instance_id=0,
+        backend="vllm",
+        report_interval_s=1.0,
+        engine_args={"model": str(model), "max_model_len": 256, **args},
+    )
 
 
 async def config_of(monkeypatch: pytest.MonkeyPatch, model: Path, **args: Any) -> Any:
@@ -30,16 +44,8 @@ async def config_of(monkeypatch: pytest.MonkeyPatch, model: Path, **args: Any) -
         raise _Enough
 
     monkeypatch.setattr(AsyncLLM, "from_engine_args", from_engine_args)
-    spec = InstanceSpec(
-        endpoint="",
-        identity="",
-        instance_id=0,
-        backend="vllm",
-        report_interval_s=1.0,
-        engine_args={"model": str(model), "max_model_len": 256, **args},
-    )
     with pytest.raises(_Enough):
-        await VllmBackend(spec).start()
+        await VllmBackend(spec_of(model, **args)).start()
     return made[0]
 
 
@@ -56,3 +62,74 @@ async def test_an_engine_takes_the_limits_of_vllms_own_batch_class(
     assert scheduler.max_num_batched_tokens == tokens[UsageContext.LLM_CLASS]
     own = await config_of(monkeypatch, model, max_num_seqs=7)
     assert own.scheduler_config.max_num_seqs == 7
+
+
+class _Engine:
+    """An engine whose sampler for drafts is wrong, on either of vLLM's runners."""
+
+    def __init__(self, runner: Any, args: Any) -> None:
+        self.vllm_config = SimpleNamespace(
+            speculative_config=args.speculative_config, model_config=None
+        )
+        self.is_down = False
+        self._worker = WorkerExtension()
+        self._worker.model_runner = runner
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> Any:
+        if method == "aseer_check_sampler":
+            return [{"is_right": False, "fault": "it fails", "was_mended": False}]
+        return [getattr(self._worker, method)(*args)]
+
+    def get_tokenizer(self) -> Any:
+        raise _Enough
+
+    def shutdown(self) -> None:
+        self.is_down = True
+
+
+V1 = SimpleNamespace(
+    drafter=SimpleNamespace(propose=None), input_batch=SimpleNamespace(req_ids=["a"])
+)
+V2 = SimpleNamespace(speculator=object())
+
+
+@pytest.mark.parametrize(("runner", "num_starts"), [(V1, 1), (V2, 2)], ids=["V1", "V2"])
+async def test_drafts_that_are_refused_are_not_drafted_on_either_runner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runner: Any, num_starts: int
+) -> None:
+    made: list[_Engine] = []
+
+    def from_engine_args(engine_args: Any, **_: Any) -> Any:
+        made.append(_Engine(runner, engine_args))
+        return made[-1]
+
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", from_engine_args)
+    drafts = {"method": "ngram", "num_speculative_tokens": 4}
+    backend = VllmBackend(spec_of(tmp_path, speculative_config=drafts))
+    with pytest.raises(_Enough):
+        await backend.start()
+    assert len(made) == num_starts
+    assert [engine.is_down for engine in made[:-1]] == [True] * (num_starts - 1)
+    if num_starts == 2:
+        assert made[-1].vllm_config.speculative_config is None
+    else:
+        assert runner.drafter.propose() == [[]]
+
+
+class _Config:
+    """The part of vLLM 0.33's configuration that drops what it does not know."""
+
+    def __init__(self, method: str) -> None:
+        self.speculative_config = SimpleNamespace(method=method, schedule=[(1, 1, 8)])
+        self._maybe_disable_dynamic_sd_for_v1()
+
+    def _maybe_disable_dynamic_sd_for_v1(self) -> None:
+        self.speculative_config.schedule = None
+
+
+def test_our_drafts_stay_as_long_as_they_are_on_a_vllm_that_pads_unknown_ones() -> None:
+    config_class = type("Config", (_Config,), dict(vars(_Config)))
+    keep_schedule(config_class)
+    assert config_class("custom_class").speculative_config.schedule == [(1, 1, 8)]
+    assert config_class("suffix").speculative_config.schedule is None
+    keep_schedule(SimpleNamespace())  # a vLLM that drops nothing

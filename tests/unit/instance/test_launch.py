@@ -144,6 +144,14 @@ def test_how_long_engines_may_take_is_ours_to_say_and_not_vllms():
             assert 7 * 24 * 3600 < limit_s < 2**31 / 1000
 
 
+def test_drafts_of_vllms_own_run_where_their_sampler_can_be_tested():
+    found = machine(gpus=("0",))
+    (launch,) = plan_instances(EngineConfig(model="m", speculation="ngram"), found)
+    assert launch.env["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    (launch,) = plan_instances(EngineConfig(model="m"), found)
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in launch.env
+
+
 def test_an_engines_kv_is_shared_out_among_its_gpus():
     config = EngineConfig(model="m", gpus_per_instance=4, kv_cache_bytes=4 * GIB)
     (launch,) = plan_instances(config, machine(gpus=tuple("0123")))
