@@ -351,7 +351,7 @@ class Session:
         generated = array("i", response.token_ids)
         tokens = (prompt + generated).tobytes()
         start = len(prompt) + num_alike(generated, running) if running else 0
-        start = max(start, sharing.num_shared(tokens))
+        start = max(start, sharing.num_shared(group_id, tokens))
         pool.free(info, self._weight_version, tokens, start)
 
     def _prefetch(self, pool: KvPool) -> None:

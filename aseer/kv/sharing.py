@@ -26,39 +26,51 @@ if TYPE_CHECKING:
     from aseer.types import GroupId
 
 _TOKEN_BYTES = 4
+_NO_CHUNK = 0
+_NOT_COUNTED = (b"", _NO_CHUNK)
 _COMPARED_TOKENS = 16  # at once; what siblings write alike is seldom much longer
 
 
 class PromptSharing:
     """Counts the unfinished groups whose prompts begin with a chunk.
 
-    A group costs a pass over its prompt when it comes and when it goes, and a number a
-    chunk in between.
+    A group costs a pass over its prompt when it comes and when it goes, in between a
+    number a chunk, and a response hardly anything.
     """
 
     def __init__(self, chunk_tokens: int) -> None:
         """`chunk_tokens` is the pool's granularity."""
         self._chunk_bytes = chunk_tokens * _TOKEN_BYTES
         self._num_groups: dict[int, int] = {}  # by hash of all tokens to a chunk's end
-        self._prompts: dict[GroupId, bytes] = {}
+        # An unfinished group's prompt, and the hash of its last whole chunk.
+        self._prompts: dict[GroupId, tuple[bytes, int]] = {}
 
     def add(self, group_id: GroupId, prompt: bytes) -> None:
         """A group comes; its prompt is int32."""
-        self._prompts[group_id] = prompt
+        key = _NO_CHUNK
         for key in self._keys(prompt):
             self._num_groups[key] = self._num_groups.get(key, 0) + 1
+        self._prompts[group_id] = (prompt, key)
 
     def remove(self, group_id: GroupId) -> None:
         """A group is over; one that is not counted any more is left alone."""
-        for key in self._keys(self._prompts.pop(group_id, b"")):
+        prompt, _ = self._prompts.pop(group_id, _NOT_COUNTED)
+        for key in self._keys(prompt):
             self._num_groups[key] -= 1
             if not self._num_groups[key]:
                 del self._num_groups[key]
 
-    def num_shared(self, tokens: bytes) -> int:
-        """Of int32 tokens those at the start that a prompt has, in whole chunks."""
-        num_bytes = 0
-        for key in self._keys(tokens):
+    def num_shared(self, group_id: GroupId, tokens: bytes) -> int:
+        """Tokens at the start that an unfinished group's prompt has, in whole chunks.
+
+        Args:
+            group_id: whose tokens they are. While it is counted, its own prompt is
+                shared, and not looked at again.
+            tokens: int32; its prompt and what was generated.
+        """
+        prompt, last = self._prompts.get(group_id, _NOT_COUNTED)
+        num_bytes = len(prompt) // self._chunk_bytes * self._chunk_bytes
+        for key in self._keys(tokens, num_bytes, last):
             if key not in self._num_groups:
                 break
             num_bytes += self._chunk_bytes
@@ -68,10 +80,13 @@ class PromptSharing:
         """Chunks that are counted."""
         return len(self._num_groups)
 
-    def _keys(self, tokens: bytes) -> Iterator[int]:
-        key, size = 0, self._chunk_bytes
-        for start in range(0, len(tokens) - size + 1, size):
-            key = hash((key, tokens[start : start + size]))
+    def _keys(
+        self, tokens: bytes, start: int = 0, key: int = _NO_CHUNK
+    ) -> Iterator[int]:
+        """Hashes of the whole chunks from `start` on; that before it has `key`."""
+        size = self._chunk_bytes
+        for begin in range(start, len(tokens) - size + 1, size):
+            key = hash((key, tokens[begin : begin + size]))
             yield key
 
 

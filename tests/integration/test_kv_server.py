@@ -255,13 +255,14 @@ class Instances:
     def num_restarts(self, instance_id):
         return 0
 
-def begin(instances):
+async def begin(instances):
     pool = SimpleNamespace(granularity=CHUNK, server_of=lambda _: 0, free=free,
                            prefetches=False, num_restarts=0, counts=server.counts())
     mailbox = SimpleNamespace(put=lambda _: None, close=lambda _: None, is_closed=False)
     session = Session(pool=instances, mailbox=mailbox, policy="context-aware",
         chunk_size=1000, starvation_interval=100, max_request_retries=1,
-        weight_version=1, first_chunk_id=0, loop=asyncio.new_event_loop(), kv_pool=pool)
+        weight_version=1, first_chunk_id=0, kv_pool=pool,
+        post=lambda do: (do(), True)[1])
     session.instance_up(info_of(block_size=32, num_kv_blocks=1000),
         InstanceLoad(num_running=0, num_waiting=0, kv_used=0.0))
     return session
@@ -288,8 +289,8 @@ a1 = opening + [31] * 100
 b0 = [40] * 200
 seen = {}
 instances = Instances()
-session = begin(instances)
-session.add([task("a", a, 2), task("b", b)])
+session = asyncio.new_event_loop().run_until_complete(begin(instances))
+session.offer([task("a", a, 2), task("b", b)])
 for tokens in (a + a0, a + a1, b + b0):
     store(1, tokens, "s-v1")
 seen["stored"] = [held(a + a1), held(b + b0)]

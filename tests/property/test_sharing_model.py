@@ -23,19 +23,22 @@ def num_common(one: list[int], other: list[int]) -> int:
     return num
 
 
-@given(STEPS, TOKENS)
-def test_a_prefix_is_shared_exactly_with_the_prompts_that_are_there(steps, asked):
+@given(STEPS, st.integers(0, 4), TOKENS)
+def test_a_prefix_is_shared_exactly_with_the_prompts_that_are_there(
+    steps, asker, generated
+):
     sharing, prompts = PromptSharing(CHUNK), {}
     for number, prompt in steps:
         group_id = GroupId(str(number))
         if prompt is None:
             sharing.remove(group_id)
-            prompts.pop(group_id, None)
-        elif group_id not in prompts:
+            prompts.pop(number, None)
+        elif number not in prompts:
             sharing.add(group_id, array("i", prompt).tobytes())
-            prompts[group_id] = prompt
+            prompts[number] = prompt
+        asked = [*prompts.get(asker, []), *generated]
         expected = max((num_common(asked, p) for p in prompts.values()), default=0)
-        found = sharing.num_shared(array("i", asked).tobytes())
+        found = sharing.num_shared(GroupId(str(asker)), array("i", asked).tobytes())
         assert found == expected // CHUNK * CHUNK
         # Nothing is kept for groups that are over.
         chunks = {tuple(p[:n]) for p in prompts.values() for n in ends(p)}

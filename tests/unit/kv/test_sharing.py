@@ -20,12 +20,12 @@ def test_a_prefix_is_shared_as_long_as_a_group_that_has_it_is_counted():
     sharing.add(A, tokens(*SYSTEM, 1, 1, 1, 1))
     sharing.add(B, tokens(*SYSTEM, 2, 2, 2, 2))
     sharing.remove(A)
-    assert sharing.num_shared(tokens(*SYSTEM, 1, 1, 1, 1)) == 8
-    assert sharing.num_shared(tokens(*SYSTEM, 2, 2, 2, 2, 3, 3, 3, 3)) == 12
+    assert sharing.num_shared(A, tokens(*SYSTEM, 1, 1, 1, 1)) == 8
+    assert sharing.num_shared(B, tokens(*SYSTEM, 2, 2, 2, 2, 3, 3, 3, 3)) == 12
     sharing.remove(A)  # a second time changes nothing
-    assert sharing.num_shared(tokens(*SYSTEM)) == 8
+    assert sharing.num_shared(A, tokens(*SYSTEM)) == 8
     sharing.remove(B)
-    assert sharing.num_shared(tokens(*SYSTEM)) == 0
+    assert sharing.num_shared(B, tokens(*SYSTEM)) == 0
     assert len(sharing) == 0
 
 
@@ -35,18 +35,26 @@ def test_the_same_prompt_twice_is_shared_until_both_are_over():
     sharing.add(B, tokens(*SYSTEM))
     assert len(sharing) == 2
     sharing.remove(A)
-    assert sharing.num_shared(tokens(*SYSTEM, 1)) == 8
+    assert sharing.num_shared(A, tokens(*SYSTEM, 1)) == 8
 
 
 def test_what_does_not_fill_a_chunk_or_begins_elsewhere_is_not_shared():
     sharing = PromptSharing(chunk_tokens=4)
     sharing.add(A, tokens(1, 2, 3, 4, 5, 6))
-    assert sharing.num_shared(tokens(1, 2, 3, 4, 5, 6)) == 4
-    assert sharing.num_shared(tokens(1, 2, 3)) == 0
-    assert sharing.num_shared(tokens(0, 0, 0, 0, 1, 2, 3, 4)) == 0
+    assert sharing.num_shared(B, tokens(1, 2, 3, 4, 5, 6)) == 4
+    assert sharing.num_shared(B, tokens(1, 2, 3)) == 0
+    assert sharing.num_shared(B, tokens(0, 0, 0, 0, 1, 2, 3, 4)) == 0
     sharing.add(B, tokens(9))
     sharing.add(C, b"")
     assert len(sharing) == 1
+
+
+def test_a_prompt_that_goes_on_where_a_response_ends_keeps_its_kv():
+    sharing = PromptSharing(chunk_tokens=4)
+    sharing.add(A, tokens(*SYSTEM, 1, 1))
+    sharing.add(B, tokens(*SYSTEM, 1, 1, 2, 2, 3, 3, 3, 3))  # A's response, and more
+    assert sharing.num_shared(A, tokens(*SYSTEM, 1, 1, 2, 2, 9, 9, 9, 9)) == 12
+    assert sharing.num_shared(A, tokens(*SYSTEM, 1, 1, 9, 9, 3, 3, 3, 3)) == 8
 
 
 def test_siblings_are_alike_up_to_the_first_token_that_differs_from_all():
