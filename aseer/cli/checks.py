@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from aseer.cli.family import family_notes
 from aseer.cli.probes import (
     PLATFORM,
     PROBE_TIMEOUT_S,
@@ -40,6 +41,7 @@ from aseer.instance.versions import (
     is_cpu_build,
     is_newer_than_tested,
 )
+from aseer.models.traits import read_traits
 from aseer.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -84,9 +86,16 @@ class Check:
     needs: tuple[str, ...] = ()
 
 
-def all_checks(scratch: Path, *, with_engine: bool) -> list[Check]:
-    """The checks in the order that helps; `scratch` is for a model's files."""
-    model = scratch / "tiny"
+def all_checks(
+    scratch: Path, *, with_engine: bool, model: str | None = None
+) -> list[Check]:
+    """The checks in the order that helps.
+
+    Args:
+        scratch: for a tiny model's files.
+        model: that the user has in mind.
+    """
+    tiny = scratch / "tiny"
     libraries = ("vllm", "torch", "transformers")
     checks = [
         Check(name="python", run=check_python),
@@ -99,12 +108,14 @@ def all_checks(scratch: Path, *, with_engine: bool) -> list[Check]:
         Check(name="shared memory", run=check_shared_memory),
         Check(name="gpus", run=check_gpus),
         Check(name="kv pool", run=check_kv_pool),
-        Check(name="platform", run=lambda: check_platform(model), needs=libraries),
+        Check(name="platform", run=lambda: check_platform(tiny), needs=libraries),
         Check(name="drafts", run=check_drafts, needs=("platform",)),
     ]
+    if model is not None:
+        checks.append(Check(name="model", run=lambda: check_model(model)))
     if with_engine:
         checks.append(
-            Check(name="engine", run=lambda: check_engine(model), needs=("platform",))
+            Check(name="engine", run=lambda: check_engine(tiny), needs=("platform",))
         )
     return checks
 
@@ -240,6 +251,20 @@ def check_kv_pool() -> Finding:
             LMCACHE_INSTALL,
         )
     return _ok(f"LMCache {_version('lmcache')}")
+
+
+def check_model(model: str) -> Finding:
+    """What is done for a model's family."""
+    traits = read_traits(model)
+    if traits is None:
+        return _warn(
+            f"{model} has no config.json that can be read",
+            "give a model's directory, or the name of one that was downloaded",
+        )
+    found = installed_vllm()
+    on_cpu = found is not None and is_cpu_build(*found)
+    detail, advice = family_notes(traits, on_cpu=on_cpu)
+    return _warn(detail, advice) if advice else _ok(detail)
 
 
 def check_gpus() -> Finding:

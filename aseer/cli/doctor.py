@@ -42,6 +42,11 @@ def add_parser(
         "--no-engine", action="store_true", help="do not start an engine (quicker)"
     )
     parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a model's directory or name: also say what aseer does for its family",
+    )
+    parser.add_argument(
         "--json",
         action="store_true",
         help="print the findings as JSON on stdout, and nothing else",
@@ -52,7 +57,9 @@ def run(args: argparse.Namespace, *, make_checks: MakeChecks = all_checks) -> in
     """Check everything and return the exit code."""
     console = Console(quiet=args.json, highlight=False)
     with tempfile.TemporaryDirectory(prefix="aseer-doctor-") as scratch:
-        checks = make_checks(Path(scratch), with_engine=not args.no_engine)
+        checks = make_checks(
+            Path(scratch), with_engine=not args.no_engine, model=args.model
+        )
         findings = examine(checks, console)
     ok = all(f.status != "fail" for f in findings.values())
     if args.json:

@@ -119,10 +119,10 @@ def experts_packed_anew(model: Any) -> Iterator[None]:
         packed.add(id(layer))
         pack(layer)
 
-    layers = []
+    layers: list[tuple[Any, Any]] = []
     for layer in model.modules() if current_platform.is_cpu() else ():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-        experts = getattr(kernel, "fused_experts", None)
+        experts: Any = getattr(kernel, "fused_experts", None)
         if hasattr(experts, "process_weights_after_loading"):
             layers.append((layer, experts))
     for _, experts in layers:

@@ -11,9 +11,11 @@ from rich.console import Console
 
 from aseer.cli import checks, doctor
 from aseer.cli.checks import Check, Finding, ProbeError
+from aseer.cli.family import family_notes
 from aseer.cli.main import build_parser
 from aseer.errors import ConfigError
 from aseer.instance.launch import Machine
+from aseer.models.traits import traits_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,9 +33,12 @@ def check(name: str, status: Status, *needs: str) -> Check:
 
 
 def run(*made: Check, json_wanted: bool = False) -> int:
-    def make_checks(scratch: Path, *, with_engine: bool) -> Sequence[Check]:
+    def make_checks(
+        scratch: Path, *, with_engine: bool, model: str | None
+    ) -> Sequence[Check]:
         assert scratch.is_dir()
         assert with_engine
+        assert model is None
         return made
 
     args = build_parser().parse_args(["doctor", *(["--json"] if json_wanted else [])])
@@ -254,3 +259,27 @@ def test_a_probe_that_fails_says_why(code: str, message: str) -> None:
 def test_a_probe_that_hangs_is_ended() -> None:
     with pytest.raises(ProbeError, match=r"no answer within 0\.3 s"):
         checks.probe("import time; time.sleep(60)", timeout_s=0.3)
+
+
+def test_a_models_family_is_looked_at_when_it_is_named(tmp_path: Path) -> None:
+    names = [c.name for c in checks.all_checks(tmp_path, with_engine=False)]
+    named = checks.all_checks(tmp_path, with_engine=False, model=str(tmp_path))
+    assert [c.name for c in named] == [*names, "model"]
+    assert checks.check_model(str(tmp_path)).status == "warn", "there is none"
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert checks.check_model(str(tmp_path)).detail.startswith("llama: full attention")
+
+
+def test_what_is_done_for_a_family_is_said() -> None:
+    gemma = traits_of({"model_type": "gemma2", "sliding_window": 64})
+    detail, advice = family_notes(gemma, on_cpu=True)
+    assert "reserved for each kind of layer" in detail
+    assert "LMCache serves models of full attention alone" in advice
+    latent = traits_of({"kv_lora_rank": 512, "qk_rope_head_dim": 64})
+    detail, advice = family_notes(latent, on_cpu=True)
+    assert "rotations are computed by torch" in detail
+    assert "can be in a pool" in detail
+    assert advice == ""
+    assert "torch" not in family_notes(latent, on_cpu=False)[0]
+    states = traits_of({"model_type": "jamba", "mamba_d_state": 16})
+    assert "drafted token" in family_notes(states, on_cpu=False)[0]
