@@ -56,6 +56,10 @@ _HISTORY = (
     "a resumed chunk would begin its history anew, and the rest of a response be "
     "sampled otherwise: leave it out"
 )
+_EMBEDDINGS = (
+    "it keeps embeddings of images outside the engine, where those of old weights would "
+    "be found after an update: leave it out"
+)
 _NO_TOKENS = "engines generate text from left to right: leave it out"
 _NO_TEXT = (
     "aseer looks for stop strings in text: leave it out, and set "
@@ -86,6 +90,7 @@ _REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "watermark": ((0,), _OTHER_QUEUE),
     "logits_processors": ((None,), _HISTORY),
     "watermark_config": ((None,), _HISTORY),
+    "ec_transfer_config": ((None,), _EMBEDDINGS),
     "diffusion_config": ((None,), _NO_TOKENS),
     "runner": (("auto", "generate"), _NO_TOKENS),
     "convert": (("auto", "none"), _NO_TOKENS),

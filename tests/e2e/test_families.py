@@ -30,8 +30,8 @@ MIXED = [
     pytest.param("granitemoehybrid", marks=slow),
     pytest.param("qwen3_next", marks=slow),
 ]
-# Room for some ten requests of 400 tokens, counted group by group, and for twice as many
-# if one group were all there is.
+# Room for some ten requests of 400 tokens, counted group by group, and for about twice
+# as many if one group were all there is.
 KV_CACHE_BYTES = {
     "gemma3_text": 12 << 20,
     "gemma2": 10 << 20,

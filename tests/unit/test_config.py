@@ -107,6 +107,7 @@ def test_an_engine_argument_that_is_ours_is_refused_with_what_to_use(
         ({"max_num_queued_reqs": 4}, "reserves KV"),
         ({"logits_processors": ["mine.Processor"]}, "begin its history anew"),
         ({"watermark_config": {"a": 1}}, "begin its history anew"),
+        ({"ec_transfer_config": {"ec_role": "ec_both"}}, "of old weights"),
         ({"runner": "pooling"}, "from left to right"),
         ({"skip_tokenizer_init": True}, "detokenize=False"),
     ],
