@@ -13,13 +13,15 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from aseer.cli.family import family_notes
+from aseer.cli.findings import Check, Finding, fail, ok, warn
+from aseer.cli.fit import check_fit, check_room
 from aseer.cli.probes import (
+    KV_POOL,
     PLATFORM,
     PROBE_TIMEOUT_S,
     SAMPLER,
@@ -34,20 +36,16 @@ from aseer.errors import AseerError, ConfigError
 from aseer.groups import Group
 from aseer.instance.launch import this_machine
 from aseer.instance.versions import (
-    LMCACHE_INSTALL,
     SUPPORTED,
     check_vllm,
+    installed_version,
     installed_vllm,
     is_cpu_build,
     is_newer_than_tested,
+    lmcache_obstacle,
 )
 from aseer.models.traits import read_traits
 from aseer.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-Status = Literal["ok", "warn", "fail", "skip"]
 
 MIN_PYTHON = (3, 11)
 _GIB = 1 << 30
@@ -56,34 +54,6 @@ TOO_LITTLE_MEMORY = 2 * _GIB
 LITTLE_SHM = 256 << 20
 # Packages that must be of the same build as torch, and break transformers if not.
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec", "triton")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """What a check found.
-
-    Attributes:
-        advice: what to do, in one line; empty if there is nothing to do.
-        seconds: the check took.
-    """
-
-    status: Status
-    detail: str
-    advice: str = ""
-    seconds: float = 0.0
-
-    def after(self, seconds: float) -> Finding:
-        """The same finding, with the time it took."""
-        return replace(self, seconds=round(seconds, 3))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """A check; it is skipped if one of those it needs did not pass."""
-
-    name: str
-    run: Callable[[], Finding]
-    needs: tuple[str, ...] = ()
 
 
 def all_checks(
@@ -101,18 +71,20 @@ def all_checks(
         Check(name="python", run=check_python),
         Check(name="vllm", run=check_vllm_version),
         Check(name="torch", run=check_torch, needs=("vllm",)),
+        Check(name="fit", run=check_fit, needs=("vllm",)),
         Check(name="transformers", run=check_transformers, needs=("torch",)),
         Check(name="matplotlib", run=check_matplotlib),
         Check(name="cores", run=check_cores),
         Check(name="memory", run=check_memory),
         Check(name="shared memory", run=check_shared_memory),
         Check(name="gpus", run=check_gpus),
-        Check(name="kv pool", run=check_kv_pool),
+        Check(name="kv pool", run=check_kv_pool, needs=("torch",)),
         Check(name="platform", run=lambda: check_platform(tiny), needs=libraries),
         Check(name="drafts", run=check_drafts, needs=("platform",)),
     ]
     if model is not None:
         checks.append(Check(name="model", run=lambda: check_model(model)))
+        checks.append(Check(name="room", run=lambda: check_room(model)))
     if with_engine:
         checks.append(
             Check(name="engine", run=lambda: check_engine(tiny), needs=("platform",))
@@ -125,8 +97,8 @@ def check_python() -> Finding:
     detail = f"{platform.python_version()} in {sys.prefix}"
     if sys.version_info[:2] < MIN_PYTHON:
         wanted = ".".join(map(str, MIN_PYTHON))
-        return _fail(detail, f"use Python {wanted} or newer")
-    return _ok(detail)
+        return fail(detail, f"use Python {wanted} or newer")
+    return ok(detail)
 
 
 def check_vllm_version() -> Finding:
@@ -135,12 +107,12 @@ def check_vllm_version() -> Finding:
         name, version = check_vllm()
     except ConfigError as exc:
         problem, _, advice = str(exc).partition("; ")
-        return _fail(problem, advice)
+        return fail(problem, advice)
     detail = f"{name} {version}"
     if is_newer_than_tested(version):
         newest = ".".join(map(str, SUPPORTED[1]))
-        return _warn(detail, f"newer than {newest}, the newest that was tried")
-    return _ok(detail)
+        return warn(detail, f"newer than {newest}, the newest that was tried")
+    return ok(detail)
 
 
 def check_torch() -> Finding:
@@ -149,7 +121,7 @@ def check_torch() -> Finding:
     try:
         torch = probe(TORCH)
     except ProbeError as exc:
-        return _fail(str(exc), f"install {name} {version} anew, with what it requires")
+        return fail(str(exc), f"install {name} {version} anew, with what it requires")
     return judge_torch(torch, name, version, pinned_torch(name))
 
 
@@ -169,15 +141,15 @@ def judge_torch(
     release = version.partition("+")[0]
     if pinned and release not in pinned:
         wanted = " or ".join(sorted(pinned))
-        return _fail(
+        return fail(
             f"{detail}, but {vllm} {vllm_version} was built for torch {wanted}",
             f"install torch {wanted}",
         )
     if accelerator and is_cpu_build(vllm, vllm_version):
-        return _warn(detail, f"{vllm} wants the CPU build of torch {release}")
+        return warn(detail, f"{vllm} wants the CPU build of torch {release}")
     if not accelerator and not is_cpu_build(vllm, vllm_version):
-        return _fail(detail, f"{vllm} wants torch {release} built for your GPUs")
-    return _ok(detail)
+        return fail(detail, f"{vllm} wants torch {release} built for your GPUs")
+    return ok(detail)
 
 
 def pinned_torch(distribution: str) -> set[str]:
@@ -189,25 +161,26 @@ def pinned_torch(distribution: str) -> set[str]:
 
 def check_transformers() -> Finding:
     """Whether transformers imports, which mismatched companions of torch prevent."""
-    companions = [f"{n} {v}" for n in COMPANIONS if (v := _version(n))]
+    companions = [f"{n} {v}" for n in COMPANIONS if (v := installed_version(n))]
     try:
         found = probe(TRANSFORMERS)
     except ProbeError as exc:
         if not companions:
-            return _fail(str(exc), "install transformers anew")
+            return fail(str(exc), "install transformers anew")
         names = " ".join(name.split()[0] for name in companions)
-        return _fail(
-            f"{exc} (with {', '.join(companions)} and torch {_version('torch')})",
+        torch = installed_version("torch")
+        return fail(
+            f"{exc} (with {', '.join(companions)} and torch {torch})",
             f"if they are of another build than torch: pip uninstall -y {names}",
         )
-    return _ok(", ".join([str(found["version"]), *companions]))
+    return ok(", ".join([str(found["version"]), *companions]))
 
 
 def check_matplotlib() -> Finding:
     """Whether timelines can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        return _warn("not installed, so no timeline.png", "pip install 'aseer[plot]'")
-    return _ok(_version("matplotlib") or "installed")
+        return warn("not installed, so no timeline.png", "pip install 'aseer[plot]'")
+    return ok(installed_version("matplotlib") or "installed")
 
 
 def check_cores() -> Finding:
@@ -216,8 +189,8 @@ def check_cores() -> Finding:
     quota = _cgroup_cores()
     detail = f"{count}" + (f", limited to {quota:g}" if quota is not None else "")
     if min(count, quota or count) < 2:
-        return _warn(detail, "CPU engines want a core each; with one core run one")
-    return _ok(detail)
+        return warn(detail, "CPU engines want a core each; with one core run one")
+    return ok(detail)
 
 
 def check_memory() -> Finding:
@@ -225,46 +198,56 @@ def check_memory() -> Finding:
     free = this_machine().free_memory_bytes
     detail = f"{free / _GIB:.1f} GiB free"
     if free < TOO_LITTLE_MEMORY:
-        return _fail(detail, f"free at least {LITTLE_MEMORY / _GIB:.0f} GiB")
+        return fail(detail, f"free at least {LITTLE_MEMORY / _GIB:.0f} GiB")
     if free < LITTLE_MEMORY:
-        return _warn(detail, "enough for one small engine: num_instances=1")
-    return _ok(detail)
+        return warn(detail, "enough for one small engine: num_instances=1")
+    return ok(detail)
 
 
 def check_shared_memory() -> Finding:
     """Whether processes can share memory."""
     path = Path("/dev/shm")
     if not path.is_dir():
-        return _warn(f"no {path}", "mount a tmpfs there")
+        return warn(f"no {path}", "mount a tmpfs there")
     free = shutil.disk_usage(path).free
     detail = f"{free / _GIB:.2f} GiB free in {path}"
     if free < LITTLE_SHM:
-        return _warn(detail, "start the container with --shm-size=1g or --ipc=host")
-    return _ok(detail)
+        return warn(detail, "start the container with --shm-size=1g or --ipc=host")
+    return ok(detail)
 
 
 def check_kv_pool() -> Finding:
     """Whether engines of this machine can find each other's KV."""
-    if importlib.util.find_spec("lmcache") is None:
-        return _warn(
-            "LMCache is not installed, so chunks that move compute their prefix again",
-            LMCACHE_INSTALL,
+    found = installed_vllm()
+    on_gpu = bool(this_machine().gpus) and not (found and is_cpu_build(*found))
+    lmcache = installed_version("lmcache")
+    obstacle = lmcache_obstacle(lmcache, installed_version("torch"), on_gpu=on_gpu)
+    if obstacle is None:
+        try:
+            probe(KV_POOL, "gpu" if on_gpu else "cpu")
+        except ProbeError as exc:
+            obstacle = f"LMCache {lmcache} does not load: {exc}"
+    if obstacle is not None:
+        detail, _, advice = obstacle.partition("; ")
+        return warn(
+            f"off, since {detail}; chunks that move compute their prefix again",
+            advice or "see what `python -c 'import aseer.kv.connector'` says",
         )
-    return _ok(f"LMCache {_version('lmcache')}")
+    return ok(f"LMCache {lmcache}")
 
 
 def check_model(model: str) -> Finding:
     """What is done for a model's family."""
     traits = read_traits(model)
     if traits is None:
-        return _warn(
+        return warn(
             f"{model} has no config.json that can be read",
             "give a model's directory, or the name of one that was downloaded",
         )
     found = installed_vllm()
     on_cpu = found is not None and is_cpu_build(*found)
     detail, advice = family_notes(traits, on_cpu=on_cpu)
-    return _warn(detail, advice) if advice else _ok(detail)
+    return warn(detail, advice) if advice else ok(detail)
 
 
 def check_gpus() -> Finding:
@@ -278,14 +261,14 @@ def judge_gpus(gpus: tuple[str, ...], *, cpu_build: bool) -> Finding:
     """The finding for these visible devices and this build of vLLM."""
     detail = f"{len(gpus)} visible ({', '.join(gpus)})" if gpus else "none visible"
     if gpus and cpu_build:
-        return _warn(detail, "vLLM's CPU build cannot use them: pip install vllm")
+        return warn(detail, "vLLM's CPU build cannot use them: pip install vllm")
     if not gpus and not cpu_build:
-        return _fail(
+        return fail(
             detail,
             "check the driver, the container's devices and CUDA_VISIBLE_DEVICES, or "
             "for the CPU alone run `make setup` in a checkout of aseer",
         )
-    return _ok(detail)
+    return ok(detail)
 
 
 def check_platform(model: Path) -> Finding:
@@ -293,10 +276,10 @@ def check_platform(model: Path) -> Finding:
     try:
         found = probe(PLATFORM, str(model))
     except ProbeError as exc:
-        return _fail(str(exc), "see what `python -c 'import vllm'` says")
+        return fail(str(exc), "see what `python -c 'import vllm'` says")
     if not found["device"]:
-        return _fail("vLLM finds no device it can run on", "check the lines above")
-    return _ok(f"{found['device']}, model runner {found['runner']}")
+        return fail("vLLM finds no device it can run on", "check the lines above")
+    return ok(f"{found['device']}, model runner {found['runner']}")
 
 
 def check_drafts() -> Finding:
@@ -304,15 +287,15 @@ def check_drafts() -> Finding:
     try:
         found = probe(SAMPLER)
     except ProbeError as exc:
-        return _warn(str(exc), "set speculation='off'; the rest works without")
+        return warn(str(exc), "set speculation='off'; the rest works without")
     draws = f"{found['num_draws']} draws on {found['device']}"
     if not found["is_right"]:
-        return _warn(
+        return warn(
             f"the sampler that verifies drafts is wrong ({found['fault']}; {draws})",
             "engines here refuse to speculate; another version of vLLM may be right",
         )
     mended = "; vLLM's own is wrong here, and mended" if found["was_mended"] else ""
-    return _ok(f"the sampler draws as it should ({draws}){mended}")
+    return ok(f"the sampler draws as it should ({draws}){mended}")
 
 
 def check_engine(model: Path) -> Finding:
@@ -330,7 +313,7 @@ def check_engine(model: Path) -> Finding:
     try:
         return asyncio.run(_try_engine(config))
     except AseerError as exc:
-        return _fail(str(exc), "the lines above say why; then run aseer doctor again")
+        return fail(str(exc), "the lines above say why; then run aseer doctor again")
 
 
 async def _try_engine(config: EngineConfig) -> Finding:
@@ -347,15 +330,8 @@ async def _try_engine(config: EngineConfig) -> Finding:
         f"{sum(lengths)} tokens in {done - started:.1f} s"
     )
     if lengths != [80, 80]:
-        return _fail(f"{detail}, but 2 x 80 were asked for", "report this")
-    return _ok(detail)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+        return fail(f"{detail}, but 2 x 80 were asked for", "report this")
+    return ok(detail)
 
 
 def _read(path: str) -> str:
@@ -369,15 +345,3 @@ def _cgroup_cores() -> float | None:
     """The container's share of CPU time in cores; None if it has no limit."""
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
-
-
-def _ok(detail: str) -> Finding:
-    return Finding(status="ok", detail=detail)
-
-
-def _warn(detail: str, advice: str) -> Finding:
-    return Finding(status="warn", detail=detail, advice=advice)
-
-
-def _fail(detail: str, advice: str) -> Finding:
-    return Finding(status="fail", detail=detail, advice=advice)

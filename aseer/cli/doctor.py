@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from aseer.cli.checks import Finding, all_checks
+from aseer.cli.checks import all_checks
+from aseer.cli.findings import Finding
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
-    from aseer.cli.checks import Check
+    from aseer.cli.findings import Check
 
     MakeChecks = Callable[..., Sequence[Check]]
 
@@ -44,7 +45,8 @@ def add_parser(
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="a model's directory or name: also say what aseer does for its family",
+        help="a model's directory or name: also say what aseer does for its family, "
+        "and whether its weights have room",
     )
     parser.add_argument(
         "--json",

@@ -52,6 +52,14 @@ right, p_value, num_draws, fault = test_sampler(verifier, device)
 print(json.dumps({"is_right": bool(right), "num_draws": num_draws, "fault": fault,
                   "was_mended": mend(device), "device": device.type}))
 """
+KV_POOL = """
+import json, sys
+import torch
+if sys.argv[1] == "gpu":
+    import lmcache.cuda_ops
+import aseer.kv.connector
+print(json.dumps({}))
+"""
 _PROBE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",

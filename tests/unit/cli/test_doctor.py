@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
 
-from aseer.cli import checks, doctor
-from aseer.cli.checks import Check, Finding, ProbeError
+from aseer.cli import checks, doctor, fit
+from aseer.cli.checks import ProbeError
 from aseer.cli.family import family_notes
+from aseer.cli.findings import Check, Finding
 from aseer.cli.main import build_parser
+from aseer.compat.check import Report
 from aseer.errors import ConfigError
 from aseer.instance.launch import Machine
 from aseer.models.traits import traits_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-    from aseer.cli.checks import Status
+    from aseer.cli.findings import Status
 
 CPU_TORCH = {"version": "2.13.0+cpu", "cuda": None, "hip": None}
 CUDA_TORCH = {"version": "2.13.0", "cuda": "13.0", "hip": None}
@@ -111,13 +113,6 @@ def test_a_sampler_that_cannot_be_tested_is_no_reason_to_fail(monkeypatch) -> No
 
     monkeypatch.setattr(checks, "probe", fails)
     assert checks.check_drafts().status == "warn"
-
-
-def test_without_lmcache_the_doctor_says_what_to_install(monkeypatch) -> None:
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda _: None)
-    found = checks.check_kv_pool()
-    assert found.status == "warn"
-    assert "lmcache==" in found.advice
 
 
 def test_the_engine_check_can_be_left_out(tmp_path: Path) -> None:
@@ -214,7 +209,7 @@ def test_companions_that_break_transformers_are_named(
 
     versions = {"torchvision": "0.28.0", "triton": "3.7.0", "torch": "2.13.0+cpu"}
     monkeypatch.setattr(checks, "probe", probe)
-    monkeypatch.setattr(checks, "_version", versions.get)
+    monkeypatch.setattr(checks, "installed_version", versions.get)
     finding = checks.check_transformers()
     assert finding.status == "fail"
     assert "operator torchvision::nms does not exist" in finding.detail
@@ -264,7 +259,7 @@ def test_a_probe_that_hangs_is_ended() -> None:
 def test_a_models_family_is_looked_at_when_it_is_named(tmp_path: Path) -> None:
     names = [c.name for c in checks.all_checks(tmp_path, with_engine=False)]
     named = checks.all_checks(tmp_path, with_engine=False, model=str(tmp_path))
-    assert [c.name for c in named] == [*names, "model"]
+    assert [c.name for c in named] == [*names, "model", "room"]
     assert checks.check_model(str(tmp_path)).status == "warn", "there is none"
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert checks.check_model(str(tmp_path)).detail.startswith("llama: full attention")
@@ -283,3 +278,66 @@ def test_what_is_done_for_a_family_is_said() -> None:
     assert "torch" not in family_notes(latent, on_cpu=False)[0]
     states = traits_of({"model_type": "jamba", "mamba_d_state": 16})
     assert "drafted token" in family_notes(states, on_cpu=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("versions", "gpus", "error", "status", "text"),
+    [
+        ({"lmcache": "0.5.6", "torch": "2.13.0"}, ("0",), None, "ok", "LMCache 0.5.6"),
+        ({"torch": "2.13.0"}, (), None, "warn", "off, since LMCache is not installed"),
+        ({"lmcache": "0.5.6", "torch": "2.14.0"}, ("0",), None, "warn", "2.14.0 is"),
+        ({"lmcache": "0.5.6", "torch": "2.14.0"}, (), None, "ok", "LMCache 0.5.6"),
+        ({"lmcache": "0.5.5", "torch": "2.13.0"}, (), None, "warn", "LMCache 0.5.5"),
+        (
+            {"lmcache": "0.5.6", "torch": "2.13.0"},
+            ("0",),
+            "ImportError: undefined symbol",
+            "warn",
+            "does not load: ImportError: undefined symbol",
+        ),
+    ],
+)
+def test_a_pool_that_would_not_work_is_off_and_why(
+    monkeypatch: pytest.MonkeyPatch,
+    versions: dict[str, str],
+    gpus: tuple[str, ...],
+    error: str | None,
+    status: Status,
+    text: str,
+) -> None:
+    def probe(code: str, device: str) -> dict[str, object]:
+        assert device == ("gpu" if gpus else "cpu")
+        if error:
+            raise ProbeError(error)
+        return {}
+
+    here = Machine(
+        gpus=gpus, cores=(0,), free_memory_bytes=0, cpu_only=False, cpu_dtype=""
+    )
+    monkeypatch.setattr(checks, "this_machine", lambda: here)
+    monkeypatch.setattr(checks, "installed_vllm", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(checks, "installed_version", versions.get)
+    monkeypatch.setattr(checks, "probe", probe)
+    finding = checks.check_kv_pool()
+    assert finding.status == status
+    assert text in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("model_bytes", "status"), [(None, "warn"), (4 << 30, "ok"), (6 << 30, "warn")]
+)
+def test_updates_need_twice_the_model_in_shared_memory(
+    model_bytes: int | None, status: Status
+) -> None:
+    assert fit.judge_room(model_bytes, 10 << 30).status == status
+
+
+def test_what_does_not_fit_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = ("vllm", "0.99.0", Path())
+    monkeypatch.setattr(fit, "installed_roots", lambda: [root])
+    for misfits, status in (([], "ok"), (["x is gone"], "warn")):
+        report = Report(*root, num_names=1, num_facts=1, misfits=misfits)
+        monkeypatch.setattr(fit, "check", lambda *_, report=report: report)
+        finding = fit.check_fit()
+        assert finding.status == status
+        assert ("x is gone" in finding.detail) == bool(misfits)
