@@ -189,13 +189,24 @@ class RequestBuffer:
             return self.lose_chunk(report.chunk_id, now, why)
         return self._end_chunk(request, end, now)
 
-    def lose_chunk(self, chunk_id: ChunkId, now: float, why: str) -> Outcome:
-        """A chunk died with its instance; what can be resumed from is kept."""
+    def lose_chunk(
+        self, chunk_id: ChunkId, now: float, why: str, *, is_blamed: bool = True
+    ) -> Outcome:
+        """A chunk died with its instance; what can be resumed from is kept.
+
+        Args:
+            is_blamed: whether the request may have been the cause; if not, it goes on
+                however often it was lost.
+        """
         request = self._chunks[chunk_id]
         request.num_retries += 1
         if request.remaining == 0:
             end = ChunkEnd(reason="length")
-        elif request.num_retries > self._max_retries and not request.cancelled:
+        elif (
+            is_blamed
+            and request.num_retries > self._max_retries
+            and not request.cancelled
+        ):
             end = ChunkEnd(
                 reason="error",
                 error=f"it was lost {request.num_retries} times while running: {why}",

@@ -14,6 +14,7 @@ generated are another thing (`trace.py`).
 
 from __future__ import annotations
 
+import sys
 import zlib
 from array import array
 
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from aseer.commands import Abort, Command, Dispatch
+from aseer.commands import Abort, Blame, Command, Dispatch
 from aseer.config import PolicyName
 from aseer.controller import Controller
 from aseer.errors import ConfigError
@@ -85,6 +86,7 @@ class _CancelGroup(msgspec.Struct, tag=True):
 
 class _CancelAll(msgspec.Struct, tag=True):
     now: float
+    max_requests: int
 
 
 class _FailAll(msgspec.Struct, tag=True):
@@ -183,9 +185,10 @@ class LoggedController(Controller):
         make = super().cancel_group
         return self._log(_CancelGroup(group_id, now), lambda: make(group_id, now))
 
-    def cancel_all(self, now: float) -> list[Command]:
+    def cancel_all(self, now: float, max_requests: int = sys.maxsize) -> list[Command]:
         make = super().cancel_all
-        return self._log(_CancelAll(now), lambda: make(now))
+        call = _CancelAll(now, max_requests)
+        return self._log(call, lambda: make(now, max_requests))
 
     def fail_all(self, now: float, why: str) -> list[Command]:
         make = super().fail_all
@@ -274,8 +277,8 @@ def _make(
             return controller.progress(reports, now)
         case _CancelGroup(group_id, now):
             return controller.cancel_group(group_id, now)
-        case _CancelAll(now):
-            return controller.cancel_all(now)
+        case _CancelAll(now, max_requests):
+            return controller.cancel_all(now, max_requests)
         case _FailAll(now, why):
             return controller.fail_all(now, why)
         case _Schedule(now):
@@ -297,6 +300,8 @@ def _summary(command: Command) -> list[Any]:
         return ["dispatch", c.request_id, c.instance_id, c.chunk_id, *limits, *sums]
     if isinstance(command, Abort):
         return ["abort", command.instance_id, command.chunk_id]
+    if isinstance(command, Blame):
+        return ["blame", command.num_deaths]
     r = command.response
     sums = [
         zlib.crc32(array("i", r.token_ids).tobytes()),

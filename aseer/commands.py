@@ -27,4 +27,10 @@ class Finished(NamedTuple):
     response: Response
 
 
-Command = Dispatch | Abort | Finished
+class Blame(NamedTuple):
+    """A request was the cause of so many deaths of instances, the last just now."""
+
+    num_deaths: int
+
+
+Command = Dispatch | Abort | Finished | Blame

@@ -15,15 +15,18 @@ request) by the buffer, I3 (reservations fit) by the fleet.
 
 from __future__ import annotations
 
+import sys
 from array import array
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from aseer.buffer import Request, RequestBuffer
-from aseer.commands import Abort, Command, Dispatch, Finished
+from aseer.commands import Abort, Blame, Command, Dispatch, Finished
 from aseer.context import ContextManager
 from aseer.counters import Counters
 from aseer.kv.residency import DEFAULT_MOVE_PRICE, KvResidency
 from aseer.policies import POLICIES, Policy
+from aseer.quarantine import Quarantine
 from aseer.running import RunningChunks
 from aseer.scheduler import Scheduler
 from aseer.types import Chunk, GroupId, InstanceId, RequestState, Task
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from aseer.types import ChunkProgress, InstanceInfo
 
 
-__all__ = ["Abort", "Command", "Controller", "Dispatch", "Finished"]
+__all__ = ["Abort", "Blame", "Command", "Controller", "Dispatch", "Finished"]
 
 
 class Controller:
@@ -75,6 +78,8 @@ class Controller:
         self._num_arrived = 0
         self._arrivals: dict[GroupId, int] = {}
         self.running = RunningChunks()
+        self._quarantine = Quarantine()
+        self._to_cancel: deque[GroupId] | None = None  # once everything is to end
         self._unfinished_in_group: dict[GroupId, int] = {}
         self._just_finished: list[GroupId] = []
 
@@ -84,7 +89,8 @@ class Controller:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.scheduler)
+        """Requests that do not run, those that wait for a trial included."""
+        return len(self.scheduler) + len(self._quarantine)
 
     def is_group_finished(self, group_id: GroupId) -> bool:
         """Whether all its requests are over; a KeyError if there is no such group."""
@@ -192,6 +198,7 @@ class Controller:
             else:
                 self._enqueue(request)
         self.running.grew(grown)
+        ended |= self._quarantine.is_due()
         return commands + self.schedule(now) if ended else commands
 
     def cancel_group(self, group_id: GroupId, now: float) -> list[Command]:
@@ -205,13 +212,27 @@ class Controller:
         # What it kept others from (an instance may have been held for it) can go on.
         return self._cancel(group_id, now) + self.schedule(now)
 
-    def cancel_all(self, now: float) -> list[Command]:
-        """End every group early."""
+    def cancel_all(self, now: float, max_requests: int = sys.maxsize) -> list[Command]:
+        """End every group early; from the first call on nothing is started any more.
+
+        Args:
+            max_requests: to end in this call, about; more calls end the rest, until
+                `is_cancelled`.
+        """
         self._forget_finished()
+        if self._to_cancel is None:
+            self._to_cancel = deque(self._unfinished_in_group)
         commands: list[Command] = []
-        for group_id in list(self._unfinished_in_group):
-            commands += self._cancel(group_id, now)
+        while self._to_cancel and len(commands) < max_requests:
+            group_id = self._to_cancel.popleft()
+            if self._unfinished_in_group.get(group_id):
+                commands += self._cancel(group_id, now)
         return commands
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel_all` has been called often enough."""
+        return self._to_cancel is not None and not self._to_cancel
 
     def fail_all(self, now: float, why: str) -> list[Command]:
         """Nothing can run any more: every unfinished request ends as an error."""
@@ -222,6 +243,7 @@ class Controller:
         for request in self.buffer.requests():
             if request.state is RequestState.WAITING:
                 self.scheduler.remove_group(request.group.group_id)
+                self._quarantine.remove_group(request.group.group_id)
                 commands += self._end_waiting(
                     request, RequestState.FINISHED_ERROR, now, why
                 )
@@ -230,6 +252,10 @@ class Controller:
     def schedule(self, now: float) -> list[Command]:
         """Turn free capacity into dispatches."""
         commands: list[Command] = []
+        if self._to_cancel is not None:
+            return commands
+        for request in self._quarantine.next_trials():
+            self._enqueue(request)
         for assignment in self.scheduler.schedule(self.residency.holders):
             request = self.buffer[assignment.request_id]
             before = request.instances[-1] if request.instances else None
@@ -269,9 +295,11 @@ class Controller:
         """Assert that the parts agree; changes nothing."""
         self.buffer.check_integrity()
         requests = self.buffer.requests()
-        waiting = [r.request_id for r in requests if r.state is RequestState.WAITING]
-        assert all(i in self.scheduler for i in waiting)
-        assert len(waiting) == len(self.scheduler)
+        waiting = [r for r in requests if r.state is RequestState.WAITING]
+        held = [r for r in waiting if r in self._quarantine]
+        assert len(held) == len(self._quarantine)
+        assert not any(r.request_id in self.scheduler for r in held)
+        assert len(waiting) - len(held) == len(self.scheduler)
         self.running.check_integrity()
         for instance_id in self.running:
             chunks = [r.chunk for r in self.running.on(instance_id) if r.chunk]
@@ -286,21 +314,36 @@ class Controller:
         self.scheduler.remove_instance(instance_id)
         self.residency.drop_instance(instance_id)
         commands: list[Command] = []
-        for chunk_id in chunks:
-            request = self.buffer.chunk_owner(chunk_id)
-            assert request is not None
+        owners = ((c, self.buffer.chunk_owner(c)) for c in chunks)
+        lost = [(chunk_id, r) for chunk_id, r in owners if r is not None]
+        lost.sort(key=lambda each: len(each[1].tokens), reverse=True)
+        suspects = self._quarantine.lose(r for _, r in lost)
+        blamed: dict[GroupId, int] = {}
+        for chunk_id, request in lost:
             num_before = len(request.tokens)
-            outcome = self.buffer.lose_chunk(chunk_id, now, why)
+            is_suspect = request in suspects
+            outcome = self.buffer.lose_chunk(
+                chunk_id, now, why, is_blamed=not suspects or suspects == [request]
+            )
             self.counters.num_output_tokens += len(request.tokens) - num_before
-            if outcome == "finished":
-                commands += self._finish(request)
-            else:
-                self._enqueue(request)
+            if outcome == "waiting":
+                self._quarantine.hold(request, was_on_trial=is_suspect)
+                continue
+            if request.state is RequestState.FINISHED_ERROR:
+                group_id = request.group.group_id
+                blamed[group_id] = max(blamed.get(group_id, 0), request.num_retries)
+            commands += self._finish(request)
+        # Of several groups that end with an engine none is known to be the cause.
+        if len(blamed) == 1:
+            commands.append(Blame(*blamed.values()))
+        elif len(suspects) == 1:
+            commands.append(Blame(1))
         return commands
 
     def _cancel(self, group_id: GroupId, now: float) -> list[Command]:
         commands: list[Command] = []
         self.scheduler.remove_group(group_id)
+        self._quarantine.remove_group(group_id)
         for request in self.buffer.group(group_id):
             request.cancelled = True
             if request.state is RequestState.WAITING:
@@ -320,6 +363,8 @@ class Controller:
         self._arrivals[group_id] = self._num_arrived
         self._num_arrived += task.num_requests
         self._unfinished_in_group[group_id] = task.num_requests
+        if self._to_cancel is not None:
+            self._to_cancel.append(group_id)
         for request in self.buffer.add_group(task, now):
             self._enqueue(request)
 

@@ -20,7 +20,14 @@ from array import array
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aseer.controller import Abort, Command, Controller, Dispatch, Finished
+from aseer.controller import (
+    Abort,
+    Blame,
+    Command,
+    Controller,
+    Dispatch,
+    Finished,
+)
 from aseer.errors import (
     EngineClosedError,
     InstanceLostError,
@@ -55,6 +62,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aseer")
 
 _PREFETCHES_PER_INSTANCE = 2
+# Requests that are ended in one turn of the engine's loop: some tens of milliseconds.
+_CANCEL_AT_ONCE = 1000
 
 
 class Session:
@@ -102,8 +111,6 @@ class Session:
             self._controller.use_pool(kv_pool.granularity, kv_pool.server_of)
         self._started_at = time.monotonic()
         self._prefetched: dict[RequestId, int] = {}  # at how many tokens
-        # Deaths of instances that requests were ended for, by the requests' group.
-        self._blamed: dict[str, int] = {}
         self._post = post
         self._intake_lock = threading.RLock()  # an iterator's end may come in between
         self._intake_open = True
@@ -176,7 +183,7 @@ class Session:
         if self._fatal is not None:
             self._do(self._controller.fail_all(self._now(), self._fatal))
         elif not self._intake_open:  # aborted between the offer and now
-            self._do(self._controller.cancel_all(self._now()))
+            self._cancel_some()
         for task in tasks:
             if task.group_id in self._cancelled_early:
                 self._cancelled_early.discard(task.group_id)
@@ -223,7 +230,15 @@ class Session:
     def _end_all(self) -> None:
         self._stop_intake()
         if self._failure is None and not self.over.done():
-            self.guarded(lambda: self._do(self._controller.cancel_all(self._now())))
+            self.guarded(self._cancel_some)
+
+    def _cancel_some(self) -> None:
+        """End requests early, and go on later, so that others get their turn."""
+        if self._failure is not None or self.over.done():
+            return
+        self._do(self._controller.cancel_all(self._now(), _CANCEL_AT_ONCE))
+        if not self._controller.is_cancelled:
+            self._post(lambda: self.guarded(self._cancel_some))
 
     def _stop_intake(self) -> None:
         with self._intake_lock:
@@ -290,12 +305,8 @@ class Session:
         if self._failure is not None:
             self._end_if_over()
             return
-        self._blamed.clear()
         self._recorder.instance_down(instance_id, self._now())
         self._do(self._controller.instance_down(instance_id, self._now(), why))
-        # Of several groups that end with an instance none is known to be the cause.
-        if len(self._blamed) == 1:
-            self._pool.forgive(*self._blamed.values())
 
     def exhausted(self, why: str) -> None:
         """Nothing can run any more."""
@@ -318,6 +329,8 @@ class Session:
                     self._pool.abort_chunks(instance_id, [chunk_id])
                 case Finished(response):
                     self._finish(response)
+                case Blame(num_deaths):
+                    self._pool.forgive(num_deaths)
         self._recorder.mark_busy(self._now())
         self._end_if_over()
 
@@ -386,8 +399,6 @@ class Session:
             if self._length_priors is not None:
                 self._learn(self._length_priors, group_id)
         if response.finish_reason == "error":
-            num_deaths = response.metrics.num_retries
-            self._blamed[group_id] = max(self._blamed.get(group_id, 0), num_deaths)
             self._num_errors += 1
             self._first_error = (
                 self._first_error or f"{response.request_id}: {response.error}"

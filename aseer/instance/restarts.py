@@ -2,11 +2,15 @@
 
 A request that kills every engine it runs on ends as an error after a few deaths. Those
 deaths say nothing about the engines, so they are given back: otherwise one such request
-would take the whole engine with it. They are given back only while other work gets
-done. Where nothing does, the engines are at fault, and the budget is to run out.
+would take the whole engine with it. But where engines die again and again and no work
+gets done, the engines are at fault, and the budget is to run out.
 """
 
 from __future__ import annotations
+
+# Deaths that are forgiven until a chunk ends well: what two requests cause that are
+# each ended at their fourth death, the default.
+MAX_FORGIVEN = 8
 
 
 class RestartBudget:
@@ -16,7 +20,7 @@ class RestartBudget:
         self._max = max_restarts
         self._left = max_restarts
         self._num_unpaid = 0  # deaths given back before their restart was paid for
-        self._has_worked = True
+        self._num_forgiven = 0  # since a chunk last ended well
 
     @property
     def num_left(self) -> int:
@@ -35,7 +39,7 @@ class RestartBudget:
 
     def worked(self) -> None:
         """A chunk ended well somewhere: the engines can do their work."""
-        self._has_worked = True
+        self._num_forgiven = 0
 
     def forgive(self, num_deaths: int) -> bool:
         """Give back what deaths cost that a request is blamed for.
@@ -44,12 +48,11 @@ class RestartBudget:
             num_deaths: of which the last is not paid for yet.
 
         Returns:
-            Whether anything was given back: nothing is if no chunk has ended well since
-            the last time.
+            Whether anything was given back.
         """
-        if not self._has_worked:
+        if self._num_forgiven >= MAX_FORGIVEN:
             return False
-        self._has_worked = False
+        self._num_forgiven += 1
         self._num_unpaid += 1
         self._left = min(self._max, self._left + num_deaths - 1)
         return True

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aseer.config import check_pause
+from aseer.errors import WeightUpdateError
 from aseer.report import WeightUpdateReport
 from aseer.steps import Either
 from aseer.weights.sending import send, send_async
@@ -59,7 +60,7 @@ def update_steps(
         send_s = time.monotonic() - started
     except BaseException as error:
         thread.post(lambda: host.weights.abandon(plan))
-        if isinstance(error, OSError) and thread.ended.is_set():
+        if isinstance(error, OSError | WeightUpdateError) and thread.ended.is_set():
             raise thread.closed_error() from error  # where it wrote to is gone
         raise
     times: SwitchTimes = yield thread.submit(lambda: host.switch_weights(plan))

@@ -432,7 +432,6 @@ async def test_an_update_that_an_instance_cannot_commit_spends_no_restart():
         assert await serves(engine)
 
 
-@pytest.mark.skip(reason="wip")
 async def test_one_request_that_kills_its_engines_does_not_take_the_engine_with_it():
     """By the default limits: four deaths end the request, three restarts are there."""
     fatal = aseer.Group([500, 500], n=1, group_id="fatal", sampling={"max_tokens": 50})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from aseer.config import POLICY_NAMES
-from aseer.controller import Abort, Controller, Dispatch
+from aseer.controller import Abort, Controller, Dispatch, Finished
 from aseer.policies import POLICIES
 from aseer.types import ChunkId, GroupId, InstanceId
 from tests.unit.core import info_of, report_of, task_of
@@ -276,7 +276,7 @@ class ControllerMachine(RuleBasedStateMachine):
                     command.instance_id
                 )
                 self.running[command.chunk_id].aborted = True
-            else:
+            elif isinstance(command, Finished):
                 self.finish(command.response)
 
     def dispatch(self, chunk: Chunk) -> None:

@@ -268,7 +268,11 @@ def test_without_instances_requests_wait_and_go_on_when_one_is_back() -> None:
     controller.add_groups([task_of(num_requests=2)], 0.0)
     assert controller.instance_down(A, 1.0, "it burnt") == []
     assert controller.num_waiting == 2
-    assert placed(controller.instance_up(info_of(0), 2.0)) == [("g/0", 0), ("g/1", 0)]
+    first = controller.instance_up(info_of(0), 2.0)
+    assert placed(first) == [("g/0", 0)], "which may have been what killed it"
+    (chunk,) = chunks_in(first)
+    then = controller.progress([report_of(chunk.chunk_id, [1])], 3.0)
+    assert placed(then) == [("g/1", 0)]
     controller.check_integrity()
 
 
@@ -591,3 +595,22 @@ def test_moves_that_lose_their_kv_make_the_next_ones_dearer() -> None:
     assert controller.residency.move_price == pytest.approx(0.2 + 0.8 / 4)
     controller.set_move_price(None)
     assert controller.residency.move_price < 1
+
+
+def test_everything_is_cancelled_a_little_at_a_time_and_nothing_starts_meanwhile() -> (
+    None
+):
+    controller = with_instances(100)
+    tasks = [task_of(f"g{i}", num_requests=4) for i in range(50)]
+    controller.add_groups(tasks, 0.0)
+    sizes = []
+    while not controller.is_cancelled:
+        commands = controller.cancel_all(1.0, max_requests=10)
+        assert not chunks_in(commands)
+        sizes.append(len(commands))
+    assert sum(sizes) == 200
+    assert max(sizes) <= 10 + 4
+    late = controller.add_groups([task_of("late", num_requests=2)], 2.0)
+    assert late == []
+    assert not controller.is_cancelled
+    assert len(controller.cancel_all(3.0)) == 2
