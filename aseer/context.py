@@ -44,21 +44,24 @@ class GroupContext:
 
     Attributes:
         prior: the longest response to its prompt in an earlier rollout.
-        completed: lengths of the finished.
+        num_completed: requests that ended by themselves.
+        longest_completed: tokens of the longest of them.
         unforeseen: who became several times as long as what was known then.
     """
 
     max_tokens: int
     num_requests: int
     prior: int | None = None
-    completed: list[int] = field(default_factory=list)
+    num_completed: int = 0
+    longest_completed: int | None = None
     unforeseen: set[RequestId] = field(default_factory=set)
 
     @property
     def longest_known(self) -> int | None:
         """Tokens of the longest response, in this rollout or earlier."""
-        longest = max(self.completed, default=self.prior)
-        return longest if longest is None else max(longest, self.prior or 0)
+        if self.longest_completed is None:
+            return self.prior
+        return max(self.longest_completed, self.prior or 0)
 
     @property
     def length_estimate(self) -> int:
@@ -112,9 +115,8 @@ class ContextManager:
     def longest(self, group_id: GroupId) -> int | None:
         """Tokens of the longest response, once all have ended by themselves."""
         group = self._groups[group_id]
-        if len(group.completed) < group.num_requests:
-            return None
-        return max(group.completed)
+        is_over = group.num_completed == group.num_requests
+        return group.longest_completed if is_over else None
 
     def record_length(
         self, group_id: GroupId, request_id: RequestId, length: int
@@ -142,7 +144,8 @@ class ContextManager:
         self._num_told += group.longest_known is not None
         self._compare()
         before = group.length_estimate
-        group.completed.append(length)
+        group.num_completed += 1
+        group.longest_completed = max(length, group.longest_completed or 0)
         return group.length_estimate != before
 
     def _compare(self) -> None:

@@ -15,7 +15,7 @@ G, H = GroupId("g"), GroupId("h")
 
 def finish(context: ContextManager, group_id: GroupId, *lengths: int) -> list[bool]:
     """Responses of so many tokens end; whether the estimate changed, for each."""
-    taken = len(context[group_id].completed)
+    taken = context[group_id].num_completed
     return [
         context.record_finished(group_id, RequestId(f"{group_id}/{taken + i}"), length)
         for i, length in enumerate(lengths)
