@@ -84,8 +84,11 @@ def expect_unlike(request: Waiting, length_estimate: int) -> int:
 
 def _expect_at_least(times: int, request: Waiting, length_estimate: int) -> int:
     generated = request.num_generated
-    at_least = min(times * generated, generated + request.remaining)
-    return max(length_estimate, at_least)
+    at_least = times * generated
+    if at_least <= length_estimate:
+        return length_estimate
+    most = generated + request.remaining
+    return max(length_estimate, at_least if at_least < most else most)
 
 
 def expect_known(request: Waiting, length_estimate: int) -> int:

@@ -218,7 +218,7 @@ class Scheduler:
         """
         if not self.policy.reserves_kv:
             return self._schedule_unreserved()
-        queue, fleet = self._queue, self.fleet
+        queue, orders, fleet = self._queue, self._queue.orders, self.fleet
         queue.begin_round()
         fleet.hold_none()
         assignments: list[Assignment] = []
@@ -229,7 +229,7 @@ class Scheduler:
             request = owed or queue.first(room)
             if request is None:
                 break
-            if (queue.num_passed or not oldest_fits) and fleet.hold_freest():
+            if (orders.num_passed or not oldest_fits) and fleet.hold_freest():
                 continue  # kept for the first that did not fit; there is less room now
             tokens = self._chunk_tokens(request)
             needs = request.num_tokens + tokens - 1  # the last one's KV is not written

@@ -76,16 +76,18 @@ class WaitingQueue:
             rank: lowest `rank(request, length estimate of its group)` first, siblings
                 among each other as if their estimate were 0. No two rank the same.
             other: of a second order.
+
+        `orders` is the order itself; what is asked most often is asked there.
         """
         self._rank = rank
         self._other = other
-        self._orders = WaitingOrders(1 if other is None else 2)
+        self.orders = WaitingOrders(1 if other is None else 2)
         self._handles: dict[RequestId, int] = {}
         self._waiting: list[Waiting | None] = []  # by handle
         self._groups: dict[GroupId, _Group] = {}
-        self._first = self._orders.first
-        self.begin_round = self._orders.begin_round
-        self.pass_over = self._orders.pass_over
+        self._first = self.orders.first
+        self.begin_round = self.orders.begin_round
+        self.pass_over = self.orders.pass_over
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -96,11 +98,11 @@ class WaitingQueue:
     @property
     def num_passed(self) -> int:
         """Groups passed over in this round."""
-        return self._orders.num_passed
+        return self.orders.num_passed
 
     def choose(self, order: int) -> None:
         """Go by that one of the ranks from now on."""
-        self._orders.choose(order)
+        self.orders.choose(order)
 
     def add(self, request: Waiting, length_estimate: int) -> None:
         """Take a request that waits.
@@ -119,7 +121,7 @@ class WaitingQueue:
         group = self._groups.get(group_id)
         if group is not None and group.length_estimate != length_estimate:
             self.set_length_estimate(group_id, length_estimate)
-        handle, of_group = self._orders.add(
+        handle, of_group = self.orders.add(
             -1 if group is None else group.handle, own, lead
         )
         self._handles[request_id] = handle
@@ -136,12 +138,12 @@ class WaitingQueue:
         if group is None:
             return
         leads = {}
-        for handle in self._orders.members(group.handle):
+        for handle in self.orders.members(group.handle):
             request = self._request(handle)
             leads[handle] = [self._rank(request, length_estimate)]
             if self._other is not None:
                 leads[handle].append(self._other(request, length_estimate))
-        self._orders.set_leads(group.handle, leads)
+        self.orders.set_leads(group.handle, leads)
         group.length_estimate = length_estimate
 
     def length_estimate(self, group_id: GroupId) -> int:
@@ -160,7 +162,7 @@ class WaitingQueue:
         """
         handle = self._handles.pop(request.request_id)
         self._waiting[handle] = None
-        if self._orders.remove(handle):
+        if self.orders.remove(handle):
             del self._groups[request.group_id]
 
     def remove_group(self, group_id: GroupId) -> None:
@@ -168,19 +170,19 @@ class WaitingQueue:
         group = self._groups.pop(group_id, None)
         if group is None:
             return
-        for handle in self._orders.members(group.handle):
+        for handle in self.orders.members(group.handle):
             del self._handles[self._request(handle).request_id]
             self._waiting[handle] = None
-        self._orders.remove_group(group.handle)
+        self.orders.remove_group(group.handle)
 
     def oldest(self) -> Waiting | None:
         """The request that has waited longest."""
-        handle = self._orders.oldest()
+        handle = self.orders.oldest()
         return None if handle < 0 else self._waiting[handle]
 
     def head(self, num_groups: int) -> list[Waiting]:
         """The first request of each of the first groups, in order."""
-        return [self._request(handle) for handle in self._orders.head(num_groups)]
+        return [self._request(handle) for handle in self.orders.head(num_groups)]
 
     def first(self, room: int) -> Waiting | None:
         """The first request of the first group that this round has not passed over.
