@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aseer.dgds.budget import make_budget
+from aseer.dgds.cap import CappedBudget
 from aseer.dgds.client import DraftClient
 from aseer.dgds.messages import DraftingSpec
 from aseer.dgds.proposer import GroupDrafter
@@ -264,8 +265,10 @@ class WorkerExtension:
         settings = drafting.settings
         model = StepTimeModel()
         replica = Replica(ttl_s=settings.group_ttl_s)
+        vocab_size = self.vllm_config.model_config.get_vocab_size()
+        budget = CappedBudget(make_budget(settings, model), vocab_size)
         runner.aseer_clock = runner.drafter.start(
-            runner, replica, make_budget(settings, model), model, settings.probe_weight
+            runner, replica, budget, model, settings.probe_weight
         )
         identity = f"drafter-{os.getpid()}".encode()
         runner.aseer_client = DraftClient(

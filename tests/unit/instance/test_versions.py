@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +125,14 @@ def test_lmcache_is_used_where_its_names_and_its_kernels_are_there(
     else:
         assert obstacle is not None
         assert text in obstacle
+
+
+def test_the_documentation_has_the_table_of_versions() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "quickstart.md").read_text()
+    for vllm, torch, was_run in versions.RELEASES:
+        pool = "yes" if torch in versions.LMCACHE_TORCH else "no"
+        checked = "run" if was_run else "checked by source"
+        row = "| {}.{} | {}.{} | {} | {} |".format(*vllm, *torch, checked, pool)
+        assert row in text
+    assert f"LMCache {versions.LMCACHE}" in text
+    assert versions.LMCACHE_INSTALL in text
