@@ -46,6 +46,12 @@ WATERMARK = 0.6
 # the memory of dead engines, forbids sleep, and a server that hangs and goes on writes
 # into blocks that belong to other requests by then.
 _TRANSFER_MODE = "engine_driven"
+# A worker that was stopped in the middle of a copy, and goes on after its memory was
+# given to others, overwrites their KV. By then its engine must have been killed, which
+# `heartbeat_timeout_s` of silence does. The others are LMCache's own.
+_REAP_HEARTBEATS = 2
+_LEAST_REAP_S = 120.0
+_GRACE_S = 3600.0
 _START_TIMEOUT_S = 60.0
 _GIB = 1 << 30
 
@@ -71,6 +77,7 @@ class PoolPlan:
         num_servers: that share out the engines, in order; 0 = the pool is not ours.
         dram_bytes: of one server.
         chunk_tokens: what is stored and found together.
+        reap_s: a worker silent so long is forgotten, and its memory given to others.
         why: of its size, for a log.
     """
 
@@ -81,6 +88,7 @@ class PoolPlan:
     chunk_tokens: int
     timeout_s: float
     why: str
+    reap_s: float = _LEAST_REAP_S
 
 
 def plan_pool(
@@ -110,7 +118,7 @@ def plan_pool(
                 "kv_transfer_config"
             )
         why = "the connector of kv_transfer_config"
-        return _plan(pool, 0, 0, block_size, why=why), why
+        return _plan(config, 0, 0, block_size, why=why), why
     if not is_wanted and (idle := _needless(config, num_instances)) is not None:
         return None, idle
     obstacle = _conflict(config) or obstacle
@@ -127,17 +135,18 @@ def plan_pool(
             )
         return None, f"{why} is too little"
     num_servers = min(pool.num_servers, num_instances)
-    return _plan(pool, num_servers, dram_bytes, block_size, why=why), why
+    return _plan(config, num_servers, dram_bytes, block_size, why=why), why
 
 
 def _plan(
-    pool: KvPoolConfig,
+    config: EngineConfig,
     num_servers: int,
     dram_bytes: int,
     block_size: int | None,
     *,
     why: str,
 ) -> PoolPlan:
+    pool = check_kv_pool(config.kv_pool)
     return PoolPlan(
         num_servers=num_servers,
         dram_bytes=dram_bytes,
@@ -145,6 +154,7 @@ def _plan(
         disk_dir=Path(pool.disk_dir) if pool.disk_dir and pool.disk_bytes else None,
         chunk_tokens=math.lcm(pool.chunk_tokens, block_size or 1),
         timeout_s=pool.timeout_s,
+        reap_s=max(_LEAST_REAP_S, _REAP_HEARTBEATS * config.heartbeat_timeout_s),
         why=why,
     )
 
@@ -220,6 +230,8 @@ def server_args(plan: PoolPlan, port: int, shm_name: str, disk_dir: Path) -> lis
         "--eviction-policy": "LRU",
         "--eviction-trigger-watermark": str(WATERMARK),
         "--supported-transfer-mode": _TRANSFER_MODE,
+        "--worker-reap-timeout-seconds": str(plan.reap_s),
+        "--worker-registration-grace-seconds": str(max(_GRACE_S, plan.reap_s)),
         "--shm-name": shm_name,
     }
     flat = [word for pair in args.items() for word in pair]

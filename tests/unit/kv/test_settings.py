@@ -164,6 +164,20 @@ def test_engines_copy_their_kv_themselves_on_every_device():
     assert extra["lmcache.mp.mp_transfer_mode"] == "engine_driven"
 
 
+@pytest.mark.parametrize(
+    ("heartbeat_timeout_s", "reap_s", "grace_s"),
+    [(60.0, "120.0", "3600.0"), (300.0, "600.0", "3600.0"), (4e3, "8000.0", "8000.0")],
+)
+def test_a_workers_memory_is_not_given_to_others_before_its_engine_is_killed(
+    heartbeat_timeout_s, reap_s, grace_s
+):
+    found, _ = plan(config={"heartbeat_timeout_s": heartbeat_timeout_s})
+    assert found is not None
+    args = server_args(found, 1, "name", Path())
+    assert args[args.index("--worker-reap-timeout-seconds") + 1] == reap_s
+    assert args[args.index("--worker-registration-grace-seconds") + 1] == grace_s
+
+
 def test_what_is_found_together_is_whole_blocks():
     for block_size, tokens in ((32, 128), (None, 128), (96, 384), (256, 256)):
         found, _ = plan(block_size=block_size)
