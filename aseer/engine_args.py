@@ -57,8 +57,8 @@ _HISTORY = (
     "sampled otherwise: leave it out"
 )
 _EMBEDDINGS = (
-    "it keeps embeddings of images outside the engine, where those of old weights would "
-    "be found after an update: leave it out"
+    "it keeps embeddings of images outside the engine, where those of old weights "
+    "would be found after an update: leave it out"
 )
 _NO_TOKENS = "engines generate text from left to right: leave it out"
 _NO_TEXT = (

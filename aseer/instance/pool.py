@@ -350,6 +350,9 @@ class InstancePool:
     ) -> InstanceStartError:
         own = self._own_cause(slot, process) or slot.killed_because or process.cause()
         cause = f"; cause: {own}" if own else ""
+        if own and "LMCache" in own and self._kv_pool is not None:
+            # A server that fails in a call logs why, and does not answer.
+            cause += self._kv_pool.cause(slot.instance_id)
         return InstanceStartError(
             f"instance {slot.instance_id} ({slot.launch.share}) {what}{cause}\n"
             f"last lines of its log:\n{process.log_tail()}"

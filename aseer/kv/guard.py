@@ -169,7 +169,7 @@ class WorkerGuard:
                 "%s%s",
                 for_good,
                 error,
-                self._pool_cause(),
+                pool_cause(self._pool_log),
             )
 
     def send_registration(self, kv_caches: dict[str, Any]) -> None:
@@ -281,13 +281,15 @@ class WorkerGuard:
         self._count(num_failures=1)
         mark(self._adapter._health_event, what, error)
 
-    def _pool_cause(self) -> str:
-        try:
-            text = self._pool_log.read_text(errors="replace") if self._pool_log else ""
-        except OSError:
-            return ""
-        cause = cause_from_log(text)
-        return f"; the pool's log ({self._pool_log}) says: {cause}" if cause else ""
+
+def pool_cause(log: Path | None) -> str:
+    """What a pool server's log gives as its last error, to be added to another's."""
+    try:
+        text = log.read_text(errors="replace") if log else ""
+    except OSError:
+        return ""
+    cause = cause_from_log(text)
+    return f"; the KV pool's log ({log}) says: {cause}" if cause else ""
 
 
 def mark(event: Any, what: str, error: Exception) -> None:

@@ -15,6 +15,7 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from aseer.instance.versions import installed_version, lmcache_obstacle
+from aseer.kv.guard import pool_cause
 from aseer.kv.messages import Counts, Free, Prefetch
 from aseer.kv.process import ServerProcess, sum_counts
 from aseer.kv.room import node_memory
@@ -118,6 +119,12 @@ class KvPool:
             return {}
         config = transfer_config(self._plan, server.port, server.log_path)
         return {"kv_transfer_config": config}
+
+    def cause(self, instance_id: int) -> str:
+        """What an instance's server says of its last error, to be added to another."""
+        if not self._servers:
+            return ""
+        return pool_cause(self._servers[self.server_of(instance_id)].log_path)
 
     def free(
         self, info: InstanceInfo, weight_version: int, tokens: bytes, start: int

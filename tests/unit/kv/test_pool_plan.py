@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from aseer.config import EngineConfig, KvPoolConfig
 from aseer.errors import ConfigError
 from aseer.instance.launch import Launch
+from aseer.instance.pool import InstancePool
 from aseer.kv.messages import Counts
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.kv.settings import PoolPlan
@@ -41,6 +43,31 @@ def test_an_engine_that_starts_while_its_server_is_down_has_no_pool():
     pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, Path(), None)
     assert pool.pids == []
     assert pool.engine_args(0) == {}
+
+
+def test_a_servers_last_error_is_told_with_an_engines(tmp_path):
+    pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, tmp_path, None)
+    assert pool.cause(0) == ""
+    log = tmp_path / "kv-pool-0.log"
+    log.write_text("INFO up\nModuleNotFoundError: No module named 'cupy'\nINFO on\n")
+    assert pool.cause(1).endswith("says: ModuleNotFoundError: No module named 'cupy'")
+    assert KvPool(plan_of(0), EngineConfig(model="m"), 2, tmp_path, None).cause(0) == ""
+
+
+@pytest.mark.parametrize(
+    ("own", "is_told"),
+    [("ConnectionError: Cannot reach the LMCache MP server", True), ("OSError", False)],
+)
+def test_a_start_that_fails_at_the_pool_gives_the_pools_own_cause(own, is_told):
+    pool = object.__new__(InstancePool)
+    pool._kv_pool = SimpleNamespace(cause=lambda instance_id: "; the pool's word")
+    launch = SimpleNamespace(share="GPU 0")
+    slot = SimpleNamespace(
+        failure=own, killed_because=None, instance_id=0, launch=launch
+    )
+    process = SimpleNamespace(cause=lambda: None, log_tail=lambda: "")
+    text = str(pool._start_error(slot, process, "exited with status 1"))
+    assert (f"cause: {own}; the pool's word" in text) == is_told
 
 
 def test_a_pool_of_another_connector_is_one_for_all_engines_and_starts_nothing():
