@@ -206,6 +206,8 @@ class EngineConfig:
         env: environment variables of the engine processes.
         log_dir: where engine logs go and stay; None = with the socket directory,
             removed at close.
+        logs_calls: whether every rollout's decisions are written to `log_dir`, one file
+            each, as large as what is generated; `aseer replay-log` makes them again.
         weights_dir: where `update_weights` puts tensors for the engines, as large as
             the model, twice that during an update; None = shared memory (/dev/shm).
     """
@@ -240,6 +242,7 @@ class EngineConfig:
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     log_dir: Path | str | None = None
+    logs_calls: bool = False
     weights_dir: Path | str | None = None
 
     def __post_init__(self) -> None:
@@ -292,6 +295,10 @@ class EngineConfig:
         check_engine_args(self.engine_args, method)
         set_field(self, "env", dict(variable(*item) for item in self.env.items()))
         check_directory(self, "log_dir")
+        if not isinstance(self.logs_calls, bool):
+            raise refusal("logs_calls", self.logs_calls, "True or False")
+        if self.logs_calls and self.log_dir is None:
+            raise refusal("log_dir", None, "a directory, since logs_calls is True")
         check_directory(self, "weights_dir")
 
 

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aseer.activity import Activity, Call
+from aseer.call_log import CallLog
 from aseer.claims import Claims
 from aseer.context import LengthPriors
 from aseer.dgds.server import make_draft_server
@@ -270,6 +272,7 @@ class Host:
                 draft_server=self._draft_server,
                 kv_pool=self.kv_pool,
                 length_priors=self._length_priors,
+                call_log=self._new_call_log(),
             )
             for instance_id, info in sorted(self.infos.items()):
                 session.instance_up(info, self._loads[instance_id])
@@ -356,6 +359,14 @@ class Host:
         claim = await self._claims.take(call, asker)
         assert claim is not None, call
         return claim
+
+    def _new_call_log(self) -> CallLog | None:
+        """For the rollout that begins, if it keeps one; named by its first chunk."""
+        if not self._config.logs_calls:
+            return None
+        started = time.strftime("%Y%m%d-%H%M%S")
+        name = f"rollout-{started}-{self._next_chunk_id}.calls"
+        return CallLog(self.folders.logs / name)
 
     def _check_alive(self) -> None:
         if self._exhausted is not None:

@@ -20,6 +20,9 @@ from array import array
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from aseer.calls import LoggedController, Settings
 from aseer.controller import (
     Abort,
     Blame,
@@ -43,6 +46,7 @@ from aseer.types import GroupId, RequestId
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from aseer.call_log import CallLog
     from aseer.config import PolicyName
     from aseer.context import LengthPriors
     from aseer.dgds.server import DraftServer
@@ -84,6 +88,7 @@ class Session:
         draft_server: DraftServer | None = None,
         kv_pool: KvPool | None = None,
         length_priors: LengthPriors | None = None,
+        call_log: CallLog | None = None,
     ) -> None:
         self._pool = pool
         self._draft_server = draft_server
@@ -94,7 +99,7 @@ class Session:
         if draft_server is not None:
             draft_server.set_weight_version(weight_version)
         self._mailbox = mailbox
-        self._controller = Controller(
+        settings = Settings(
             policy=policy,
             chunk_size=chunk_size,
             starvation_interval=starvation_interval,
@@ -103,6 +108,10 @@ class Session:
             first_chunk_id=first_chunk_id,
             granularity=kv_pool.granularity if kv_pool else None,
         )
+        if call_log is None:
+            self._controller = Controller(**msgspec.structs.asdict(settings))
+        else:
+            self._controller = LoggedController(settings, call_log.write)
         self._recorder = Recorder(
             self._controller, policy, chunk_size, weight_version, kv_pool
         )
@@ -125,6 +134,8 @@ class Session:
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.report: RolloutReport | None = None
         self.progress: Progress = self._recorder.progress(0.0, intake_open=True)
+        if call_log is not None:
+            self.over.add_done_callback(lambda _: call_log.close())
 
     @property
     def next_chunk_id(self) -> int:
