@@ -8,6 +8,7 @@ Importing this package imports neither vllm nor torch.
 """
 
 from aseer.config import EngineConfig, KvPoolConfig, SpeculationConfig
+from aseer.desk import Desk
 from aseer.engine import Engine
 from aseer.errors import (
     AseerError,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AseerError",
     "ConfigError",
+    "Desk",
     "Engine",
     "EngineClosedError",
     "EngineConfig",

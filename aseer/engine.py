@@ -18,7 +18,9 @@ from aseer.config import (
     check_sleep_level,
     is_speculating,
 )
+from aseer.desk import JOIN_S, Desk
 from aseer.errors import ConfigError, EngineClosedError, EngineError
+from aseer.group_source import GroupSource, OpenSource
 from aseer.groups import GroupResolver
 from aseer.host import Folders, serve
 from aseer.instance.launch import plan_instances, this_machine
@@ -202,7 +204,9 @@ class Engine:
             ConfigError: a group of a list that cannot run.
             EngineClosedError: the engine is not open.
         """
-        return Rollout(self._work(groups, policy, chunk_size))
+        chosen = None if policy is None else check_policy(policy)
+        source = self._source(groups, chosen)
+        return Rollout(self._work(source, chosen, chunk_size))
 
     def rollout_sync(
         self,
@@ -221,7 +225,35 @@ class Engine:
                 "rollout_sync takes a list or an iterator of groups; an async iterator "
                 "needs `async for` over Engine.rollout"
             )
-        return SyncRollout(self._work(groups, policy, chunk_size))
+        chosen = None if policy is None else check_policy(policy)
+        source = self._source(groups, chosen)
+        return SyncRollout(self._work(source, chosen, chunk_size))
+
+    def open_rollout(
+        self,
+        *,
+        policy: PolicyName | None = None,
+        chunk_size: int | None = None,
+        join_s: float = JOIN_S,
+    ) -> Desk:
+        """A rollout that takes single requests, for agent loops and servers.
+
+            async with engine.open_rollout() as desk:
+                response = await desk.submit(prompt, group="question 7", n=8)
+
+        Args:
+            policy: instead of the engine's.
+            chunk_size: instead of the engine's; 0 = undivided.
+            join_s: seconds in which requests that belong together become one group.
+        Raises:
+            ConfigError: a setting that cannot work.
+            EngineClosedError: the engine is not open.
+        """
+        if not 0 <= join_s < float("inf"):
+            raise ConfigError(f"join_s={join_s!r} is not allowed; give seconds >= 0")
+        chosen = None if policy is None else check_policy(policy)
+        source = OpenSource(self._resolver(chosen))
+        return Desk(self._work(source, chosen, chunk_size), source, join_s)
 
     async def update_weights(
         self,
@@ -365,29 +397,33 @@ class Engine:
     def _host(self) -> Host:
         return self._open()[1]
 
-    def _work(
-        self, groups: Groups, policy: PolicyName | None, chunk_size: int | None
-    ) -> Work:
-        """What a rollout is made of, in either form."""
-        thread, host = self._open()
+    def _resolver(self, policy: PolicyName | None) -> GroupResolver:
         config = self.config
-        chosen = config.policy if policy is None else check_policy(policy)
-        size = config.chunk_size if chunk_size is None else chunk_size
-        resolver = GroupResolver(
-            host.limits,
+        return GroupResolver(
+            self._host.limits,
             self._tokenizer,
             config.sampling,
             speculating=is_speculating(config),
-            needs_lengths=chosen == "longest-first",
+            needs_lengths=(policy or config.policy) == "longest-first",
         )
+
+    def _source(self, groups: Groups, policy: PolicyName | None) -> GroupSource:
+        limit = self.config.max_pending_requests
+        return GroupSource(self._resolver(policy), groups, limit)
+
+    def _work(
+        self, source: GroupSource, policy: PolicyName | None, chunk_size: int | None
+    ) -> Work:
+        """What a rollout is made of, in any form."""
+        thread, host = self._open()
+        config = self.config
+        size = config.chunk_size if chunk_size is None else chunk_size
         return Work(
             thread=thread,
             host=host,
-            resolver=resolver,
-            groups=groups,
-            policy=chosen,
+            source=source,
+            policy=config.policy if policy is None else policy,
             chunk_size=check_chunk_size(size),
-            max_pending_requests=config.max_pending_requests,
         )
 
 

@@ -12,6 +12,7 @@ iterator is raised at the end, too, after every response.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterable, Iterator
@@ -217,3 +218,27 @@ class GroupSource:
         self._source = None
         if self._session is not None:
             self._session.close_intake_soon()
+
+
+class OpenSource(GroupSource):
+    """Groups that are handed over one at a time, as they come."""
+
+    def __init__(self, resolver: GroupResolver) -> None:
+        """Start with none."""
+        super().__init__(resolver, [], sys.maxsize)
+
+    def begin(self, session: TakesGroups) -> None:
+        """The session takes groups from here on, until it ends."""
+        self._session = session
+
+    def prepare(self, group: Group) -> Task:
+        """A group as a task that nothing knows of yet.
+
+        Raises:
+            ConfigError: it cannot run.
+        """
+        return self._resolver.prepare(group)
+
+    def add(self, task: Task) -> None:
+        """Hand a group over, whose id no other of this rollout has."""
+        self._offer([self._count(task)])

@@ -129,6 +129,15 @@ class GroupResolver:
         """
         return self.resolve_all([group])[0]
 
+    def prepare(self, group: Group) -> Task:
+        """The group as a task whose id is not taken.
+
+        Raises:
+            ConfigError: it cannot run.
+        """
+        group_id = GroupId("") if group.group_id is None else GroupId(group.group_id)
+        return self._resolve(group, group_id)
+
     def resolve_all(self, groups: Iterable[Group]) -> list[Task]:
         """All groups as tasks, or none: if one is refused, no id is taken.
 

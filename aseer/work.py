@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import AseerError, RolloutClosedError
-from aseer.group_source import GroupSource
 from aseer.mailbox import Mailbox
 from aseer.types import GroupId, Response
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from aseer.config import PolicyName
-    from aseer.groups import GroupResolver, Groups
+    from aseer.group_source import GroupSource
     from aseer.host import Host
     from aseer.loop_thread import LoopThread
     from aseer.report import Progress, RolloutReport
@@ -40,11 +39,9 @@ class Work:
         *,
         thread: LoopThread,
         host: Host,
-        resolver: GroupResolver,
-        groups: Groups,
+        source: GroupSource,
         policy: PolicyName,
         chunk_size: int,
-        max_pending_requests: int,
     ) -> None:
         self._thread = thread
         self._host = host
@@ -54,7 +51,7 @@ class Work:
         self._cancelled_early: list[str] = []
         self._groups: dict[str, list[Response]] = {}
         self.mailbox: Mailbox[Response] = Mailbox()
-        self.source = GroupSource(resolver, groups, max_pending_requests)
+        self.source = source
         self.session: Session | None = None
         self.was_left = False
         self.is_read = False
