@@ -140,7 +140,7 @@ class Child:
         """Start a process.
 
         Args:
-            env: added to what it inherits.
+            env: the whole environment, but for what lifelines add.
             log_path: gets what it prints; if it `answers`, only its errors.
             leftovers: of the engine that it belongs to.
         Raises:
@@ -155,11 +155,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if answers else log,
                 stderr=log,
-                env={
-                    **inherited(os.environ, sys.path),
-                    **env,
-                    **lifeline,
-                },
+                env={**env, **lifeline},
                 start_new_session=True,
             )
         child = cls(process, Log(log_path, log_start), leftovers)

@@ -204,6 +204,9 @@ class EngineConfig:
             that change what aseer counts or needs are refused by name; a
             `worker_extension_cls` is joined with aseer's own.
         env: environment variables of the engine processes.
+        python: path of the interpreter that engines and the KV pool's servers run on,
+            for a vLLM in an environment of its own; aseer of the same release is
+            installed there, and vLLM need not be here. None = the one that runs this.
         log_dir: where engine logs go and stay; None = with the socket directory,
             removed at close.
         logs_calls: whether every rollout's decisions are written to `log_dir`, one file
@@ -241,6 +244,7 @@ class EngineConfig:
     max_request_retries: int = 3
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    python: Path | str | None = None
     log_dir: Path | str | None = None
     logs_calls: bool = False
     weights_dir: Path | str | None = None
@@ -294,6 +298,7 @@ class EngineConfig:
         method = check_speculation(self.speculation).method
         check_engine_args(self.engine_args, method)
         set_field(self, "env", dict(variable(*item) for item in self.env.items()))
+        check_directory(self, "python", "an interpreter's path")
         check_directory(self, "log_dir")
         if not isinstance(self.logs_calls, bool):
             raise refusal("logs_calls", self.logs_calls, "True or False")

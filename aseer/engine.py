@@ -25,6 +25,7 @@ from aseer.groups import GroupResolver
 from aseer.host import Folders, serve
 from aseer.instance.launch import plan_instances, this_machine
 from aseer.instance.versions import check_vllm
+from aseer.interpreter import interpreter_at
 from aseer.loop_thread import LoopThread
 from aseer.models.traits import read_traits
 from aseer.rollout import Rollout, SyncRollout
@@ -77,12 +78,15 @@ class Engine:
                 "example Engine(EngineConfig(model=...))"
             )
         self.config = config
+        python = interpreter_at(None if config.python is None else str(config.python))
         is_real = config.device != "sim"
         revision = config.engine_args.get("revision")
         traits = read_traits(config.model, revision) if is_real else None
-        self._launches = plan_instances(config, this_machine(), traits)
+        self._launches = plan_instances(
+            config, this_machine(python.packages), traits, python
+        )
         if self._launches[0].backend == "vllm":
-            check_vllm()
+            check_vllm(python.packages)
         self._thread: LoopThread | None = None
         self._started: Future[Host] = Future()
         self._tokenizer = HuggingFaceTokenizer(config)

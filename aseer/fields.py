@@ -86,14 +86,14 @@ def model_name(name: str, given: object) -> str:
     return str(Path(text).absolute()) if is_path or text[:2] in ("./", "..") else text
 
 
-def check_directory(config: object, name: str) -> None:
-    """Keep a directory's whole path: this process may go elsewhere later."""
+def check_directory(config: object, name: str, what: str = "a directory") -> None:
+    """Keep a path as a whole: this process may go elsewhere later."""
     given = getattr(config, name)
     if given is None:
         return
     text = str(given) if isinstance(given, Path) else as_text(given)
     if not text or "\0" in text or not can_be_sent(text):
-        raise refusal(name, given, "a directory, in valid Unicode, or None")
+        raise refusal(name, given, f"{what}, in valid Unicode, or None")
     set_field(config, name, Path(text).absolute())
 
 

@@ -116,7 +116,12 @@ async def serve(
         kv_pool = None
         if pool_plan is not None:
             kv_pool = KvPool(
-                pool_plan, config, len(launches), folders.logs, folders.leftovers
+                pool_plan,
+                config,
+                len(launches),
+                folders.logs,
+                folders.leftovers,
+                launches[0].interpreter,
             )
         draft_server = make_draft_server(config, folders.run)
         endpoint = f"ipc://{folders.run}/ctrl"

@@ -12,7 +12,6 @@ from drafting import synthetic_traces
 from rich.console import Console
 
 from aseer import trace
-from aseer.children import module_command
 from aseer.cli import record
 from aseer.cli.main import build_parser
 from aseer.errors import ConfigError
@@ -174,7 +173,7 @@ def make_model(args: argparse.Namespace, folder: Path) -> Path:
 
 def emit(path: Path) -> None:
     """Engines that start from now on emit the texts of the trace in that file."""
-    process.COMMAND = (*module_command("aseer.instance.replay"), str(path))
+    process.MODULE = ("aseer.instance.replay", str(path))
 
 
 def sampling_of(recorded: Trace, temperature: float, end_token: int) -> dict[str, Any]:

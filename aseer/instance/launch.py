@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aseer.children import module_command
 from aseer.config import check_speculation
 from aseer.errors import ConfigError
 from aseer.instance.joined import joined_name
@@ -27,6 +26,7 @@ from aseer.kv.settings import QUIET_LMCACHE
 
 if TYPE_CHECKING:
     from aseer.config import EngineConfig
+    from aseer.interpreter import Interpreter
     from aseer.models.traits import ModelTraits
 
 _GIB = 1 << 30
@@ -43,7 +43,6 @@ _EXECUTOR_ARG = "distributed_executor_backend"
 _ROTARY_OP = "rotary_embedding"
 _DRAFTER = "aseer.dgds.proposer.GroupDrafter"
 EXECUTOR = "aseer.instance.executor.DraftingExecutor"
-COMMAND = module_command("aseer.instance.main")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +70,7 @@ class Launch:
     Attributes:
         cores: that all its processes stay on; empty = any.
         traits: of its model; None = not known.
+        interpreter: that its processes run on; None = the one of this process.
     """
 
     instance_id: int
@@ -80,11 +80,16 @@ class Launch:
     share: str
     cores: tuple[int, ...] = ()
     traits: ModelTraits | None = None
+    interpreter: Interpreter | None = None
 
 
-def this_machine() -> Machine:
-    """What this process can see of the machine it runs on."""
-    found = installed_vllm()
+def this_machine(packages: Mapping[str, str] | None = None) -> Machine:
+    """What this process can see of the machine it runs on.
+
+    Args:
+        packages: of the interpreter that engines run on; None = those of this one.
+    """
+    found = installed_vllm(packages)
     return Machine(
         gpus=visible_gpus(),
         cores=tuple(sorted(os.sched_getaffinity(0))),
@@ -95,15 +100,40 @@ def this_machine() -> Machine:
 
 
 def plan_instances(
-    config: EngineConfig, machine: Machine, traits: ModelTraits | None = None
+    config: EngineConfig,
+    machine: Machine,
+    traits: ModelTraits | None = None,
+    interpreter: Interpreter | None = None,
 ) -> list[Launch]:
     """Share the machine out among the instances.
 
     Args:
         traits: of the model; None = not known.
+        interpreter: that their processes run on; None = the one of this process.
     Raises:
         ConfigError: it has not what the settings ask for.
     """
+    if check_speculation(config.speculation).method == "suffix":
+        _check_arctic(interpreter)
+    launches = _plan(config, machine, traits)
+    return [replace(launch, interpreter=interpreter) for launch in launches]
+
+
+def _check_arctic(interpreter: Interpreter | None) -> None:
+    if interpreter is None or interpreter.is_ours:
+        is_there = importlib.util.find_spec("arctic_inference") is not None
+    else:
+        is_there = "arctic-inference" in interpreter.packages
+    if not is_there:
+        raise ConfigError(
+            "speculation='suffix' is vLLM's own and needs another package: run "
+            "`pip install --no-deps arctic-inference`, or use 'dgds'"
+        )
+
+
+def _plan(
+    config: EngineConfig, machine: Machine, traits: ModelTraits | None
+) -> list[Launch]:
     if config.gpus is not None:
         machine = replace(machine, gpus=tuple(map(str, config.gpus)))
     device = _device(config, machine)
@@ -260,12 +290,6 @@ def _speculation_args(config: EngineConfig) -> dict[str, Any]:
     if settings.method == "dgds":
         num_tokens = max(num_tokens, settings.tail_draft_tokens)
         method = {"method": "custom_class", "model": _DRAFTER}
-    elif settings.method == "suffix":
-        if importlib.util.find_spec("arctic_inference") is None:
-            raise ConfigError(
-                "speculation='suffix' is vLLM's own and needs another package: run "
-                "`pip install --no-deps arctic-inference`, or use 'dgds'"
-            )
     return {"speculative_config": {**method, "num_speculative_tokens": num_tokens}}
 
 

@@ -342,7 +342,9 @@ class InstancePool:
         # vLLM leaves its sockets lying where it makes them: in a folder that we remove.
         left = self._leftovers
         env = {"VLLM_RPC_BASE_PATH": str(left.run_dir), **launch.env}
-        slot.process = await InstanceProcess.start(spec, env, slot.log_path, left)
+        slot.process = await InstanceProcess.start(
+            spec, env, slot.log_path, left, launch.interpreter
+        )
         return slot.process
 
     def _start_error(

@@ -10,13 +10,14 @@ import msgspec
 
 from aseer.children import Child
 from aseer.errors import InstanceStartError, describe
-from aseer.instance.launch import COMMAND
+from aseer.interpreter import this_interpreter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from aseer.instance.base import InstanceSpec
+    from aseer.interpreter import Interpreter
     from aseer.leftovers import Leftovers
 
 _LOG_TAIL_LINES = 15
@@ -28,6 +29,10 @@ _NOT_A_CAUSE = (
     "died unexpectedly",
 )
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)): ?(.*)")
+
+
+#: What an instance process runs, and the module's arguments.
+MODULE: tuple[str, ...] = ("aseer.instance.main",)
 
 
 class InstanceProcess:
@@ -47,14 +52,23 @@ class InstanceProcess:
         env: Mapping[str, str],
         log_path: Path,
         leftovers: Leftovers,
+        interpreter: Interpreter | None = None,
     ) -> InstanceProcess:
         """Start the process and hand it its spec.
 
+        Args:
+            interpreter: that it runs on; None = the one of this process.
         Raises:
             InstanceStartError: the system has no room for it; nothing of it remains.
         """
         try:
-            child = await Child.start(COMMAND, env, log_path, leftovers)
+            python = interpreter or this_interpreter()
+            child = await Child.start(
+                python.command(*MODULE),
+                {**python.environment(), **env},
+                log_path,
+                leftovers,
+            )
             try:
                 child.tell(msgspec.json.encode(spec) + b"\n")
             except BaseException:

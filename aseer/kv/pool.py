@@ -14,7 +14,7 @@ import logging
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from aseer.instance.versions import installed_version, lmcache_obstacle
+from aseer.instance.versions import installed_packages, lmcache_obstacle
 from aseer.kv.guard import pool_cause
 from aseer.kv.messages import Counts, Free, Prefetch
 from aseer.kv.process import ServerProcess, sum_counts
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from aseer.config import EngineConfig
     from aseer.instance.launch import Launch
+    from aseer.interpreter import Interpreter
     from aseer.kv.settings import PoolPlan
     from aseer.leftovers import Leftovers
     from aseer.models.traits import ModelTraits
@@ -44,8 +45,13 @@ class KvPool:
         num_instances: int,
         log_dir: Path,
         leftovers: Leftovers,
+        interpreter: Interpreter | None = None,
     ) -> None:
-        """Prepare; nothing is started yet."""
+        """Prepare; nothing is started yet.
+
+        Args:
+            interpreter: that servers run on; None = the one of this process.
+        """
         self._plan = plan
         self._num_instances = num_instances
         self.namespace = secrets.token_hex(4)
@@ -57,6 +63,7 @@ class KvPool:
                 config.start_timeout_s,
                 log_dir / f"kv-pool-{i}.log",
                 leftovers,
+                interpreter,
             )
             for i in range(plan.num_servers)
         ]
@@ -196,6 +203,8 @@ def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | Non
     """
     if launches[0].backend != "vllm":
         return None
+    interpreter = launches[0].interpreter
+    packages = interpreter.packages if interpreter else installed_packages()
     plan, why = plan_pool(
         config,
         len(launches),
@@ -203,8 +212,8 @@ def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | Non
         node_memory(config),
         obstacle=model_obstacle(launches[0].traits)
         or lmcache_obstacle(
-            installed_version("lmcache"),
-            installed_version("torch"),
+            packages.get("lmcache"),
+            packages.get("torch"),
             on_gpu="VLLM_CPU_OMP_THREADS_BIND" not in launches[0].env,
         ),
     )

@@ -16,22 +16,25 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aseer.children import Child, in_thread, module_command
+from aseer.children import Child, in_thread
 from aseer.errors import AseerError
 from aseer.instance.cleanup import SHARED_MEMORY
 from aseer.instance.launch import GPU_VARIABLES
+from aseer.interpreter import this_interpreter
 from aseer.kv.frees import FreeQueue
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
 from aseer.kv.settings import QUIET_LMCACHE, SHM_PREFIX, server_args
 from aseer.watch import waking_timeout
 
 if TYPE_CHECKING:
+    from aseer.interpreter import Interpreter
     from aseer.kv.settings import PoolPlan
     from aseer.leftovers import Leftovers
 
 _log = logging.getLogger("aseer")
 
-COMMAND = module_command("aseer.kv.server")
+#: What a server's process runs.
+MODULE: tuple[str, ...] = ("aseer.kv.server",)
 _POLL_INTERVAL_S = 0.5
 _ANSWER_TIMEOUTS = 2  # of the pool's `timeout_s`, until a server is taken for dead
 _FIRST_PAUSE_S = 1.0
@@ -58,8 +61,10 @@ class ServerProcess:
         start_timeout_s: float,
         log_path: Path,
         leftovers: Leftovers,
+        interpreter: Interpreter | None = None,
     ) -> None:
         self._plan = plan
+        self._interpreter = interpreter or this_interpreter()
         self._name = f"aseer-{os.getpid()}-{secrets.token_hex(3)}-{index}"
         self._memory = SHARED_MEMORY / f"{SHM_PREFIX}{self._name}"
         self._disk_dir = plan.disk_dir and Path(plan.disk_dir).resolve() / self._name
@@ -161,7 +166,11 @@ class ServerProcess:
         if disk_dir is not None:
             self._leftovers.add(disk_dir)
         self._process = process = await Child.start(
-            COMMAND, _ENV, self.log_path, self._leftovers, answers=True
+            self._interpreter.command(*MODULE),
+            {**self._interpreter.environment(), **_ENV},
+            self.log_path,
+            self._leftovers,
+            answers=True,
         )
         self._tell(spec)
         self.counts = await self._hear(self._start_timeout_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -51,8 +50,8 @@ def replaying(tmp_path_factory) -> Iterator[None]:
     path = tmp_path_factory.mktemp("replay") / "trace.json.gz"
     trace.save(RECORDED, path)
     with pytest.MonkeyPatch.context() as patch:
-        command = (sys.executable, "-m", "aseer.instance.replay", str(path))
-        patch.setattr(process, "COMMAND", command)
+        command = ("aseer.instance.replay", str(path))
+        patch.setattr(process, "MODULE", command)
         yield
 
 
@@ -131,8 +130,8 @@ def test_an_instance_refuses_a_changed_trace(tmp_path: Path, monkeypatch):
     content = RECORDED.to_dict()
     content["groups"][0]["responses"][0][0] += 1
     path.write_text(json.dumps(content))
-    command = (sys.executable, "-m", "aseer.instance.replay", str(path))
-    monkeypatch.setattr(process, "COMMAND", command)
+    command = ("aseer.instance.replay", str(path))
+    monkeypatch.setattr(process, "MODULE", command)
     config = tiny_config(num_instances=1, max_restarts=0)
     with pytest.raises(aseer.InstanceStartError, match="was changed"):
         with aseer.Engine(config):

@@ -145,7 +145,9 @@ async def test_a_server_that_talks_nonsense_or_falls_silent_costs_only_itself(
 ):
     """Who waits for it does not wait long, whatever else is told to it meanwhile."""
     command = (sys.executable, "-c", SERVER, "good", answer)
-    monkeypatch.setattr("aseer.kv.process.COMMAND", command)
+    monkeypatch.setattr(
+        "aseer.interpreter.Interpreter.command", lambda self, *module: command
+    )
     async with running(tmp_path, timeout_s=0.5) as pool:
         (pid,) = pool.pids
         async with asyncio.timeout(10.0), asyncio.TaskGroup() as tasks:
