@@ -53,7 +53,8 @@ async def run_first_program(names: dict[str, Any]) -> None:
 async def run_other_blocks(names: dict[str, Any]) -> None:
     """The quick start's other blocks, on one engine by the settings in `names`."""
     aseer, config = names["aseer"], names["config"]
-    _, fields, whole, refill, plain, update, mooncake = blocks_of("docs/quickstart.md")
+    blocks = blocks_of("docs/quickstart.md")
+    _, fields, whole, refill, single, plain, update, mooncake = blocks
     async with aseer.Engine(config) as engine:
         names["engine"] = engine
         async with engine.rollout(names["groups"][:1]) as rollout:
@@ -64,6 +65,8 @@ async def run_other_blocks(names: dict[str, Any]) -> None:
         assert len(names["rewards"]) == 8
         await run(refill, names)
         assert len(names["batch"]) == 64
+        await run(single, names)
+        assert len(names["scores"]) == 8
         await run(update, names)
         assert engine.weight_version == 1
     await run(plain, names)

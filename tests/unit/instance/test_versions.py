@@ -128,7 +128,7 @@ def test_lmcache_is_used_where_its_names_and_its_kernels_are_there(
 
 
 def test_the_documentation_has_the_table_of_versions() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "quickstart.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "install.md").read_text()
     for vllm, torch, was_run in versions.RELEASES:
         pool = "yes" if torch in versions.LMCACHE_TORCH else "no"
         checked = "run" if was_run else "checked by source"
