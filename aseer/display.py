@@ -91,10 +91,13 @@ class Live:
         if self._console.is_terminal:
             self._screen = RichLive(console=self._console, auto_refresh=False)
             self._screen.start()
-        self._thread = threading.Thread(
-            target=self._watch, name="aseer-display", daemon=True
-        )
-        self._thread.start()
+        thread = threading.Thread(target=self._watch, name="aseer-display", daemon=True)
+        try:
+            thread.start()
+        except BaseException:  # where no thread can be had, the screen is given back
+            self._close_screen()
+            raise
+        self._thread = thread
         return self
 
     def __exit__(
@@ -111,10 +114,13 @@ class Live:
             if exc is None:
                 self._show()
         finally:
-            if self._screen is not None:
-                self._screen.stop()
-                self._screen = None
+            self._close_screen()
             self._thread = None
+
+    def _close_screen(self) -> None:
+        screen, self._screen = self._screen, None
+        if screen is not None:
+            screen.stop()
 
     def _watch(self) -> None:
         on_screen = self._screen is not None

@@ -166,14 +166,17 @@ class Engine:
         if self._thread is not None:
             raise EngineError("the engine is open already")
         folders = Folders.make(self.config)
-        self._thread = thread = LoopThread("aseer-engine")
+        thread = LoopThread("aseer-engine")
         started: Future[Host] = Future()
         started.set_running_or_notify_cancel()  # whoever waits cannot cancel the start
         self._started = started
         config, launches = self.config, self._launches
-        thread.start(
-            lambda stop: serve(config, launches, folders, thread, started, stop)
-        )
+        try:
+            thread.start(partial(serve, config, launches, folders, thread, started))
+        except EngineError:
+            folders.leftovers.remove()
+            raise
+        self._thread = thread
         atexit.register(self._at_exit)
         return started
 

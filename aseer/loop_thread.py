@@ -54,9 +54,17 @@ class LoopThread:
 
         Args:
             main: runs on the thread's loop; is to return soon after the event is set.
+        Raises:
+            EngineError: the system has no room for a thread.
         """
         self._main = main
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise EngineError(
+                f"the engine's thread cannot be started ({error}); look at the limits "
+                "on processes and memory"
+            ) from error
 
     def request_stop(self) -> None:
         """Set `main`'s event; `ended` tells when the thread is over. Idempotent."""
@@ -114,11 +122,6 @@ class LoopThread:
 
     # On the thread
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a task as long as the thread runs; an error of it is logged."""
-        assert self._calls is not None
-        self._calls.create_task(_logged(coroutine))
-
     def _run(self) -> None:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -138,7 +141,7 @@ class LoopThread:
             try:
                 await self._main(self._stop)
             except BaseException as error:
-                self.failure = error
+                self.failure = self.failure or error
                 raise
             finally:
                 self._is_ending = True
@@ -151,7 +154,9 @@ class LoopThread:
         if self._is_ending:  # it fails with the calls that are left
             return
         assert self._calls is not None
-        self._tasks[future] = self._calls.create_task(self._complete(call, future))
+        task = self._calls.create_task(self._complete(call, future))
+        self._tasks[future] = task
+        task.add_done_callback(lambda _: self._over(future))
 
     async def _complete(
         self, call: Callable[[], Coroutine[Any, Any, T]], future: Future[T]
@@ -159,14 +164,21 @@ class LoopThread:
         try:
             result = await call()
         except asyncio.CancelledError:
-            future.set_exception(self.closed_error())
+            raise
         except Exception as error:
             future.set_exception(error)
+        except BaseException as error:  # it ends the thread, and this call with it
+            self.failure = self.failure or error
+            raise
         else:
             future.set_result(result)
-        finally:
-            self._tasks.pop(future, None)
-            self._pending.discard(future)
+
+    def _over(self, future: Future[Any]) -> None:
+        """A call's task has ended, be it by a cancellation before its first step."""
+        self._tasks.pop(future, None)
+        self._pending.discard(future)
+        if not future.done():
+            future.set_exception(self.closed_error())
 
     def _cancel(self, future: Future[Any]) -> None:
         task = self._tasks.get(future)
@@ -184,10 +196,3 @@ class LoopThread:
             function()
         except Exception:
             _log.exception("a call posted to the engine's thread failed")
-
-
-async def _logged(coroutine: Coroutine[Any, Any, None]) -> None:
-    try:
-        await coroutine
-    except Exception:
-        _log.exception("a task of the engine's thread failed")

@@ -82,9 +82,14 @@ class Mailbox(Generic[T]):
             with self._changed:
                 if self._items or self._closed:
                     return self._take()
-                waiter = loop.create_future()
-                self._waiters.append((loop, waiter))
-            await waiter
+                waiting = (loop, loop.create_future())
+                self._waiters.append(waiting)
+            try:
+                await waiting[1]
+            except BaseException:  # who breaks off many waits leaves nothing behind
+                with self._changed, suppress(ValueError):  # woken just now
+                    self._waiters.remove(waiting)
+                raise
 
     def get_blocking(self) -> T:
         """The next item, blocking this thread.

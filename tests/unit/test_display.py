@@ -225,6 +225,25 @@ def test_no_thread_is_left(terminal: bool) -> None:
     assert threading.active_count() == before
 
 
+def test_a_thread_that_cannot_start_gives_the_screen_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    made, written = console(terminal=True)
+    live = Live(FakeRollout(progress()), console=made)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="new thread"):
+            live.__enter__()
+    hidden, shown_again = "\x1b[?25l", "\x1b[?25h"
+    assert written.getvalue().count(hidden) == written.getvalue().count(shown_again)
+    with live:  # and another try is one
+        pass
+    assert "41/64" in written.getvalue()
+
+
 def test_the_programs_exception_passes() -> None:
     class Broken(FakeRollout):
         def progress(self) -> Progress:
