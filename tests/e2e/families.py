@@ -174,20 +174,23 @@ def make_family(directory: Path, model_type: str, seed: int = 0) -> None:
 
 
 def greedy(
-    directory: Path, prompt: list[int], num_tokens: int
-) -> tuple[list[int], list[float]]:
-    """What transformers generates: token ids, and the logprob of each."""
+    directory: Path, prompts: list[list[int]], num_tokens: int
+) -> list[tuple[list[int], list[float]]]:
+    """What transformers generates for each prompt: token ids, the logprob of each."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ids, logprobs = list(prompt), []
-    with torch.no_grad():
-        for _ in range(num_tokens):
-            row = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            ids.append(int(row.argmax()))
-            logprobs.append(float(row.max()))
-    return ids[len(prompt) :], logprobs
+    results = []
+    for prompt in prompts:
+        ids, logprobs = list(prompt), []
+        with torch.no_grad():
+            for _ in range(num_tokens):
+                row = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                ids.append(int(row.argmax()))
+                logprobs.append(float(row.max()))
+        results.append((ids[len(prompt) :], logprobs))
+    return results
 
 
 def _scale(model: Any, seed: int) -> None:

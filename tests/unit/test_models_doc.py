@@ -22,9 +22,9 @@ def names(params: list[Any]) -> set[str]:
 MIXED, EXPERTS = names(test_families.MIXED), names(test_families.EXPERTS)
 # By the table's column: the families that its test runs.
 TESTED = {
-    "as transformers": (MIXED | EXPERTS) - set(test_families.DTYPES),
+    "as transformers": test_families.TRIED | EXPERTS,
     "one token a resume": MIXED,
-    "KV short": MIXED,
+    "KV short": test_families.TRIED,
     "moves, drafts": EXPERTS,
 }
 
