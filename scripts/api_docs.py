@@ -5,9 +5,11 @@ Run it after changing one: `.venv/bin/python scripts/api_docs.py`. A unit test c
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
+from collections import Counter
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,9 +28,12 @@ SECTIONS = {
     "Engine and rollout": [
         "Engine",
         "EngineConfig",
+        "KvPoolConfig",
+        "SpeculationConfig",
         "rollout",
         "Rollout",
         "SyncRollout",
+        "Desk",
     ],
     "What goes in": ["Group", "SamplingParams"],
     "What comes out": [
@@ -43,6 +48,7 @@ SECTIONS = {
         "report.Completion",
         "report.TimelineSample",
         "types.InstanceInfo",
+        "types.KvGroup",
     ],
     "Beside the package": [
         "display.Live",
@@ -52,19 +58,41 @@ SECTIONS = {
         "integrations.processes.Processes",
     ],
 }
+# Names that signatures use for longer types, by the module that defines them.
+ALIASES = {
+    "Groups": "groups",
+    "Message": "tokenizer",
+    "PolicyName": "config",
+    "KvPoolMode": "config",
+    "SpeculationMethod": "config",
+    "BudgetPolicy": "config",
+    "Pause": "weights/keeper",
+    "WeightSource": "weights/sending",
+    "FinishReason": "types",
+    "InstanceId": "types",
+    "HasProgress": "display",
+    "Console": "display",
+}
+# What no type says.
+IN_WORDS = {
+    "WeightSource": "see `Engine.update_weights`",
+    "InstanceId": "an int: 0 for the first instance",
+    "Console": "`rich.console.Console`",
+    "HasProgress": "what has a `progress()`, such as a `Rollout` or a `SyncRollout`",
+}
 # Made by the engine: what their constructors take is nobody's business.
-NOT_MADE_BY_USERS = ("Rollout", "SyncRollout")
+NOT_MADE_BY_USERS = ("Rollout", "SyncRollout", "Desk")
 HEAD = """# API reference
 
 Every public name of `aseer`, and of its modules what is of use to you. Token ids are
-ints, logprobs are natural logarithms held as float32, times are seconds. What is not
-listed here may change without notice.
+ints, logprobs are natural logarithms held as float32, times are seconds. What is
+awaited has `await` before it. What is not listed here may change without notice.
 """
 
 
 def render() -> str:
     """The whole page."""
-    parts = [HEAD]
+    parts = []
     sections = dict(SECTIONS)
     listed = {name for names in sections.values() for name in names}
     public = [n for n in aseer.__all__ if n not in listed and n != "__version__"]
@@ -78,7 +106,45 @@ def render() -> str:
     parts.append(_code(inspect.getdoc(aseer.errors) or ""))
     for name in errors:
         parts.append(f"- `{name}`: {_first_line(getattr(aseer, name))}")
-    return "\n".join(parts).rstrip() + "\n"
+    parts.append(_aliases())
+    body = "\n".join(parts).rstrip() + "\n"
+    return f"{HEAD}\n{_contents(body)}\n{body}"
+
+
+def _contents(body: str) -> str:
+    """Links to sections and their names, by the anchors that GitHub makes."""
+    lines: list[str] = []
+    seen: Counter[str] = Counter()
+    for marks, title in re.findall(r"^(##+) (.+)$", body, re.MULTILINE):
+        anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        seen[anchor] += 1
+        if seen[anchor] > 1:
+            anchor += f"-{seen[anchor] - 1}"
+        if marks == "##":
+            lines.append(f"- [{title}](#{anchor})")
+        elif marks == "###":
+            separator = ": " if lines[-1].count("](") == 1 else ", "
+            lines[-1] += f"{separator}[{title}](#{anchor})"
+    return "\n".join(lines) + "\n"
+
+
+def _aliases() -> str:
+    """The types that signatures only name."""
+    lines = ["\n## Types\n"]
+    for name, module in ALIASES.items():
+        words = IN_WORDS.get(name) or f"`{_definition(module, name)}`"
+        lines.append(f"- `{name}`: {words}")
+    return "\n".join(lines)
+
+
+def _definition(module: str, name: str) -> str:
+    """The right side of a module's `name = ...`."""
+    path = Path(aseer.__file__).parent / f"{module}.py"
+    for node in ast.parse(path.read_text()).body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if any(isinstance(t, ast.Name) and t.id == name for t in targets):
+            return ast.unparse(node.value)  # type: ignore[attr-defined]
+    raise LookupError(f"{path} defines no {name}")
 
 
 def _render_name(name: str) -> str:
@@ -111,6 +177,8 @@ def _members(thing: type) -> list[str]:
             parts.append(f"#### `{thing.__name__}.{name}`\n\n{_code(doc)}")
         elif inspect.isfunction(member):
             head = f"{thing.__name__}.{name}{_signature(member)}"
+            if inspect.iscoroutinefunction(member):
+                head = f"await {head}"
             parts.append(f"#### `{thing.__name__}.{name}()`\n")
             parts.append(_code(head, "python"))
             parts.append(_code(doc))

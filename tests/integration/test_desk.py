@@ -65,7 +65,7 @@ async def test_a_bad_request_fails_its_caller_alone(engine):
         with pytest.raises(aseer.ConfigError, match="n=0"):
             await desk.submit([5], SAMPLING, n=0)
         with pytest.raises(aseer.ConfigError, match="unknown settings"):
-            await desk.submit([5], {"temprature": 1})
+            await desk.submit([5], {"warmth": 1})
         assert (await running).token_ids
         asked = asyncio.get_running_loop().create_task(
             desk.submit([5, 6], SAMPLING, group="a", n=2)
