@@ -205,7 +205,9 @@ class Host:
         try:
             async with asyncio.TaskGroup() as tasks:
                 talking = tasks.create_task(
-                    self._router.run(self._pool.on_message, self._pool.on_lost)
+                    self._router.run(
+                        self._pool.on_message, self._pool.on_lost, self._pool.on_gone
+                    )
                 )
                 working = tasks.create_task(self._work(started))
                 await stop.wait()

@@ -247,6 +247,12 @@ class InstancePool:
         if slot is not None and slot.identity == peer:
             slot.kill(why)
 
+    def on_gone(self, peer: bytes) -> None:
+        """What was sent to an instance is lost; if it still lives, it must go."""
+        slot = self._by_identity.get(peer)
+        if slot is not None and slot.identity == peer:
+            slot.is_unreachable()
+
     def _on_hello(self, slot: Slot, protocol: int, info: InstanceInfo) -> None:
         counts = (info.num_kv_blocks, info.block_size, info.max_num_seqs)
         if protocol != PROTOCOL_VERSION:
@@ -271,6 +277,7 @@ class InstancePool:
             loaded = self.weights
             try:
                 if loaded is None:
+                    slot.is_replaced = True  # it cannot go back, and is not at fault
                     raise EngineError("the weights it had just loaded were taken back")
                 await self.ask(slot.instance_id, "prepare_weights", index=loaded)
                 await self.ask(slot.instance_id, "commit_weights")
@@ -312,12 +319,17 @@ class InstancePool:
             _log.info("instance %d is up after %.1f s", slot.instance_id, took)
             return
         await process.end(0)
-        self._router.forget(slot.identity)
-        self._by_identity.pop(slot.identity, None)
+        self._forget(slot, "it did not come up")
         what = f"was not ready after start_timeout_s={timeout_s:g}"
         if not dead.cancelled():
             what = describe_exit(dead.result())
         raise self._start_error(slot, process, what)
+
+    def _forget(self, slot: Slot, why: str) -> None:
+        """An incarnation is over: nothing is sent to it, or heard of it, any more."""
+        slot.is_gone(why)
+        self._router.forget(slot.identity)
+        self._by_identity.pop(slot.identity, None)
 
     async def _spawn(self, slot: Slot) -> InstanceProcess:
         slot.begin_incarnation()
@@ -342,9 +354,13 @@ class InstancePool:
         # vLLM leaves its sockets lying where it makes them: in a folder that we remove.
         left = self._leftovers
         env = {"VLLM_RPC_BASE_PATH": str(left.run_dir), **launch.env}
-        slot.process = await InstanceProcess.start(
-            spec, env, slot.log_path, left, launch.interpreter
-        )
+        try:
+            slot.process = await InstanceProcess.start(
+                spec, env, slot.log_path, left, launch.interpreter
+            )
+        except InstanceStartError as error:
+            self._forget(slot, str(error))
+            raise
         return slot.process
 
     def _start_error(
@@ -382,9 +398,7 @@ class InstancePool:
             status = await process.wait()
             await process.end(0)  # the rest of its process group
             why = self._death(slot, process, status)
-            slot.is_gone(why)
-            self._router.forget(slot.identity)
-            self._by_identity.pop(slot.identity, None)
+            self._forget(slot, why)
             _log.warning("instance %d is lost: %s", slot.instance_id, why)
             self._owner.instance_down(slot.instance_id, why)
             if not await self._restart(slot, why):
@@ -440,9 +454,13 @@ class InstancePool:
                 silent = now - slot.last_heard
                 stuck = now - slot.last_progress if slot.running else 0.0
                 mute = now - slot.last_answer if slot.asked else 0.0
+                since = slot.unreachable_since
+                gone = 0.0 if since is None else now - since
                 if silent > config.heartbeat_timeout_s:
                     slot.kill(f"it was silent for {silent:.0f} s")
                 elif stuck > config.stall_timeout_s:
                     slot.kill(f"it made no token for {stuck:.0f} s")
                 elif mute > config.start_timeout_s:
                     slot.kill(f"it left a question unanswered for {mute:.0f} s")
+                elif gone > self._watch_interval_s:  # and not for being dead
+                    slot.kill("its connection broke, and what was sent to it is lost")

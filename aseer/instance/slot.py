@@ -42,6 +42,7 @@ class Slot:
         self.failure: str | None = None
         self.killed_because: str | None = None
         self.running: set[ChunkId] = set()  # sent to it, and not reported as over
+        self.unreachable_since: float | None = None  # something sent to it was lost
         now = self._clock.read()
         self.last_heard = self.last_progress = self.last_answer = now
 
@@ -50,6 +51,11 @@ class Slot:
         if self.process is not None:
             self.killed_because = why
             self.process.kill()
+
+    def is_unreachable(self) -> None:
+        """It has no connection: what was sent to it just now never comes there."""
+        if self.unreachable_since is None:
+            self.unreachable_since = self._clock.read()
 
     def begin_incarnation(self) -> None:
         """A new process takes the place."""

@@ -72,6 +72,7 @@ class Router(Protocol[In_co]):
         self,
         on_message: Callable[[bytes, In_co], None],
         on_lost: Callable[[bytes, str], None] | None = None,
+        on_gone: Callable[[bytes], None] | None = None,
     ) -> None:
         """Send and receive until cancelled.
 
@@ -79,6 +80,8 @@ class Router(Protocol[In_co]):
             on_message: called with (peer, message) for each that comes.
             on_lost: called with (peer, why) for a peer that is no use any more. Until
                 it is forgotten, what is sent to it is dropped.
+            on_gone: called with a peer that has no connection, and so lost what was
+                sent to it. It may come back.
         """
         ...
 
@@ -223,18 +226,25 @@ class QueueingRouter(ABC, Generic[In]):
         self,
         on_message: Callable[[bytes, In], None],
         on_lost: Callable[[bytes, str], None] | None = None,
+        on_gone: Callable[[bytes], None] | None = None,
     ) -> None:
         """See `Router`."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._send_all(on_lost))
+            tasks.create_task(self._send_all(on_lost, on_gone))
             tasks.create_task(self._receive_all(on_message, on_lost))
 
-    async def _send_all(self, on_lost: Callable[[bytes, str], None] | None) -> None:
+    async def _send_all(
+        self,
+        on_lost: Callable[[bytes, str], None] | None,
+        on_gone: Callable[[bytes], None] | None,
+    ) -> None:
         while True:
             self._changed.clear()
             is_blocked = has_more = False
             for peer, queue in list(self._queues.items()):
-                self._send_some(peer, queue)
+                is_gone = not self._send_some(peer, queue)
+                if is_gone and on_gone is not None:
+                    on_gone(peer)
                 if queue.messages:
                     is_blocked |= queue.blocked is not None
                     has_more |= queue.blocked is None
@@ -248,20 +258,24 @@ class QueueingRouter(ABC, Generic[In]):
                     async with asyncio.timeout(_RETRY_S if is_blocked else None):
                         await self._changed.wait()
 
-    def _send_some(self, peer: bytes, queue: _Queue) -> None:
-        """Send what there is room for, up to a burst."""
+    def _send_some(self, peer: bytes, queue: _Queue) -> bool:
+        """Send what there is room for, up to a burst; False if the peer is gone."""
+        is_there = True
         for _ in range(min(_BURST, len(queue.messages))):
             sent = self._try_send(peer, queue.messages[0])
             if sent == "full":
                 self._note_blocked(peer, queue)
-                return
+                return True
             queue.blocked = None
             if sent == "gone":
                 queue.messages.clear()
+                queue.num_bytes = 0
+                is_there = False
                 break
             queue.num_bytes -= len(queue.messages.popleft())
         if not (queue.messages or queue.is_lost):
             self._queues.pop(peer, None)
+        return is_there
 
     def _note_blocked(self, peer: bytes, queue: _Queue) -> None:
         if queue.blocked is None:

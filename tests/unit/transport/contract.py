@@ -212,6 +212,23 @@ class Contract:
             assert await received(a) == 1
         assert heard.lost == []
 
+    async def test_whose_messages_are_lost_for_want_of_a_connection_is_told(
+        self, ends: Ends
+    ) -> None:
+        heard, gone = Heard(), asyncio.Queue[bytes]()
+        async with asyncio.TaskGroup() as tasks, ends.connect(b"a") as a:
+            running = tasks.create_task(
+                ends.router.run(heard.on_message, heard.on_lost, gone.put_nowait)
+            )
+            await a.send(Answer(1))
+            await heard.until(messages=1)
+            ends.router.send(b"nobody", AbortChunks([1]))
+            assert await gone.get() == b"nobody"
+            ends.router.send(b"a", AbortChunks([1]))
+            assert await received(a) == 1
+            assert gone.empty()
+            running.cancel()
+
     async def test_what_is_too_large_is_refused(
         self,
         ends: Ends,
