@@ -15,6 +15,7 @@ from rich.text import Text
 
 from aseer.cli.checks import all_checks
 from aseer.cli.findings import Finding
+from aseer.cli.first_hour import all_steps, run_steps, write_report
 
 if TYPE_CHECKING:
     import argparse
@@ -49,6 +50,13 @@ def add_parser(
         "and whether its weights have room",
     )
     parser.add_argument(
+        "--gpu",
+        metavar="DIR",
+        type=Path,
+        help="go through a new machine's first hour, up to the first failure, and "
+        "write first-hour.json and first-hour.md there",
+    )
+    parser.add_argument(
         "--json",
         action="store_true",
         help="print the findings as JSON on stdout, and nothing else",
@@ -58,6 +66,8 @@ def add_parser(
 def run(args: argparse.Namespace, *, make_checks: MakeChecks = all_checks) -> int:
     """Check everything and return the exit code."""
     console = Console(quiet=args.json, highlight=False)
+    if args.gpu is not None:
+        return _first_hour(args.gpu, console)
     with tempfile.TemporaryDirectory(prefix="aseer-doctor-") as scratch:
         checks = make_checks(
             Path(scratch), with_engine=not args.no_engine, model=args.model
@@ -70,6 +80,16 @@ def run(args: argparse.Namespace, *, make_checks: MakeChecks = all_checks) -> in
     verdict = "aseer can run here" if ok else "mend what failed, then try again"
     console.print(verdict, style="bold")
     return 0 if ok else 1
+
+
+def _first_hour(folder: Path, console: Console) -> int:
+    with tempfile.TemporaryDirectory(prefix="aseer-doctor-") as scratch:
+        outcomes = run_steps(
+            all_steps(Path(scratch)), lambda o: _print(console, o.name, o.finding)
+        )
+    _, page = write_report(outcomes, folder)
+    console.print(f"written: {page}", style="bold")
+    return int(any(o.finding.status == "fail" for o in outcomes))
 
 
 def examine(checks: Sequence[Check], console: Console) -> dict[str, Finding]:
