@@ -1,8 +1,9 @@
 """aseer: the rollout phase of synchronous, group-based RL on vLLM, fast and exact.
 
     async with aseer.Engine(aseer.EngineConfig(model="Qwen/Qwen3-8B")) as engine:
-        async for response in engine.rollout(groups):
-            ...
+        async with engine.rollout(groups) as rollout:
+            async for response in rollout:
+                ...
 
 Importing this package imports neither vllm nor torch.
 """

@@ -62,15 +62,16 @@ class Engine:
     loop does not stall the engines. Leaving the context ends every process it started.
 
         async with aseer.Engine(aseer.EngineConfig(model="Qwen/Qwen3-8B")) as engine:
-            async for response in engine.rollout(groups):
-                ...
+            async with engine.rollout(groups) as rollout:
+                async for response in rollout:
+                    ...
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        """Prepare; nothing is started yet.
+        """Plan the instances; no process is started yet.
 
         Raises:
-            ConfigError: this machine has not what the settings ask for.
+            ConfigError: this machine does not have what the settings ask for.
         """
         if not isinstance(config, EngineConfig):
             raise ConfigError(
@@ -150,7 +151,7 @@ class Engine:
         """End every process of the engine and wait for it. May be called again.
 
         Raises:
-            EngineError: it did not end in time.
+            EngineError: the engine did not end in time.
         """
         thread = self._thread
         if thread is None:
@@ -196,19 +197,28 @@ class Engine:
         policy: PolicyName | None = None,
         chunk_size: int | None = None,
     ) -> Rollout:
-        """Sample every group's responses; iterate the result with `async for`.
+        """Sample every group's responses.
+
+            async with engine.rollout(groups) as rollout:
+                async for response in rollout:
+                    ...
+
+        The rollout begins when the block is entered. Leaving the block, however that
+        happens, aborts what still runs, and waits until the engines have stopped it.
+        Without the block, `async for response in engine.rollout(groups)` begins it with
+        the first response, and ends it once nothing holds the loop's iterator.
 
         Args:
             groups: an iterable or async iterable of `Group`. A list is checked at once,
-                and scheduled as a whole. From an iterator groups are taken while the
+                and scheduled as a whole. From an iterator, groups are taken while the
                 rollout runs, so that more can be added as results come in. Texts and
                 chats are encoded in the calling thread; the first one takes some time,
                 since it loads the model's tokenizer.
-            policy: instead of the engine's.
-            chunk_size: instead of the engine's, which decided whether there is a KV
-                pool; 0 = undivided.
+            policy: replaces the engine's policy for this rollout.
+            chunk_size: replaces the engine's chunk size for this rollout; 0 = requests
+                are not divided. The engine's own decided whether there is a KV pool.
         Raises:
-            ConfigError: a group of a list that cannot run.
+            ConfigError: a group of the list cannot run.
             EngineClosedError: the engine is not open.
         """
         chosen = None if policy is None else check_policy(policy)
@@ -225,7 +235,7 @@ class Engine:
         """As `rollout`, for code without an event loop: iterate it with `for`.
 
         Raises:
-            ConfigError: as there; or an async iterator of groups.
+            ConfigError: as for `rollout`; also for an async iterator of groups.
         """
         if isinstance(groups, AsyncIterable):
             raise ConfigError(
@@ -243,7 +253,7 @@ class Engine:
         chunk_size: int | None = None,
         join_s: float = JOIN_S,
     ) -> Desk:
-        """A rollout that takes single requests, for agent loops and servers.
+        """Begin a rollout that takes single requests, for agent loops and servers.
 
             async with engine.open_rollout() as desk:
                 response = await desk.submit(prompt, group="question 7", n=8)
@@ -285,10 +295,11 @@ class Engine:
                 without what DDP, FSDP and torch.compile put before them; of the two of
                 a tied embedding and output layer one is enough. DTensors are gathered,
                 adapters of a `peft.PeftModel` are merged in copies of its layers.
-            version: that responses carry from then on, greater than now; None = one
-                more.
+            version: the number that responses carry from then on, greater than the
+                current one; None = the current one plus 1.
             pause: what to do about a rollout in progress: "wait" for its end, or
-                "abort" it, so that its unfinished responses come as `aborted`.
+                "abort" it, so that its unfinished responses come as `aborted`. None = a
+                rollout in progress is an error.
         Raises:
             WeightUpdateError: every instance has the weights it had before.
             RolloutInProgressError: a rollout is in progress, and `pause` is None.
@@ -309,7 +320,7 @@ class Engine:
         """As `update_weights`, for code without an event loop.
 
         Raises:
-            WeightUpdateError: as there; or an async iterable.
+            WeightUpdateError: as for `update_weights`; also for an async iterable.
         """
         thread, host = self._open()
         check_source(source, awaits=False)
@@ -318,9 +329,9 @@ class Engine:
     async def abort_rollout(self) -> None:
         """End the rollout in progress early, whoever reads it, if there is one.
 
-        Its reader gets what is unfinished as `aborted`, and no further groups are
-        taken. For when the loop that reads it is out of reach. Returns once the engines
-        have stopped its work.
+        For code that cannot reach the loop that reads the rollout. The loop gets the
+        unfinished responses as `aborted`, and no further groups are taken. Returns once
+        the engines have stopped the rollout's work.
 
         Raises:
             EngineError: the engine is not open, or has failed.
@@ -337,16 +348,16 @@ class Engine:
     async def sleep(self, level: int = 1) -> None:
         """Release the devices' memory for a trainer on the same GPUs, until `wake`.
 
-        Needs `EngineConfig(engine_args={"enable_sleep_mode": True})`.
+        Needs `EngineConfig(engine_args={"enable_sleep_mode": True})`. An engine that is
+        asleep already stays as it is.
 
         Args:
             level: 1 keeps the weights in the host's memory; 2 drops them, so that
                 `update_weights` must follow `wake`. Both drop the KV cache.
-        An engine that is asleep stays as it is.
 
         Raises:
             ConfigError: there is no such level.
-            EngineError: an instance cannot; engines on CPUs never can.
+            EngineError: an instance cannot sleep; engines on CPUs never can.
             RolloutInProgressError: a rollout is in progress.
         """
         level = check_sleep_level(level)
@@ -355,32 +366,32 @@ class Engine:
         await result_of(thread, thread.submit(lambda: host.sleep(level, asker)))
 
     async def wake(self) -> None:
-        """Take the memory back that `sleep` released; nothing if the engine is awake.
+        """Take back the memory that `sleep` released; an engine that is awake stays so.
 
         Raises:
-            EngineError: no instance can.
+            EngineError: no instance could wake.
         """
         thread, host = self._open()
         await result_of(thread, thread.submit(host.wake))
 
     @property
     def weight_version(self) -> int:
-        """Of the weights that every instance has; 0 = those it was started with."""
+        """The version of the weights that every instance has; 0 = the checkpoint's."""
         return self._open()[1].weights.version
 
     @property
     def instances(self) -> list[InstanceInfo]:
-        """What the instances that are up said of themselves."""
+        """Limits and facts of each instance that is up, by its id."""
         return [info for _, info in sorted(self._open()[1].infos.items())]
 
     @property
     def log_paths(self) -> list[Path]:
-        """Log files of the instances."""
+        """Paths of the instances' log files."""
         return self._open()[1].log_paths
 
     @property
     def run_dir(self) -> Path:
-        """Directory of the control socket; it goes when the engine closes."""
+        """The directory of the engine's sockets, removed when the engine closes."""
         return self._open()[1].folders.run
 
     def _open(self) -> tuple[LoopThread, Host]:

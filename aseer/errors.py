@@ -4,12 +4,13 @@
     |-- ConfigError (also ValueError)        a setting or a group that cannot work
     |-- EngineError
     |   |-- InstanceStartError               an engine process did not come up
-    |   |-- InstanceLostError                no engine is left, or one keeps dying
-    |   `-- EngineClosedError                it is not open, or was closed in a rollout
+    |   |-- InstanceLostError                no instance is left that could do the work
+    |   `-- EngineClosedError                the engine is not open (any more)
     |-- WeightUpdateError                    new weights were refused; the old ones stay
-    |-- RolloutError                         some requests failed; the rest was yielded
-    |-- RolloutInProgressError               one rollout at a time an engine
-    |-- RolloutClosedError                   it was left before its end
+    |-- RolloutError                         requests of a rollout, or its decisions,
+    |                                        failed; what was generated was yielded
+    |-- RolloutInProgressError               an engine runs one rollout at a time
+    |-- RolloutClosedError                   the rollout was left before its end
     |-- ProtocolError                        a peer speaks another protocol version
     `-- InvalidTransition                    a bug in aseer: a request's impossible move
 
@@ -33,7 +34,7 @@ class EngineError(AseerError):
 
 
 class InstanceStartError(EngineError):
-    """An instance did not come up; the message has the cause and its log's end."""
+    """An instance did not come up; the message has the cause and the log's end."""
 
 
 class InstanceLostError(EngineError):
@@ -45,7 +46,10 @@ class EngineClosedError(EngineError):
 
 
 class RolloutError(AseerError):
-    """Some requests ended in an error; raised after every Response was yielded."""
+    """Some requests ended in an error, or the rollout's decisions failed.
+
+    Raised after every Response was yielded; the engine can run the next rollout.
+    """
 
 
 class RolloutInProgressError(AseerError):
@@ -57,7 +61,7 @@ class RolloutClosedError(AseerError):
 
 
 class WeightUpdateError(AseerError):
-    """New weights were refused; every instance has those it had before."""
+    """New weights were refused; every instance has the weights it had before."""
 
 
 class ProtocolError(AseerError):
@@ -69,7 +73,7 @@ class InvalidTransition(AseerError):
 
 
 def root_of(error: BaseException) -> BaseException:
-    """The error worth telling, out of a task group's bundle: aseer's if it has one."""
+    """The error worth telling of a task group's bundle: aseer's own if there is one."""
     while isinstance(error, BaseExceptionGroup):
         error = (error.subgroup(AseerError) or error).exceptions[0]
     return error

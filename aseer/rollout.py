@@ -7,11 +7,11 @@ code.
 
 Responses come from the engine's thread through a mailbox. Groups go the other way
 (`aseer.group_source`). A rollout has one life: it is read to its end, or left before.
-Leaving the `async with` block leaves it, and waits until the engines have stopped its
-work. A bare `for` loop leaves it, too, when it ends by a break, an exception or
-cancellation: then the iterator that only the loop holds is gone. Where something else
-holds that iterator (a variable, a debugger), the engine cannot know; the `async with`
-form does not lean on it.
+Leaving the `async with` block leaves the rollout, and waits until the engines have
+stopped its work. A bare `for` loop that ends by a break, an exception or cancellation
+leaves the rollout as well, because the iterator that only the loop held is gone then.
+If something else holds that iterator (a variable, a debugger), the engine cannot know
+that the loop is over; the `async with` form does not depend on it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ R = TypeVar("R")
 
 
 class _Loop(Generic[T]):
-    """What a `for` loop holds; dropped, it leaves a rollout that is not at its end.
+    """The iterator of a `for` loop; dropping the iterator leaves an unfinished rollout.
 
-    A frame that an exception leaves lets go of it first: somebody may hold the
-    exception, and with it those frames, for long.
+    A frame that is left by an exception drops its reference to the iterator first:
+    somebody may keep the exception, and with it the frames of its traceback.
     """
 
     def __init__(self, work: Work, next_item: Callable[[], T]) -> None:
@@ -81,7 +81,8 @@ class _SyncLoop(_Loop[R], Iterator[R]):
 class Rollout:
     """Responses in the order they finish, for `async for`; see `Engine.rollout`.
 
-    A rollout has one life, and every loop over it reads from the same responses.
+    A rollout is read once: every loop over it takes from the same responses. To read
+    from a rollout that was left raises `RolloutClosedError`.
     """
 
     def __init__(self, work: Work) -> None:
@@ -111,12 +112,12 @@ class Rollout:
         """Figures of the finished rollout.
 
         Raises:
-            AseerError: it is not finished.
+            AseerError: the rollout is not finished.
         """
         return self._work.report
 
     def progress(self) -> Progress | None:
-        """The rollout as of a fraction of a second ago; None before it starts."""
+        """How the rollout stands, a fraction of a second old; None before it begins."""
         return self._work.progress()
 
     def cancel(self, group_id: str) -> None:
@@ -127,7 +128,7 @@ class Rollout:
         left alone.
 
         Raises:
-            ConfigError: no such group was given so far.
+            ConfigError: no group of that id was given so far.
         """
         self._work.cancel(group_id)
 
@@ -180,7 +181,8 @@ class Rollout:
 class SyncRollout:
     """Responses in the order they finish, for `for`; see `Engine.rollout_sync`.
 
-    A rollout has one life, and every loop over it reads from the same responses.
+    A rollout is read once: every loop over it takes from the same responses. To read
+    from a rollout that was left raises `RolloutClosedError`.
     """
 
     def __init__(self, work: Work) -> None:
@@ -265,10 +267,10 @@ async def rollout(
 
     Args:
         groups: see `Engine.rollout`.
-        engine: to use; None = the one whose context this code runs in.
-        config: opens an engine for this call only, and closes it at the end.
-        policy: instead of the engine's.
-        chunk_size: instead of the engine's; 0 = undivided.
+        engine: the engine to use; None = the one whose context this code runs in.
+        config: settings of an engine that is opened for this call alone.
+        policy: replaces the engine's policy.
+        chunk_size: replaces the engine's chunk size; 0 = requests are not divided.
     Raises:
         ConfigError: both `engine` and `config` are given.
         EngineClosedError: neither is given and no engine is open here.
