@@ -50,23 +50,26 @@ BudgetPolicy = Literal["adaptive", "fixed", "paper"]
 class SpeculationConfig:
     """How engines draft tokens that the model then verifies, several a step.
 
-    Samples keep their distribution whatever is drafted: an engine whose verified
-    sampler fails its test at the start says so and does not speculate. Seeded requests
-    are not repeatable: how much a step draws depends on what was drafted.
+    Whatever is drafted, the distribution of the samples stays the same: each engine
+    tests its sampler for drafts when it starts, and an engine whose test fails says so
+    and does not speculate. Requests with a seed are not repeatable with speculation,
+    since the random numbers that a step takes depend on what was drafted.
 
     Attributes:
         method: "dgds" drafts from what the whole group has generated so far, on every
             engine; "suffix" and "ngram" are vLLM's own, with drafts of up to
-            `max_draft_tokens`; "off" drafts nothing. The rest is for "dgds".
+            `max_draft_tokens`; "off" drafts nothing. The other fields are for "dgds".
         max_draft_tokens: the most tokens drafted for a request in a step.
-        tail_draft_tokens: the same when few requests are left, whose steps have room.
+        tail_draft_tokens: the same when few requests are left, since their steps have
+            room for more.
         budget: how many tokens a step drafts. "adaptive" spends on the likeliest tokens
             while the gain pays for the time a longer step takes, as measured; "fixed"
             drafts all it can; "paper" is the rule of Seer's Algorithm 1.
         probe_weight: how much more a token of a group's first request is worth.
         after_weight_update: "keep" lets responses of older weights serve as drafts for
             later groups with the same prompt; "drop" forgets them.
-        group_ttl_s: a group that nobody has asked for so long is forgotten.
+        group_ttl_s: seconds after which the drafts of a group are forgotten that no
+            engine has asked for.
     """
 
     method: SpeculationMethod = "dgds"
@@ -98,8 +101,8 @@ class SpeculationConfig:
 class KvPoolConfig:
     """Where KV is kept that any engine of a node can load.
 
-    A chunk that starts on another engine than the last one then finds its request's KV
-    there. Whatever happens to the pool costs recomputation only.
+    A chunk that starts on another engine than the request's last one finds the
+    request's KV in this pool. A pool that fails costs recomputation, and nothing else.
 
     Attributes:
         mode: "lmcache" starts LMCache servers; "auto" does if LMCache is installed and
@@ -108,16 +111,18 @@ class KvPoolConfig:
             has none. "external" starts nothing, and says that the connector in
             `EngineConfig.kv_transfer_config` finds what any engine stored, as
             Mooncake's does: requests then move as freely.
-        dram_bytes: of one server, in /dev/shm; None = a share of the free memory.
-        disk_dir: where what DRAM has no room for goes, in directories of its own that
-            are removed at the end; used if `disk_bytes` is above 0.
-        disk_bytes: the most of it there, of one server; 0 = nothing goes to disk.
-        chunk_tokens: what is stored and found together. Chunks of requests end just
-            past a multiple of it.
-        num_servers: that share out the engines of the node: one for all, or for example
-            one a NUMA domain. Each has its own memory, and none sees another's.
-        timeout_s: after which an engine gives up on its server, and computes; a server
-            silent for twice as long is started again.
+        dram_bytes: memory of one server, in /dev/shm; None = a share of the free
+            memory.
+        disk_dir: where KV goes that DRAM has no room for, in directories that are
+            removed at the end; used if `disk_bytes` is above 0.
+        disk_bytes: the most that one server keeps there; 0 = nothing goes to disk.
+        chunk_tokens: how many tokens are stored and found together. Chunks of requests
+            end just past a multiple of this.
+        num_servers: servers that share out the engines of the node: one for all, or for
+            example one for each NUMA domain. Each has its own memory, and none sees
+            another's.
+        timeout_s: seconds after which an engine gives up on its server, and computes
+            instead; a server that is silent for twice as long is started again.
     """
 
     mode: KvPoolMode = "auto"
@@ -145,8 +150,8 @@ class EngineConfig:
     """Settings of an `aseer.Engine`.
 
     Attributes:
-        model: a Hugging Face model name or a directory, as vLLM takes it. Directories
-            that are not whole paths are those of when the settings are made.
+        model: a Hugging Face model name or a directory, as vLLM takes it. Relative
+            paths, here and in other fields, are resolved when the settings are made.
         tokenizer: name or directory; None = the model's.
         num_instances: vLLM engines to start; None = one for every `gpus_per_instance`
             of the GPUs, or on a CPU one a core, at most 2.
@@ -161,54 +166,60 @@ class EngineConfig:
             has no bfloat16 of its own.
         max_model_len: the most tokens of prompt and response together; None = the
             model's.
-        max_num_seqs: requests an engine runs at once; None = what vLLM's `LLM` takes:
-            1,024 on a GPU of 70 GB or more (an A100 excepted), otherwise 256. As many
-            run as the KV cache holds, so a high limit costs little: a row of the
-            sampler's tensors, and the capture of CUDA graphs.
+        max_num_seqs: the most requests that an engine runs at once; None = what vLLM's
+            `LLM` takes: 1,024 on a GPU of 70 GB or more (an A100 excepted), otherwise
+            256. Only as many run as the KV cache holds, so a high limit costs little:
+            rows of the sampler's tensors, and the capture of CUDA graphs.
         kv_cache_bytes: KV cache of one engine, on all its GPUs together; None = what
             vLLM takes of a GPU, or on a CPU a share of the free memory, at most 4 GiB.
-        seed: of the engines' random streams (each engine has its own, derived from it);
-            None = fresh ones. To repeat samples exactly give groups a `seed` instead.
-        sampling: settings of groups that bring none.
+        seed: seed of the engines' random streams (each engine has a stream of its own,
+            derived from it); None = a fresh one. To repeat samples exactly, give groups
+            a `seed` instead.
+        sampling: sampling settings of groups that bring none.
         chunk_size: the most tokens a request generates before it is scheduled anew; 0 =
-            undivided. Chunks end just past a KV block's end, where a resume computes
-            one token.
-        policy: who runs next, and where. "context-aware" is Seer's; "fcfs" takes
-            requests as they come, "longest-first" by `Group.known_lengths`, which all
-            groups must have.
-            Baselines that divide nothing, whatever `chunk_size` says: "least-loaded",
-            "group-round-robin", "group-least-unfinished".
+            requests are not divided. Chunks end just past the end of a KV block, where
+            a resume computes one token.
+        policy: which request runs next, and where. "context-aware" is Seer's; "fcfs"
+            takes requests in the order in which they come; "longest-first" goes by
+            `Group.known_lengths`, which all groups must have. Baselines that divide
+            nothing, whatever `chunk_size` is: "least-loaded", "group-round-robin",
+            "group-least-unfinished".
         speculation: how tokens are drafted: a method's name ("off", "dgds", "suffix",
-            "ngram") or a `SpeculationConfig`, which it is turned into.
+            "ngram"), or a `SpeculationConfig`; a name is kept as one.
         kv_pool: where KV is kept that other engines can load: a mode of
-            `KvPoolConfig`, or a whole one, which it is turned into.
+            `KvPoolConfig`, or a `KvPoolConfig`; a mode is kept as one.
         kv_transfer_config: another KV connector of vLLM's, with its settings, as vLLM
-            takes them; there is no pool of ours then.
-        length_priors: whether a group starts with what an earlier rollout of this
-            engine learnt of its prompt: how long its longest response was. It needs no
-            probe then. For training that comes back to a prompt after few updates.
-        starvation_interval: every so many decisions the longest waiting request goes
-            first, whatever the policy; 0 = never.
+            takes them; aseer then has no pool of its own.
+        length_priors: whether a group starts with the length of the longest response
+            that its prompt had in an earlier rollout of this engine. Such a group needs
+            no probe. For training that comes back to a prompt after few updates.
+        starvation_interval: once in so many decisions the request that has waited
+            longest goes first, whatever the policy; 0 = never.
         max_pending_requests: groups are taken from an iterator only while fewer
             requests than this are unfinished (a list is taken whole).
-        report_interval_s: how often an engine reports the progress of running chunks.
-        start_timeout_s: for an engine to come up, model loading included.
-        heartbeat_timeout_s: an engine process silent that long is taken for dead.
-        stall_timeout_s: an engine that has work but makes no token that long is killed.
-        shutdown_timeout_s: for an orderly end; what is left then is killed.
-        max_restarts: times that dead instances are started again: all of them together,
-            over the engine's life.
-        max_request_retries: instances that may die while they run a request; if one
-            more does, the request ends as an error.
+        report_interval_s: seconds between an engine's reports of its running chunks.
+        start_timeout_s: the most seconds that an engine takes to come up, the loading
+            of the model included.
+        heartbeat_timeout_s: an engine that is silent for so many seconds is taken for
+            dead, and killed. This and the next count only time in which this process
+            runs.
+        stall_timeout_s: an engine that has work but makes no token for so many seconds
+            is killed.
+        shutdown_timeout_s: seconds for an orderly end; what is left then is killed.
+        max_restarts: how often dead instances are started again, all of them together,
+            over the engine's life. Restarts that a single request has cost are given
+            back.
+        max_request_retries: how many instances may die of a request; if one more does,
+            the request ends as an error.
         engine_args: further arguments of vLLM's AsyncEngineArgs, as plain data. Those
             that change what aseer counts or needs are refused by name; a
             `worker_extension_cls` is joined with aseer's own.
-        env: environment variables of the engine processes.
+        env: environment variables of the engines' processes, beside this one's.
         python: path of the interpreter that engines and the KV pool's servers run on,
             for a vLLM in an environment of its own; aseer of the same release is
             installed there, and vLLM need not be here. None = the one that runs this.
-        log_dir: where engine logs go and stay; None = with the socket directory,
-            removed at close.
+        log_dir: where the engines' logs go and stay; None = in the directory of the
+            sockets, which is removed when the engine closes.
         logs_calls: whether every rollout's decisions are written to `log_dir`, one file
             each, as large as what is generated; `aseer replay-log` makes them again.
         weights_dir: where `update_weights` puts tensors for the engines, as large as

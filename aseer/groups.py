@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from aseer.types import InstanceInfo
 
 G = TypeVar("G")
-# As many requests as a whole rollout is made for; each takes memory before it runs.
+# A whole rollout is designed for a million requests, and each takes memory before it
+# runs.
 _MAX_GROUP_SIZE = 1_000_000
-# What `apply_chat_template` is told by us.
+# Arguments of `apply_chat_template` that aseer sets itself.
 _OWN_TEMPLATE_SETTINGS = frozenset(
     {"conversation", "tools", "tokenize", "return_dict", "return_tensors"}
     | {"padding", "truncation", "max_length", "tokenizer_kwargs"}
@@ -33,18 +34,19 @@ class Group:
     """One prompt and how many responses to sample for it.
 
     Attributes:
-        prompt: token ids, a text, or chat messages (rendered with the model's own chat
-            template, with the generation prompt added).
-        n: responses to sample (the group's size), at most a million.
+        prompt: token ids, a text, or chat messages. Messages are rendered with the
+            model's own chat template, and the generation prompt is added.
+        n: how many responses to sample (the group's size), at most a million.
         sampling: `aseer.SamplingParams`, a dict of its fields, or a
             `vllm.SamplingParams`; None = the engine's.
-        group_id: a text, unique within the rollout; None = one is made, such as
-            "group-<position>".
+        group_id: a text, unique within the rollout; None = an id such as
+            "group-<position>" is made.
         metadata: comes back untouched with every Response.
-        known_lengths: true lengths of the n responses where they are known beforehand;
-            used only by the policy "longest-first", which needs them.
-        chat_template_kwargs: for the chat template, such as {"enable_thinking": False}.
-        tools: for the chat template: functions, or JSON schemas of them.
+        known_lengths: the lengths that the n responses will have, where somebody knows
+            them beforehand; used only by the policy "longest-first", which needs them.
+        chat_template_kwargs: arguments of the chat template, such as
+            {"enable_thinking": False}.
+        tools: functions, or JSON schemas of functions, for the chat template.
     """
 
     prompt: Sequence[int] | str | Sequence[Message]
@@ -62,10 +64,10 @@ Groups = Iterable[Group] | AsyncIterable[Group]
 
 
 def check_groups(groups: G) -> G:
-    """What a rollout is given, if it can be a source of groups.
+    """Return what a rollout was given, if it can be a source of groups.
 
     Raises:
-        ConfigError: it cannot; says what to give.
+        ConfigError: it cannot; the message says what to give.
     """
     is_source = isinstance(groups, Iterable | AsyncIterable) or hasattr(
         groups, "__getitem__"
@@ -112,20 +114,21 @@ class GroupResolver:
         speculating: bool = False,
         needs_lengths: bool = False,
     ) -> None:
-        """Check against what the engines said of themselves (`info`)."""
+        """Prepare to check groups against the limits that the engines told (`info`)."""
         self._speculating = speculating
         self._needs_lengths = needs_lengths
         self._info = info
         self._tokenizer = tokenizer
         self._default = default
-        # Of each id whether it was made here.
+        # Whether each id was made here, or came with its group.
         self._ids: dict[GroupId, bool] = {}
 
     def resolve(self, group: Group) -> Task:
         """The group as a task.
 
         Raises:
-            ConfigError: it cannot run; names the group, the value and what is allowed.
+            ConfigError: the group cannot run; the message names the group, the value
+                and what is allowed.
         """
         return self.resolve_all([group])[0]
 
@@ -141,10 +144,11 @@ class GroupResolver:
     def resolve_all(self, groups: Iterable[Group]) -> list[Task]:
         """All groups as tasks, or none: if one is refused, no id is taken.
 
-        Ids that are made differ from those that others of `groups` bring.
+        Ids that are made here differ from those that other groups of the list bring.
 
         Raises:
-            ConfigError: a group cannot run; names it, the value and what is allowed.
+            ConfigError: a group cannot run; the message names the group, the value and
+                what is allowed.
         """
         groups = list(groups)
         given = {g.group_id for g in groups if isinstance(g, Group) and _has_id(g)}
@@ -379,7 +383,7 @@ def _items(prompt: object) -> list[Any]:
 
 
 def _check_sendable(settings: Mapping[str, Any]) -> None:
-    """Refuse what the message of a chunk could not carry; such as lone surrogates."""
+    """Refuse what a chunk's message could not carry, such as a lone surrogate."""
     try:
         msgspec.msgpack.encode(settings)
     except (TypeError, ValueError, OverflowError):

@@ -1,10 +1,10 @@
 """Sampling settings: vLLM's names, checked at the edge, and re-based for a resumed
 chunk.
 
-A resumed chunk is a new engine request whose prompt is the prompt plus everything
-generated so far. Most settings survive that untouched. Those that look back at *output*
-tokens would not, so a request that uses one runs undivided (`undivided_because`):
-presence and frequency penalties, structured output, and bad words of several tokens.
+To the engine a resumed chunk is a new request, whose prompt is the prompt plus
+everything generated so far. Most settings mean the same there. Settings that look back
+at *output* tokens do not, so a request that uses one of them runs undivided
+(`undivided_because`): presence and frequency penalties, structured output, bad words.
 `min_tokens`, `max_tokens` and `seed` are re-based; `stop` strings are matched by the
 instance over the whole response.
 """
@@ -41,9 +41,10 @@ class SamplingParams:
 
     Attributes:
         max_tokens: the most tokens to generate; None = up to the model's length.
-        min_tokens: no end token, stop token or stop string counts before that many.
-        seed: the group's; each member draws from its own stream derived from it. None,
-            or -1 as in vLLM, = none.
+        min_tokens: before so many tokens no end token, stop token or stop string ends
+            a response.
+        seed: seed of the group; each member has a random stream of its own, derived
+            from the seed. None, or -1 as in vLLM, = no seed.
         stop: strings that end a response; the text ends before them unless
             `include_stop_str_in_output`, the token ids include them.
         logit_bias: added to the logits of these token ids, from -1e20 to 1e20.
@@ -78,8 +79,8 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
     def undivided_because(self) -> str | None:
-        """The setting that a resumed chunk would silently change; None if there is
-        none.
+        """Name of a setting that a resumed chunk would not honour; None if all are
+        honoured.
         """
         if self.presence_penalty:
             return "presence_penalty"
@@ -102,14 +103,14 @@ class SamplingParams:
 def resolve_sampling(
     given: object, *, default: SamplingParams | None = None
 ) -> SamplingParams:
-    """A SamplingParams from what a user may hand over.
+    """A SamplingParams from what a user may give.
 
     Args:
-        given: None (the default), an `aseer.SamplingParams`, a mapping of its fields,
+        given: None (for `default`), an `aseer.SamplingParams`, a mapping of its fields,
             or a `vllm.SamplingParams`.
     Raises:
-        ConfigError: an unknown or contradictory setting; it says which and what is
-            allowed.
+        ConfigError: a setting is unknown or contradicts another; the message says which
+            one, and what is allowed.
     """
     if given is None:
         return default or SamplingParams()
@@ -139,7 +140,7 @@ def chunk_seed(seed: int, index: int, num_generated: int) -> int:
 
 
 _NAMES = tuple(f.name for f in fields(SamplingParams))
-# Settings of vLLM's that aseer does not have, with their values that change nothing.
+# Settings of vLLM's that aseer does not have, with the values that change nothing.
 _CHANGE_NOTHING: Mapping[str, tuple[object, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
@@ -157,7 +158,7 @@ _CHANGE_NOTHING: Mapping[str, tuple[object, ...]] = {
     "routed_experts_prompt_start": (None, 0),
     "trace_decode_token_ids": (None,),
 }
-# Those that aseer sets itself, or that have no bearing on what is sampled.
+# Settings of vLLM's that aseer sets itself, or that do not affect what is sampled.
 _IGNORED = frozenset(
     {"output_kind", "skip_clone", "flat_logprobs", "stream_interval", "watermarking"}
     | {"output_text_buffer_length", "skip_reading_prefix_cache"}
@@ -170,7 +171,7 @@ _INSTEAD = {
 
 
 def _from_mapping(given: Mapping[Any, Any]) -> SamplingParams:
-    """Take over what aseer has; refuse what it cannot honour, and what nobody knows."""
+    """Take the settings that aseer has; refuse those it cannot honour or knows not."""
     taken = {}
     unknown = []
     for name, value in given.items():
@@ -190,7 +191,7 @@ def _from_mapping(given: Mapping[Any, Any]) -> SamplingParams:
 
 
 def _from_vllm(given: Any) -> SamplingParams:
-    """Take over every field that was set; refuse one that aseer cannot honour."""
+    """Take every field that was set; refuse a field that aseer cannot honour."""
     default = type(given)()
     names = getattr(given, "__struct_fields__", None) or vars(given)
     taken: dict[str, Any] = {}
@@ -222,7 +223,7 @@ def _bad(name: str, value: object, allowed: str) -> ConfigError:
     return ConfigError(f"sampling {name}={value!r:.300} is not allowed; give {allowed}")
 
 
-# Of each number the least and the most, and words for them.
+# The least and the largest allowed value of each number, and words for the range.
 _FLOATS = {
     "temperature": (0, 2, "a number in [0, 2]; 0 is greedy"),
     "top_p": (1e-9, 1, "a number in (0, 1]; 1 keeps every token"),
@@ -245,7 +246,7 @@ _INTS = {
 }
 _OPTIONAL_INTS = {
     "max_tokens": (1, INT64_MAX, "an int >= 1 of 64 bits, or None for no limit"),
-    # Signed or not: it is hashed.
+    # Signed or unsigned, since the seed is hashed.
     "seed": (-(1 << 63), (1 << 64) - 1, "an int of 64 bits, or None for no seed"),
 }
 _TEXTS = ("stop", "bad_words")
@@ -339,7 +340,7 @@ def _biases(given: object) -> dict[int, float] | None:
         raise _bad("logit_bias", given, allowed)
     biases: dict[int, float] = {}
     for key, value in given.items():
-        # Their names where they come from JSON.
+        # Keys that come from JSON are texts.
         is_name = isinstance(key, str) and _ID_NAME.fullmatch(key)
         token, bias = as_int(int(key) if is_name else key), as_float(value)
         if token is None or not 0 <= token <= INT32_MAX:
