@@ -10,13 +10,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from aseer.activity import TAKEN, Activity, Verdict, decide
+from aseer.activity import TAKEN, Activity, Call, Verdict, decide
 from aseer.errors import EngineError, RolloutInProgressError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from aseer.activity import Call
 
 
 class InTheWay(Protocol):
@@ -93,9 +91,13 @@ class Claims:
                 case Verdict.END:
                     assert self._rollout is not None
                     await self._rollout.end()
+                    if call is Call.ABORT:
+                        return None
                 case Verdict.ABORT:
                     assert self._rollout is not None
                     await self._rollout.abort()
+                    if call is Call.ABORT:  # one that began since is not meant
+                        return None
                 case Verdict.BUSY:
                     assert self._rollout is not None
                     raise RolloutInProgressError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
 
 from aseer.errors import EngineError, InstanceLostError
 
@@ -26,6 +28,7 @@ class Sleep:
     def __init__(self, pool: InstancePool) -> None:
         self._pool = pool
         self._level: int | None = None  # from the moment that the first is told
+        self._told: set[InstanceId] = set()  # to sleep, and not to wake since
 
     async def begin(self, instances: Iterable[InstanceId], level: int) -> None:
         """See `Engine.sleep`. An instance that dies meanwhile needs no sleep.
@@ -35,12 +38,13 @@ class Sleep:
         """
         self._level = level
         self._pool.hold_starts()  # what starts would take what is released
-        asleep = list(instances)
         try:
-            for error in await self._ask(asleep, "sleep", level=level):
+            asked = {i: self._ask_to_sleep(i, level) for i in instances}
+            for error in (await _answers(asked)).values():
                 raise error
         except BaseException:
-            await self.end(asleep)
+            with suppress(EngineError):  # why they cannot wake is told in the log
+                await self.end(())
             raise
 
     async def end(self, instances: Iterable[InstanceId]) -> None:
@@ -50,47 +54,49 @@ class Sleep:
             EngineError: no instance could.
         """
         self._level = None  # what comes up from here on stays awake
-        waking = list(instances)
-        failed = []
+        waking, self._told = sorted(self._told.union(instances)), set()
         try:
-            failed = await self._ask(waking, "wake")
+            asked = {i: self._pool.ask(i, "wake") for i in waking}
+            for instance_id, answer in asked.items():
+                # Also if nobody waits any more: one that cannot wake is of no use.
+                answer.add_done_callback(partial(self._replace_failed, instance_id))
+            failed = await _answers(asked)
         finally:
             self._pool.allow_starts()
-        if failed and len(failed) == len(waking):
-            raise failed[0]
+        if failed and all(answer.exception() for answer in asked.values()):
+            raise next(iter(failed.values()))
 
     def instance_up(self, instance_id: InstanceId) -> None:
         """It was starting when the others fell asleep: it follows them."""
         if self._level is not None:
-            asked = self._pool.ask(instance_id, "sleep", level=self._level)
-            asked.add_done_callback(lambda a: self._replace_failed(instance_id, a))
+            asked = self._ask_to_sleep(instance_id, self._level)
+            asked.add_done_callback(partial(self._replace_failed, instance_id))
 
-    async def _ask(
-        self, instances: list[InstanceId], what: Any, **arguments: Any
-    ) -> list[EngineError]:
-        """Ask all; what those said that cannot. One that cannot wake is replaced."""
-        asked = [self._pool.ask(i, what, **arguments) for i in instances]
-        failed = []
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        for instance_id, answer in zip(instances, answers, strict=True):
-            if isinstance(answer, EngineError):
-                if isinstance(answer, InstanceLostError):
-                    continue  # its owner hears of that
-                failed.append(answer)
-                if what == "wake":
-                    self._replace(instance_id, answer)
-            elif isinstance(answer, BaseException):
-                raise answer
-        return failed
+    def _ask_to_sleep(
+        self, instance_id: InstanceId, level: int
+    ) -> asyncio.Future[object]:
+        self._told.add(instance_id)
+        return self._pool.ask(instance_id, "sleep", level=level)
 
     def _replace_failed(
-        self, instance_id: InstanceId, asked: asyncio.Future[Any]
+        self, instance_id: InstanceId, asked: asyncio.Future[object]
     ) -> None:
         error = None if asked.cancelled() else asked.exception()
         if error is not None and not isinstance(error, InstanceLostError):
-            self._replace(instance_id, error)
+            why = f"it does not do as the others do: {error}"
+            _log.error("instance %d is started again: %s", instance_id, why)
+            self._pool.replace(instance_id, why)
 
-    def _replace(self, instance_id: InstanceId, error: BaseException) -> None:
-        why = f"it does not do as the others do: {error}"
-        _log.error("instance %d is started again: %s", instance_id, why)
-        self._pool.replace(instance_id, why)
+
+async def _answers(
+    asked: dict[InstanceId, asyncio.Future[object]],
+) -> dict[InstanceId, BaseException]:
+    """Wait for all; why those refuse that do. The owner hears of one that was lost."""
+    if asked:
+        await asyncio.wait(asked.values())
+    errors = ((i, answer.exception()) for i, answer in asked.items())
+    return {
+        i: error
+        for i, error in errors
+        if error is not None and not isinstance(error, InstanceLostError)
+    }

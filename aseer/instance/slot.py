@@ -69,6 +69,7 @@ class Slot:
         if asked is not None and not asked.done():
             if answer.error:
                 asked.set_exception(EngineError(answer.error))
+                asked.exception()  # whoever asked may have given up
             else:
                 asked.set_result(answer.value)
 

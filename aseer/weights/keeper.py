@@ -110,15 +110,10 @@ class WeightKeeper:
             raise WeightUpdateError(
                 f"version={wanted} is not allowed; give one up to {MAX_VERSION}"
             )
-        if self._model is None:
-            one = next(iter(sorted(instances)), None)
-            if one is None:
-                raise EngineError(NO_INSTANCE)
-            said = await pool.ask(one, "describe_weights")
-            self._model = msgspec.convert(said, ModelSpec)
+        model = self._model = self._model or await _describe(pool, sorted(instances))
         self._num_plans += 1
         directory = self._directory / f"{wanted}-{self._num_plans}"
-        return Plan(wanted, directory, self._model, claim)
+        return Plan(wanted, directory, model, claim)
 
     def abandon(self, plan: Plan) -> None:
         """Give an update up that was only begun."""
@@ -239,11 +234,26 @@ class _Switch:
         instance_id: InstanceId,
     ) -> Callable[[asyncio.Future[object]], None]:
         def answered(answer: asyncio.Future[object]) -> None:
-            error = None if answer.cancelled() else answer.exception()
+            error = answer.exception()
             if not isinstance(error, InstanceLostError):  # `instance_down` tells of it
                 self.do(lambda: tell(instance_id, str(error) if error else ""))
 
         return answered
+
+
+async def _describe(pool: InstancePool, instances: list[InstanceId]) -> ModelSpec:
+    """What the model's checkpoint holds; all instances have the same model.
+
+    Raises:
+        EngineError: the first that lives does not say it, or none lives.
+    """
+    for instance_id in instances:
+        try:
+            said = await pool.ask(instance_id, "describe_weights")
+        except InstanceLostError:
+            continue
+        return msgspec.convert(said, ModelSpec)
+    raise EngineError(NO_INSTANCE)
 
 
 def _ignore(answer: asyncio.Future[object]) -> None:

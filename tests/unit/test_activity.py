@@ -173,6 +173,27 @@ async def test_giving_back_twice_takes_nothing_from_the_next():
     assert claims.activity is Activity.FALLING_ASLEEP
 
 
+@pytest.mark.parametrize("left_by", [None, "everyone"])
+async def test_an_abort_ends_only_the_rollout_that_it_saw(left_by):
+    claims, rollout = await rolling_out(left_by=left_by)
+    loop = asyncio.get_running_loop()
+    began: list[Rollout] = []
+
+    async def end() -> None:
+        rollout.ended.append("end")
+        rollout.over.pop().release()
+        claim = await claims.take(Call.ROLLOUT)  # of another thread, in between
+        began.append(Rollout(claims))
+        began[0].over.append(claim)
+        claims.set_rollout(began[0])
+
+    rollout.end = rollout.abort = end
+    await asyncio.wait_for(loop.create_task(claims.take(Call.ABORT)), 5)
+    assert rollout.ended == ["end"]
+    assert began[0].ended == []
+    assert claims.activity is Activity.ROLLING_OUT
+
+
 async def test_closing_refuses_those_who_wait_and_those_who_come():
     claims = Claims()
     claim = await claims.take(Call.UPDATE)
