@@ -1,17 +1,18 @@
-"""What a rollout's groups have taught: the length of their responses.
+"""What a rollout's groups have taught: how long their responses become.
 
 Seer §3.3: siblings have similar lengths, so the first to finish (the probe, which is
-scheduled ahead of everything else) tells how long the others will take. A group's
-*length estimate* is its `max_tokens` until a request of it finishes, then the longest
-finished one. Cancelled and failed requests teach nothing.
+scheduled ahead of everything else) tells how long the others will be. A group's
+*length estimate* is its `max_tokens` until a request of the group finishes, and then
+the length of the longest finished one. Cancelled and failed requests teach nothing.
 
-Beyond the paper: siblings need not be alike. A response that becomes several times as
-long as what was known of its group was *unforeseen*; where more than a few are, what
-siblings tell is not to be relied on, and the scheduler orders otherwise. Chance alone
-makes counts vary, by about the square root of the count. So an opinion changes only
-when the share of the unforeseen is beyond `FEW` by `SURE` times that, on the other
-side: never for fewer than `SURE` squared unforeseen responses, and ever more rarely as
-a rollout goes on, also where the share is close to `FEW`.
+Beyond the paper: siblings need not be alike. A response is *unforeseen* if it becomes
+several times as long as anything that was known of its group. If more than a few
+responses are unforeseen, siblings do not tell each other's lengths, and the scheduler
+orders by another rule. A count varies by chance, by about its square root. So the
+manager changes its opinion only when the number of unforeseen responses differs from
+the share `FEW` by `SURE` times that square root, to the other side. Fewer than `SURE`
+squared unforeseen responses therefore never change it, and it changes ever more rarely
+as a rollout goes on, even if the share is close to `FEW`.
 
 Beyond the paper: with `LengthPriors` the longest response to a prompt in an earlier
 rollout is known before anything runs. It counts as one more finished request, and the
@@ -29,10 +30,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from aseer.types import GroupId, RequestId
 
-UNFORESEEN = 5  # times as long as what was known of its group
-FEW = 0.02  # share of the responses that may be unforeseen where siblings are alike
-# Standard deviations of a count: one look in fifteen is beyond so many by chance. In
-# simulations of 256 responses less was no faster, and more lost time until it knew.
+# A response is unforeseen if it becomes more than so many times as long as what was
+# known of its group. On workloads like the paper's that is rare.
+UNFORESEEN = 5
+# The share of responses that may be unforeseen although siblings are alike.
+FEW = 0.02
+# Standard deviations of a count; chance alone goes beyond so many in one look of
+# fifteen. In simulations of 256 responses a smaller value was no faster, and with a
+# larger one the change of order came too late.
 SURE = 1.5
 MAX_PRIORS = 1_000_000
 _KEY_BYTES = 16
@@ -43,10 +48,10 @@ class GroupContext:
     """One group's lengths.
 
     Attributes:
-        prior: the longest response to its prompt in an earlier rollout.
+        prior: tokens of the longest response to the prompt in an earlier rollout.
         num_completed: requests that ended by themselves.
-        longest_completed: tokens of the longest of them.
-        unforeseen: who became several times as long as what was known then.
+        longest_completed: tokens of the longest of these requests.
+        unforeseen: requests that became several times as long as what was known then.
     """
 
     max_tokens: int
@@ -80,7 +85,7 @@ class ContextManager:
 
     @property
     def siblings_are_alike(self) -> bool:
-        """Whether what is known of a group can be relied on, as far as was seen."""
+        """Whether siblings' lengths are alike, as far as this rollout has shown."""
         return self._are_alike
 
     def __getitem__(self, group_id: GroupId) -> GroupContext:
@@ -93,7 +98,7 @@ class ContextManager:
         num_requests: int,
         prior: int | None = None,
     ) -> None:
-        """Begin with the safe estimate, as long as allowed, or with a prior.
+        """Begin with a prior, or else with the safe estimate `max_tokens`.
 
         Raises:
             ValueError: the group is known already.
@@ -105,7 +110,7 @@ class ContextManager:
         self._groups[group_id] = GroupContext(max_tokens, num_requests, prior)
 
     def forget_group(self, group_id: GroupId) -> None:
-        """Nobody will ask for it; what it told of siblings in general stays."""
+        """Drop a group; what the group told of siblings in general stays."""
         self._groups.pop(group_id, None)
 
     def length_estimate(self, group_id: GroupId) -> int:
@@ -113,7 +118,7 @@ class ContextManager:
         return self._groups[group_id].length_estimate
 
     def longest(self, group_id: GroupId) -> int | None:
-        """Tokens of the longest response, once all have ended by themselves."""
+        """Tokens of the longest response, if all have ended by themselves; or None."""
         group = self._groups[group_id]
         is_over = group.num_completed == group.num_requests
         return group.longest_completed if is_over else None
@@ -121,7 +126,7 @@ class ContextManager:
     def record_length(
         self, group_id: GroupId, request_id: RequestId, length: int
     ) -> None:
-        """Learn from a request that has become so long."""
+        """Learn from a request that has reached a length and goes on."""
         group = self._groups[group_id]
         known = group.longest_known
         if known is None or length <= UNFORESEEN * known:
@@ -149,7 +154,7 @@ class ContextManager:
         return group.length_estimate != before
 
     def _compare(self) -> None:
-        """Change the opinion of siblings if the evidence is against it."""
+        """Change the opinion of siblings if the counts speak against it."""
         beyond = self._num_unforeseen - FEW * self._num_told
         chance = SURE * math.sqrt(self._num_unforeseen)
         self._are_alike = beyond <= (chance if self._are_alike else -chance)
@@ -159,7 +164,8 @@ class LengthPriors:
     """The longest response to every prompt in the last rollout that had it.
 
     Args:
-        max_prompts: to remember; those not seen for the longest time go first.
+        max_prompts: how many prompts to remember; those that were not seen for the
+            longest time are forgotten first.
     """
 
     def __init__(self, *, max_prompts: int = MAX_PRIORS) -> None:
@@ -171,7 +177,7 @@ class LengthPriors:
         return self._longest.get(_key(prompt))
 
     def learn(self, prompt: bytes, longest: int) -> None:
-        """Take what a rollout showed, instead of what an earlier one did."""
+        """Replace what an earlier rollout showed of a prompt by what this one did."""
         key = _key(prompt)
         self._longest[key] = longest
         self._longest.move_to_end(key)

@@ -112,10 +112,11 @@ class Controller:
         return [request for request in waiting if request.tokens]
 
     def add_groups(self, tasks: Iterable[Task], now: float) -> list[Command]:
-        """Take validated groups and only then decide, so that all probes are seen.
+        """Take validated groups, and decide once all their probes are known.
 
         Raises:
-            ValueError: an id is taken, or two are the same; no group was taken.
+            ValueError: an id is taken already, or two are the same; then no group was
+                taken.
         """
         tasks = list(tasks)
         ids: set[GroupId] = set()
@@ -136,10 +137,10 @@ class Controller:
         return self.schedule(now)
 
     def instance_up(self, info: InstanceInfo, now: float) -> list[Command]:
-        """An instance can take work, with empty caches.
+        """An instance can take work; its caches are empty.
 
         Raises:
-            ValueError: it is up already.
+            ValueError: the instance is up already.
         """
         self._forget_finished()
         pool = self.residency.pool_of(info.instance_id)
@@ -154,7 +155,7 @@ class Controller:
     def instance_down(
         self, instance_id: InstanceId, now: float, why: str
     ) -> list[Command]:
-        """An instance is gone; its chunks' requests wait again with what they have."""
+        """An instance is gone; its requests wait again, with the tokens they have."""
         self._forget_finished()
         return self._lose_instance(instance_id, now, why) + self.schedule(now)
 
@@ -209,15 +210,16 @@ class Controller:
         """
         self.buffer.group(group_id)
         self._forget_finished()
-        # What it kept others from (an instance may have been held for it) can go on.
+        # Requests that the group held up (an instance may have been kept for it) can go
+        # on.
         return self._cancel(group_id, now) + self.schedule(now)
 
     def cancel_all(self, now: float, max_requests: int = sys.maxsize) -> list[Command]:
         """End every group early; from the first call on nothing is started any more.
 
         Args:
-            max_requests: to end in this call, about; more calls end the rest, until
-                `is_cancelled`.
+            max_requests: about how many requests to end in this call; further calls
+                end the rest, until `is_cancelled`.
         """
         self._forget_finished()
         if self._to_cancel is None:
@@ -271,11 +273,11 @@ class Controller:
         return commands
 
     def use_pool(self, granularity: int, pool_of: Callable[[InstanceId], int]) -> None:
-        """What is computed from now on is in a KV pool, too.
+        """From now on, KV that is computed is in a KV pool as well.
 
         Args:
-            granularity: tokens found together.
-            pool_of: tells instances of different pools apart, by numbers from 0.
+            granularity: how many tokens are stored and found together.
+            pool_of: the number of an instance's pool, from 0.
         """
         self.residency.use_pool(granularity, pool_of)
         for instance_id in self.running:
@@ -283,9 +285,12 @@ class Controller:
             self.scheduler.fleet.set_pool(instance_id, pool)
 
     def set_move_price(self, price: float | None) -> None:
-        """What loading a token from the KV pool costs, in tokens computed; measured.
+        """Set the measured cost of loading a token from the pool, in tokens computed.
 
-        Moves that did not find their KV raise it. None = not known yet.
+        Moves that did not find their KV in the pool raise the cost that is used.
+
+        Args:
+            price: None = not known yet.
         """
         base = DEFAULT_MOVE_PRICE if price is None else price
         lost = self.counters.share_of_moves_lost
@@ -333,7 +338,7 @@ class Controller:
                 group_id = request.group.group_id
                 blamed[group_id] = max(blamed.get(group_id, 0), request.num_retries)
             commands += self._finish(request)
-        # Of several groups that end with an engine none is known to be the cause.
+        # If several groups end with an engine, none of them is known to be the cause.
         if len(blamed) == 1:
             commands.append(Blame(*blamed.values()))
         elif len(suspects) == 1:
@@ -430,12 +435,15 @@ class Controller:
         return [Finished(response)]
 
     def _forget_finished(self) -> None:
-        """Whoever took the last call's commands has asked what they wanted to know."""
+        """Forget groups that finished in the last call.
+
+        Whoever took that call's commands has asked about these groups by now.
+        """
         while self._just_finished:
             self._forget(self._just_finished.pop())
 
     def _forget(self, group_id: GroupId, *, was_taken: bool = True) -> None:
-        """Keep nothing of a group but its id, and that only if it was taken."""
+        """Drop a group; the buffer keeps the id of a group that was taken."""
         self.scheduler.forget_group(group_id)
         self.buffer.forget_group(group_id, was_taken=was_taken)
         self.context.forget_group(group_id)

@@ -18,20 +18,23 @@ nothing of instances or time; `aseer.scheduler` asks it.
 The last three are baselines: everything is handed to the engines at once, undivided and
 without reservation, and the engines' own queue and preemption do the rest.
 
-Context-aware scheduling differs from the paper's in three points. Whatever its group's
-estimate, a request is expected to become at least twice as long as it is, so that the
-one long response of a group of short ones does not wait behind longer groups until the
-end. And of those alike the one with the most tokens goes first, not the one with the
-fewest: who runs goes on, and fewer change places, each time at the price of loading
-(or, without a pool, computing) KV. Last, a chunk is no longer than what the response is
-expected to take: short responses reserve little, however large chunks may be.
+Context-aware scheduling differs from the paper's in three points:
 
-Where siblings turn out not to be alike (`aseer.context`), their group's estimate is
-relied on less: every request first runs for a whole chunk, long groups first, so that
-none is found to be long at the end; after that those with the most expected to be left
-go first, and a request is expected to become at least five times as long as it is. What
-is left is compared by its power of two, and who runs goes on within that, again for the
-sake of KV.
+- A request is expected to become at least twice as long as it is, whatever its group's
+  estimate, so that the one long response of a group of short ones does not wait behind
+  longer groups until the end.
+- Among requests with the same expectation the one with the most tokens goes first, not
+  the one with the fewest. So a request that runs goes on, and fewer requests change
+  places, each time at the price of loading KV (without a pool, of computing it).
+- A chunk is no longer than what its response is expected to take, so that short
+  responses reserve little, however large chunks may be.
+
+Where siblings turn out not to be alike (`aseer.context`), the estimate of a group
+counts for less. Every request first runs for a whole chunk, long groups first, so that
+no request is found to be long only at the end. After that the requests with the most
+expected tokens left go first, and a request is expected to become at least five times
+as long as it is. The tokens left are compared by their power of two; within the same
+power a request that runs goes on, again because of its KV.
 """
 
 from __future__ import annotations
@@ -49,8 +52,12 @@ Placement = Literal[
     "affinity", "group-round-robin", "least-loaded", "group-least-unfinished"
 ]
 
-AT_LEAST = 2  # times as long as it is, a request is expected to become,
-AT_LEAST_UNLIKE = 5  # and where siblings are unlike
+# A request is expected to reach at least this multiple of its current length, so that
+# the one long response of a short group does not wait until the end.
+AT_LEAST = 2
+# The same where siblings are not alike, and responses of five times the length known
+# are not rare (`aseer.context.UNFORESEEN`).
+AT_LEAST_UNLIKE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +65,10 @@ class Policy:
     """How to order and place; see the module's table.
 
     Attributes:
-        expect: the tokens a response will have in the end, from what is known of it and
-            its group's length estimate; None = the policy does not ask.
-        if_unlike: what takes its place where siblings are not alike; None = nothing.
+        expect: how many tokens a response will have in the end, by what is known of the
+            response and by its group's length estimate; None = the policy does not ask.
+        if_unlike: the policy that replaces this one where siblings are not alike; None
+            = this one stays.
     """
 
     name: PolicyName
@@ -73,12 +81,12 @@ class Policy:
 
 
 def expect_like_group(request: Waiting, length_estimate: int) -> int:
-    """As long as the group's estimate, but at least twice as long as it is."""
+    """The group's estimate, but at least twice the tokens that the request has."""
     return _expect_at_least(AT_LEAST, request, length_estimate)
 
 
 def expect_unlike(request: Waiting, length_estimate: int) -> int:
-    """As long as the group's estimate, but at least five times as long as it is."""
+    """The group's estimate, but at least five times the tokens the request has."""
     return _expect_at_least(AT_LEAST_UNLIKE, request, length_estimate)
 
 
@@ -92,13 +100,13 @@ def _expect_at_least(times: int, request: Waiting, length_estimate: int) -> int:
 
 
 def expect_known(request: Waiting, length_estimate: int) -> int:
-    """What is known beforehand; the estimate where nobody knows."""
+    """The length that is known beforehand; without one, the group's estimate."""
     length = request.known_length
     return length_estimate if length is None else length
 
 
 def rank_context_aware(request: Waiting, length_estimate: int) -> Rank:
-    """Probes as they came, the rest by the longest expected first."""
+    """Probes in the order of arrival, then the longest expected first."""
     if request.is_probe:
         return (0, request.arrival)
     expected = expect_like_group(request, length_estimate)
@@ -106,7 +114,7 @@ def rank_context_aware(request: Waiting, length_estimate: int) -> Rank:
 
 
 def rank_unlike(request: Waiting, length_estimate: int) -> Rank:
-    """Probes as they came, then who is new, then by the tokens expected to be left."""
+    """Probes by arrival, then new requests, then by the tokens expected to be left."""
     if request.is_probe:
         return (0, request.arrival)
     generated = request.num_generated
@@ -123,7 +131,7 @@ def rank_fcfs(request: Waiting, length_estimate: int) -> Rank:
 
 
 def rank_longest_first(request: Waiting, length_estimate: int) -> Rank:
-    """By the tokens that are really left."""
+    """By the tokens that are left, as known beforehand."""
     left = expect_known(request, length_estimate) - request.num_generated
     return (-left, request.arrival)
 

@@ -5,16 +5,18 @@ free capacity into assignments; what siblings share of their prompt's KV is rese
 once (`aseer.prompts`). It has no clock, no randomness and no I/O, so a sequence of
 calls is a trace that replays.
 
-Placement (Seer §3.2: affinity while loads are even, else the least loaded). Ours
-replaces the paper's fixed spread of 32 requests by a price: staying with the KV is
-worth one request of imbalance for every `RECOMPUTE_TOKENS_PER_REQUEST` tokens that
-would have to be computed again, which is 0 where a shared pool has them.
+Placement. Seer §3.2 places a request where its KV is while loads differ by less than 32
+requests, and else on the least loaded instance. Here a price replaces that fixed limit:
+staying with the KV is worth one request of imbalance for every
+`RECOMPUTE_TOKENS_PER_REQUEST` tokens that would have to be computed again; tokens that
+a shared pool has count for little.
 
-Starvation (the paper gives no rate): every `starvation_interval`-th assignment is owed
+Starvation (the paper gives no rate). Every `starvation_interval`-th assignment is owed
 to the request that has waited longest, and stays owed until there is room for it.
 
-A request that fits nowhere is passed over, with its group, but not overtaken for good:
-the instance with the most free KV is kept for the first of them while the others go on.
+A request that fits nowhere is passed over, with its group, but is not overtaken for
+good: the instance with the most free KV is kept for the first such request, while other
+requests go on elsewhere.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from aseer.policies import Policy
     from aseer.types import Chunk, GroupId, InstanceId, InstanceInfo, RequestId
 
+# The price of a move: tokens to be computed again that outweigh one more request.
 RECOMPUTE_TOKENS_PER_REQUEST = 256
 _NEVER = 1 << 62
 
@@ -46,9 +49,10 @@ def chunk_tokens(
     computes one token.
 
     Args:
-        num_tokens: prompt and generated tokens at its start.
+        num_tokens: prompt and generated tokens at the chunk's start.
         chunk_size: 0 = no limit.
-        granularity: of KV reuse, in tokens (an engine's block size, or the pool's).
+        granularity: tokens of KV that are reused together: an engine's block size, or
+            the pool's chunk.
     """
     if not chunk_size or remaining <= chunk_size:
         return remaining
@@ -63,7 +67,7 @@ def place_by_affinity(holders: Holders, room: Fleet) -> InstanceId:
 
     Args:
         holders: where the request's KV is.
-        room: candidates, as left by `Fleet.select`; there is at least one.
+        room: the fleet, with at least one candidate selected (`Fleet.select`).
     """
     least = room.least_loaded()
     tokens, num_pooled, _ = holders
@@ -86,10 +90,10 @@ def place_by_affinity(holders: Holders, room: Fleet) -> InstanceId:
 def _home_with_pool(
     holders: Holders, room: Fleet, least: InstanceId
 ) -> tuple[InstanceId, int]:
-    """Who holds the most, and how many tokens more than `least` does.
+    """The instance that holds the most, and how many tokens more than `least` holds.
 
-    The pool's instances are not looked at one by one: those that hold no more than it
-    has are all alike, so the least loaded stands for them.
+    The pool's instances are not looked at one by one: all that hold no more than the
+    pool has are alike, so the least loaded of them stands for all.
     """
     tokens, num_pooled, pool = holders
     is_near = room.pool_of(least) == pool
@@ -116,8 +120,10 @@ class Scheduler:
         """Start empty.
 
         Args:
-            chunk_size: tokens; 0 or an undividing policy = requests run to their end.
-            granularity: of KV reuse in tokens; None = the instance's block size.
+            chunk_size: tokens; with 0, or a policy that divides nothing, requests run
+                to their end.
+            granularity: tokens of KV that are reused together; None = the instance's
+                block size.
             starvation_interval: in assignments; 0 = never.
         """
         self.policy = policy
@@ -145,16 +151,16 @@ class Scheduler:
         """An instance can take work.
 
         Args:
-            pool: the KV pool it has a share in.
+            pool: number of the KV pool that the instance shares.
 
         Raises:
-            ValueError: it is up already.
+            ValueError: the instance is up already.
         """
         self.fleet.add(info, pool)
         self._shares_prompts |= info.shares_prompts
 
     def remove_instance(self, instance_id: InstanceId) -> None:
-        """It is gone, and all that ran there with it."""
+        """An instance is gone, with all that ran there."""
         self.fleet.remove(instance_id)
         self._prompts.drop_instance(instance_id)
 
@@ -171,7 +177,7 @@ class Scheduler:
         request_id: RequestId,
         num_reserved_blocks: int,
     ) -> None:
-        """A chunk is over: what it reserved is free."""
+        """A chunk is over: free what the chunk reserved."""
         of_prompt = self._prompts.end(group_id, instance_id, request_id)
         self.fleet.release(instance_id, num_reserved_blocks + of_prompt)
 
@@ -183,7 +189,7 @@ class Scheduler:
         """Take a request that waits.
 
         Raises:
-            ValueError: it waits already.
+            ValueError: the request waits already.
         """
         self._queue.add(request, length_estimate)
 
@@ -192,7 +198,7 @@ class Scheduler:
         self._queue.set_length_estimate(group_id, length_estimate)
 
     def set_siblings_alike(self, *, alike: bool) -> None:
-        """Take the policy for siblings that are, or are not."""
+        """Order by the policy for siblings that are alike, or that are not."""
         policy = self._if_alike if alike else self._if_unlike
         if policy is not self.policy:
             self.policy = policy
@@ -203,11 +209,11 @@ class Scheduler:
         self._queue.remove_group(group_id)
 
     def forget_group(self, group_id: GroupId) -> None:
-        """Nothing of it waits or runs any more."""
+        """Drop a group of which nothing waits or runs any more."""
         self._group_homes.pop(group_id, None)
 
     def upcoming(self, num_groups: int) -> list[RequestId]:
-        """Who will be among the next to run: the first of the first groups."""
+        """The requests that are likely to run next: the first of the first groups."""
         return [request.request_id for request in self._queue.head(num_groups)]
 
     def schedule(self, holders: Callable[[RequestId], Holders]) -> list[Assignment]:
@@ -230,9 +236,10 @@ class Scheduler:
             if request is None:
                 break
             if (orders.num_passed or not oldest_fits) and fleet.hold_freest():
-                continue  # kept for the first that did not fit; there is less room now
+                continue  # an instance is kept now for the first that did not fit
             tokens = self._chunk_tokens(request)
-            needs = request.num_tokens + tokens - 1  # the last one's KV is not written
+            # The KV of a chunk's last token is not written.
+            needs = request.num_tokens + tokens - 1
             where = self._place(request, needs, room, holders)
             if where is not None:
                 blocks = self._reserve(request, where, needs)
@@ -250,7 +257,7 @@ class Scheduler:
     def check_integrity(
         self, instance_id: InstanceId, chunks: Collection[Chunk]
     ) -> None:
-        """Assert that what an instance's chunks reserved is what it lacks (I3)."""
+        """Assert that an instance's chunks reserved all blocks that are not free."""
         fleet, total = self.fleet, self.fleet.info(instance_id).num_kv_blocks
         reserved = sum(chunk.num_reserved_blocks for chunk in chunks)
         reserved += self.num_prompt_blocks(instance_id)
@@ -264,7 +271,7 @@ class Scheduler:
         room: int,
         holders: Callable[[RequestId], Holders],
     ) -> InstanceId | None:
-        """Where so many tokens' KV fit; None = nowhere."""
+        """The instance for a request that needs so many tokens of KV; None = none."""
         fleet, group_id = self.fleet, request.group_id
         if needs <= room and fleet.select(needs):
             kv = holders(request.request_id)
@@ -280,7 +287,7 @@ class Scheduler:
         return min(fits, key=fleet.num_running, default=None)
 
     def _reserve(self, request: Waiting, where: InstanceId, needs: int) -> int:
-        """Take the place; blocks of the chunk's own."""
+        """Reserve a chunk's KV; returns the blocks that are the chunk's own."""
         if not self.fleet.info(where).shares_prompts:
             return self.fleet.reserve(where, needs)
         of_prompt = self._num_shared_blocks(request, where)
@@ -293,13 +300,13 @@ class Scheduler:
         return self.fleet.info(where).shared_blocks_for(shared)
 
     def _num_shared_tokens(self, request: Waiting) -> int:
-        """Of its prompt, but the last: a request computes at least one token."""
+        """Prompt tokens that may be shared: all but one, which a request computes."""
         if not self._shares_prompts:
             return 0
         return request.num_tokens - request.num_generated - 1
 
     def _chunk_tokens(self, request: Waiting) -> int:
-        """A whole chunk, or what the response is expected to take, in full blocks."""
+        """Tokens of the next chunk: at most what the response is expected to take."""
         granularity = self._granularity or self.fleet.block_size
         size = self._chunk_size if request.divisible else 0
         if size and self.policy.expect is not None:
@@ -309,7 +316,7 @@ class Scheduler:
         return chunk_tokens(request.num_tokens, request.remaining, size, granularity)
 
     def _schedule_unreserved(self) -> list[Assignment]:
-        """A baseline's way: everything at once, whatever the engines have free."""
+        """Assign everything at once, whatever is free, as the baselines do."""
         queue, fleet = self._queue, self.fleet
         assignments: list[Assignment] = []
         if not fleet.select_alive():
@@ -328,7 +335,7 @@ class Scheduler:
         return assignments
 
     def _group_home(self, group_id: GroupId) -> InstanceId:
-        """Where a baseline's whole group goes."""
+        """The instance to which a baseline's whole group goes."""
         home = self._group_homes.get(group_id)
         if home is None or not self.fleet.is_selected(home):
             if self.policy.placement == "group-round-robin":

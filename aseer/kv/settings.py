@@ -1,9 +1,9 @@
 """What the KV pool is made of: sizes, keys, and what engines are told of it. Pure.
 
-Keys: a prompt's `cache_salt` holds all that makes KV of the same tokens another: the
-run, the model, the dtype, the block size and the weight version. LMCache's keys hold
-the tokens and the salt, vLLM's block hashes do, too; so what differs in any of these is
-never found, in any tier.
+Keys: the `cache_salt` of a prompt holds everything by which KV of the same tokens can
+differ: the run, the model, the dtype, the block size and the weight version. LMCache's
+keys and vLLM's block hashes hold the tokens and the salt. So KV that differs in any of
+these is never found, in any tier.
 """
 
 from __future__ import annotations
@@ -26,29 +26,32 @@ CONNECTOR = "GuardedConnector"
 CONNECTOR_MODULE = "aseer.kv.connector"
 TIMEOUT_KEY = "aseer.timeout_s"
 POOL_LOG_KEY = "aseer.pool_log"
-SHM_PREFIX = "lmcache_l1_pool_"  # LMCache's, of files in shared memory
+SHM_PREFIX = "lmcache_l1_pool_"  # of LMCache's files in shared memory
 QUIET_LMCACHE = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
 MIN_DRAM_BYTES = 64 << 20
 
-_DRAM_SHARE = 0.2  # of the memory that is free at the start
-# Of what is free in /dev/shm when weight updates are left their room there; and where
-# the model's size is not known.
+# Share of the memory that is free at the start: the trainer, the engines and the files
+# of the model need the rest.
+_DRAM_SHARE = 0.2
+# Share of the free /dev/shm that the pool and the weights of an update may take
+# together; and the pool's own share where the model's size is not known.
 _SHM_SHARE = 0.9
 _SHM_SHARE_UNKNOWN = 0.5
-# By default. Every worker on a GPU page-locks all of it when it starts, which may take
-# a second a GiB.
+# The most that is taken by default: every worker on a GPU page-locks the whole pool
+# when it starts, which may take a second a GiB.
 _MAX_DRAM_BYTES = 128 << 30
 # LMCache drops stores and disk loads for which there is no room at once: with a lower
 # watermark eviction keeps ahead of them.
 WATERMARK = 0.6
-# Engines copy their KV themselves, on GPUs as well. LMCache's own choice there is that
-# the server opens their memory and copies: it needs cupy and to see all devices, keeps
-# the memory of dead engines, forbids sleep, and a server that hangs and goes on writes
-# into blocks that belong to other requests by then.
+# Engines copy their KV themselves, on GPUs as well. By LMCache's own choice the server
+# opens the engines' GPU memory and copies. Such a server needs cupy and must see all
+# devices, keeps the memory of dead engines, and forbids sleep; and a server that hangs
+# and then goes on writes into blocks that belong to other requests by then.
 _TRANSFER_MODE = "engine_driven"
 # A worker that was stopped in the middle of a copy, and goes on after its memory was
-# given to others, overwrites their KV. By then its engine must have been killed, which
-# `heartbeat_timeout_s` of silence does. The others are LMCache's own.
+# given to other workers, overwrites their KV. So a worker is forgotten only when its
+# engine must have been killed for `heartbeat_timeout_s` of silence. `_LEAST_REAP_S` and
+# `_GRACE_S` are LMCache's own defaults.
 _REAP_HEARTBEATS = 2
 _LEAST_REAP_S = 120.0
 _GRACE_S = 3600.0
@@ -74,11 +77,13 @@ class PoolPlan:
     """A node's pool.
 
     Attributes:
-        num_servers: that share out the engines, in order; 0 = the pool is not ours.
-        dram_bytes: of one server.
-        chunk_tokens: what is stored and found together.
-        reap_s: a worker silent so long is forgotten, and its memory given to others.
-        why: of its size, for a log.
+        num_servers: servers that share out the engines, in order; 0 = the pool is
+            another connector's.
+        dram_bytes: memory of one server.
+        chunk_tokens: how many tokens are stored and found together.
+        reap_s: a worker that is silent for so long is forgotten, and its memory is
+            given to others.
+        why: where the size comes from, for a log.
     """
 
     num_servers: int
@@ -103,9 +108,10 @@ def plan_pool(
 
     Args:
         block_size: of the engines, in tokens; None = not known before they start.
-        obstacle: why this machine's packages allow none (`lmcache_obstacle`).
+        obstacle: why the installed packages allow no pool (`lmcache_obstacle`); None =
+            they do.
     Raises:
-        ConfigError: it cannot be had, and was not left to us to decide.
+        ConfigError: a pool was asked for by name, and cannot be had.
     """
     pool = check_kv_pool(config.kv_pool)
     is_wanted = pool.mode == "lmcache"
@@ -160,7 +166,7 @@ def _plan(
 
 
 def _needless(config: EngineConfig, num_instances: int) -> str | None:
-    """Why nothing would be loaded from a pool."""
+    """Why nothing would ever be loaded from a pool; None if something would."""
     if num_instances < 2:
         return "one engine keeps its KV itself"
     size, longest = config.chunk_size, config.max_model_len
@@ -172,7 +178,7 @@ def _needless(config: EngineConfig, num_instances: int) -> str | None:
 
 
 def _conflict(config: EngineConfig) -> str | None:
-    """What other settings have against a pool."""
+    """Which other setting rules a pool out, in words; None = none."""
     if config.kv_transfer_config is not None:
         return "kv_transfer_config names another connector"
     if "@" in str(config.model):
@@ -181,10 +187,10 @@ def _conflict(config: EngineConfig) -> str | None:
 
 
 def _dram_bytes(pool: KvPoolConfig, memory: Memory) -> tuple[int, str]:
-    """A server's DRAM, and where the figure comes from."""
+    """A server's DRAM in bytes, and where the figure comes from, in words."""
     free, updates = memory.shm_free_bytes, memory.update_bytes
     if pool.dram_bytes is not None:
-        # Weight updates are the user's to leave room for: here is who knows of them.
+        # Who sets the size also leaves room for weight updates.
         if pool.dram_bytes > int(free * _SHM_SHARE) // pool.num_servers:
             raise ConfigError(
                 f"kv_pool: dram_bytes={pool.dram_bytes} for {pool.num_servers} servers "
@@ -258,7 +264,7 @@ def transfer_config(plan: PoolPlan, port: int, pool_log: Path) -> dict[str, Any]
     """vLLM's `kv_transfer_config` for an engine of the pool's.
 
     Args:
-        port, pool_log: of its server.
+        port, pool_log: port and log of the engine's server.
     """
     extra: dict[str, Any] = {
         "lmcache.mp.host": "tcp://127.0.0.1",
@@ -284,7 +290,7 @@ def cache_salt(namespace: str, info: InstanceInfo, weight_version: int) -> str:
     """The salt of an engine's prompts.
 
     Args:
-        namespace: of the run; engines that share a tier share it.
+        namespace: a name of the run; engines that share a tier share it.
     """
     what = f"{info.model}|{info.dtype}|{info.block_size}"
     digest = hashlib.sha256(what.encode()).hexdigest()[:12]
@@ -292,6 +298,6 @@ def cache_salt(namespace: str, info: InstanceInfo, weight_version: int) -> str:
 
 
 def version_of(salt: str) -> int | None:
-    """The weight version in a salt of ours; None if it is not one."""
+    """The weight version in a salt of `cache_salt`; None for any other salt."""
     version = salt.rpartition("-v")[2]
     return int(version) if version.isdigit() else None
