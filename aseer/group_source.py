@@ -17,10 +17,10 @@ import time
 from collections import deque
 from collections.abc import AsyncIterable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aseer.buffer import aborted_responses
-from aseer.errors import ConfigError, RolloutError
+from aseer.errors import ConfigError, RolloutError, describe
 from aseer.groups import check_group_id, check_groups
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # Groups that one call to `pull` takes at most: encoding their prompts takes
 # milliseconds, in which no response is read.
 _PULL_AT_ONCE = 256
+_NO_MORE: Any = object()
 # An async iterator that never waits is interrupted this often for others on its loop.
 _LONGEST_TURN_S = 0.002
 
@@ -117,9 +118,11 @@ class GroupSource:
         tasks: list[Task] = []
         try:
             while len(tasks) < _PULL_AT_ONCE and self._has_room:
-                tasks.append(self._resolve(next(self._source)))
-        except StopIteration:
-            self._source = None
+                group = _NO_MORE if self._is_stopped else next(self._source, _NO_MORE)
+                if group is _NO_MORE:
+                    self._source = None
+                    break
+                tasks.append(self._resolve(group))
         except Exception as error:  # the user's iterator, or a bad group of theirs
             self._error = error
             self._source = None
@@ -191,6 +194,11 @@ class GroupSource:
     def raise_error(self) -> None:
         """At the end, after every response: what went wrong with the user's groups."""
         error, self._error = self._error, None
+        if isinstance(error, StopIteration | StopAsyncIteration):
+            # Of a tokenizer, say; raised as it is, it would be taken for the end.
+            raise RolloutError(
+                f"a group could not be taken: its encoding raised {describe(error)}"
+            ) from error
         if error is not None:
             raise error
 

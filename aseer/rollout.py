@@ -89,7 +89,13 @@ class Rollout:
         self._work = work
 
     async def __aenter__(self) -> Self:
-        await self._open()
+        try:
+            await self._open()
+        except Exception:
+            raise
+        except BaseException:  # there is no block that would leave it
+            self._work.leave()
+            raise
         return self
 
     async def __aexit__(
@@ -189,7 +195,13 @@ class SyncRollout:
         self._work = work
 
     def __enter__(self) -> Self:
-        self._open()
+        try:
+            self._open()
+        except Exception:
+            raise
+        except BaseException:  # there is no block that would leave it
+            self._work.leave()
+            raise
         return self
 
     def __exit__(

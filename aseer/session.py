@@ -147,8 +147,8 @@ class Session:
 
     def was_left(self, asker: object) -> bool:
         """Whether its user walked away from it, as far as the asking task can know."""
-        if self.over.done():
-            return False
+        if self.over.done():  # just now: nobody is kept from anything by it
+            return True
         mailbox = self._mailbox
         return self._left or mailbox.is_closed or mailbox.was_given_up_by(asker)
 

@@ -78,14 +78,15 @@ class Work:
 
     def open(self, asker: object) -> Future[Session]:
         """The session to come; the same one when a wait for it was broken off."""
-        self.check_not_left()
-        opening = self._opening
-        if opening is None or _failed(opening):
-            host, mailbox, how = self._host, self.mailbox, self._how
-            self._opening = opening = self._thread.submit(
-                lambda: host.open_session(mailbox, *how, asker)
-            )
-        return opening
+        with self._lock:  # who leaves meanwhile must know of it
+            self.check_not_left()
+            opening = self._opening
+            if opening is None or _failed(opening):
+                host, mailbox, how = self._host, self.mailbox, self._how
+                self._opening = opening = self._thread.submit(
+                    lambda: host.open_session(mailbox, *how, asker)
+                )
+            return opening
 
     def begin(self, session: Session) -> None:
         """The session is there: it gets the groups, and what was cancelled so far."""
