@@ -1,13 +1,13 @@
 """How many tokens to draft for each request of the next step.
 
-A drafted token is worth its survival, the probability that it and those before it are
-accepted, and costs the time by which it lengthens the step. `AdaptiveBudget` spends in
-descending order of weight x survival, as far as the tokens a second that the step
-yields still rise; it drafts nothing where a plain step yields more (I7). `FixedBudget`
-and `PaperBudget` are what to compare it with.
+The worth of a drafted token is its *survival*: the probability that the token and all
+before it in its draft are accepted. Its cost is the time by which it lengthens the
+step. `AdaptiveBudget` takes tokens in descending order of weight x survival, as long as
+the step's tokens a second still rise; it drafts nothing where a step without drafts
+yields more (I7). `FixedBudget` and `PaperBudget` are there to compare with.
 
 Survivals come from the trees' confidences, calibrated by what was accepted. Pure: step
-times and acceptances are told.
+times and acceptances are arguments.
 """
 
 from __future__ import annotations
@@ -27,29 +27,33 @@ if TYPE_CHECKING:
     from aseer.config import SpeculationConfig
     from aseer.dgds.steptime import StepTimeModel
 
-# Only tokens that may be worth anything are looked at.
+# Tokens of less confidence are hardly ever worth their time, and are not looked at.
 MIN_CONFIDENCE = 0.02
-# A step with drafts must yield so much more than one without: the more so as those are
-# chosen whose price is underestimated.
+# A step with drafts must yield so much more than a step without. Drafts whose price is
+# underestimated are chosen more often than others, so without a margin steps would be
+# slower than they seem.
 _MARGIN = 0.05
-# Requests in a step at which drafts may be `tail_draft_tokens` long.
+# In a step of at most so many requests drafts may be `tail_draft_tokens` long.
 _TAIL_ROWS = 4
-# Looking for drafts takes time as well. While that is more than drafts save, most steps
-# do without, but never more than so many in a row.
+# Looking for drafts takes time as well. While a look costs more than drafts save, most
+# steps do without one, but at most so many in a row, so that a change is noticed.
 _MOST_UNSEEN_STEPS = 15
+# Means are over about so many recent looks.
 _MEMORY_LOOKS = 32
-_WORST = 0.5  # of a plain step: what drafts lose at most; more is the machine's doing
+# Drafts are charged at most this share of a plain step as a loss: a step that took even
+# longer was delayed by the machine.
+_WORST = 0.5
 
 
 class Candidates(NamedTuple):
-    """What could be drafted for a step: a row a request.
+    """What could be drafted for a step: one row for each request.
 
     Attributes:
-        confidences: [num_tokens] that a token and those before it are accepted, so they
-            never rise along a row.
-        offsets: [num_rows + 1] of the rows.
-        weights: [num_rows] what a token is worth.
-        num_context_tokens: of all rows.
+        confidences: [num_tokens], how likely a token and all before it in its row are
+            accepted, so they never rise along a row.
+        offsets: [num_rows + 1], where each row begins; the last is the end.
+        weights: [num_rows], what a token of the row is worth.
+        num_context_tokens: tokens of context, over all rows.
     """
 
     confidences: NDArray[np.float32]
@@ -66,8 +70,8 @@ class Outcome(NamedTuple):
     """What became of a step's drafts.
 
     Attributes:
-        confidences: [num_tokens] of the drafted tokens, all drafts one after the other.
-        num_drafted, num_accepted: [num_drafts] tokens of each.
+        confidences: [num_tokens], of the drafted tokens, one draft after the other.
+        num_drafted, num_accepted: [num_drafts], tokens of each draft.
     """
 
     confidences: NDArray[np.float32]
@@ -88,25 +92,25 @@ class Budget(Protocol):
     """Chooses draft lengths."""
 
     def max_draft_tokens(self, num_rows: int) -> int:
-        """The most tokens worth looking for, for each request of the next step."""
+        """The most tokens to look for, for each request of the next step."""
         ...
 
     def choose(self, candidates: Candidates) -> NDArray[np.int64]:
-        """[num_rows], how much of each row to draft."""
+        """[num_rows], how many tokens of each row to draft."""
         ...
 
     def learn(self, outcome: Outcome) -> None:
-        """See what became of the last step's drafts."""
+        """Learn what became of the last step's drafts."""
         ...
 
     def pay(self, num_rows: int, look_s: float) -> None:
-        """Looking for drafts took so long, `choose` included."""
+        """Learn how long a look for drafts took, `choose` included."""
         ...
 
     def settle(
         self, num_rows: int, num_sampled: int, num_context_tokens: int, step_s: float
     ) -> None:
-        """A step with drafts took so long, and sampled so many tokens."""
+        """Learn how long a step with drafts took, and how many tokens it sampled."""
         ...
 
 
@@ -179,8 +183,8 @@ class AdaptiveBudget:
     def settle(
         self, num_rows: int, num_sampled: int, num_context_tokens: int, step_s: float
     ) -> None:
-        """See `Budget`. What counts is what drafts did save: those are chosen that
-        promise most, and so they promise too much.
+        """See `Budget`. Measured savings count, since promises are too high: the drafts
+        that are chosen are those that promise most.
         """
         plain_s = float(self._model.predict(num_rows, 0, num_context_tokens)[0])
         saved_s = plain_s * num_sampled / num_rows - step_s
@@ -192,7 +196,7 @@ class AdaptiveBudget:
 
 @dataclass(slots=True)
 class _Mean:
-    """Of the recent values; a first one is given, and counts as one."""
+    """The mean of recent values; the value it starts with counts as one of them."""
 
     value: float
     num: int = 1
@@ -203,30 +207,35 @@ class _Mean:
 
 
 class _Worth:
-    """Whether it is worth while to look for drafts, with about so many requests.
+    """Whether a look for drafts pays, in steps of about the same number of requests.
 
-    Steps whose drafts pay come in runs, as when a request repeats what a sibling wrote:
-    the share of looks that find some is counted apart after a look that did.
+    Steps whose drafts pay come in runs, as when a request repeats what a sibling wrote.
+    So the share of looks that find such drafts is kept separately for looks that follow
+    a find and for looks that do not.
     """
 
     def __init__(self) -> None:
-        self._found = True  # drafts that pay, by the last look
-        # Of looks that find some: after one that did not, and after one that did.
+        self._found = True  # whether the last look found drafts that pay
+        # The share of looks that find some: after a look that did not, and after one
+        # that did.
         self._shares = _Mean(1.0), _Mean(1.0)
         self._look_s = 0.0
-        self._saved_s = _Mean(0.0)  # by such drafts
+        self._saved_s = _Mean(0.0)  # by drafts that pay
 
     def find(self, promised_s: float, plain_s: float) -> None:
-        """A look found drafts that promise to save so much (0: it found none), where a
-        step without drafts takes `plain_s`.
+        """Learn that a look found drafts.
+
+        Args:
+            promised_s: what they promise to save; 0 = the look found none.
+            plain_s: what a step without drafts takes.
         """
         self._shares[self._found].add(promised_s > 0)
         self._found = promised_s > 0
-        if self._saved_s.num == 1:  # a promise is all there is
+        if self._saved_s.num == 1:  # nothing was measured yet
             self._saved_s.value = promised_s or plain_s
 
     def pay(self, look_s: float) -> int:
-        """The look took so long; how many steps to do without another."""
+        """Learn how long the look took; returns how many steps to do without one."""
         self._look_s += (look_s - self._look_s) / _MEMORY_LOOKS
         saved_s = self._shares[self._found].value * self._saved_s.value
         if self._look_s < (_MOST_UNSEEN_STEPS + 1) * saved_s:
@@ -234,7 +243,7 @@ class _Worth:
         return _MOST_UNSEEN_STEPS
 
     def settle(self, saved_s: float) -> None:
-        """Drafts saved so much."""
+        """Learn how much drafts saved."""
         self._saved_s.add(saved_s)
 
 
@@ -242,8 +251,8 @@ class Spent(NamedTuple):
     """A step's drafts.
 
     Attributes:
-        lengths: [num_rows], how much of each row to draft.
-        saved_s: how much longer steps without drafts would take for as many tokens.
+        lengths: [num_rows], how many tokens of each row to draft.
+        saved_s: how much longer steps without drafts would take for the same tokens.
     """
 
     lengths: NDArray[np.int64]
@@ -258,19 +267,19 @@ def spend(
     *,
     margin: float = _MARGIN,
 ) -> Spent:
-    """Share out a step's draft tokens so that it yields the most worth a second.
+    """Share out a step's draft tokens so that the step yields the most worth a second.
 
-    Every row yields a token without a draft. Of the ways to take the `k` worthiest
-    tokens, those are admitted that yield more tokens a second than no draft does, by
-    `margin`; the best of them by weighted tokens a second is taken.
+    Every row yields a token without a draft. For every k, the k worthiest tokens are a
+    choice. Admitted are the choices that yield more tokens a second than no draft does,
+    by `margin`; taken is the admitted one with the most weighted tokens a second.
 
     Args:
         survivals: [num_tokens], never rising along a row.
         offsets: [num_rows + 1]. weights: [num_rows].
-        step_s: [num_tokens + 1], a step's seconds by the number of tokens drafted.
+        step_s: [num_tokens + 1], a step's seconds by the number of drafted tokens.
 
     Raises:
-        ValueError: sizes that disagree.
+        ValueError: sizes disagree.
     """
     return Spent(*_spend(survivals, offsets, weights, step_s, margin))
 

@@ -1,4 +1,4 @@
-"""What a confidence comes to: the share of such tokens that are accepted."""
+"""From confidences to probabilities: which share of such tokens is accepted."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ if TYPE_CHECKING:
 
 
 class Calibration:
-    """What share of tokens of a confidence really survives.
+    """Which share of the tokens of a confidence survives.
 
-    The mean over the recent tokens of about that confidence, from a start that believes
-    the confidence; in between, straight lines. It never falls as confidence rises.
+    The mean over recent tokens of about that confidence, beginning with the confidence
+    itself; between means, straight lines. The share never falls as confidence rises.
     """
 
     _NUM_BINS = 12
+    # The confidence itself counts as so many tokens.
     _PRIOR_TOKENS = 10.0
+    # A token counts e times less after so many further tokens.
     _MEMORY_TOKENS = 4000.0
-    _FIT_EVERY = 256  # tokens: a fit takes longer than all else here
+    # Tokens from one fit to the next: a fit takes longer than all else here.
+    _FIT_EVERY = 256
 
     def __init__(self) -> None:
         centres = (np.arange(self._NUM_BINS) + 0.5) / self._NUM_BINS
@@ -33,7 +36,7 @@ class Calibration:
     def learn(
         self, confidences: NDArray[np.float32], survived: NDArray[np.bool_]
     ) -> None:
-        """Tokens of these confidences survived, or did not."""
+        """Learn which tokens of these confidences survived."""
         bins = np.minimum(
             (confidences * self._NUM_BINS).astype(np.int64), self._NUM_BINS - 1
         )
@@ -50,7 +53,7 @@ class Calibration:
             self._fit()
 
     def survivals(self, confidences: NDArray[np.float32]) -> NDArray[np.float64]:
-        """[num_tokens], calibrated."""
+        """[num_tokens], the calibrated survivals of these confidences."""
         survivals: NDArray[np.float64] = np.interp(confidences, self._x, self._y)
         return survivals
 
@@ -66,7 +69,7 @@ class Calibration:
 def rising_fit(
     values: NDArray[np.float64], weights: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """The never falling sequence nearest to `values` (pool adjacent violators)."""
+    """The non-decreasing sequence nearest to `values` (pool adjacent violators)."""
     pools: list[tuple[float, float, int]] = []  # mean, weight, length
     for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
         pool = (value, weight, 1)

@@ -1,8 +1,9 @@
 """A limit on what one step verifies, so that verification never runs out of memory.
 
-Every drafted token is a row of logits more, and model runner V1 samples from all rows
-of a step at once, in float32. At its start vLLM measures what sampling takes for the
-most requests with hardly a draft, and gives the rest of the device to the KV cache.
+Each drafted token adds a row of logits, and model runner V1 samples from all rows of a
+step at once, in float32. When it starts, vLLM measures the memory that sampling takes
+with the most requests and hardly a draft, and gives the rest of the device to the KV
+cache.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MAX_LOGITS_BYTES = 1 << 30
 
 
 class CappedBudget:
-    """A budget of which no step verifies more rows of logits than there is room for."""
+    """A budget with a limit: no step verifies more rows of logits than have room."""
 
     def __init__(self, budget: Budget, vocab_size: int) -> None:
         self._budget = budget
@@ -35,7 +36,7 @@ class CappedBudget:
         return self._budget.max_draft_tokens(num_rows)
 
     def choose(self, candidates: Candidates) -> NDArray[np.int64]:
-        """See `Budget`; where it is too much, the ends of the longest drafts go."""
+        """See `Budget`; if it is too much, the ends of the longest drafts are cut."""
         lengths = self._budget.choose(candidates)
         room = max(0, self._max_rows - candidates.num_rows)
         if int(lengths.sum()) <= room:

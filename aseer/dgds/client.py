@@ -1,8 +1,8 @@
 """The draft client: keeps an engine's replica fresh from a thread of its own.
 
-It lives in the vLLM worker process. The token path never meets it: it asks the server a
-few times a second and grows the replica's trees between the token path's calls. A dead
-or slow server leaves the trees as they are.
+The client lives in the vLLM worker's process, beside the token path: it asks the server
+a few times a second, and grows the replica's trees between the token path's calls. A
+dead or slow server leaves the trees as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ANSWER_TIMEOUT_S = 1.0
 
 
 class DraftClient:
-    """Fetches what siblings wrote elsewhere; started when made."""
+    """Fetches what siblings wrote on other engines; its thread starts at once."""
 
     def __init__(
         self, replica: Replica, endpoint: str, identity: bytes, fetch_interval_s: float
@@ -50,11 +50,12 @@ class DraftClient:
         with lossy_dealer(self._endpoint, self._identity, TO_CLIENT) as socket:
             while not self._stop.wait(self._interval_s):
                 self._exchange(socket)
-                # Whether or not there is a server: else trees are kept for ever.
+                # Done whether or not a server answers: otherwise trees are kept for
+                # ever.
                 self._replica.forget_unused(time.monotonic())
 
     def _exchange(self, socket: LossySocket[ToClient]) -> None:
-        """Ask once, and take all that has arrived, asked for now or earlier."""
+        """Ask once, and take all answers that have arrived, late ones included."""
         question = self._replica.fetch()
         if question is None:
             return

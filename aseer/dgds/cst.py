@@ -79,16 +79,16 @@ class Order(NamedTuple):
 
 
 class SuffixForest:
-    """Suffix trees of many groups; what one learns about drafting serves all.
+    """Suffix trees of many groups; what one tree learns about drafting serves all.
 
     Args:
-        max_match: tokens of context that are told apart, in 1..255.
+        max_match: the longest context that is told apart, in tokens, in 1..255.
 
     Raises:
-        KeyError: a handle that was closed, or never given; in every method.
-        ValueError: arrays whose shapes disagree, or negative tokens.
+        KeyError: a handle was closed, or never given; in every method.
+        ValueError: shapes of arrays disagree, or tokens are negative.
 
-    No call that raises has changed anything.
+    A call that raises has changed nothing.
     """
 
     def __init__(self, *, max_match: int = DEFAULT_MAX_MATCH) -> None:
@@ -145,7 +145,7 @@ class SuffixForest:
         starts: NDArray[np.int64],
         num_tokens: NDArray[np.int32],
     ) -> int:
-        """Append to each request what an engine's table of texts has and it has not.
+        """Append to each request the tokens that only an engine's table of texts has.
 
         Args:
             requests: [num_requests].
@@ -155,8 +155,8 @@ class SuffixForest:
             num_tokens: [num_rows or more], how many of a row's tokens are known.
 
         Returns:
-            How many requests have more tokens than their row, which is to say another
-            text. They are left as they are.
+            How many requests have more tokens than their row, and so another text.
+            Such requests are left as they are.
         """
         return self._native.follow(requests, texts, rows, starts, num_tokens)
 
@@ -169,9 +169,9 @@ class SuffixForest:
     ) -> Drafts:
         """Draft the likeliest continuation of each request; empty if nothing matches.
 
-        Forecasts are made once. While a request's tokens are those forecast, what was
-        forecast behind them stays as it is, whatever siblings have written since, and
-        a draft adds to it; a token that was not forecast ends them all.
+        A forecast is computed once. As long as the request generates the forecast
+        tokens, the rest of the forecast stays valid, whatever siblings have written
+        since, and a draft adds to it. A token that was not forecast ends the forecast.
 
         Args:
             requests: [num_rows].
@@ -179,7 +179,7 @@ class SuffixForest:
             min_confidence: a row ends before the token that falls below it.
         """
         found = self._native.draft(requests, max_draft_tokens, min_confidence)
-        # `Drafts._make` without its call: a batch takes so little that it would count.
+        # As `Drafts._make` does, without its call, whose time would count here.
         return tuple.__new__(Drafts, found)
 
     def draft_tree(

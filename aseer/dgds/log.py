@@ -1,12 +1,12 @@
 """What every group has generated, as logs of tokens that only grow.
 
-A log is the truth that every suffix tree copies: a tree is a function of it, and a copy
-that missed something asks again from an offset. Pure: time is an argument.
+Every suffix tree is a function of such a log, and an engine whose copy has missed
+something asks again from an offset. Pure: time is an argument.
 
 Ids are unique over the log's life: a group, or a request, of the same name in a later
 rollout has another id. A group lives from its first token until it is finished, or
-until nobody has asked for it for its ttl. The texts of finished groups are kept, within
-bounds, for later groups with the same prompt; `forget_kept` drops them.
+until no engine has asked for the group for its ttl. The texts of finished groups are
+kept, within bounds, for later groups with the same prompt; `forget_kept` drops them.
 
 Source: Seer §3.4 (`update_cst`, `register_group`, `fetch_cst`). Differs: texts outlive
 their group for the next one with the same prompt.
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _TOKEN_BYTES = 4
+# Of a group that no engine has registered yet.
 DEFAULT_TTL_S = 600.0
+# Of finished groups: 200 MB, at 4 bytes a token.
 MAX_KEPT_TOKENS = 50_000_000
-MAX_KEPT_TEXTS = 32  # of a prompt
+# Of a prompt, over all rollouts.
+MAX_KEPT_TEXTS = 32
+# Of an answer, so that none takes long to make or to read.
 MAX_DELTA_TOKENS = 65_536
 
 
@@ -42,7 +46,8 @@ class TokenLog:
     """The logs of all groups.
 
     Args:
-        max_kept_tokens: of finished groups; the oldest go first. 0 keeps none.
+        max_kept_tokens: tokens of finished groups to keep; the oldest go first. 0 keeps
+            none.
     """
 
     def __init__(self, *, max_kept_tokens: int = MAX_KEPT_TOKENS) -> None:
@@ -67,8 +72,8 @@ class TokenLog:
     ) -> None:
         """Append tokens that follow a request's first `prev_token_count`.
 
-        What is known already is skipped; what would leave a gap, or is no tokens, is
-        ignored.
+        Tokens that are known already are skipped. Tokens that would leave a gap, and
+        bytes that are no tokens, are ignored.
         """
         if prev_token_count < 0 or len(new_tokens) % _TOKEN_BYTES:
             return
@@ -81,7 +86,9 @@ class TokenLog:
         self, group_id: str, prompt_key: bytes, ttl_s: float, now: float
     ) -> None:
         """Give a group its prompt's key, its ttl, and the texts kept for that key."""
-        if group_id not in self._groups:  # finished, or not begun; it is asked again
+        if (
+            group_id not in self._groups
+        ):  # over, or without a token yet: it will ask again
             return
         group = self._touch(group_id, now)
         group.prompt_key = prompt_key
@@ -93,9 +100,9 @@ class TokenLog:
     def fetch_cst(
         self, cache_infos: Mapping[str, Mapping[str, int]], now: float
     ) -> list[GroupDelta]:
-        """What each group has beyond what the asker has.
+        """What each group has beyond what the asking engine has.
 
-        At most `MAX_DELTA_TOKENS` tokens are given; the rest is for the next time.
+        At most `MAX_DELTA_TOKENS` tokens are given; the rest comes with the next fetch.
         """
         deltas = []
         room = MAX_DELTA_TOKENS
@@ -123,7 +130,7 @@ class TokenLog:
         texts = dict(self._kept.get(group.prompt_key, {}))
         texts |= {name: bytes(text) for name, text in group.texts.items() if text}
         self._drop_kept(group.prompt_key)
-        if not texts:  # it would not count, and so never go
+        if not texts:  # an entry without tokens would never be dropped
             return
         for name in list(texts)[:-MAX_KEPT_TEXTS]:
             del texts[name]

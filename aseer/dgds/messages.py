@@ -19,15 +19,15 @@ import msgspec
 from aseer.config import SpeculationConfig
 
 EXTRA_ARGS_KEY = "aseer"
-"""Of the part of vLLM's `extra_args` that tells a drafter which request it has."""
+"""Key of the entry in vLLM's `extra_args` that tells a drafter which request it has."""
 
 
 class DraftingSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine's drafter is told at its start.
 
     Attributes:
-        endpoint: of the draft server.
-        fetch_interval_s: between questions for what siblings wrote.
+        endpoint: address of the draft server.
+        fetch_interval_s: seconds between questions for what siblings wrote.
     """
 
     settings: SpeculationConfig
@@ -40,7 +40,7 @@ class GroupEntry(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         prompt_key: equal for groups with the same prompt.
-        ttl_s: the group lives that long after it was last asked for.
+        ttl_s: how long the group lives after it was last asked for.
     """
 
     group_id: str

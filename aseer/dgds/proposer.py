@@ -1,19 +1,21 @@
 """The drafter that vLLM calls after every step (its `custom_class` method).
 
-vLLM makes it with its configuration alone and passes no request ids, so it drafts
-nothing until the worker extension has joined it to the runner. Requests are told apart
-by what the controller put into their `extra_args`; one without that gets no drafts.
+vLLM makes the drafter with vLLM's configuration alone, and passes no request ids. So
+the drafter drafts nothing until the worker extension has joined it to the model runner.
+Requests are told apart by what the controller put into their `extra_args`; a request
+without that gets no drafts.
 
-A chunk's prompt holds what earlier chunks generated. The group's prompt is shorter, and
-what follows it is the request's text, the same on whichever engine it runs. A chunk's
-last token is sampled without a draft: vLLM keeps the KV of a step's tokens for others
-only once the next step begins, and the next chunk would compute again what was accepted
-in the last. Nor do drafts reach past the chunk's `max_tokens`: what the engine would
-sample there is thrown away, and must not be in the tree.
+A chunk's prompt is the group's prompt followed by what the request's earlier chunks
+generated; what follows the group's prompt is the request's *text*, the same on any
+engine that the request runs on. A chunk's last token is sampled without a draft: vLLM
+keeps the KV of a step's tokens for other requests only once the next step begins, so
+the next chunk would compute again what the last step accepted. Drafts do not reach past
+the chunk's `max_tokens` either: tokens that the engine would sample there are thrown
+away, and must not get into the tree.
 
-A step that does not look for drafts leaves the trees alone: the next look gives them
-all that was sampled since. What a chunk sampled between its last look and its end they
-get when the request goes on here, or from the server.
+A step that does not look for drafts leaves the trees alone; the next look gives the
+trees everything that was sampled since. Tokens that a chunk sampled between its last
+look and its end reach the trees when the request goes on here, or from the server.
 """
 
 from __future__ import annotations
@@ -47,12 +49,13 @@ class _Row:
     """A chunk that runs here.
 
     Attributes:
-        base: tokens before its text: its group's prompt.
-        end: tokens it may have at most, prompt included.
-        may_stop_at: tokens from which on it may stop. No draft crosses that: vLLM would
-            forbid stop tokens behind it by the length before it.
-        drafted: confidences of what was drafted for it last.
-        profile: tokens to draft whatever they are, to see what a step takes.
+        base: tokens before the request's text, which are the group's prompt.
+        end: the most tokens that the row may have, prompt included.
+        may_stop_at: number of tokens from which on the request may stop. No draft
+            crosses that number: for all tokens of a draft vLLM decides by the length
+            before the draft whether stop tokens are forbidden.
+        drafted: confidences of the tokens that were drafted last.
+        profile: how many tokens to draft whatever they are, to measure a step's time.
     """
 
     key: RequestKey
@@ -69,17 +72,17 @@ _NOTHING = np.empty(0, np.float32)
 
 
 class _Batch:
-    """Rows that run together, and what stays the same as long as they do.
+    """Rows that run together, and what stays the same as long as the batch does.
 
     Attributes:
-        req_ids: vLLM's, of the whole batch; None where some have not sampled, as in the
-            next step others may not have.
-        rows: of ours that have sampled.
-        places: [num_rows] where in the batch they are.
-        handles, bases, ends, stops, weights: [num_rows] of `_Row`'s; `ends` without the
-            last token, which is sampled by itself.
-        num_context: tokens of everything in the batch.
-        num_free: tokens that every row may draft at least.
+        req_ids: vLLM's ids of the whole batch; None if some requests have not sampled,
+            since in the next step it may be others that have not.
+        rows: the requests that get drafts and have sampled.
+        places: [num_rows], where in the batch the rows are.
+        handles, bases, ends, stops, weights: [num_rows], the fields of `_Row`; `ends`
+            without the last token, which is sampled without a draft.
+        num_context: tokens of all requests in the batch.
+        num_free: how many tokens every row may draft at least.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class _Batch:
         self._full: dict[int, NDArray[np.int32]] = {}
 
     def grow(self, sampled: Sequence[Sequence[int]]) -> None:
-        """So much has been sampled since the last step."""
+        """Count the tokens that were sampled in a step."""
         sizes = list(map(len, sampled))
         self.num_context += sum(sizes)
         self.num_free -= max(sizes, default=0)
@@ -113,7 +116,7 @@ class _Batch:
         """[num_rows], how many tokens each row may draft, at most `most`.
 
         Args:
-            num_tokens: of everything in the batch.
+            num_tokens: tokens of each request in the batch, by place.
         """
         if self.num_free < most:
             texts = num_tokens[self.places]
@@ -138,7 +141,7 @@ class GroupDrafter:
         self._drafting: _Drafting | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """There is none."""
+        """Do nothing: there is no draft model."""
 
     def start(
         self,
@@ -196,7 +199,7 @@ class _Drafting:
         self._max_model_len = max_model_len
         self._rows: dict[str, _Row] = {}
         self._batch = _Batch(None, [], [])
-        self._has_drafted = False  # something, in the last look
+        self._has_drafted = False  # whether the last look drafted a token
 
     def step(
         self,
@@ -229,7 +232,7 @@ class _Drafting:
         num_tokens: NDArray[np.int32],
         token_ids: NDArray[np.int32],
     ) -> _Batch:
-        """The rows of ours that have sampled: mostly those of the last step."""
+        """The rows that get drafts and have sampled: mostly those of the last step."""
         req_ids = self._runner.input_batch.req_ids
         if all(sampled) and self._batch.req_ids == req_ids:
             self._batch.grow(sampled)
@@ -288,7 +291,7 @@ class _Drafting:
         return row
 
     def _learn(self, batch: _Batch, sampled: list[list[int]]) -> None:
-        """See what became of the last drafts."""
+        """Tell the budget what became of the last drafts."""
         self._has_drafted = False
         req_ids = self._runner.input_batch.req_ids
         scheduled = self._clock.num_scheduled
@@ -339,7 +342,7 @@ class _Drafting:
             self._has_drafted = True
 
     def _lose_track(self, num_lost: int) -> None:
-        """Rows whose text here is not what the engine has: all are begun anew."""
+        """Begin all rows anew, since the text of some differs from the engine's."""
         _log.warning("%d requests lost track of their text", num_lost)
         now = time.monotonic()
         for row in self._rows.values():
@@ -350,7 +353,7 @@ class _Drafting:
     def _observe(
         self, batch: _Batch, sampled: Sequence[Sequence[int]], step_s: float
     ) -> None:
-        """Learn what a step takes, if it only decoded and was all ours."""
+        """Learn a step's time, if it only decoded, and only rows that get drafts."""
         clock = self._clock
         num_rows = len(sampled)
         num_drafted = sum(clock.num_scheduled.values())

@@ -1,8 +1,9 @@
 """An engine's copy of its groups' suffix trees, and which request is which in it.
 
 The token path (`begin`, `follow`, `draft`, `end`) works on the copy alone; a background
-thread brings what siblings wrote elsewhere (`fetch`, `apply`). Both may be called at
-the same time. While a request runs here, its text is this engine's to write.
+thread brings what siblings wrote on other engines (`fetch`, `apply`). Both may be
+called at the same time. While a request runs here, only this engine writes the
+request's text.
 
 Whatever the order of messages, the trees end up the same: a tree is a function of its
 texts, and a text only grows by tokens that follow what it has.
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
     from aseer.dgds.cst import Drafts, GroupHandle, RequestHandle
     from aseer.dgds.messages import Deltas, GroupDelta
 
-# A tree is locked while it grows; the token path must not wait long for that.
+# A tree is locked while it grows, and the token path must not wait long for the lock.
 _MAX_APPENDED_AT_ONCE = 256
 
 
 class RequestKey(NamedTuple):
-    """A request's place among all of the engine's life."""
+    """Names a request uniquely over the engine's life."""
 
     group_id: str
     request_id: str
@@ -52,8 +53,8 @@ class Replica:
     """Suffix trees of the groups that this engine works on.
 
     Args:
-        ttl_s: a group with no request here for so long is forgotten; if one comes
-            again, all is fetched again.
+        ttl_s: a group that had no request here for so long is forgotten; if a request
+            of the group comes later, the group's texts are fetched again.
     """
 
     def __init__(self, *, ttl_s: float, forest: SuffixForest | None = None) -> None:
@@ -71,7 +72,7 @@ class Replica:
         generated: NDArray[np.int32],
         now: float,
     ) -> RequestHandle:
-        """A chunk of a request starts here with what earlier chunks generated."""
+        """Begin a chunk of a request, with the tokens that earlier chunks generated."""
         with self._lock:
             group = self._groups.get(key.group_id)
             if group is None:
@@ -85,7 +86,8 @@ class Replica:
         if not np.array_equal(known[: len(generated)], generated[: len(known)]) or len(
             known
         ) > len(generated):
-            # Tokens that were sampled and then not kept: by an engine that died, say.
+            # The text here has tokens that were sampled but not kept, for example by an
+            # engine that died.
             request = self._reopen_request(group, key.request_id)
             known = known[:0]
         self._append(request, generated[len(known) :], len(known))
@@ -124,7 +126,7 @@ class Replica:
     # Background
 
     def registration(self) -> RegisterGroups | None:
-        """What the server has not been told of."""
+        """The groups that the server was not told of yet; None if there are none."""
         with self._lock:
             new = [g for g in self._groups.items() if not g[1].is_registered]
             for _, group in new:
@@ -133,7 +135,7 @@ class Replica:
         return RegisterGroups(entries) if entries else None
 
     def fetch(self) -> FetchCst | None:
-        """A question for what is new; None if there is no group."""
+        """The question for what is new; None if there is no group."""
         with self._lock:
             groups = {i: dict(g.requests) for i, g in self._groups.items()}
         if not groups:
@@ -141,7 +143,7 @@ class Replica:
         return FetchCst({i: self._counts(r) for i, r in groups.items()})
 
     def apply(self, deltas: Deltas) -> None:
-        """Take what the server knows."""
+        """Add what the server knows to the trees."""
         for delta in deltas.groups:
             if delta.is_known:
                 self._apply(delta)
@@ -165,9 +167,9 @@ class Replica:
                 if group is None:
                     return
                 if row.request_id in group.running:
-                    continue  # its own engine knows better
+                    continue  # this engine knows the request's text better
                 request = self._open_request(group, row.request_id)
-            with suppress(KeyError):  # it was reopened, or its group is gone
+            with suppress(KeyError):  # the request was reopened, or its group is gone
                 self._append(request, np.frombuffer(row.tokens, np.int32), row.start)
 
     def _append(
@@ -204,7 +206,7 @@ class Replica:
         return dict(zip(requests, counts.tolist(), strict=True))
 
     def _forget(self, group_id: str) -> None:
-        """The server does not know it: it is finished, or must be registered again."""
+        """Drop a group that is finished; register one again that still runs here."""
         with self._lock:
             group = self._groups.get(group_id)
             if group is None:

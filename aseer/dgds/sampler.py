@@ -1,11 +1,12 @@
-"""Samplers that verify drafts: tested before they are trusted, vLLM's own also mended.
+"""Tests of the samplers that verify drafts, and a repair of vLLM's own sampler.
 
-One is tested by drawing: on the engine's own kernels and device, with known logits,
-every token drawn must follow its distribution, whatever was drafted, and come with its
-logprob. Our drafts are verified by `DraftVerifier`, vLLM's own by its RejectionSampler.
-On vLLM's CPU backend (at least up to 0.32) the function that there spreads per-request
-settings over drafted tokens writes floats into a copy, so logits are divided by
-uninitialised memory; it is replaced.
+A sampler is tested by drawing from it, on the engine's own kernels and device. For
+known logits, the tokens that are drawn must follow their distribution, whatever was
+drafted, and come with their logprobs. aseer's drafts are verified by `DraftVerifier`,
+the drafts of vLLM's own drafters by its RejectionSampler. On vLLM's CPU backend (at
+least up to 0.32) the function that spreads the settings of requests over their drafted
+tokens writes floats into a copy, so that logits are divided by uninitialised memory;
+that function is replaced.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def mend(device: torch.device) -> bool:
 
 
 def _expands_rightly(function: Callable[..., torch.Tensor], device: Any) -> bool:
-    """Fresh values every time, so that no left-over memory can hold the answer."""
+    """Whether the function is right, by values that no left-over memory can hold."""
     counts = torch.tensor([2, 0, 3, 1], device=device)
     running = counts.cumsum(0).to(torch.int32)
     for _ in range(4):
@@ -127,7 +128,7 @@ def test_sampler(sampler: Any, device: torch.device) -> Verdict:
     """
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (_MAX_DRAFT_TOKENS + 1, _VOCAB_SIZE)).astype(np.float32)
-    # Likely drafts, and one that is not.
+    # Drafts that are likely to be accepted, and a last one that is not.
     drafts = logits[:-1].argsort(axis=1)[:, -2].tolist()
     drafts[-1] = int(logits[-2].argsort()[-6])
     shape = (len(TESTED), _MAX_DRAFT_TOKENS + 1, _VOCAB_SIZE)
@@ -137,7 +138,7 @@ def test_sampler(sampler: Any, device: torch.device) -> Verdict:
             for drawn in _draw(sampler, logits, drafts, device):
                 counts[drawn.which, drawn.position, drawn.token] += 1
                 said[drawn.which, drawn.position, drawn.token] = drawn.logprob
-    except Exception as error:  # garbage as settings, or another vLLM's interface
+    except Exception as error:  # a sampler that is broken, or called differently
         return Verdict(False, 0.0, int(counts.sum()), f"it fails: {error!r}")
     num_draws = int(counts.sum())
     worst, fault = 1.0, ""
@@ -162,7 +163,7 @@ def test_sampler(sampler: Any, device: torch.device) -> Verdict:
 def _draw(
     sampler: Any, logits: NDArray[np.float32], drafts: list[int], device: Any
 ) -> Iterator[_Drawn]:
-    """One batch: all that was drawn and counts."""
+    """Draw one batch; yields the tokens that count."""
     lengths = range(_MAX_DRAFT_TOKENS + 1)
     kinds = list(itertools.product(range(len(TESTED)), lengths)) * _ROWS_OF_EACH
     metadata = _draft_metadata([drafts[:length] for _, length in kinds], device)
@@ -224,7 +225,7 @@ def _sampling_metadata(rows: list[Settings], device: Any) -> Any:
 def distribution(
     logits: NDArray[np.float32], settings: Settings
 ) -> NDArray[np.float64]:
-    """What is to be sampled from: temperature, then top-k, then top-p."""
+    """The distribution to be sampled from: temperature, then top-k, then top-p."""
     probs: NDArray[np.float64] = np.zeros(len(logits))
     if not settings.temperature:
         probs[logits.argmax()] = 1

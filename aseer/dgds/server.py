@@ -1,10 +1,11 @@
 """The draft server: the controller's token log, on a thread of its own.
 
-The controller tells it of every token (`update_cst`) and goes on at once; the thread
-takes what it was told before it answers a client, so an answer is never staler than the
-controller. If what the thread does fails, it is done again after a pause. Meanwhile
-drafts grow stale and nothing else happens: what it is told is kept up to a bound, and
-beyond it dropped, so that some texts get no further and their groups expire.
+The controller tells the server of every token (`update_cst`) and goes on at once. The
+thread takes everything that the server was told before it answers a client, so an
+answer is as new as what the controller knows. If the thread's work fails, the work
+begins again after a pause. Meanwhile drafts grow stale, and nothing else happens: what
+the server is told is kept up to a bound and dropped beyond that, so that some texts
+grow no further, and their groups expire.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 
 _WAKE_INTERVAL_S = 0.05
 _EXPIRE_INTERVAL_S = 5.0
-# A report of a chunk is one, with a fraction of a second's tokens. The thread takes all
-# every `_WAKE_INTERVAL_S`, so that even a thousand engines fall short of it by far.
+# Each report of a chunk is one entry, with the tokens of a fraction of a second. The
+# thread takes all entries every `_WAKE_INTERVAL_S`, so that even a thousand engines
+# stay far below this number.
 MAX_TOLD = 100_000
 
 
@@ -62,12 +64,12 @@ class DraftServer:
         self._stop.set()
         self._thread.join()
 
-    # From the controller; none of these waits
+    # Called by the controller; none of these calls waits
 
     def update_cst(
         self, group_id: str, request_id: str, prev_token_count: int, new_tokens: bytes
     ) -> None:
-        """A request has new tokens (int32 as bytes) after its first so many."""
+        """Tell of a request's new tokens (int32 as bytes), after `prev_token_count`."""
         now = time.monotonic()
         self._tell(
             lambda: self._token_log.update_cst(
@@ -76,14 +78,18 @@ class DraftServer:
         )
 
     def finish_group(self, group_id: str) -> None:
-        """A group needs no more drafts."""
+        """Tell that a group needs no more drafts."""
         self._tell(lambda: self._token_log.finish_group(group_id))
 
     def set_weight_version(self, weight_version: int) -> None:
-        """The weights from here on; those before may have written other texts."""
+        """Tell the version of the weights that generate from now on.
+
+        Texts of other weights are dropped, unless the settings keep them.
+        """
         drops = self.spec.settings.after_weight_update == "drop"
         if drops and weight_version != self._weight_version:
-            # In its place among the rest, and never dropped: once an update of weights.
+            # Queued behind what was told before, and never dropped for lack of room:
+            # there is only one for each update of the weights.
             self._told.append(self._token_log.forget_kept)
         self._weight_version = weight_version
 
@@ -91,7 +97,7 @@ class DraftServer:
         if len(self._told) < MAX_TOLD:
             self._told.append(what)
 
-    # On its thread
+    # On the server's thread
 
     def _run(self) -> None:
         run_again(self._serve, self._stop, "the draft server", "drafts are stale")

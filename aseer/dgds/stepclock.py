@@ -1,7 +1,7 @@
 """Measures an engine's steps, and what drafting takes of them.
 
-It is fastened to vLLM's runner: a step lasts from the end of the one before, or where
-the engine was idle from its own beginning, until its drafts are made.
+The clock wraps a method of vLLM's model runner. A step lasts until its drafts are made:
+from the end of the step before, or from its own beginning if the engine was idle.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 from aseer.types import DRAFTING_SHARES
 
-_MAX_IDLE_S = 0.02  # between steps; after more the engine had nothing to do
+# An engine with more time than this between two steps had nothing to do.
+_MAX_IDLE_S = 0.02
 
 
 class StepClock:
@@ -24,7 +25,7 @@ class StepClock:
         self.share_buckets = [0] * (len(DRAFTING_SHARES) + 1)
         self.num_scheduled: dict[str, int] = {}
         self.num_tokens = 0
-        self.was_idle = True  # before the step, so that it took its time to begin
+        self.was_idle = True  # before the step, which then began slowly
         self._started_at = 0.0
         self._ended_at = 0.0
         self._execute = runner.execute_model
@@ -44,7 +45,7 @@ class StepClock:
         return self._execute(scheduler_output, *args, **kwargs)
 
     def end_step(self, drafting_since: float) -> float:
-        """The step is over, drafting included; its seconds."""
+        """Note that a step is over, drafting included; returns its seconds."""
         self._ended_at = time.perf_counter()
         step_s = self._ended_at - self._started_at
         draft_s = self._ended_at - drafting_since

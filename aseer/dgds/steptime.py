@@ -5,13 +5,14 @@ A step's time is modelled as
     T(rows, drafted, context) = f(rows + drafted) + a rows + b drafted + c [drafted > 0]
                                 + d context
 
-with f convex and piecewise linear: flat where an engine waits for memory, rising where
-it computes. a is what a request costs beyond its token's computation, b and c what
-verification does, d is attention's. No part is less than zero: tokens that seem to cost
-nothing, because the machine was slower when there were fewer, would be drafted without
-end. The coefficients are the least squares of relative errors over the recent steps,
-with a pull towards straight lines and towards no costs of verification where nothing
-was measured. No step is believed to take less than half of the fastest one seen.
+where f is convex and piecewise linear: flat where an engine waits for memory, rising
+where the engine computes. The coefficient a is what a request costs beyond its token's
+computation, b and c are what verification costs, and d is what attention costs. No
+coefficient is below zero: otherwise tokens would seem to cost nothing whenever the
+machine was slower while there were fewer of them, and would be drafted without end. The
+coefficients minimise the squares of relative errors over the recent steps; where
+nothing was measured, they are pulled towards a straight line and towards no cost of
+verification. No step is predicted to take less than half of the fastest one seen.
 """
 
 from __future__ import annotations
@@ -25,18 +26,28 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# f's bends; before the first it is a straight line.
+# Numbers of tokens at which f may bend; before the first, f is a straight line.
 _KNOTS = np.array([1 << i for i in range(3, 13)], np.float64)
-# Of tokens, rows, drafted tokens and tokens of context, to have features of like size.
+# Units for numbers of tokens and rows, and of tokens of context, by which all features
+# are of about the same size.
 _TOKEN_UNIT = 8.0
 _CONTEXT_UNIT = 1e4
 _NUM_FEATURES = 2 + len(_KNOTS) + 4
+# A measured step counts e times less after so many further steps.
 _MEMORY_STEPS = 500
+# The coefficients are computed once in so many steps, since that takes longer than all
+# else here; during the first `_EARLY_STEPS` after each step.
 _SOLVE_EVERY = 16
-_EARLY_STEPS = 64  # with a solution after each
-_LEAST_TABLE = 64  # drafted tokens; a table has room to spare
-_OUTLIER = 1.5  # times what was predicted, or so many times less
-_LEAST = 0.5  # of the fastest step: what any step takes at least
+_EARLY_STEPS = 64
+# A table of predictions has at least so many entries, so that it is seldom made anew.
+_LEAST_TABLE = 64
+# A step that took more than so many times what was predicted, or so many times less, is
+# counted as if it had taken just that: the machine did something else.
+_OUTLIER = 1.5
+# No step takes less than this share of the fastest one seen.
+_LEAST = 0.5
+# Strengths of the pull towards zero: on the bends of f and the costs of rows and of
+# verification; and on the rest, only so that there is always a solution.
 _PULL = 1e-2
 _WEAK_PULL = 1e-6
 _PULLS = np.array(
@@ -45,7 +56,7 @@ _PULLS = np.array(
 
 
 class _Step(NamedTuple):
-    """What was measured of one."""
+    """A measured step."""
 
     num_rows: int
     num_drafted: int
@@ -96,7 +107,7 @@ class StepTimeModel:
     ) -> NDArray[np.float64]:
         """Seconds of a step with 0, 1, ... `max_drafted` drafted tokens; never falling.
 
-        Zeros while nothing was measured.
+        All are zero while nothing was measured.
         """
         table = self._tables.get(num_rows)
         if table is None or len(table) <= max_drafted:
@@ -125,7 +136,7 @@ class StepTimeModel:
 
 
 class _Sums:
-    """What least squares needs to know of the steps."""
+    """The sums over measured steps that least squares needs."""
 
     def __init__(self) -> None:
         self.matrix = np.zeros((_NUM_FEATURES, _NUM_FEATURES))
@@ -138,9 +149,10 @@ class _Sums:
         expected: NDArray[np.float64],
         keep: float,
     ) -> None:
-        """Add steps in their order; with each, what was before counts `keep` times."""
+        """Add steps in order; each multiplies the weight of earlier ones by `keep`."""
         kept = keep ** np.arange(len(values), -1, -1.0)
-        # By what was measured itself, quick steps of a noisy machine would weigh most.
+        # Errors are relative to the expected time. Relative to the measured time, the
+        # quick steps of a noisy machine would weigh most.
         weighted = features.T * (kept[1:] / expected**2)
         self.matrix = kept[0] * self.matrix + weighted @ features
         self.vector = kept[0] * self.vector + weighted @ values
@@ -171,8 +183,8 @@ def _least_squares(
 ) -> NDArray[np.float64]:
     """The x >= 0 with the least x'matrix x - 2 vector'x, or nearly.
 
-    What would be less than zero is left out until nothing is; none comes back, as in
-    the exact algorithm (Lawson & Hanson 1974) some might.
+    Coordinates that would be below zero are set to zero, until none is below zero. In
+    the exact algorithm (Lawson & Hanson 1974) some might become positive again.
     """
     solution = np.zeros(len(vector))
     left = np.arange(len(vector))

@@ -5,13 +5,13 @@
     sampled from them  x0   x1   x2   x3
     kept               x0,  x1 if x0 = d1,  x2 if x1 = d2 too, ...
 
-x1 was sampled as if d1 came before it, so it counts if d1 does. What is kept is what
-the model would have sampled token by token, whatever was drafted. That is speculative
-sampling (Leviathan et al. 2023, Chen et al. 2023) with drafts that are texts and not
-distributions: to accept d1 with its probability, and else to draw from what is left, is
-to draw once. vLLM's own sampler takes several passes over the vocabulary for each
-position, and one more for each place that no draft fills; this one takes what as many
-tokens take without drafts.
+x1 was sampled as if d1 came before it, so x1 counts if x0 = d1. The tokens that are
+kept are those that the model would have sampled one by one, whatever was drafted. That
+is speculative sampling (Leviathan et al. 2023, Chen et al. 2023) for drafts that are
+texts and not distributions: to accept d1 with the model's probability, and otherwise to
+draw from what remains, is the same as to draw once. vLLM's own sampler takes several
+passes over the vocabulary for each position, and one more for each place that no draft
+fills; this sampler takes the time that the same number of tokens takes without drafts.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class DraftVerifier(RejectionSampler):  # type: ignore[misc]
             sampling: vLLM's SamplingMetadata, by rows.
 
         Returns:
-            `sampled_token_ids` [num_rows, most drafted + 1] int32, -1 after the last;
-            logprobs, if asked for, of all these places one row after the other.
+            `sampled_token_ids` [num_rows, longest draft + 1] int32, with -1 behind the
+            last kept token; and logprobs, if asked for, of all these places, one row
+            after the other.
         """
         if not metadata.max_spec_len:
             output: SamplerOutput = self.sampler(logits, sampling)
