@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from aseer.errors import ConfigError, EngineClosedError
 from aseer.mailbox import MailboxClosed
-from aseer.steps import drive, drive_blocking
+from aseer.steps import drive, drive_blocking, spared
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -151,7 +151,7 @@ class Rollout:
         # What held an earlier rollout's iterator may live until this task is suspended.
         await asyncio.sleep(0)
         opening = work.open(asyncio.current_task())
-        work.begin(await asyncio.shield(asyncio.wrap_future(opening)))
+        work.begin(await spared(opening))
         work.check_not_left()
         work.source.start_pump()
 

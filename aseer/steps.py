@@ -44,7 +44,7 @@ async def drive(steps: Generator[Step, Any, T]) -> T:
             if isinstance(step, Either):
                 value = await step.awaited()
             else:
-                value = await asyncio.shield(asyncio.wrap_future(step))
+                value = await spared(step)
             resume = partial(steps.send, value)
         except BaseException as error:
             resume = partial(steps.throw, error)
@@ -66,10 +66,19 @@ def drive_blocking(steps: Generator[Step, Any, T]) -> T:
             resume = partial(steps.throw, error)
 
 
+async def spared(future: Future[T]) -> T:
+    """Wait for another thread's future, which outlives a wait that is cancelled."""
+    waiting = asyncio.wrap_future(future)
+    # An error that comes when nobody waits any more is nobody's: asyncio would log it.
+    waiting.add_done_callback(lambda w: w.cancelled() or w.exception())
+    await asyncio.wait([waiting])
+    return waiting.result()
+
+
 async def result_of(thread: LoopThread, call: Future[T]) -> T:
     """Wait for a call on a thread's loop; cancel it if this wait is cancelled."""
     try:
-        return await asyncio.shield(asyncio.wrap_future(call))
+        return await spared(call)
     except asyncio.CancelledError:
         thread.cancel(call)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -146,3 +147,19 @@ async def test_a_calls_result_or_error_is_the_waits() -> None:
     with pytest.raises(KeyError):
         await result_of(thread, done(KeyError("x")))  # type: ignore[arg-type]
     assert thread.cancelled == []
+
+
+async def test_an_error_that_comes_when_nobody_waits_any_more_is_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    thread, call = Thread(), Future[int]()
+    waiting = asyncio.get_running_loop().create_task(result_of(thread, call))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    call.set_exception(KeyError("x"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    del waiting
+    gc.collect()
+    assert caplog.text == ""
