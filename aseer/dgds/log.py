@@ -86,9 +86,8 @@ class TokenLog:
         self, group_id: str, prompt_key: bytes, ttl_s: float, now: float
     ) -> None:
         """Give a group its prompt's key, its ttl, and the texts kept for that key."""
-        if (
-            group_id not in self._groups
-        ):  # over, or without a token yet: it will ask again
+        # Over, or without a token yet: then the engine asks again.
+        if group_id not in self._groups:
             return
         group = self._touch(group_id, now)
         group.prompt_key = prompt_key
