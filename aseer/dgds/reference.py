@@ -1,8 +1,8 @@
 """The suffix forest in plain Python: slow, and right by inspection.
 
 `ReferenceForest` answers like `cst.SuffixForest` and keeps nothing but the texts: every
-question is answered by reading them all. Tests hold the native forest to it. It takes
-and gives Python lists, one row a request.
+question is answered by reading all texts. Tests compare the native forest with it. Both
+arguments and results are Python lists, one row for each request.
 """
 
 from __future__ import annotations
@@ -20,17 +20,28 @@ if TYPE_CHECKING:
 
 PROMPT_SLOT = -1
 
+# The constants of csrc/blend.cc, which must be the same.
+# Orders that vote. The walk to shorter ones ends at an order in which the same token
+# followed every time, `SURE` times or more.
 MAX_ORDERS = 3
 SURE = 2
+# Continuations of an order that are candidates.
 RANKED = 3
+# Pseudo-count of the shorter orders, and how much more of it, divided by the match.
 STRENGTH = 2.0
 SHORT_STRENGTH = 4.0
+# Extra votes for what the request itself wrote: a request repeats itself.
 OWN_BONUS = 2.0
+# Frequency of a token before any order.
 FLOOR = 1e-3
+# Rates of learning: of the features' weights, of those of single tokens, and of the
+# share of a request's forecasts that came true lately.
 RATE = 0.0005
 TOKEN_RATE = 0.1
 RECENT_RATE = 0.05
+# Tokens are hashed to so many bits.
 PLACE_BITS = 12
+# The features' weights at the start, fitted on recorded responses.
 FITTED = (-1.268, 0.728, 0.388, 0.218, 0.217, 0.214, 0.542, -0.426, -0.686, 1.075)
 
 
