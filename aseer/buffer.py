@@ -187,6 +187,8 @@ class RequestBuffer:
         if end.reason == "aborted" and not request.cancelled:
             why = _MISSING if was_broken else "its engine aborted it"
             return self.lose_chunk(report.chunk_id, now, why)
+        if end.reason == "length" and self._made_nothing(request):
+            return self.lose_chunk(report.chunk_id, now, "its engine made no token")
         return self._end_chunk(request, end, now)
 
     def lose_chunk(
@@ -239,6 +241,12 @@ class RequestBuffer:
             assert 0 <= r.remaining, r.request_id
         unfinished = sum(not r.state.is_finished for r in self._requests.values())
         assert unfinished == self.num_unfinished
+
+    def _made_nothing(self, request: Request) -> bool:
+        """Whether its chunk had room for tokens and made none; it would go on so."""
+        assert request.chunk is not None
+        num_before = len(request.chunk.generated) // 4
+        return request.remaining > 0 and len(request.tokens) == num_before
 
     def _end_chunk(self, request: Request, end: ChunkEnd, now: float) -> Outcome:
         chunk, num_cached = request.chunk, request.intake.num_cached_tokens

@@ -261,6 +261,7 @@ class Recorder:
         times = self._completions.times()
         wall = max(times, default=0.0)
         busy = sum(r.busy_s for r in self._instances.values())
+        capacity_s = wall * len(self._instances)  # none: all were down throughout
         return RolloutReport(
             policy=self._policy,
             chunk_size=self._chunk_size,
@@ -280,7 +281,7 @@ class Recorder:
             finish_reasons=dict(self._reasons),
             mean_output_tokens=self._finished_tokens / len(times) if times else 0.0,
             max_output_tokens=self._max_tokens,
-            idle_fraction=1 - busy / (wall * len(self._instances)) if wall else 0.0,
+            idle_fraction=1 - busy / capacity_s if capacity_s else 0.0,
             weight_version=self._weight_version,
             instances=[
                 record.report(restarts)

@@ -504,3 +504,18 @@ def test_the_check_sees_more_tokens_than_allowed() -> None:
     buffer.progress(report_of(0, [1, 2, 3]), 1.0)
     with pytest.raises(AssertionError, match="g/0"):
         buffer.check_integrity()
+
+
+def test_a_chunk_that_ends_for_its_length_without_a_token_is_a_retry() -> None:
+    buffer = buffer_of(max_request_retries=2, max_tokens=100)
+    for _ in range(2):
+        chunk = start(buffer)
+        report = report_of(chunk.chunk_id, end="length")
+        assert buffer.progress(report, 0.0) == "waiting"
+    chunk = start(buffer)
+    assert buffer.progress(report_of(chunk.chunk_id, end="length"), 0.0) == "finished"
+    request = only(buffer)
+    assert request.state is RequestState.FINISHED_ERROR
+    assert "lost 3 times" in (request.error or "")
+    assert "made no token" in (request.error or "")
+    buffer.check_integrity()
