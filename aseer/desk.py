@@ -9,11 +9,11 @@
     async def episode(desk, prompt):
         response = await desk.submit(prompt, group="...", n=8)
 
-Agent loops and token servers ask for a response at a time; the scheduler and the drafts
-live on whole groups. So requests that belong together are *joined*: those of one group
-name, or without a name those of equal prompts and settings, until `n` are there or
-`join_s` has passed since the first. A request that comes later begins a group of its
-own, which costs it its siblings' experience, and nothing else.
+Agent loops and token servers ask for one response at a time, but the scheduler and the
+drafts need whole groups. So requests that belong together are *joined*: requests of the
+same group name, or, without a name, of equal prompts and settings, until `n` are there
+or `join_s` has passed since the first. A request that comes later begins a group of its
+own: it runs as well, but nothing is known of its siblings.
 """
 
 from __future__ import annotations

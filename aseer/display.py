@@ -1,9 +1,9 @@
 """A rollout while it runs, shown on the terminal.
 
-    rollout = engine.rollout(groups)
-    with aseer.display.Live(rollout):
-        async for response in rollout:
-            ...
+    async with engine.rollout(groups) as rollout:
+        with aseer.display.Live(rollout):
+            async for response in rollout:
+                ...
 
 The display has a thread of its own that reads `rollout.progress()` a few times a
 second, so it serves `async for`, `by_group()` and the synchronous form alike, keeps

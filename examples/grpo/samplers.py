@@ -49,17 +49,17 @@ class AseerSampler:
 
     async def rollout(self, groups: Groups) -> AsyncIterator[list[Sample]]:
         """Whole groups as they are complete; leaving the loop aborts the rest."""
-        rollout = self._engine.rollout(groups)
-        try:
-            async for responses in rollout.by_group():
-                yield [
-                    Sample(r.metadata, r.prompt_token_ids, r.token_ids, r.logprobs)
-                    for r in responses
-                ]
-        finally:
-            progress = rollout.progress()
-            if progress is not None and progress.speculation is not None:
-                self.acceptance_length = progress.speculation.acceptance_length
+        async with self._engine.rollout(groups) as rollout:
+            try:
+                async for responses in rollout.by_group():
+                    yield [
+                        Sample(r.metadata, r.prompt_token_ids, r.token_ids, r.logprobs)
+                        for r in responses
+                    ]
+            finally:
+                progress = rollout.progress()
+                if progress is not None and progress.speculation is not None:
+                    self.acceptance_length = progress.speculation.acceptance_length
 
     async def update(self, policy: PreTrainedModel, folder: Path) -> None:
         """The next rollout samples from these weights."""
