@@ -347,6 +347,7 @@ class Host:
             if not self.infos:
                 raise EngineError(NO_INSTANCE)
             await self._sleep.begin(self.infos, level)
+            self._check_open()
         except BaseException:
             claim.release()
             raise
@@ -358,6 +359,7 @@ class Host:
         if claim is not None:
             try:
                 await self._sleep.end(self.infos)
+                self._check_open()
             finally:
                 claim.release()
 
@@ -374,6 +376,11 @@ class Host:
         started = time.strftime("%Y%m%d-%H%M%S")
         name = f"rollout-{started}-{self._next_chunk_id}.calls"
         return CallLog(self.folders.logs / name)
+
+    def _check_open(self) -> None:
+        """See that instances which are gone did not go with the engine."""
+        if self._claims.activity is Activity.CLOSING:
+            raise self._thread.closed_error()
 
     def _check_alive(self) -> None:
         if self._exhausted is not None:

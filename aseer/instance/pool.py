@@ -193,13 +193,16 @@ class InstancePool:
         """
         async with asyncio.TaskGroup() as tasks:
             for slot in self._slots:
-                if slot.process is None:
-                    continue
                 if slot.up.is_set() and grace_s:
                     self._router.send(slot.identity, Stop())
-                    tasks.create_task(slot.process.end(grace_s))
+                    tasks.create_task(self._end(slot, grace_s))
                 else:
-                    tasks.create_task(slot.process.end(0))
+                    tasks.create_task(self._end(slot, 0))
+
+    async def _end(self, slot: Slot, grace_s: float) -> None:
+        if slot.process is not None:
+            await slot.process.end(grace_s)
+        self._forget(slot, "the engine was closed")  # what it was asked, too
 
     def replace(self, instance_id: InstanceId, why: str) -> None:
         """Kill an instance for no fault of its own; it is started again for free."""
