@@ -11,7 +11,7 @@
     |                                        failed; what was generated was yielded
     |-- RolloutInProgressError               an engine runs one rollout at a time
     |-- RolloutClosedError                   the rollout was left before its end
-    |-- ProtocolError                        a peer speaks another protocol version
+    |-- ProtocolError                        a message is malformed or too large
     `-- InvalidTransition                    a bug in aseer: a request's impossible move
 
 Bad input raises at the edge, before anything runs; what was already generated is always
@@ -65,7 +65,7 @@ class WeightUpdateError(AseerError):
 
 
 class ProtocolError(AseerError):
-    """A peer speaks another version of the protocol, or nonsense."""
+    """A message between processes is malformed, or larger than a receiver takes."""
 
 
 class InvalidTransition(AseerError):
