@@ -164,3 +164,14 @@ def test_what_an_engine_counts_is_added_up_over_its_processes() -> None:
     assert figures.drafts.num_drafts == 12
     assert figures.drafts_in_all == (12, 24, 12)
     assert (figures.kv.stored_tokens, figures.kv_in_all) == (12, (12, 24))
+
+
+def test_a_rollout_that_no_instance_took_part_in_has_a_report() -> None:
+    controller = controller_of()
+    recorder = Recorder(controller, "context-aware", 8, 0)
+    controller.add_groups([task_of("g", num_requests=1)], now=0.0)
+    for response in finished_in(controller.cancel_all(now=2.0)):
+        recorder.finished(response)
+    report = recorder.report(3.0, [])
+    assert (report.num_responses, report.idle_fraction) == (1, 0.0)
+    assert report.wall_s > 0
