@@ -1,8 +1,8 @@
 """Order, capacity and prefix caches in C++: handles and numbers, no Python objects.
 
-`aseer.waiting`, `aseer.fleet` and `aseer.kv.residency` are what is used. A handle that
-is not open, or any other argument that cannot be meant, is a ValueError (an instance
-that was never added a KeyError), and nothing has changed.
+`aseer.waiting`, `aseer.fleet`, `aseer.outputs` and `aseer.kv.residency` are what is
+used. A handle that is not open, or any other argument that cannot be meant, is a
+ValueError (an instance that was never added a KeyError), and nothing has changed.
 """
 
 from collections.abc import Mapping
@@ -186,6 +186,74 @@ class Capacity:
         Returns:
             Whether one is kept now that was not before.
         """
+
+class Outputs:
+    """What requests have generated, and the chunks that add to it."""
+
+    def __init__(self, *, keeps_values: bool = True) -> None:
+        """False: tokens are only counted, and text is dropped."""
+
+    def __len__(self) -> int:
+        """Requests that are open."""
+
+    @property
+    def num_running(self) -> int:
+        """Chunks that run."""
+
+    def open(self) -> int:
+        """A request that has generated nothing yet."""
+
+    def close(self, request: int) -> None:
+        """Drop a request and what it generated; none of its chunks may run."""
+
+    def clear(self, request: int) -> None:
+        """Drop what a request generated; none of its chunks may run."""
+
+    def num_tokens(self, request: int) -> int:
+        """How many a request has generated."""
+
+    def tokens(self, request: int) -> bytes:
+        """A request's, int32; zeros if they are only counted."""
+
+    def logprobs(self, request: int) -> bytes:
+        """One a token, float32; zeros if they are only counted."""
+
+    def text(self, request: int) -> bytes:
+        """A request's, UTF-8 as the instance sent it."""
+
+    def begin(self, chunk_id: int, request: int, max_tokens: int) -> None:
+        """A request's next chunk runs; no other of that request does."""
+
+    def end(self, chunk_id: int) -> None:
+        """A chunk is over; nothing to do if it was before."""
+
+    def take(
+        self,
+        *,
+        chunk_ids: bytes,
+        starts: bytes,
+        counts: bytes,
+        tokens: bytes,
+        logprobs: bytes,
+        text_starts: bytes,
+        text_counts: bytes,
+        text: bytes,
+        over: list[int],
+    ) -> tuple[int, list[int]]:
+        """Append what of a report is new; chunks that do not run are passed over.
+
+        Args:
+            over: places of the chunks that are over with it; they end here.
+
+        The others are `aseer.columns.Columns`.
+
+        Returns:
+            Tokens appended, and the places of the chunks whose part was refused,
+            ascending.
+        """
+
+    def longest_running(self) -> tuple[int, int]:
+        """The chunk whose request has the most tokens, and how many; -1 = none runs."""
 
 class PrefixCaches:
     """Tokens of waiting requests that each instance's prefix cache probably holds."""

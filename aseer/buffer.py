@@ -6,16 +6,16 @@ ever holds what is unfinished.
 
 Invariants: a request finishes exactly once (I1); tokens, logprobs and text only ever
 grow, and have one logprob a token. Reports may be lost, late, doubled or overtaken
-(`intake.py`): a chunk that ends with something missing is lost, as with its instance. A
-request that cannot be resumed (`undivided_because`) starts over when its instance is
+(`columns.py`): a chunk that ends with something missing is lost, as with its instance.
+A request that cannot be resumed (`undivided_because`) starts over when its instance is
 lost: the one case in which tokens are dropped.
 """
 
 from __future__ import annotations
 
-from array import array
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from aseer.outputs import Outputs
 from aseer.request import Request, aborted_responses
 from aseer.sampling import chunk_seed
 from aseer.types import (
@@ -23,7 +23,6 @@ from aseer.types import (
     Chunk,
     ChunkEnd,
     ChunkId,
-    ChunkProgress,
     GroupId,
     RequestId,
     RequestState,
@@ -33,10 +32,38 @@ from aseer.types import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Outcome", "Request", "RequestBuffer", "aborted_responses"]
+    from aseer.columns import Columns
+
+__all__ = ["News", "Outcome", "Request", "RequestBuffer", "Taken", "aborted_responses"]
 
 Outcome = Literal["running", "broken", "waiting", "finished"]
 _MISSING = "a report of its tokens is missing or malformed"
+_ID_BYTES = 8
+
+
+class News(NamedTuple):
+    """What a report says of a chunk besides its tokens.
+
+    Attributes:
+        is_refused: its tokens did not follow, and were not taken.
+    """
+
+    chunk_id: ChunkId
+    is_refused: bool
+    num_cached_tokens: int | None
+    end: ChunkEnd | None
+
+
+class Taken(NamedTuple):
+    """What was new in a report.
+
+    Attributes:
+        news: of chunks of which more is to be said than their tokens, in the report's
+            order.
+    """
+
+    num_tokens: int
+    news: list[News]
 
 
 class RequestBuffer:
@@ -48,7 +75,7 @@ class RequestBuffer:
         max_request_retries: int,
         first_chunk_id: int = 0,
         weight_version: int = 0,
-        new_array: Callable[[str], array[Any]] = array,
+        outputs: Outputs | None = None,
     ) -> None:
         """Start empty.
 
@@ -57,11 +84,10 @@ class RequestBuffer:
             first_chunk_id: chunk ids continue from here, unique over an engine's life;
                 it names the rollout, too.
             weight_version: of the weights that chunks are to run with.
-            new_array: makes an empty array of a type code; a simulation's arrays only
-                count.
+            outputs: keeps what requests generate; a simulation's only counts.
         """
         self._max_retries = max_request_retries
-        self._new_array = new_array
+        self._outputs = Outputs() if outputs is None else outputs
         self._next_chunk_id = first_chunk_id
         self._rollout_id = first_chunk_id
         self._weight_version = weight_version
@@ -115,7 +141,7 @@ class RequestBuffer:
         if self.has_group(task.group_id):
             raise ValueError(f"group {task.group_id!r} is in this rollout already")
         requests = [
-            Request(task, i, now, self._new_array) for i in range(task.num_requests)
+            Request(task, i, now, self._outputs) for i in range(task.num_requests)
         ]
         self._groups[task.group_id] = requests
         self._requests.update((r.request_id, r) for r in requests)
@@ -132,6 +158,7 @@ class RequestBuffer:
         requests = self._groups.pop(group_id, [])
         for request in requests:
             del self._requests[request.request_id]
+            request.drop_output()
         if was_taken:
             self._finished_groups.add(group_id)
         else:
@@ -142,7 +169,7 @@ class RequestBuffer:
         """A waiting request starts its next chunk."""
         request = self._requests[assignment.request_id]
         task = request.group
-        done = len(request.tokens)
+        done = request.num_generated
         seed = task.seed
         chunk = Chunk(
             chunk_id=ChunkId(self._next_chunk_id),
@@ -150,7 +177,7 @@ class RequestBuffer:
             group_id=task.group_id,
             instance_id=assignment.instance_id,
             prompt=task.prompt,
-            generated=request.tokens.tobytes(),
+            generated=request.generated,
             max_tokens=assignment.max_tokens,
             min_tokens=min(max(0, task.min_tokens - done), assignment.max_tokens),
             sampling=task.sampling,
@@ -162,34 +189,58 @@ class RequestBuffer:
         request.move(RequestState.RUNNING, now, assignment)
         self._next_chunk_id += 1
         self._chunks[chunk.chunk_id] = request
-        request.chunk = chunk
-        request.intake = request.new_intake(chunk.max_tokens)
-        request.instances.append(chunk.instance_id)
+        request.begin(chunk)
         return chunk
 
-    def progress(self, report: ChunkProgress, now: float) -> Outcome | None:
-        """Take a running chunk's new tokens, and its end if it is over.
+    def take(self, report: Columns) -> Taken:
+        """Append what running chunks generated; `settle` the chunks that it names."""
+        num_tokens, places = self._outputs.take_columns(report)
+        refused, cached, ends = set(places), dict(report.cached), dict(report.ends)
+        named = sorted({*refused, *cached, *ends})
+        num = len(report.chunk_ids) // _ID_BYTES
+        ids = memoryview(report.chunk_ids[: num * _ID_BYTES]).cast("q")
+        return Taken(
+            num_tokens,
+            [
+                News(ChunkId(ids[i]), i in refused, cached.get(i), ends.get(i))
+                for i in named
+                if 0 <= i < num
+            ],
+        )
+
+    def settle(self, news: News, now: float) -> Outcome | None:
+        """Take what else a report says of a chunk: its end, if it is over.
 
         Returns:
             The request's state after it; None for a chunk that is over already.
             `broken`, once a chunk: it is to be aborted, and is lost when it ends.
         """
-        request = self._chunks.get(report.chunk_id)
+        chunk_id, refused, num_cached, end = news
+        request = self._chunks.get(chunk_id)
         if request is None:
             return None
-        intake, end = request.intake, report.end
-        was_broken = intake.is_broken
-        follows = intake.take(report)
+        was_broken = request.is_broken
+        if refused:
+            request.is_broken = True
+        elif request.cached_by_chunk is None:
+            request.cached_by_chunk = num_cached
         if end is None:
-            return "running" if follows or was_broken else "broken"
-        if not follows:
-            return self.lose_chunk(report.chunk_id, now, _MISSING)
+            return "broken" if refused and not was_broken else "running"
+        if refused:
+            return self.lose_chunk(chunk_id, now, _MISSING)
         if end.reason == "aborted" and not request.cancelled:
             why = _MISSING if was_broken else "its engine aborted it"
-            return self.lose_chunk(report.chunk_id, now, why)
+            return self.lose_chunk(chunk_id, now, why)
         if end.reason == "length" and self._made_nothing(request):
-            return self.lose_chunk(report.chunk_id, now, "its engine made no token")
+            return self.lose_chunk(chunk_id, now, "its engine made no token")
         return self._end_chunk(request, end, now)
+
+    def longest_running(self) -> tuple[RequestId, int] | None:
+        """The running request with the most tokens, and how many."""
+        chunk_id, num_tokens = self._outputs.longest_running()
+        if chunk_id < 0:
+            return None
+        return self._chunks[ChunkId(chunk_id)].request_id, num_tokens
 
     def lose_chunk(
         self, chunk_id: ChunkId, now: float, why: str, *, is_blamed: bool = True
@@ -237,8 +288,8 @@ class RequestBuffer:
             assert (r.state is RequestState.RUNNING) == (r.request_id in running), (
                 r.story_text()
             )
-            assert len(r.tokens) == len(r.logprobs), r.request_id
             assert 0 <= r.remaining, r.request_id
+        assert len(self._chunks) == self._outputs.num_running
         unfinished = sum(not r.state.is_finished for r in self._requests.values())
         assert unfinished == self.num_unfinished
 
@@ -246,14 +297,15 @@ class RequestBuffer:
         """Whether its chunk had room for tokens and made none; it would go on so."""
         assert request.chunk is not None
         num_before = len(request.chunk.generated) // 4
-        return request.remaining > 0 and len(request.tokens) == num_before
+        return request.remaining > 0 and request.num_generated == num_before
 
     def _end_chunk(self, request: Request, end: ChunkEnd, now: float) -> Outcome:
-        chunk, num_cached = request.chunk, request.intake.num_cached_tokens
+        chunk, num_cached = request.chunk, request.cached_by_chunk
         assert chunk is not None
         if num_cached is not None:
             self._count_cached(request, chunk, num_cached)
         del self._chunks[chunk.chunk_id]
+        self._outputs.end(chunk.chunk_id)
         request.chunk = None
         request.held_text = end.held_text
         state = self._state_after(request, end)

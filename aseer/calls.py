@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from aseer.columns import Columns, columns_of
 from aseer.commands import Abort, Blame, Command, Dispatch
 from aseer.config import PolicyName
 from aseer.controller import Controller
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-FORMAT = 1
+FORMAT = 2
 _SIZE_BYTES = 4
 
 
@@ -75,7 +76,7 @@ class _InstanceDown(msgspec.Struct, tag=True):
 
 
 class _Progress(msgspec.Struct, tag=True):
-    reports: list[ChunkProgress]
+    report: Columns
     now: float
 
 
@@ -176,10 +177,12 @@ class LoggedController(Controller):
         make = super().instance_down
         return self._log(call, lambda: make(instance_id, now, why))
 
-    def progress(self, reports: Iterable[ChunkProgress], now: float) -> list[Command]:
-        reports = list(reports)
+    def progress(
+        self, report: Columns | Iterable[ChunkProgress], now: float
+    ) -> list[Command]:
+        columns = report if isinstance(report, Columns) else columns_of(report)
         make = super().progress
-        return self._log(_Progress(reports, now), lambda: make(reports, now))
+        return self._log(_Progress(columns, now), lambda: make(columns, now))
 
     def cancel_group(self, group_id: GroupId, now: float) -> list[Command]:
         make = super().cancel_group
@@ -273,8 +276,8 @@ def _make(
             return controller.instance_up(info, now)
         case _InstanceDown(instance_id, now, why):
             return controller.instance_down(instance_id, now, why)
-        case _Progress(reports, now):
-            return controller.progress(reports, now)
+        case _Progress(report, now):
+            return controller.progress(report, now)
         case _CancelGroup(group_id, now):
             return controller.cancel_group(group_id, now)
         case _CancelAll(now, max_requests):

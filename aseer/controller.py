@@ -16,11 +16,11 @@ request) by the buffer, I3 (reservations fit) by the fleet.
 from __future__ import annotations
 
 import sys
-from array import array
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aseer.buffer import Request, RequestBuffer
+from aseer.columns import Columns, columns_of
 from aseer.commands import Abort, Blame, Command, Dispatch, Finished
 from aseer.context import ContextManager
 from aseer.counters import Counters
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from aseer.config import PolicyName
+    from aseer.outputs import Outputs
     from aseer.types import ChunkProgress, InstanceInfo
 
 
@@ -55,14 +56,14 @@ class Controller:
         weight_version: int = 0,
         first_chunk_id: int = 0,
         granularity: int | None = None,
-        new_array: Callable[[str], array[Any]] = array,
+        outputs: Outputs | None = None,
     ) -> None:
         """Start with no groups and no instances; `EngineConfig` has the settings."""
         self.buffer = RequestBuffer(
             max_request_retries=max_request_retries,
             first_chunk_id=first_chunk_id,
             weight_version=weight_version,
-            new_array=new_array,
+            outputs=outputs,
         )
         self.context = ContextManager()
         self.residency = KvResidency()
@@ -103,13 +104,12 @@ class Controller:
 
     def longest_running(self) -> tuple[str, int] | None:
         """The running request with the most tokens so far, and how many."""
-        longest = self.running.longest()
-        return None if longest is None else (longest.request_id, len(longest.tokens))
+        return self.buffer.longest_running()
 
     def upcoming(self, num_groups: int) -> list[Request]:
         """Waiting requests that are among the next to run and have run before."""
         waiting = map(self.buffer.__getitem__, self.scheduler.upcoming(num_groups))
-        return [request for request in waiting if request.tokens]
+        return [request for request in waiting if request.num_generated]
 
     def add_groups(self, tasks: Iterable[Task], now: float) -> list[Command]:
         """Take validated groups, and decide once all their probes are known.
@@ -159,46 +159,44 @@ class Controller:
         self._forget_finished()
         return self._lose_instance(instance_id, now, why) + self.schedule(now)
 
-    def progress(self, reports: Iterable[ChunkProgress], now: float) -> list[Command]:
+    def progress(
+        self, report: Columns | Iterable[ChunkProgress], now: float
+    ) -> list[Command]:
         """Take what an instance reports of its chunks."""
         self._forget_finished()
+        if not isinstance(report, Columns):
+            report = columns_of(report)
+        taken = self.buffer.take(report)
+        self.counters.num_output_tokens += taken.num_tokens
+        self.counters.num_reported_tokens += taken.num_tokens
         commands: list[Command] = []
         ended = False
-        grown: list[Request] = []
-        owner = self.buffer.chunk_owner
-        for report in reports:
-            request = owner(report.chunk_id)
+        for news in taken.news:
+            request = self.buffer.chunk_owner(news.chunk_id)
             if request is None:
                 continue
-            chunk, intake = request.chunk, request.intake
-            if report.end is None and report.num_cached_tokens is None:
-                num_new = intake.extend(report)
-                if num_new >= 0:  # as nearly always
-                    self.counters.num_output_tokens += num_new
-                    grown.append(request)
-                    continue
+            chunk = request.chunk
             assert chunk is not None
-            num_before = len(request.tokens)
-            is_first = intake.num_cached_tokens is None
-            outcome = self.buffer.progress(report, now)
-            self.counters.num_output_tokens += len(request.tokens) - num_before
-            if is_first and intake.num_cached_tokens is not None:
-                self.counters.count_start(request, chunk, intake.num_cached_tokens)
+            num_before = request.num_generated
+            is_first = request.cached_by_chunk is None
+            outcome = self.buffer.settle(news, now)
+            self.counters.num_output_tokens += request.num_generated - num_before
+            if is_first and request.cached_by_chunk is not None:
+                self.counters.count_start(request, chunk, request.cached_by_chunk)
                 self.scheduler.begin(
                     chunk.group_id, chunk.instance_id, chunk.request_id
                 )
+            if outcome == "broken":
+                commands.append(Abort(chunk.instance_id, chunk.chunk_id))
             if outcome in ("running", "broken"):
-                grown.append(request)
-                if outcome == "broken":
-                    commands.append(Abort(chunk.instance_id, chunk.chunk_id))
                 continue
             ended = True
+            self.counters.num_reported_ends += 1
             self._release(chunk, request)
             if outcome == "finished":
                 commands += self._finish(request)
             else:
                 self._enqueue(request)
-        self.running.grew(grown)
         ended |= self._quarantine.is_due()
         return commands + self.schedule(now) if ended else commands
 
@@ -321,16 +319,16 @@ class Controller:
         commands: list[Command] = []
         owners = ((c, self.buffer.chunk_owner(c)) for c in chunks)
         lost = [(chunk_id, r) for chunk_id, r in owners if r is not None]
-        lost.sort(key=lambda each: len(each[1].tokens), reverse=True)
+        lost.sort(key=lambda each: each[1].num_generated, reverse=True)
         suspects = self._quarantine.lose(r for _, r in lost)
         blamed: dict[GroupId, int] = {}
         for chunk_id, request in lost:
-            num_before = len(request.tokens)
+            num_before = request.num_generated
             is_suspect = request in suspects
             outcome = self.buffer.lose_chunk(
                 chunk_id, now, why, is_blamed=not suspects or suspects == [request]
             )
-            self.counters.num_output_tokens += len(request.tokens) - num_before
+            self.counters.num_output_tokens += request.num_generated - num_before
             if outcome == "waiting":
                 self._quarantine.hold(request, was_on_trial=is_suspect)
                 continue
@@ -375,7 +373,7 @@ class Controller:
 
     def _enqueue(self, request: Request) -> None:
         task = request.group
-        num_generated = len(request.tokens)
+        num_generated = request.num_generated
         self.context.record_length(task.group_id, request.request_id, num_generated)
         self.scheduler.set_siblings_alike(alike=self.context.siblings_are_alike)
         lengths = task.known_lengths
@@ -419,7 +417,7 @@ class Controller:
             RequestState.FINISHED_LENGTH_CAPPED,
         )
         if learns and self.context.record_finished(
-            group_id, request.request_id, len(request.tokens)
+            group_id, request.request_id, request.num_generated
         ):
             self.scheduler.set_length_estimate(
                 group_id, self.context.length_estimate(group_id)

@@ -14,6 +14,9 @@ class Counters:
 
     def __init__(self) -> None:
         self.num_output_tokens = 0
+        # Tokens taken of reports, and chunks that ended in one; they never fall.
+        self.num_reported_tokens = 0
+        self.num_reported_ends = 0
         self.num_prompt_tokens = 0
         self.num_chunks = 0
         self.num_migrations = 0

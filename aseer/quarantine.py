@@ -63,7 +63,7 @@ class Quarantine:
         trials = [self._held.popleft() for _ in range(min(num, len(self._held)))]
         self._num_alone = max(0, self._num_alone - num)
         self._num_at_once = 1 if self._num_alone or not trials else 2 * num
-        self._on_trial = {r: len(r.tokens) for r in trials}
+        self._on_trial = {r: r.num_generated for r in trials}
         return trials
 
     def is_due(self) -> bool:
@@ -83,5 +83,5 @@ class Quarantine:
         self._on_trial = {
             request: num
             for request, num in self._on_trial.items()
-            if len(request.tokens) == num and not request.state.is_finished
+            if request.num_generated == num and not request.state.is_finished
         }

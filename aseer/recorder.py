@@ -23,12 +23,11 @@ from aseer.report import (
 from aseer.types import DraftCounts, KvCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from aseer.controller import Controller
     from aseer.kv.pool import KvPool
     from aseer.types import (
-        ChunkProgress,
         InstanceId,
         InstanceInfo,
         InstanceLoad,
@@ -69,6 +68,8 @@ class Recorder:
         self._speculation_sum: SpeculationReport | None = None
         self._completions = Completions()
         self._reasons: Counter[str] = Counter()
+        self._num_tokens_counted = 0
+        self._num_ends_counted = 0
         self._finished_tokens = 0
         self._max_tokens = 0
         self._progress: Progress | None = None
@@ -99,17 +100,14 @@ class Recorder:
         if record is not None:
             record.set_busy(busy=False, now=now)
 
-    def count_tokens(
-        self, instance_id: InstanceId, chunks: Iterable[ChunkProgress]
-    ) -> None:
-        """Tokens that an instance reports."""
+    def count_tokens(self, instance_id: InstanceId) -> None:
+        """The controller has taken an instance's report: what was new is of it."""
         record = self._instances[instance_id]
-        num_bytes = num_chunks = 0
-        for chunk in chunks:
-            num_bytes += len(chunk.tokens)
-            num_chunks += chunk.end is not None
-        record.num_tokens += num_bytes // 4
-        record.num_chunks += num_chunks
+        counters = self._controller.counters
+        record.num_tokens += counters.num_reported_tokens - self._num_tokens_counted
+        record.num_chunks += counters.num_reported_ends - self._num_ends_counted
+        self._num_tokens_counted = counters.num_reported_tokens
+        self._num_ends_counted = counters.num_reported_ends
 
     def mark_busy(self, now: float) -> None:
         """Account which instances have work."""

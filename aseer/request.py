@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from array import array
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from aseer.errors import InvalidTransition
-from aseer.intake import Intake
+from aseer.outputs import Outputs
 from aseer.types import (
     Chunk,
     InstanceId,
@@ -31,8 +31,6 @@ from aseer.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from aseer.types import FinishReason
 
 _S = RequestState
@@ -44,10 +42,19 @@ _STORY_LENGTH = 24
 
 
 class Request:
-    """One response in the making."""
+    """One response in the making.
+
+    Attributes:
+        chunk: that runs; None between two.
+        is_broken: a report of the chunk was refused.
+        cached_by_chunk: `num_cached_tokens` of the chunk; None until it is reported.
+    """
 
     __slots__ = (
         "_entered_at",
+        "_handle",
+        "_outputs",
+        "cached_by_chunk",
         "cancelled",
         "chunk",
         "error",
@@ -56,8 +63,7 @@ class Request:
         "held_text",
         "index",
         "instances",
-        "intake",
-        "logprobs",
+        "is_broken",
         "num_cached_tokens",
         "num_recomputed_tokens",
         "num_retries",
@@ -67,8 +73,6 @@ class Request:
         "state",
         "stop_reason",
         "story",
-        "text",
-        "tokens",
     )
 
     def __init__(
@@ -76,18 +80,19 @@ class Request:
         group: Task,
         index: int,
         now: float,
-        new_array: Callable[[str], array[Any]],
+        outputs: Outputs,
     ) -> None:
+        """It waits, and has generated nothing."""
         self.group = group
         self.index = index
         self.request_id: RequestId = request_id_of(group.group_id, index)
         self.state = RequestState.WAITING
-        self.tokens: array[int] = new_array("i")
-        self.logprobs: array[float] = new_array("f")
-        self.text: list[str] = []
+        self._outputs = outputs
+        self._handle = outputs.open()
         self.held_text = ""
         self.chunk: Chunk | None = None
-        self.intake = self.new_intake(0)  # of the reports of the latest chunk
+        self.is_broken = False
+        self.cached_by_chunk: int | None = None
         self.cancelled = False
         self.stop_reason: int | str | None = None
         self.error: str | None = None
@@ -108,16 +113,30 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Prompt and generated."""
-        return self.group.num_prompt_tokens + len(self.tokens)
+        return self.group.num_prompt_tokens + self.num_generated
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens so far; 0 once the user has the response."""
+        return 0 if self._handle < 0 else self._outputs.num_tokens(self._handle)
+
+    @property
+    def generated(self) -> bytes:
+        """The tokens so far, int32."""
+        return b"" if self._handle < 0 else self._outputs.tokens(self._handle)
 
     @property
     def remaining(self) -> int:
         """The most it may still generate."""
-        return self.group.max_tokens - len(self.tokens)
+        return self.group.max_tokens - self.num_generated
 
-    def new_intake(self, max_tokens: int) -> Intake:
-        """For a chunk that may generate so many tokens."""
-        return Intake(self.tokens, self.logprobs, self.text, max_tokens)
+    def begin(self, chunk: Chunk) -> None:
+        """Its next chunk runs, and will report."""
+        self._outputs.begin(chunk.chunk_id, self._handle, chunk.max_tokens)
+        self.chunk = chunk
+        self.is_broken = False
+        self.cached_by_chunk = None
+        self.instances.append(chunk.instance_id)
 
     def move(self, state: RequestState, now: float, why: object) -> None:
         """Change state and account the time spent in the old one.
@@ -150,24 +169,27 @@ class Request:
 
     def start_over(self) -> None:
         """Drop what was generated."""
-        del self.tokens[:], self.logprobs[:], self.text[:]
+        self._outputs.clear(self._handle)
 
     def drop_output(self) -> None:
         """The user has the response: keep only how it ended."""
-        self.start_over()
+        if self._handle >= 0:
+            self._outputs.close(self._handle)
+            self._handle = -1
         self.held_text = ""
         del self.story[:-1]
 
     def to_response(self, weight_version: int) -> Response:
         """What the user gets; the request must be finished."""
         assert self.state.is_finished
+        outputs, handle = self._outputs, self._handle
         return Response(
             group_id=self.group.group_id,
             index=self.index,
             prompt_token_ids=array("i", self.group.prompt).tolist(),
-            token_ids=self.tokens.tolist(),
-            logprobs=self.logprobs.tolist(),
-            text="".join(self.text) + self.held_text,
+            token_ids=outputs.token_ids(handle),
+            logprobs=outputs.logprobs_of_tokens(handle),
+            text=outputs.text(handle).decode(errors="replace") + self.held_text,
             finish_reason=cast("FinishReason", self.state.value),
             stop_reason=self.stop_reason,
             weight_version=weight_version,
@@ -193,7 +215,8 @@ class Request:
 
 def aborted_responses(task: Task, weight_version: int) -> list[Response]:
     """The responses of a group that never began."""
-    requests = [Request(task, i, 0.0, array) for i in range(task.num_requests)]
+    outputs = Outputs()
+    requests = [Request(task, i, 0.0, outputs) for i in range(task.num_requests)]
     for request in requests:
         request.move(RequestState.FINISHED_ABORTED, 0.0, "it never began")
     return [request.to_response(weight_version) for request in requests]

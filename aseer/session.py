@@ -299,10 +299,11 @@ class Session:
             self._end_if_over()
             return
         now = self._now()
-        self._recorder.count_tokens(instance_id, report.chunks)
         if self._draft_server is not None:
             self._feed(self._draft_server, report)
-        self._do(self._controller.progress(report.chunks, now))
+        commands = self._controller.progress(report.chunks, now)
+        self._recorder.count_tokens(instance_id)
+        self._do(commands)
         self._recorder.sample(instance_id, report.load, now)
         progress = self._recorder.progress(now, intake_open=self._intake_open)
         if self._kv_pool is not None and progress is not self.progress:
@@ -348,15 +349,16 @@ class Session:
     def _feed(self, server: DraftServer, report: Report) -> None:
         """Let siblings draft from what an instance reports."""
         prefix = f"{self._rollout_id}:"
-        for progress in report.chunks:
-            request = self._controller.buffer.chunk_owner(progress.chunk_id)
-            if request is None or request.chunk is None or not progress.tokens:
+        owner = self._controller.buffer.chunk_owner
+        for chunk_id, start, tokens in report.chunks.tokens_by_chunk():
+            request = owner(chunk_id)
+            if request is None or request.chunk is None:
                 continue
             server.update_cst(
                 prefix + request.group.group_id,
                 prefix + request.request_id,
-                len(request.chunk.generated) // 4 + progress.start,
-                progress.tokens,
+                len(request.chunk.generated) // 4 + start,
+                tokens,
             )
 
     def _free_kv(
@@ -365,7 +367,7 @@ class Session:
         """Nobody will ask for its KV, but for what others begin with."""
         group_id = GroupId(response.group_id)
         siblings = self._controller.buffer.group(group_id)
-        running = [r.tokens for r in siblings if not r.state.is_finished]
+        running = [array("i", r.generated) for r in siblings if not r.state.is_finished]
         if not running:
             sharing.remove(group_id)
         info = self._recorder.any_instance()
@@ -387,8 +389,8 @@ class Session:
             num_tokens = request.num_tokens
             if self._prefetched.get(request.request_id) != num_tokens:
                 self._prefetched[request.request_id] = num_tokens
-                tokens = array("i", request.group.prompt) + request.tokens
-                pool.prefetch(info, self._weight_version, tokens.tobytes())
+                tokens = request.group.prompt + request.generated
+                pool.prefetch(info, self._weight_version, tokens)
 
     def _learn(self, priors: LengthPriors, group_id: GroupId) -> None:
         """What a finished group tells of its prompt's next rollout."""

@@ -219,7 +219,7 @@ class ChunkProgress:
     Attributes:
         start: tokens that the chunk generated before these.
         tokens: int32 as bytes; logprobs: float32 as bytes, one a token.
-        text_start: characters of the chunk's text before this.
+        text_start: bytes of the chunk's text before this, as UTF-8.
         text: what these tokens add to the response's text.
         num_cached_tokens: of the chunk's input, tokens whose KV was found; None until
             known, and then in one report only.

@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from common import print_result, quantiles, result_line
 from reporting import REPORTS_PER_S, Reporting
 
+from aseer.columns import Columns, columns_of
 from aseer.context import ContextManager
 from aseer.controller import Controller, Dispatch
 from aseer.kv.residency import KvResidency
@@ -324,12 +325,12 @@ class Controlling:
 
     def batch(self, num_events: int) -> Cost:
         """End that many chunks, one after the other."""
-        reports = [self._draw() for _ in range(num_events)]
+        reports = [columns_of([self._draw()]) for _ in range(num_events)]
         self._now += 1.0
         taken: list[list[Command]] = []
 
-        def take_in(report: ChunkProgress) -> int:
-            commands = self._controller.progress((report,), self._now)
+        def take_in(report: Columns) -> int:
+            commands = self._controller.progress(report, self._now)
             taken.append(commands)
             return sum(isinstance(c, Dispatch) for c in commands)
 

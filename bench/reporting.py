@@ -7,7 +7,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from aseer.columns import columns_of
 from aseer.controller import Controller, Dispatch
+from aseer.instance.messages import FROM_INSTANCE, Report
 from aseer.recorder import Recorder
 from aseer.types import ChunkProgress, GroupId, InstanceLoad, Task
 
@@ -29,6 +33,7 @@ class Reporting:
         self._recorder = Recorder(self._controller, "context-aware", max_tokens, 0)
         self._chunks: dict[InstanceId, list[Chunk]] = {}
         self._num_rounds = 0
+        self._encoder = msgspec.msgpack.Encoder()
         num_places = 0
         for info in instances:
             self._recorder.instance_up(info, InstanceLoad())
@@ -62,19 +67,22 @@ class Reporting:
         now = self._num_rounds / REPORTS_PER_S
         spent_s = 0.0
         for instance_id, chunks in self._chunks.items():
-            reports = [
+            columns = columns_of(
                 ChunkProgress(
                     chunk_id=chunk.chunk_id, start=start, tokens=values, logprobs=values
                 )
                 for chunk in chunks
-            ]
+            )
             load = InstanceLoad(num_running=len(chunks), kv_used=0.5)
+            message = self._encoder.encode(Report(columns, load))
             now += per_report_s
             begun_s = time.thread_time()
-            self._recorder.count_tokens(instance_id, reports)
-            commands = self._controller.progress(reports, now)
+            report = FROM_INSTANCE.decode(message)
+            assert isinstance(report, Report)
+            commands = self._controller.progress(report.chunks, now)
+            self._recorder.count_tokens(instance_id)
             self._recorder.mark_busy(now)
-            self._recorder.sample(instance_id, load, now)
+            self._recorder.sample(instance_id, report.load, now)
             self._recorder.progress(now, intake_open=False)
             spent_s += time.thread_time() - begun_s
             assert not commands, "nothing ends"

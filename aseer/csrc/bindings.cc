@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "fleet.h"
+#include "outputs.h"
 #include "residency.h"
 #include "waiting.h"
 
@@ -72,6 +73,35 @@ void SetLeads(WaitingOrders& orders, Handle group, const nb::dict& leads) {
   orders.SetLeads(group, converted);
 }
 
+std::string_view View(const nb::bytes& bytes) { return {bytes.c_str(), bytes.size()}; }
+
+template <typename Number>
+nb::bytes ToBytes(const std::vector<Number>& numbers) {
+  return nb::bytes(numbers.data(), numbers.size() * sizeof(Number));
+}
+
+std::pair<int64_t, std::vector<int64_t>> Take(
+    Outputs& outputs, const nb::bytes& chunk_ids, const nb::bytes& starts,
+    const nb::bytes& counts, const nb::bytes& tokens, const nb::bytes& logprobs,
+    const nb::bytes& text_starts, const nb::bytes& text_counts, const nb::bytes& text,
+    const std::vector<int64_t>& over) {
+  const Columns report{.chunk_ids = View(chunk_ids),
+                       .starts = View(starts),
+                       .counts = View(counts),
+                       .tokens = View(tokens),
+                       .logprobs = View(logprobs),
+                       .text_starts = View(text_starts),
+                       .text_counts = View(text_counts),
+                       .text = View(text)};
+  Outputs::Taken taken = outputs.Take(report, over);
+  return {taken.num_tokens, std::move(taken.refused)};
+}
+
+std::pair<int64_t, int64_t> LongestRunning(const Outputs& outputs) {
+  const Outputs::Longest longest = outputs.LongestRunning();
+  return {longest.chunk_id, longest.num_tokens};
+}
+
 nb::tuple Holders(const PrefixCaches& caches, Handle request) {
   const PrefixCaches::Held held = caches.Holders(request);
   nb::dict tokens;
@@ -84,6 +114,8 @@ nb::tuple Holders(const PrefixCaches& caches, Handle request) {
 
 NB_MODULE(_core, m) {
   using aseer::Capacity;
+  using aseer::Handle;
+  using aseer::Outputs;
   using aseer::PrefixCaches;
   using aseer::WaitingOrders;
 
@@ -149,6 +181,32 @@ NB_MODULE(_core, m) {
       .def("least_loaded_of", &Capacity::LeastLoadedOf, "pool"_a)
       .def("hold_none", &Capacity::HoldNone)
       .def("hold_freest", &Capacity::HoldFreest);
+
+  nb::class_<Outputs>(m, "Outputs")
+      .def(nb::init<bool>(), nb::kw_only(), "keeps_values"_a = true)
+      .def("__len__", &Outputs::Size)
+      .def_prop_ro("num_running", &Outputs::NumRunning)
+      .def("open", &Outputs::Open)
+      .def("close", &Outputs::Close, "request"_a)
+      .def("clear", &Outputs::Clear, "request"_a)
+      .def("num_tokens", &Outputs::NumTokens, "request"_a)
+      .def(
+          "tokens",
+          [](const Outputs& o, Handle r) { return aseer::ToBytes(o.Tokens(r)); },
+          "request"_a)
+      .def(
+          "logprobs",
+          [](const Outputs& o, Handle r) { return aseer::ToBytes(o.Logprobs(r)); },
+          "request"_a)
+      .def(
+          "text", [](const Outputs& o, Handle r) { return aseer::ToBytes(o.Text(r)); },
+          "request"_a)
+      .def("begin", &Outputs::Begin, "chunk_id"_a, "request"_a, "max_tokens"_a)
+      .def("end", &Outputs::End, "chunk_id"_a)
+      .def("take", &aseer::Take, nb::kw_only(), "chunk_ids"_a, "starts"_a, "counts"_a,
+           "tokens"_a, "logprobs"_a, "text_starts"_a, "text_counts"_a, "text"_a,
+           "over"_a)
+      .def("longest_running", &aseer::LongestRunning);
 
   nb::class_<PrefixCaches>(m, "PrefixCaches")
       .def(nb::init<>())

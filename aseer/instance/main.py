@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import uvloop
 
+from aseer.columns import columns_of
 from aseer.errors import describe
 from aseer.instance.base import Backend, EngineDied, InstanceSpec
 from aseer.instance.messages import (
@@ -159,7 +160,7 @@ class Instance:
                 if report.end is not None:
                     del self._pending[report.chunk_id]
             for part in _in_parts(reports):
-                await self._dealer.send(Report(part, self._backend.load()))
+                await self._dealer.send(Report(columns_of(part), self._backend.load()))
 
 
 def _in_parts(reports: list[ChunkProgress]) -> Iterator[list[ChunkProgress]]:
@@ -191,7 +192,7 @@ class _Pending:
 
     def __init__(self) -> None:
         self.num_reported = 0  # tokens
-        self.text_reported = 0  # characters
+        self.text_reported = 0  # bytes
         self.tokens = array("i")
         self.logprobs = array("f")
         self.text = ""
@@ -230,7 +231,7 @@ class _Pending:
             end=self.end,
         )
         self.num_reported += len(self.tokens)
-        self.text_reported += len(self.text)
+        self.text_reported += len(self.text.encode())
         self.tokens = array("i")
         self.logprobs = array("f")
         self.text = ""

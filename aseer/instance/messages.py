@@ -21,9 +21,10 @@ from typing import Any, Literal
 import msgspec
 
 # Runtime imports: msgspec resolves the annotations.
-from aseer.types import Chunk, ChunkId, ChunkProgress, InstanceInfo, InstanceLoad
+from aseer.columns import Columns
+from aseer.types import Chunk, ChunkId, InstanceInfo, InstanceLoad
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 # Methods of `Backend`.
 Question = Literal[
@@ -46,7 +47,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 class Report(msgspec.Struct, tag="report", frozen=True):
     """Progress of chunks since the last report, and the engine's load."""
 
-    chunks: list[ChunkProgress]
+    chunks: Columns
     load: InstanceLoad
 
 

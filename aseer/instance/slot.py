@@ -94,11 +94,10 @@ class Slot:
         Returns:
             Whether a chunk ended well.
         """
-        if report.chunks:
+        if report.chunks.chunk_ids:
             self.last_progress = self._clock.read()
         ended_well = False
-        for chunk in report.chunks:
-            if chunk.end is not None:
-                self.running.discard(chunk.chunk_id)
-                ended_well |= chunk.end.reason in ("stop", "length")
+        for chunk_id, end in report.chunks.ended():
+            self.running.discard(chunk_id)
+            ended_well |= end.reason in ("stop", "length")
         return ended_well

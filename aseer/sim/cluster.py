@@ -13,10 +13,11 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from aseer.controller import Controller, Dispatch, Finished
 from aseer.errors import ConfigError
+from aseer.outputs import Outputs
 from aseer.policies import POLICIES, Policy
 from aseer.recorder import Recorder
 from aseer.sim.drafting import Drafting
@@ -33,7 +34,6 @@ from aseer.types import (
 )
 
 if TYPE_CHECKING:
-    from array import array
     from collections.abc import Callable, Iterable, Sequence
 
     from aseer.config import PolicyName
@@ -140,7 +140,7 @@ class _Rollout:
             policy=policy,
             chunk_size=chunk_size if policy.divided else 0,
             starvation_interval=starvation_interval,
-            new_array=cast("Callable[[str], array[Any]]", _Counted),
+            outputs=_Counted(),
         )
         if cluster.load_bytes_per_s is not None:
             self._controller.use_pool(cluster.block_size, lambda _: 0)
@@ -245,8 +245,9 @@ class _Rollout:
             )
         instance_id = InstanceId(i)
         if reports:
-            self._recorder.count_tokens(instance_id, reports)
-            self._take(self._controller.progress(reports, now))
+            commands = self._controller.progress(reports, now)
+            self._recorder.count_tokens(instance_id)
+            self._take(commands)
             self._recorder.mark_busy(now)
         self._plan(i)
         self._sample(i)
@@ -349,29 +350,20 @@ def _zeros(num_values: int) -> bytes:
     return cast("bytes", _BYTES[: 4 * num_values])
 
 
-class _Counted:
-    """Stands for an array of 4-byte values of which only the number is kept."""
+class _Counted(Outputs):
+    """Keeps how many tokens requests have generated, and makes up the rest."""
 
-    __slots__ = ("_num",)
+    def __init__(self) -> None:
+        super().__init__(keeps_values=False)
 
-    def __init__(self, typecode: str) -> None:
-        del typecode
-        self._num = 0
+    def tokens(self, request: int) -> bytes:
+        """Zeros."""
+        return _zeros(self.num_tokens(request))
 
-    def __len__(self) -> int:
-        return self._num
+    def token_ids(self, request: int) -> list[int]:
+        """As many."""
+        return cast("list[int]", range(self.num_tokens(request)))
 
-    def __delitem__(self, which: slice) -> None:
-        self._num = 0
-
-    def frombytes(self, values: bytes) -> None:
-        """As an array's."""
-        self._num += len(values) // 4
-
-    def tobytes(self) -> bytes:
-        """As an array's, of zeros."""
-        return _zeros(self._num)
-
-    def tolist(self) -> range:
-        """Of the right length."""
-        return range(self._num)
+    def logprobs_of_tokens(self, request: int) -> list[float]:
+        """As many."""
+        return cast("list[float]", range(self.num_tokens(request)))

@@ -10,6 +10,7 @@ import time
 import pytest
 
 import aseer
+from aseer.columns import columns_of
 from aseer.instance.messages import PROTOCOL_VERSION, TO_INSTANCE, Answer, Hello, Report
 from aseer.transport.zeromq import connect_dealer
 from aseer.types import ChunkId, ChunkProgress, InstanceLoad
@@ -201,7 +202,7 @@ async def test_nonsense_under_any_name_costs_at_most_an_instance(name):
                 if not responses:
                     await dealer._socket.send_multipart([b"", b"\xc1", b"?"])
                     await dealer.send(Answer(10**6, "to what?"))
-                    await dealer.send(Report([odd] * 3, InstanceLoad()))
+                    await dealer.send(Report(columns_of([odd] * 3), InstanceLoad()))
                     await dealer.send(hello)
                 responses.append(response)
         again = [r async for r in engine.rollout(groups)]

@@ -1,5 +1,5 @@
-// Random work on the waiting orders, the capacity and the prefix caches under
-// AddressSanitizer and UBSan, checked against plain models that sort and scan.
+// Random work on the waiting orders, the capacity, the prefix caches and the outputs
+// under AddressSanitizer and UBSan, checked against plain models that sort and scan.
 //
 //   cmake -S . -B build/asan -DASEER_SANITIZE=ON
 //   cmake --build build/asan && build/asan/core_stress [rounds]
@@ -9,17 +9,21 @@
 #include <cstdlib>
 #include <map>
 #include <random>
+#include <string>
 
 #include "fleet.h"
+#include "outputs.h"
 #include "residency.h"
 #include "waiting.h"
 
 namespace {
 
 using aseer::Capacity;
+using aseer::Columns;
 using aseer::Handle;
 using aseer::KvGroup;
 using aseer::KvShape;
+using aseer::Outputs;
 using aseer::PrefixCaches;
 using aseer::Rank;
 using aseer::WaitingOrders;
@@ -477,6 +481,221 @@ class Caches {
   std::vector<Known> requests_;
 };
 
+// Requests whose chunks report, among reports that are wrong in every way.
+class Reports {
+ public:
+  explicit Reports(uint32_t seed)
+      : random_(seed), keeps_values_(random_() % 4 != 0), outputs_(keeps_values_) {}
+
+  void Run() {
+    for (int step = 0; step < 400; ++step) {
+      switch (random_() % 6) {
+        case 0:
+          requests_.push_back({.handle = outputs_.Open()});
+          break;
+        case 1:
+          if (!requests_.empty()) Begin(Any());
+          break;
+        case 2:
+          if (!requests_.empty()) End(Any());
+          break;
+        case 3:
+          if (random_() % 4 == 0) Garble();
+          break;
+        default:
+          Report();
+      }
+      Compare();
+    }
+  }
+
+ private:
+  struct Request {
+    Handle handle;
+    int64_t chunk_id = -1;
+    int64_t max_tokens = 0;
+    int64_t num_tokens = 0;  // of the chunk
+    int64_t num_text = 0;
+    std::vector<int32_t> tokens{};
+    std::string text{};
+  };
+  struct Message {
+    std::vector<int64_t> ids{};
+    std::vector<int32_t> starts{};
+    std::vector<int32_t> counts{};
+    std::vector<int32_t> tokens{};
+    std::vector<float> logprobs{};
+    std::vector<int32_t> text_starts{};
+    std::vector<int32_t> text_counts{};
+    std::string text{};
+  };
+
+  Request& Any() { return requests_[random_() % requests_.size()]; }
+
+  template <typename T>
+  static std::string_view View(const std::vector<T>& values) {
+    return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T)};
+  }
+
+  static Columns ColumnsOf(const Message& m) {
+    return {.chunk_ids = View(m.ids),
+            .starts = View(m.starts),
+            .counts = View(m.counts),
+            .tokens = View(m.tokens),
+            .logprobs = View(m.logprobs),
+            .text_starts = View(m.text_starts),
+            .text_counts = View(m.text_counts),
+            .text = m.text};
+  }
+
+  void Begin(Request& request) {
+    const int64_t id = next_id_ += 1 + random_() % 20;
+    const int64_t max_tokens = random_() % 40;
+    if (request.chunk_id >= 0) {
+      const Handle handle = request.handle;
+      CheckRefused([&] { outputs_.Begin(id, handle, 1); }, "one chunk at a time");
+      CheckRefused([&] { outputs_.Clear(handle); }, "what runs is not cleared");
+      CheckRefused([&] { outputs_.Close(handle); }, "what runs is not closed");
+      return;
+    }
+    outputs_.Begin(id, request.handle, max_tokens);
+    request.chunk_id = id;
+    request.max_tokens = max_tokens;
+    request.num_tokens = request.num_text = 0;
+  }
+
+  void End(Request& request) {
+    outputs_.End(request.chunk_id);
+    outputs_.End(request.chunk_id);
+    request.chunk_id = -1;
+    if (random_() % 4 == 0) {
+      outputs_.Clear(request.handle);
+      request.tokens.clear();
+      request.text.clear();
+    } else if (random_() % 3 == 0) {
+      outputs_.Close(request.handle);
+      std::swap(request, requests_.back());
+      requests_.pop_back();
+    }
+  }
+
+  // Columns of random bytes are taken or refused, and never more than they hold.
+  void Garble() {
+    std::vector<std::string> columns(8);
+    for (std::string& column : columns) {
+      column.resize(random_() % 40);
+      for (char& byte : column) byte = static_cast<char>(random_() % 3 - 1);
+    }
+    const Columns report{columns[0], columns[1], columns[2], columns[3],
+                         columns[4], columns[5], columns[6], columns[7]};
+    Outputs other(true);
+    for (int i = 0; i < 20; ++i) other.Begin(i, other.Open(), 1 << 20);
+    other.Take(report, {0, -1, 1 << 20});
+    Message short_of_tokens;
+    for (const Request& request : requests_) {
+      if (request.chunk_id < 0) continue;
+      short_of_tokens.ids.push_back(request.chunk_id);
+      short_of_tokens.starts.push_back(0);
+      short_of_tokens.counts.push_back(1);
+    }
+    const Outputs::Taken taken = outputs_.Take(ColumnsOf(short_of_tokens), {});
+    Check(taken.num_tokens == 0, "nothing is taken of columns that do not agree");
+    Check(taken.refused.size() == short_of_tokens.ids.size(), "all are refused");
+  }
+
+  void Report() {
+    Message message;
+    std::vector<int64_t> refused;
+    std::vector<int64_t> over;
+    int64_t num_new = 0;
+    const bool has_text = random_() % 2 == 0;
+    const size_t num = requests_.empty() ? 0 : random_() % 12;
+    for (size_t i = 0; i < num; ++i) {
+      Request& request = Any();
+      const auto start = static_cast<int32_t>(
+          std::max<int64_t>(-1, request.num_tokens + random_() % 4 - 2));
+      const auto count = static_cast<int32_t>(random_() % 8) - 1;
+      const auto text_start =
+          has_text ? static_cast<int32_t>(request.num_text + random_() % 3 - 1) : 0;
+      const auto text_count =
+          has_text ? static_cast<int32_t>(random_() % 9) - (random_() % 9 == 0) : 0;
+      const bool is_known = request.chunk_id >= 0;
+      message.ids.push_back(is_known ? request.chunk_id
+                                     : -1 - static_cast<int64_t>(random_() % 2));
+      message.starts.push_back(start);
+      message.counts.push_back(count);
+      if (has_text) {
+        message.text_starts.push_back(text_start);
+        message.text_counts.push_back(text_count);
+      }
+      const bool follows = start >= 0 && count >= 0 && start <= request.num_tokens &&
+                           start + count <= request.max_tokens && text_start >= 0 &&
+                           text_count >= 0 && text_start <= request.num_text;
+      for (int32_t t = 0; t < count; ++t) {
+        const auto token = static_cast<int32_t>(random_() % 1000);
+        message.tokens.push_back(token);
+        message.logprobs.push_back(-static_cast<float>(token));
+        if (is_known && follows && start + t == request.num_tokens) {
+          request.tokens.push_back(token);
+          ++request.num_tokens;
+          ++num_new;
+        }
+      }
+      for (int32_t t = 0; t < text_count; ++t) {
+        message.text.push_back(static_cast<char>('a' + random_() % 26));
+        if (is_known && follows && text_start + t == request.num_text) {
+          request.text.push_back(message.text.back());
+          ++request.num_text;
+        }
+      }
+      if (is_known && !follows) refused.push_back(static_cast<int64_t>(i));
+      if (random_() % 8 == 0) {
+        over.push_back(static_cast<int64_t>(i));
+        request.chunk_id = -1;
+      }
+    }
+    const Outputs::Taken taken = outputs_.Take(ColumnsOf(message), over);
+    Check(taken.num_tokens == num_new, "new tokens");
+    Check(taken.refused == refused, "refused parts");
+  }
+
+  void Compare() {
+    size_t num_running = 0;
+    int64_t most = -1;
+    for (const Request& request : requests_) {
+      const auto num = static_cast<int64_t>(request.tokens.size());
+      Check(outputs_.NumTokens(request.handle) == num, "number of tokens");
+      std::vector<int32_t> tokens = outputs_.Tokens(request.handle);
+      std::vector<float> logprobs = outputs_.Logprobs(request.handle);
+      const std::vector<char>& text = outputs_.Text(request.handle);
+      if (keeps_values_) {
+        Check(tokens == request.tokens, "tokens");
+        Check(
+            std::equal(tokens.begin(), tokens.end(), logprobs.begin(), logprobs.end(),
+                       [](int32_t t, float l) { return -static_cast<float>(t) == l; }),
+            "logprobs");
+        Check(std::string(text.begin(), text.end()) == request.text, "text");
+      } else {
+        Check(static_cast<int64_t>(tokens.size()) == num && text.empty(),
+              "only counted");
+      }
+      if (request.chunk_id < 0) continue;
+      ++num_running;
+      most = std::max(most, num);
+    }
+    Check(outputs_.Size() == requests_.size(), "open requests");
+    Check(outputs_.NumRunning() == num_running, "running chunks");
+    const Outputs::Longest longest = outputs_.LongestRunning();
+    Check(longest.chunk_id < 0 ? most < 0 : longest.num_tokens == most, "the longest");
+  }
+
+  std::mt19937 random_;
+  bool keeps_values_;
+  Outputs outputs_;
+  std::vector<Request> requests_;
+  int64_t next_id_ = 0;
+};
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -485,6 +704,7 @@ int main(int argc, char** argv) {
     Orders(static_cast<uint32_t>(i)).Run();
     Instances(static_cast<uint32_t>(i)).Run();
     Caches(static_cast<uint32_t>(i)).Run();
+    Reports(static_cast<uint32_t>(i)).Run();
   }
   std::printf("%d rounds passed\n", rounds);
 }

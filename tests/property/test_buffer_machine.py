@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 import pytest
@@ -19,7 +20,7 @@ from hypothesis.stateful import (
 from aseer.buffer import Request, RequestBuffer
 from aseer.errors import InvalidTransition
 from aseer.types import Assignment, ChunkProgress, InstanceId, RequestId, RequestState
-from tests.unit.core import report_of, task_of
+from tests.unit.core import report_of, taken_by, task_of
 
 MAX_RETRIES = 2
 ENDS = ["stop", "length", "error", "aborted"]
@@ -78,7 +79,7 @@ class BufferMachine(RuleBasedStateMachine):
     def report(self, request: Request, num_tokens: int) -> None:
         report = self.make_report(request, num_tokens, None)
         if report is not None:
-            assert self.buffer.progress(report, self.tick()) == "running"
+            assert taken_by(self.buffer, report, self.tick()) == "running"
 
     @rule(
         target=waiting,
@@ -94,7 +95,7 @@ class BufferMachine(RuleBasedStateMachine):
         report = self.make_report(request, num_tokens, end)
         if report is None:
             return multiple()
-        outcome = self.buffer.progress(report, self.tick())
+        outcome = taken_by(self.buffer, report, self.tick())
         self.old.append(report)
         if end == "aborted" and not request.cancelled:
             return self.expect_loss(request, outcome)
@@ -122,7 +123,7 @@ class BufferMachine(RuleBasedStateMachine):
     def late_report(self, pick: int) -> None:
         if self.old:
             report = self.old[pick % len(self.old)]
-            assert self.buffer.progress(report, self.tick()) is None
+            assert taken_by(self.buffer, report, self.tick()) is None
 
     @rule(pick=st.integers(0, 1000))
     def impossible_start(self, pick: int) -> None:
@@ -142,8 +143,8 @@ class BufferMachine(RuleBasedStateMachine):
         num_unfinished = 0
         for request_id, expected in self.expected.items():
             request = self.buffer[request_id]
-            assert request.tokens.tolist() == expected.tokens
-            assert request.logprobs.tolist() == [-t for t in expected.tokens]
+            tokens = array("i", request.generated).tolist()
+            assert tokens == expected.tokens
             assert len(request.instances) == expected.num_chunks
             assert request.num_retries == expected.num_lost
             assert request.state.is_finished == (expected.finished is not None)
@@ -152,6 +153,7 @@ class BufferMachine(RuleBasedStateMachine):
                 response = request.to_response(0)
                 assert response.finish_reason == expected.finished
                 assert response.token_ids == expected.tokens
+                assert response.logprobs == [-t for t in expected.tokens]
                 assert response.metrics.num_chunks == expected.num_chunks
                 spent = response.metrics.queue_s + response.metrics.run_s
                 assert spent <= self.now

@@ -211,7 +211,7 @@ class ControllerMachine(RuleBasedStateMachine):
     @invariant()
     def tokens_are_counted_once(self) -> None:
         if hasattr(self, "controller"):
-            kept = sum(len(r.tokens) for r in self.controller.buffer.requests())
+            kept = sum(r.num_generated for r in self.controller.buffer.requests())
             kept += sum(len(r.token_ids) for r in self.responses.values())
             assert self.controller.counters.num_output_tokens == kept
 
@@ -219,7 +219,7 @@ class ControllerMachine(RuleBasedStateMachine):
     def the_longest_running_is_known(self) -> None:
         if hasattr(self, "controller"):
             running = [
-                len(r.tokens)
+                r.num_generated
                 for r in self.controller.buffer.requests()
                 if r.chunk is not None
             ]
@@ -231,7 +231,7 @@ class ControllerMachine(RuleBasedStateMachine):
         if hasattr(self, "controller"):
             for request in self.controller.buffer.requests():
                 if request.request_id in self.responses:
-                    assert (len(request.tokens), request.text) == (0, [])
+                    assert (request.num_generated, request.generated) == (0, b"")
             for group_id in self.tasks:
                 assert self.controller.buffer.has_group(group_id)
 

@@ -1,7 +1,7 @@
 """Whatever happens to reports on their way, a response is right or its chunk runs anew.
 
-First the intake alone; then instances with a simulated engine, a controller, and the
-transport in memory with its faults between them.
+First what takes them alone; then instances with a simulated engine, a controller, and
+the transport in memory with its faults between them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aseer.columns import columns_of
 from aseer.controller import Abort, Dispatch, Finished
 from aseer.instance.base import InstanceSpec
 from aseer.instance.main import Instance
@@ -27,9 +28,9 @@ from aseer.instance.messages import (
     Run,
 )
 from aseer.instance.sim import SimBackend
-from aseer.intake import Intake
+from aseer.outputs import Outputs
 from aseer.transport.memory import Faults, MemoryRouter
-from aseer.types import ChunkId, ChunkProgress, InstanceId
+from aseer.types import ChunkEnd, ChunkId, ChunkProgress, InstanceId
 from tests.unit.core import controller_of, task_of
 
 if TYPE_CHECKING:
@@ -42,46 +43,93 @@ NUM_IDLE = 20
 CHARS = "aäé漢🙂"
 
 
+class Stream:
+    """A chunk's tokens and text, and what a request takes of reports of their parts.
+
+    This is the rule that the native code must follow, told one report at a time.
+    """
+
+    def __init__(self, chunk_id: int, tokens: list[int], text: str) -> None:
+        self.chunk_id = chunk_id
+        self.tokens = tokens
+        self.text = text.encode()
+        self.num_taken = self.num_text = 0
+        self.is_over = False
+
+    def refuses(self, report: ChunkProgress) -> bool:
+        """Take what of a report is new; whether it does not follow on what was."""
+        if self.is_over:
+            return False
+        self.is_over = report.end is not None
+        end = report.start + len(report.tokens) // 4
+        text_end = report.text_start + len(report.text.encode())
+        if report.start > self.num_taken or report.text_start > self.num_text:
+            return True
+        if end > len(self.tokens):
+            return True
+        self.num_taken = max(self.num_taken, end)
+        self.num_text = max(self.num_text, text_end)
+        return False
+
+
 @st.composite
-def cut_streams(draw: st.DrawFn) -> tuple[list[int], str, list[ChunkProgress]]:
-    """A chunk's tokens and text, and reports of parts of them, in any order."""
-    tokens = draw(st.lists(st.integers(0, 999), max_size=12))
-    text = draw(st.text(CHARS, max_size=12))
-    cuts = st.tuples(st.integers(0, 12), st.integers(0, 12))
-    reports = []
-    for (a, b), (c, d) in draw(st.lists(st.tuples(cuts, cuts), max_size=12)):
-        part = tokens[a:b]
-        reports.append(
-            ChunkProgress(
-                chunk_id=ChunkId(0),
+def cut_streams(
+    draw: st.DrawFn,
+) -> tuple[list[Stream], list[list[tuple[Stream, ChunkProgress]]]]:
+    """Chunks, and messages of reports of parts of them, in any order."""
+    streams = [
+        Stream(
+            draw(st.integers(0, 3)) * 16 + i,  # some share a row of the table
+            draw(st.lists(st.integers(0, 999), max_size=12)),
+            draw(st.text(CHARS, max_size=12)),
+        )
+        for i in range(3)
+    ]
+    cut = st.integers(0, 12)
+    messages = []
+    for _ in range(draw(st.integers(0, 6))):
+        message = []
+        for i in draw(st.lists(st.integers(0, 2), max_size=4)):
+            stream = streams[i]
+            a, b = draw(cut), draw(cut)
+            text = stream.text.decode()
+            c, d = sorted((draw(cut), draw(cut)))
+            part = stream.tokens[a:b]
+            report = ChunkProgress(
+                chunk_id=ChunkId(stream.chunk_id),
                 start=a,
                 tokens=array("i", part).tobytes(),
                 logprobs=array("f", part).tobytes(),
-                text_start=c,
+                text_start=len(text[:c].encode()) + max(0, c - len(text)),
                 text=text[c:d],
+                end=ChunkEnd(reason="stop") if draw(st.integers(0, 9)) == 0 else None,
             )
-        )
-    return tokens, text, reports
+            message.append((stream, report))
+        messages.append(message)
+    return streams, messages
 
 
 @given(cut_streams())
 def test_what_is_taken_is_always_a_beginning(
-    case: tuple[list[int], str, list[ChunkProgress]],
+    case: tuple[list[Stream], list[list[tuple[Stream, ChunkProgress]]]],
 ) -> None:
-    tokens, text, reports = case
-    taken, logprobs, texts = array("i"), array("f"), list[str]()
-    intake = Intake(taken, logprobs, texts, len(tokens))
-    for report in reports:
-        before = len(taken), len("".join(texts))
-        follows = intake.take(report)
-        assert taken.tolist() == tokens[: len(taken)]
-        assert logprobs.tolist() == taken.tolist()
-        assert "".join(texts) == text[: len("".join(texts))]
-        if not follows:
-            assert (len(taken), len("".join(texts))) == before
-            assert intake.is_broken
-        else:
-            assert len(taken) >= report.start + len(report.tokens) // 4
+    streams, messages = case
+    outputs = Outputs()
+    handles = [outputs.open() for _ in streams]
+    for stream, handle in zip(streams, handles, strict=True):
+        outputs.begin(stream.chunk_id, handle, len(stream.tokens))
+    for message in messages:
+        before = sum(stream.num_taken for stream in streams)
+        refused = [i for i, (s, report) in enumerate(message) if s.refuses(report)]
+        num_new = sum(stream.num_taken for stream in streams) - before
+        columns = columns_of(report for _, report in message)
+        assert outputs.take_columns(columns) == (num_new, refused)
+        for stream, handle in zip(streams, handles, strict=True):
+            taken = stream.tokens[: stream.num_taken]
+            assert outputs.token_ids(handle) == outputs.logprobs_of_tokens(handle)
+            assert outputs.token_ids(handle) == taken
+            assert outputs.text(handle) == stream.text[: stream.num_text]
+    assert outputs.num_running == sum(not stream.is_over for stream in streams)
 
 
 class Rollout:

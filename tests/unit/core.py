@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from aseer.columns import columns_of
 from aseer.controller import Abort, Controller, Dispatch, Finished
 from aseer.types import (
     NOWHERE,
@@ -23,8 +24,10 @@ from aseer.types import (
 from aseer.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
+    from aseer.buffer import Outcome, RequestBuffer
+    from aseer.columns import Columns
     from aseer.controller import Command
     from aseer.types import Chunk, Response
 
@@ -131,6 +134,43 @@ def report_of(
         num_cached_tokens=num_cached_tokens,
         end=ChunkEnd(reason=end, **of_end) if end is not None else None,
     )
+
+
+def taken_by(
+    buffer: RequestBuffer, report: ChunkProgress, now: float
+) -> Outcome | None:
+    """A report of one chunk, as the controller takes it; what became of its request."""
+    outcome: Outcome | None = None
+    if buffer.chunk_owner(report.chunk_id) is not None:
+        outcome = "running"
+    for news in buffer.take(columns_of([report])).news:
+        outcome = buffer.settle(news, now)
+    return outcome
+
+
+def by_chunk(columns: Columns) -> Iterator[ChunkProgress]:
+    """A report's chunks, one after the other."""
+    names = ("starts", "counts", "text_starts", "text_counts")
+    ids = array("q", columns.chunk_ids)
+    starts, counts, text_starts, text_counts = (
+        array("i", getattr(columns, name)) or array("i", bytes(4 * len(ids)))
+        for name in names
+    )
+    cached, ends = dict(columns.cached), dict(columns.ends)
+    at = text_at = 0
+    for i, chunk_id in enumerate(ids):
+        end, text_end = at + 4 * counts[i], text_at + text_counts[i]
+        yield ChunkProgress(
+            chunk_id=ChunkId(chunk_id),
+            start=starts[i],
+            tokens=columns.tokens[at:end],
+            logprobs=columns.logprobs[at:end],
+            text_start=text_starts[i],
+            text=columns.text[text_at:text_end].decode(),
+            num_cached_tokens=cached.get(i),
+            end=ends.get(i),
+        )
+        at, text_at = end, text_end
 
 
 def chunks_in(commands: Iterable[Command]) -> list[Chunk]:

@@ -81,7 +81,7 @@ def test_a_report_looks_only_at_instances_that_began_or_ceased_to_work(
     assert seen == [chunks[1].instance_id]
 
 
-def test_the_longest_running_is_found_without_a_look_at_every_chunk() -> None:
+def test_the_longest_of_what_runs_is_known() -> None:
     controller, _ = recording(2)
     chunks = chunks_in(controller.add_groups([task_of(num_requests=4)], 0.0))
     assert controller.longest_running() == ("g/0", 0)
@@ -90,9 +90,19 @@ def test_the_longest_running_is_found_without_a_look_at_every_chunk() -> None:
     assert controller.longest_running() == ("g/1", 4)
     controller.progress([report_of(chunks[1].chunk_id, end="stop", start=4)], 2.0)
     assert controller.longest_running() == ("g/2", 3)
-    assert controller.running.longest() is controller.running.longest()
     controller.instance_down(chunks[2].instance_id, 3.0, "lost")
     assert controller.longest_running() == ("g/2", 3), "it goes on elsewhere"
+
+
+def test_a_report_that_comes_twice_counts_once() -> None:
+    controller, recorder = recording(1)
+    (chunk,) = chunks_in(controller.add_groups([task_of(num_requests=1)], 0.0))
+    end = report_of(chunk.chunk_id, [3], start=2, end="stop")
+    for reports in ([report_of(chunk.chunk_id, [1, 2])] * 2, [end, end], [end]):
+        controller.progress(reports, 1.0)
+        recorder.count_tokens(InstanceId(0))
+    (figures,) = recorder.report(2.0, [0]).instances
+    assert (figures.num_output_tokens, figures.num_chunks) == (3, 1)
 
 
 def test_samples_are_bounded_for_all_instances_together(

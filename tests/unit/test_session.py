@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aseer.columns import columns_of
 from aseer.errors import (
     EngineClosedError,
     InstanceLostError,
@@ -105,7 +106,7 @@ class Rolling:
         num = chunk.max_tokens if reason == "length" else 1
         report = report_of(chunk_id, range(num), end=reason)
         self.session.instance_report(
-            chunk.instance_id, Report([report], InstanceLoad())
+            chunk.instance_id, Report(columns_of([report]), InstanceLoad())
         )
 
     def end_all(self, reason: str = "length") -> None:
@@ -389,7 +390,7 @@ async def test_a_late_report_of_a_chunk_that_is_over_changes_nothing() -> None:
     rolling = Rolling()
     rolling.offer("g")
     rolling.work()
-    late = Report([report_of(100, range(8), end="length")], InstanceLoad())
+    late = Report(columns_of([report_of(100, range(8), end="length")]), InstanceLoad())
     where = rolling.pool.running[100].instance_id
     rolling.end_all()
     for _ in range(2):

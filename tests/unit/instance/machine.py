@@ -350,10 +350,9 @@ class Running:
 
     def ends(self) -> dict[int, str]:
         return {
-            progress.chunk_id: progress.end.reason
+            chunk_id: end.reason
             for _, report in self.owner.reports
-            for progress in report.chunks
-            if progress.end is not None
+            for chunk_id, end in report.chunks.ended()
         }
 
 

@@ -22,6 +22,7 @@ from aseer.instance.messages import (
 from aseer.instance.sim import SimBackend
 from aseer.transport.memory import MemoryRouter
 from aseer.types import Chunk, ChunkId, GroupId, InstanceId, RequestId
+from tests.unit.core import by_chunk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -62,7 +63,7 @@ class Controller:
         if isinstance(message, Answer):
             self.answers.put_nowait(message)
         elif isinstance(message, Report):
-            for report in message.chunks:
+            for report in by_chunk(message.chunks):
                 self.progress.put_nowait(report)
 
     async def end_of(self, chunk_id: int) -> tuple[list[ChunkProgress], str]:
@@ -119,7 +120,7 @@ async def test_a_chunk_that_is_sent_twice_runs_once() -> None:
         ends = [report.start + len(report.tokens) // 4 for report in reports]
         assert starts == [0, *ends[:-1]]
         assert ends[-1] == 5
-        text_ends = [report.text_start + len(report.text) for report in reports]
+        text_ends = [r.text_start + len(r.text.encode()) for r in reports]
         assert [r.text_start for r in reports] == [0, *text_ends[:-1]]
 
 

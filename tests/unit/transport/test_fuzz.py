@@ -11,6 +11,7 @@ import asyncio
 import gc
 import logging
 import random
+from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import msgspec
 import pytest
 
 import aseer
+from aseer.columns import Columns
 from aseer.instance.base import InstanceSpec
 from aseer.instance.launch import Launch
 from aseer.instance.main import Instance
@@ -42,7 +44,6 @@ from aseer.types import (
     Chunk,
     ChunkEnd,
     ChunkId,
-    ChunkProgress,
     DraftCounts,
     GroupId,
     InstanceId,
@@ -119,23 +120,40 @@ class Nonsense:
         return tuple(self.number() for _ in range(self._rng.randrange(4)))
 
 
-def a_progress(n: Nonsense) -> ChunkProgress:
+def an_end(n: Nonsense) -> ChunkEnd:
     reasons = ["stop", "length", "aborted", "error"]
-    end = ChunkEnd(
+    return ChunkEnd(
         reason=n._rng.choice(reasons),  # type: ignore[arg-type]
         stop_reason=n._rng.choice([None, n.number(), n.text()]),
         error=n._rng.choice([None, n.text()]),
         held_text=n.text(),
     )
-    return ChunkProgress(
-        chunk_id=ChunkId(n._rng.choice([n.number(), n._rng.randrange(2000)])),
-        start=n._rng.choice([0, n.number(), n.small()]),
-        tokens=n.bytes(),
-        logprobs=n.bytes(),
-        text_start=n._rng.choice([0, n.number()]),
-        text=n.text(),
-        num_cached_tokens=n._rng.choice([None, n.number()]),
-        end=n._rng.choice([None, None, end]),
+
+
+def columns(n: Nonsense) -> Columns:
+    """Of chunks that run; sometimes one column is another's, or none."""
+    rng = n._rng
+    num = rng.randrange(4)
+    counts = [rng.choice([-1, 0, 1, 2]) for _ in range(num)]
+    values = rng.randbytes(4 * sum(max(0, count) for count in counts))
+    ids = [rng.choice([n.number(), rng.randrange(2000)]) for _ in range(num)]
+    sense: dict[str, Any] = {
+        "chunk_ids": array("q", ids).tobytes(),
+        "starts": array("i", [rng.choice([0, 0, 1, -1]) for _ in ids]).tobytes(),
+        "counts": array("i", counts).tobytes(),
+        "tokens": values,
+        "logprobs": values,
+    }
+    if rng.randrange(2):
+        sense["text_starts"] = bytes(4 * num)
+        sense["text_counts"] = array("i", [2] * num).tobytes()
+        sense["text"] = rng.randbytes(2 * num)
+    if not rng.randrange(4):
+        sense[rng.choice(list(sense))] = n.bytes()
+    return Columns(
+        **sense,
+        cached=[(n.small(), n.number()) for _ in range(rng.randrange(3))],
+        ends=[(n.small(), an_end(n)) for _ in range(rng.randrange(3))],
     )
 
 
@@ -161,7 +179,7 @@ def a_report(n: Nonsense) -> Report:
         drafts=n._rng.choice([None, drafts]),
         kv=n._rng.choice([None, kv]),
     )
-    return Report([a_progress(n) for _ in range(n._rng.randrange(4))], load)
+    return Report(columns(n), load)
 
 
 FROM = [
@@ -195,8 +213,8 @@ class Owner:
 
     def instance_report(self, instance_id: InstanceId, report: Report) -> None:
         self.now += 0.001
-        self.recorder.count_tokens(instance_id, report.chunks)
         self.controller.progress(report.chunks, self.now)
+        self.recorder.count_tokens(instance_id)
         self.recorder.sample(instance_id, report.load, self.now)
         self.recorder.progress(self.now, intake_open=True)
 
@@ -304,15 +322,15 @@ async def shower_an_instance() -> None:
     )
     backend = SimBackend(spec)
     answers: asyncio.Queue[int] = asyncio.Queue()
-    ended: asyncio.Queue[ChunkProgress] = asyncio.Queue()
+    ended: asyncio.Queue[ChunkEnd] = asyncio.Queue()
 
     def on_message(peer: bytes, message: FromInstance) -> None:
         if isinstance(message, Answer):
             answers.put_nowait(message.ask_id)
         elif isinstance(message, Report):
-            for report in message.chunks:
-                if report.chunk_id == 1000 and report.end is not None:
-                    ended.put_nowait(report)
+            for chunk_id, end in message.chunks.ended():
+                if chunk_id == 1000:
+                    ended.put_nowait(end)
 
     nonsense = Nonsense(1, TO)  # type: ignore[arg-type]
     with router.connect(b"0.1", TO_INSTANCE) as dealer:
@@ -340,8 +358,7 @@ async def shower_an_instance() -> None:
             router.send(b"0.1", Stop())
             await working
             talking.cancel()
-    assert last.end is not None
-    assert last.end.reason == "length"
+    assert last.reason == "length"
     assert grown < MAX_GROWTH
     assert instance._running == {}
     assert len(instance._pending) <= 50

@@ -1,0 +1,254 @@
+#include "outputs.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace aseer {
+namespace {
+
+constexpr size_t kTokenBytes = 4;
+
+template <typename Number>
+Number ReadAt(std::string_view column, size_t place) {
+  Number number;
+  std::memcpy(&number, column.data() + place * sizeof(Number), sizeof(Number));
+  return number;
+}
+
+int64_t Int32At(std::string_view column, size_t place) {
+  return column.empty() ? 0 : ReadAt<int32_t>(column, place);
+}
+
+// Entries of a column of counts together; a negative one is a chunk's own fault.
+size_t Sum(std::string_view counts) {
+  size_t sum = 0;
+  for (size_t i = 0; i < counts.size() / sizeof(int32_t); ++i) {
+    sum += static_cast<size_t>(std::max<int64_t>(0, Int32At(counts, i)));
+  }
+  return sum;
+}
+
+// Whether the columns belong together.
+bool Agree(const Columns& c, size_t num) {
+  const size_t num_bytes = num * sizeof(int32_t);
+  const bool has_text = !c.text_starts.empty() || !c.text_counts.empty();
+  return c.chunk_ids.size() == num * sizeof(int64_t) && c.starts.size() == num_bytes &&
+         c.counts.size() == num_bytes &&
+         (!has_text ||
+          (c.text_starts.size() == num_bytes && c.text_counts.size() == num_bytes)) &&
+         c.tokens.size() == c.logprobs.size() &&
+         c.tokens.size() == Sum(c.counts) * kTokenBytes &&
+         c.text.size() == Sum(c.text_counts);
+}
+
+// Makes room for more values, a sixteenth more than that: a request's tokens are most
+// of the controller's memory.
+template <typename T>
+void MakeRoom(std::vector<T>& values, size_t num_more) {
+  const size_t num = values.size() + num_more;
+  if (num > values.capacity()) values.reserve(num + num / 16 + 8);
+}
+
+}  // namespace
+
+void Outputs::Close(Handle request) {
+  Idle(request);
+  outputs_.Close(request);
+}
+
+void Outputs::Clear(Handle request) { Idle(request) = {}; }
+
+std::vector<int32_t> Outputs::Tokens(Handle request) const {
+  const Output& output = At(request);
+  std::vector<int32_t> tokens(static_cast<size_t>(output.num_tokens));
+  for (size_t i = 0; i < output.values.size(); ++i) tokens[i] = output.values[i].token;
+  return tokens;
+}
+
+std::vector<float> Outputs::Logprobs(Handle request) const {
+  const Output& output = At(request);
+  std::vector<float> logprobs(static_cast<size_t>(output.num_tokens));
+  for (size_t i = 0; i < output.values.size(); ++i) {
+    logprobs[i] = output.values[i].logprob;
+  }
+  return logprobs;
+}
+
+void Outputs::Begin(int64_t chunk_id, Handle request, int64_t max_tokens) {
+  Require(chunk_id >= 0, "a chunk's id is not negative");
+  Require(max_tokens >= 0, "a chunk's limit is not negative");
+  Output& output = Idle(request);
+  size_t row = Find(chunk_id);
+  Require(table_[row].chunk_id < 0, "the chunk runs already");
+  if (2 * (num_running_ + 1) > table_.size()) {
+    Grow();
+    row = Find(chunk_id);
+  }
+  table_[row] = {.chunk_id = chunk_id,
+                 .request = request,
+                 .first = output.num_tokens,
+                 .max_tokens = max_tokens};
+  output.runs = true;
+  ++num_running_;
+}
+
+void Outputs::End(int64_t chunk_id) {
+  size_t free = Find(chunk_id);
+  if (chunk_id < 0 || table_[free].chunk_id < 0) return;
+  outputs_[table_[free].request].runs = false;
+  --num_running_;
+  // Rows behind it move up, unless that would put one before the place it is looked
+  // for.
+  const size_t mask = table_.size() - 1;
+  for (size_t next = (free + 1) & mask; table_[next].chunk_id >= 0;
+       next = (next + 1) & mask) {
+    const size_t home = static_cast<size_t>(table_[next].chunk_id) & mask;
+    if (((next - home) & mask) >= ((next - free) & mask)) {
+      table_[free] = table_[next];
+      free = next;
+    }
+  }
+  table_[free] = {};
+}
+
+Outputs::Taken Outputs::Take(const Columns& report, const std::vector<int64_t>& over) {
+  const size_t num = report.chunk_ids.size() / sizeof(int64_t);
+  const bool agree = Agree(report, num);
+  std::vector<uint8_t> is_over(over.empty() ? 0 : num);
+  for (const int64_t place : over) {
+    if (place >= 0 && static_cast<size_t>(place) < num) {
+      is_over[static_cast<size_t>(place)] = 1;
+    }
+  }
+  Prefetch(report.chunk_ids);
+  Taken taken;
+  const char* tokens = report.tokens.data();
+  const char* logprobs = report.logprobs.data();
+  const char* text = report.text.data();
+  for (size_t i = 0; i < num; ++i) {
+    const int64_t chunk_id = ReadAt<int64_t>(report.chunk_ids, i);
+    Running& chunk = table_[Find(chunk_id)];
+    const bool runs = chunk_id >= 0 && chunk.chunk_id == chunk_id;
+    bool follows = false;
+    if (agree) {
+      const Part part{.start = Int32At(report.starts, i),
+                      .count = Int32At(report.counts, i),
+                      .text_start = Int32At(report.text_starts, i),
+                      .text_count = Int32At(report.text_counts, i),
+                      .tokens = tokens,
+                      .logprobs = logprobs,
+                      .text = text};
+      if (runs) {
+        const int64_t before = chunk.num_tokens;
+        follows = Append(chunk, part);
+        taken.num_tokens += chunk.num_tokens - before;
+      }
+      const auto num_bytes = std::max<int64_t>(0, part.count) * kTokenBytes;
+      tokens += num_bytes;
+      logprobs += num_bytes;
+      text += std::max<int64_t>(0, part.text_count);
+    }
+    if (runs && !follows) taken.refused.push_back(static_cast<int64_t>(i));
+    if (runs && !is_over.empty() && is_over[i]) End(chunk_id);
+  }
+  return taken;
+}
+
+Outputs::Longest Outputs::LongestRunning() const {
+  Longest longest;
+  for (const Running& chunk : table_) {
+    if (chunk.chunk_id < 0) continue;
+    const int64_t num = chunk.first + chunk.num_tokens;
+    if (longest.chunk_id < 0 || num > longest.num_tokens ||
+        (num == longest.num_tokens && chunk.chunk_id < longest.chunk_id)) {
+      longest = {.chunk_id = chunk.chunk_id, .num_tokens = num};
+    }
+  }
+  return longest;
+}
+
+const Outputs::Output& Outputs::At(Handle request) const {
+  Require(outputs_.IsOpen(request), "no such request is open");
+  return outputs_[request];
+}
+
+Outputs::Output& Outputs::Idle(Handle request) {
+  Require(!At(request).runs, "a chunk of this request runs");
+  return outputs_[request];
+}
+
+size_t Outputs::Find(int64_t chunk_id) const {
+  const size_t mask = table_.size() - 1;
+  size_t row = static_cast<size_t>(chunk_id) & mask;
+  while (table_[row].chunk_id >= 0 && table_[row].chunk_id != chunk_id) {
+    row = (row + 1) & mask;
+  }
+  return row;
+}
+
+void Outputs::Grow() {
+  std::vector<Running> rows(2 * table_.size());
+  rows.swap(table_);
+  for (const Running& chunk : rows) {
+    if (chunk.chunk_id >= 0) table_[Find(chunk.chunk_id)] = chunk;
+  }
+}
+
+bool Outputs::Append(Running& chunk, const Part& part) {
+  const bool follows = part.count >= 0 && part.text_count >= 0 && part.start >= 0 &&
+                       part.start <= chunk.num_tokens && part.text_start >= 0 &&
+                       part.text_start <= chunk.num_text &&
+                       part.start + part.count <= chunk.max_tokens;
+  if (!follows) return false;
+  Output& output = outputs_[chunk.request];
+  const int64_t known = chunk.num_tokens - part.start;
+  if (known < part.count) {
+    const auto num_new = static_cast<size_t>(part.count - known);
+    if (keeps_values_) {
+      MakeRoom(output.values, num_new);
+      for (int64_t i = known; i < part.count; ++i) {
+        Value value;
+        std::memcpy(&value.token, part.tokens + i * kTokenBytes, kTokenBytes);
+        std::memcpy(&value.logprob, part.logprobs + i * kTokenBytes, kTokenBytes);
+        output.values.push_back(value);
+      }
+    }
+    chunk.num_tokens += static_cast<int64_t>(num_new);
+    output.num_tokens += static_cast<int64_t>(num_new);
+  }
+  const int64_t known_text = chunk.num_text - part.text_start;
+  if (known_text < part.text_count) {
+    const auto num_new = static_cast<size_t>(part.text_count - known_text);
+    if (keeps_values_) {
+      MakeRoom(output.text, num_new);
+      output.text.insert(output.text.end(), part.text + known_text,
+                         part.text + part.text_count);
+    }
+    chunk.num_text += static_cast<int64_t>(num_new);
+  }
+  return true;
+}
+
+// Asks for the memory that a report's chunks will touch, all at once: each waits for
+// main memory otherwise, three times over.
+void Outputs::Prefetch(std::string_view chunk_ids) const {
+  const size_t num = chunk_ids.size() / sizeof(int64_t);
+  const size_t mask = table_.size() - 1;
+  for (size_t i = 0; i < num; ++i) {
+    const auto id = static_cast<size_t>(ReadAt<int64_t>(chunk_ids, i));
+    __builtin_prefetch(&table_[id & mask], 1);
+  }
+  for (size_t i = 0; i < num; ++i) {
+    const Running& chunk = table_[Find(ReadAt<int64_t>(chunk_ids, i))];
+    if (chunk.chunk_id >= 0) __builtin_prefetch(&outputs_[chunk.request], 1);
+  }
+  for (size_t i = 0; i < num; ++i) {
+    const Running& chunk = table_[Find(ReadAt<int64_t>(chunk_ids, i))];
+    if (chunk.chunk_id < 0) continue;
+    const Output& output = outputs_[chunk.request];
+    __builtin_prefetch(output.values.data() + output.values.size(), 1);
+    __builtin_prefetch(output.text.data() + output.text.size(), 1);
+  }
+}
+
+}  // namespace aseer
