@@ -221,6 +221,10 @@ class Scheduler:
 
         Args:
             holders: tells where a request's KV is.
+
+        Raises:
+            Exception: what the policy's `expect` raised, in the first call that could
+                assign nothing before it; nothing has changed.
         """
         if not self.policy.reserves_kv:
             return self._schedule_unreserved()
@@ -237,7 +241,12 @@ class Scheduler:
                 break
             if (orders.num_passed or not oldest_fits) and fleet.hold_freest():
                 continue  # an instance is kept now for the first that did not fit
-            tokens = self._chunk_tokens(request)
+            try:
+                tokens = self._chunk_tokens(request)
+            except Exception:  # a policy's own
+                if not assignments:
+                    raise
+                break  # what was assigned counts; the next call raises
             # The KV of a chunk's last token is not written.
             needs = request.num_tokens + tokens - 1
             where = self._place(request, needs, room, holders)

@@ -214,7 +214,7 @@ class Session:
             return
         if self._controller.buffer.has_group(group_id):
             self._do(self._controller.cancel_group(group_id, self._now()))
-        else:  # its user knows of it, so it is on its way here
+        elif self._intake_open or self._num_offered:  # it is on its way here
             self._cancelled_early.add(group_id)
 
     def leave(self) -> None:

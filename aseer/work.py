@@ -48,7 +48,7 @@ class Work:
         self._how = (policy, chunk_size)
         self._lock = threading.RLock()
         self._opening: Future[Session] | None = None
-        self._cancelled_early: list[str] = []
+        self._cancelled_early: set[str] = set()
         self._groups: dict[str, list[Response]] = {}
         self.mailbox: Mailbox[Response] = Mailbox()
         self.source = source
@@ -72,7 +72,7 @@ class Work:
         with self._lock:
             session = self.session
             if session is None:
-                self._cancelled_early.append(group_id)
+                self._cancelled_early.add(group_id)
                 return
         self._post_cancel(session, group_id)
 
@@ -95,8 +95,8 @@ class Work:
                 return
             self.session = session
             self.source.begin(session)
-            for group_id in self._cancelled_early:
-                self._post_cancel(session, group_id)
+            while self._cancelled_early:
+                self._post_cancel(session, self._cancelled_early.pop())
 
     def ended(self) -> Response:
         """What is left to read once the mailbox is empty and closed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from aseer.config import PolicyName
     from aseer.types import Assignment, RequestId
+    from aseer.waiting import Waiting
 
 A, B, C = InstanceId(0), InstanceId(1), InstanceId(2)
 
@@ -584,6 +586,26 @@ def test_a_group_whose_instance_is_lost_moves_together(policy: PolicyName) -> No
 
 
 # Book-keeping
+
+
+def test_what_was_assigned_before_an_error_of_the_policy_is_not_lost() -> None:
+    def expect(request: Waiting, estimate: int) -> int:
+        if request.group_id == "b":
+            raise RuntimeError("no idea")
+        return estimate
+
+    policy = replace(POLICIES["fcfs"], expect=expect)
+    scheduler = Scheduler(policy, chunk_size=8)
+    scheduler.add_instance(info_of(num_kv_blocks=100))
+    for arrival, group in enumerate("abc"):
+        scheduler.add(waiting_of(group, arrival=arrival), 100)
+    assert order_of(scheduler.schedule(no_kv)) == ["a/0"]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no idea"):
+            scheduler.schedule(no_kv)
+    assert scheduler.fleet.num_running(InstanceId(0)) == 1
+    scheduler.remove_group(GroupId("b"))
+    assert order_of(scheduler.schedule(no_kv)) == ["c/0"]
 
 
 def test_an_assigned_request_waits_no_more() -> None:
