@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from aseer.columns import columns_of
 from aseer.errors import EngineError, InstanceLostError
 from aseer.instance.launch import Launch
 from aseer.instance.messages import Answer, Report
@@ -81,7 +82,9 @@ def test_only_a_chunk_that_ends_well_shows_that_engines_work(slot: Slot) -> None
     reasons = ["stop", "length", "aborted", "error", None]
     worked = []
     for chunk_id, reason in enumerate(reasons):
-        report = Report([report_of(chunk_id, [1], end=reason)], InstanceLoad())
+        report = Report(
+            columns_of([report_of(chunk_id, [1], end=reason)]), InstanceLoad()
+        )
         worked.append(slot.count(report))
     assert worked == [True, True, False, False, False]
     assert slot.running == {4}
