@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextvars
-import weakref
 from collections.abc import AsyncIterable
-from concurrent.futures import Future
-from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from aseer.config import (
@@ -19,15 +15,14 @@ from aseer.config import (
     is_speculating,
 )
 from aseer.desk import JOIN_S, Desk
-from aseer.errors import ConfigError, EngineClosedError, EngineError
+from aseer.errors import ConfigError
 from aseer.group_source import GroupSource, OpenSource
 from aseer.groups import GroupResolver
-from aseer.host import Folders, serve
 from aseer.instance.launch import plan_instances, this_machine
 from aseer.instance.versions import check_vllm
 from aseer.interpreter import interpreter_at
-from aseer.loop_thread import LoopThread
 from aseer.models.traits import read_traits
+from aseer.opening import Opening
 from aseer.rollout import Rollout, SyncRollout
 from aseer.steps import drive, drive_blocking, result_of
 from aseer.tokenizer import HuggingFaceTokenizer
@@ -43,6 +38,7 @@ if TYPE_CHECKING:
     from aseer.config import PolicyName
     from aseer.groups import Group, Groups
     from aseer.host import Host
+    from aseer.loop_thread import LoopThread
     from aseer.report import WeightUpdateReport
     from aseer.types import InstanceInfo
     from aseer.weights.keeper import Pause
@@ -51,7 +47,6 @@ if TYPE_CHECKING:
 current_engine: contextvars.ContextVar[Engine | None] = contextvars.ContextVar(
     "aseer_engine", default=None
 )
-_JOIN_MARGIN_S = 10.0
 
 
 class Engine:
@@ -88,16 +83,14 @@ class Engine:
         )
         if self._launches[0].backend == "vllm":
             check_vllm(python.packages)
-        self._thread: LoopThread | None = None
-        self._started: Future[Host] = Future()
+        self._opening = Opening(config, self._launches)
         self._tokenizer = HuggingFaceTokenizer(config)
         self._tokens: list[contextvars.Token[Engine | None]] = []
-        self._at_exit = partial(_close_at_exit, weakref.ref(self))
 
     # Opening and closing
 
     async def __aenter__(self) -> Self:
-        started = self._begin()
+        started = self._opening.begin()
         try:
             await asyncio.wrap_future(started)
         except BaseException:
@@ -116,7 +109,7 @@ class Engine:
         await self.aclose()
 
     def __enter__(self) -> Self:
-        started = self._begin()
+        started = self._opening.begin()
         try:
             started.result()
         except BaseException:
@@ -136,16 +129,7 @@ class Engine:
 
     async def aclose(self) -> None:
         """End every process of the engine and wait for it. May be called again."""
-        thread = self._thread
-        if thread is not None:
-            thread.request_stop()
-            # The end has its own deadline; being cancelled must not leave it half done.
-            closing = asyncio.get_running_loop().run_in_executor(None, self.close)
-            try:
-                await asyncio.shield(closing)
-            except asyncio.CancelledError:
-                await closing
-                raise
+        await self._opening.aclose()
 
     def close(self) -> None:
         """End every process of the engine and wait for it. May be called again.
@@ -153,33 +137,7 @@ class Engine:
         Raises:
             EngineError: the engine did not end in time.
         """
-        thread = self._thread
-        if thread is None:
-            return
-        thread.request_stop()
-        deadline_s = 2 * self.config.shutdown_timeout_s + _JOIN_MARGIN_S
-        if not thread.join(deadline_s):
-            raise EngineError(f"the engine's thread did not end in {deadline_s:g} s")
-        self._thread = None
-        atexit.unregister(self._at_exit)
-
-    def _begin(self) -> Future[Host]:
-        if self._thread is not None:
-            raise EngineError("the engine is open already")
-        folders = Folders.make(self.config)
-        thread = LoopThread("aseer-engine")
-        started: Future[Host] = Future()
-        started.set_running_or_notify_cancel()  # whoever waits cannot cancel the start
-        self._started = started
-        config, launches = self.config, self._launches
-        try:
-            thread.start(partial(serve, config, launches, folders, thread, started))
-        except EngineError:
-            folders.leftovers.remove()
-            raise
-        self._thread = thread
-        atexit.register(self._at_exit)
-        return started
+        self._opening.close()
 
     def _leave_context(self) -> None:
         if self._tokens:
@@ -395,21 +353,7 @@ class Engine:
         return self._open()[1].folders.run
 
     def _open(self) -> tuple[LoopThread, Host]:
-        """The engine's thread and host.
-
-        Raises:
-            EngineClosedError: the engine is not open.
-            EngineError: the engine has failed; with the cause.
-        """
-        thread, started = self._thread, self._started
-        if thread is None or not started.done() or started.exception() is not None:
-            raise EngineClosedError(
-                "the engine is not open; use it as a context manager, such as "
-                "`async with aseer.Engine(config) as engine:`"
-            )
-        if thread.ended.is_set():
-            raise thread.closed_error()
-        return thread, started.result()
+        return self._opening.current()
 
     @property
     def _host(self) -> Host:
@@ -443,9 +387,3 @@ class Engine:
             policy=config.policy if policy is None else policy,
             chunk_size=check_chunk_size(size),
         )
-
-
-def _close_at_exit(reference: weakref.ref[Engine]) -> None:
-    engine = reference()
-    if engine is not None:
-        engine.close()

@@ -69,8 +69,8 @@ class Sim:
             result = what()
             return await result if asyncio.iscoroutine(result) else result
 
-        assert engine._thread is not None
-        return engine._thread.submit(done).result(SOON_S)
+        assert engine._opening._thread is not None
+        return engine._opening._thread.submit(done).result(SOON_S)
 
     def kill(self, engine: aseer.Engine, identity: str) -> None:
         self.do(engine, lambda: self.machine.processes[identity].kill())
