@@ -8,13 +8,14 @@ ARGS ?=
 CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo grpo test test-quick lint format bench bench-smoke clean
+.PHONY: help setup demo grpo test test-quick coverage lint format bench bench-smoke clean
 
 help:
 	@echo "make demo        roll out 64 requests on two vLLM engines on this CPU"
 	@echo "make grpo        train a small model by GRPO on this CPU, from nothing"
 	@echo "make test        all tests that need no GPU, real engines included (minutes)"
 	@echo "make test-quick  unit and property tests (under a minute)"
+	@echo "make coverage    those, and what of aseer/ they do not run (minutes)"
 	@echo "make lint        ruff, mypy, clang-format, codespell; changes nothing"
 	@echo "make format      let ruff and clang-format change what they can"
 	@echo "make bench       a recorded rollout replayed by every arm (within 20 minutes)"
@@ -40,6 +41,9 @@ test: setup
 test-quick: setup
 	$(BIN)/python -m pytest tests/unit tests/property $(ARGS)
 
+coverage: setup
+	$(BIN)/python -m pytest tests/unit tests/property --cov --cov-report=term $(ARGS)
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -62,5 +66,5 @@ bench-smoke: setup
 	done
 
 clean:
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find aseer bench scripts tests -name __pycache__ -prune -exec rm -rf {} +
