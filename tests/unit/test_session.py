@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aseer.columns import columns_of
+from aseer.context import LengthPriors
 from aseer.errors import (
     EngineClosedError,
     InstanceLostError,
@@ -14,6 +16,7 @@ from aseer.errors import (
     RolloutError,
 )
 from aseer.instance.messages import Report
+from aseer.kv.messages import Counts
 from aseer.mailbox import Mailbox
 from aseer.session import Session
 from aseer.types import GroupId, InstanceId, InstanceLoad
@@ -423,3 +426,84 @@ async def test_one_that_is_over_stands_in_nobodys_way() -> None:
     rolling.session._close_intake()
     assert rolling.is_over
     assert rolling.session.was_left(None)
+
+
+# What hears of its tokens
+
+
+class Drafts:
+    """Keeps what the draft server is told."""
+
+    def __init__(self) -> None:
+        self.version = -1
+        self.tokens: dict[str, list[int]] = {}
+        self.finished: list[str] = []
+
+    def set_weight_version(self, version: int) -> None:
+        self.version = version
+
+    def update_cst(
+        self, group_id: str, request_id: str, num_before: int, tokens: bytes
+    ) -> None:
+        assert request_id.startswith(group_id)
+        known = self.tokens.setdefault(request_id, [])
+        assert num_before == len(known)
+        known += array("i", tokens)
+
+    def finish_group(self, group_id: str) -> None:
+        self.finished.append(group_id)
+
+
+class Kv:
+    """Keeps what the KV pool is told."""
+
+    granularity = 4
+    namespace = "x"
+    num_restarts = 0
+    prefetches = False
+
+    def __init__(self) -> None:
+        self.counts = Counts()
+        self.freed: list[tuple[int, int]] = []
+
+    def server_of(self, instance_id: int) -> int:
+        return 0
+
+    def free(self, info: object, version: int, tokens: bytes, start: int) -> None:
+        self.freed.append((len(tokens) // 4, start))
+
+
+async def test_the_draft_server_hears_every_token_once_and_each_groups_end() -> None:
+    drafts = Drafts()
+    rolling = Rolling(draft_server=drafts)
+    assert drafts.version == 3
+    rolling.offer("g", "h", max_tokens=16)
+    rolling.work()
+    while rolling.pool.running:
+        rolling.end_all()
+    assert set(drafts.tokens) == {"100:g/0", "100:g/1", "100:h/0", "100:h/1"}
+    assert {len(tokens) for tokens in drafts.tokens.values()} == {16}
+    assert sorted(drafts.finished) == ["100:g", "100:h"]
+
+
+async def test_the_kv_pool_frees_what_nobody_asks_for_again() -> None:
+    kv = Kv()
+    rolling = Rolling(kv_pool=kv, chunk_size=0)
+    rolling.offer("g")
+    rolling.work()
+    rolling.end_all()
+    (first, second) = kv.freed
+    assert first[1] >= 4  # a sibling still begins with the prompt
+    assert second == (12, 0)
+    rolling.session._close_intake()
+    assert rolling.session.report is not None
+    assert rolling.session.report.kv is not None
+
+
+async def test_a_finished_group_teaches_its_prompts_next_rollout() -> None:
+    priors = LengthPriors()
+    rolling = Rolling(length_priors=priors)
+    rolling.offer("g")
+    rolling.work()
+    rolling.end_all()
+    assert priors.get(task_of("g").prompt) == 8
