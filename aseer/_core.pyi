@@ -229,7 +229,6 @@ class Outputs:
 
     def take(
         self,
-        *,
         chunk_ids: bytes,
         starts: bytes,
         counts: bytes,

@@ -13,6 +13,7 @@ lost: the one case in which tokens are dropped.
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from aseer.outputs import Outputs
@@ -38,7 +39,7 @@ __all__ = ["News", "Outcome", "Request", "RequestBuffer", "Taken", "aborted_resp
 
 Outcome = Literal["running", "broken", "waiting", "finished"]
 _MISSING = "a report of its tokens is missing or malformed"
-_ID_BYTES = 8
+_ID = Struct("=q")
 
 
 class News(NamedTuple):
@@ -194,17 +195,17 @@ class RequestBuffer:
 
     def take(self, report: Columns) -> Taken:
         """Append what running chunks generated; `settle` the chunks that it names."""
-        num_tokens, places = self._outputs.take_columns(report)
-        refused, cached, ends = set(places), dict(report.cached), dict(report.ends)
-        named = sorted({*refused, *cached, *ends})
-        num = len(report.chunk_ids) // _ID_BYTES
-        ids = memoryview(report.chunk_ids[: num * _ID_BYTES]).cast("q")
+        num_tokens, refused = self._outputs.take_columns(report)
+        if not (refused or report.cached or report.ends):
+            return Taken(num_tokens, [])
+        cached, ends = dict(report.cached), dict(report.ends)
+        ids, failed = report.chunk_ids, set(refused)
         return Taken(
             num_tokens,
             [
-                News(ChunkId(ids[i]), i in refused, cached.get(i), ends.get(i))
-                for i in named
-                if 0 <= i < num
+                News(_id_at(ids, i), i in failed, cached.get(i), ends.get(i))
+                for i in sorted(failed.union(cached, ends))
+                if 0 <= i < len(ids) // _ID.size
             ],
         )
 
@@ -333,3 +334,7 @@ class RequestBuffer:
         if len(request.instances) > 1:  # the last token's KV was never computed before
             at_start = (len(chunk.prompt) + len(chunk.generated)) // 4
             request.num_recomputed_tokens += max(0, at_start - 1 - num_cached)
+
+
+def _id_at(chunk_ids: bytes, place: int) -> ChunkId:
+    return ChunkId(_ID.unpack_from(chunk_ids, place * _ID.size)[0])

@@ -24,15 +24,15 @@ class Outputs(_Outputs):
     def take_columns(self, report: Columns) -> tuple[int, list[int]]:
         """See `take`."""
         return self.take(
-            chunk_ids=report.chunk_ids,
-            starts=report.starts,
-            counts=report.counts,
-            tokens=report.tokens,
-            logprobs=report.logprobs,
-            text_starts=report.text_starts,
-            text_counts=report.text_counts,
-            text=report.text,
-            over=[place for place, _ in report.ends],
+            report.chunk_ids,
+            report.starts,
+            report.counts,
+            report.tokens,
+            report.logprobs,
+            report.text_starts,
+            report.text_counts,
+            report.text,
+            [place for place, _ in report.ends],
         )
 
     def token_ids(self, request: int) -> list[int]:

@@ -60,7 +60,7 @@ class Reporting:
         return sum(map(len, self._chunks.values()))
 
     def round(self) -> float:
-        """Every instance reports once; CPU time a report, in microseconds."""
+        """Every instance reports once; CPU time to take a report, in microseconds."""
         start = self._num_rounds * TOKENS_PER_REPORT
         values = bytes(4 * TOKENS_PER_REPORT)
         per_report_s = 1 / (REPORTS_PER_S * len(self._chunks))

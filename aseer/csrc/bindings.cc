@@ -203,9 +203,8 @@ NB_MODULE(_core, m) {
           "request"_a)
       .def("begin", &Outputs::Begin, "chunk_id"_a, "request"_a, "max_tokens"_a)
       .def("end", &Outputs::End, "chunk_id"_a)
-      .def("take", &aseer::Take, nb::kw_only(), "chunk_ids"_a, "starts"_a, "counts"_a,
-           "tokens"_a, "logprobs"_a, "text_starts"_a, "text_counts"_a, "text"_a,
-           "over"_a)
+      .def("take", &aseer::Take, "chunk_ids"_a, "starts"_a, "counts"_a, "tokens"_a,
+           "logprobs"_a, "text_starts"_a, "text_counts"_a, "text"_a, "over"_a)
       .def("longest_running", &aseer::LongestRunning);
 
   nb::class_<PrefixCaches>(m, "PrefixCaches")

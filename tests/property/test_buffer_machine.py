@@ -97,7 +97,10 @@ class BufferMachine(RuleBasedStateMachine):
             return multiple()
         outcome = taken_by(self.buffer, report, self.tick())
         self.old.append(report)
-        if end == "aborted" and not request.cancelled:
+        made_nothing = not (report.start or report.tokens) and request.remaining > 0
+        if (end == "aborted" and not request.cancelled) or (
+            end == "length" and made_nothing
+        ):
             return self.expect_loss(request, outcome)
         expected = self.expected[request.request_id]
         if end == "length" and request.remaining:
