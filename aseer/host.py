@@ -17,39 +17,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aseer.activity import Activity, Call
 from aseer.call_log import CallLog
 from aseer.claims import Claims
 from aseer.context import LengthPriors
-from aseer.dgds.server import make_draft_server
-from aseer.errors import ConfigError, EngineError, root_of
-from aseer.instance.messages import FROM_INSTANCE, Report
+from aseer.errors import EngineError
 from aseer.instance.pool import InstancePool
 from aseer.instance.sleep import Sleep
-from aseer.kv.pool import KvPool, plan_kv_pool
-from aseer.leftovers import Leftovers, sweep
 from aseer.session import Session
-from aseer.transport.zeromq import bind_router, make_socket_dir
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
 from aseer.watch import wait_awake
-from aseer.weights.keeper import NO_INSTANCE, WeightKeeper, weights_dir_of
+from aseer.weights.keeper import NO_INSTANCE, WeightKeeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
+    from pathlib import Path
 
     from aseer.claims import Claim
     from aseer.config import EngineConfig, PolicyName
     from aseer.dgds.server import DraftServer
     from aseer.instance.launch import Launch
-    from aseer.instance.messages import FromInstance
+    from aseer.instance.messages import FromInstance, Report
+    from aseer.kv.pool import KvPool
     from aseer.loop_thread import LoopThread
     from aseer.mailbox import Mailbox
+    from aseer.serving import Folders
     from aseer.transport.base import Router
     from aseer.types import Response
     from aseer.weights.keeper import Pause, Plan, SwitchTimes
@@ -63,89 +58,6 @@ _CALLS: dict[Pause | None, Call] = {
     "wait": Call.UPDATE_AFTER,
     "abort": Call.UPDATE_INSTEAD,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Folders:
-    """Where an engine keeps its sockets, its logs, and weights for its instances."""
-
-    leftovers: Leftovers
-    logs: Path
-    weights: Path
-
-    @property
-    def run(self) -> Path:
-        return self.leftovers.run_dir
-
-    @classmethod
-    def make(cls, config: EngineConfig) -> Folders:
-        """Make them, but that for weights, which the first update makes.
-
-        Raises:
-            ConfigError: `log_dir` cannot be used.
-        """
-        try:
-            if config.log_dir is not None:
-                Path(config.log_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"log_dir cannot be used: {error}") from error
-        sweep()
-        run = make_socket_dir()
-        weights = weights_dir_of(config, run)
-        leftovers = Leftovers(run)
-        leftovers.add(weights)
-        return cls(leftovers, Path(config.log_dir or run), weights)
-
-
-async def serve(
-    config: EngineConfig,
-    launches: list[Launch],
-    folders: Folders,
-    thread: LoopThread,
-    started: Future[Host],
-    stop: asyncio.Event,
-) -> None:
-    """Run an engine until `stop` is set; whatever happens, nothing of it remains.
-
-    Args:
-        thread: that this runs on.
-        started: gets the host once every instance is up, or why none is.
-    """
-    try:
-        pool_plan = plan_kv_pool(config, launches)
-        kv_pool = None
-        if pool_plan is not None:
-            kv_pool = KvPool(
-                pool_plan,
-                config,
-                len(launches),
-                folders.logs,
-                folders.leftovers,
-                launches[0].interpreter,
-            )
-        draft_server = make_draft_server(config, folders.run)
-        endpoint = f"ipc://{folders.run}/ctrl"
-        with draft_server or nullcontext():
-            async with bind_router(endpoint, FROM_INSTANCE) as router:
-                host = Host(
-                    config=config,
-                    launches=launches,
-                    folders=folders,
-                    thread=thread,
-                    router=router,
-                    endpoint=endpoint,
-                    draft_server=draft_server,
-                    kv_pool=kv_pool,
-                )
-                await host.run(stop, started)
-    except BaseException as error:
-        if not started.done():
-            started.set_exception(root_of(error))
-        elif not isinstance(error, asyncio.CancelledError):
-            _log.error("the engine failed", exc_info=error)
-        raise
-    finally:
-        folders.leftovers.remove()
 
 
 class Host:

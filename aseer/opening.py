@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aseer.errors import EngineClosedError, EngineError
-from aseer.host import Folders, serve
 from aseer.loop_thread import LoopThread
+from aseer.serving import Folders, serve
 
 if TYPE_CHECKING:
     from aseer.config import EngineConfig

@@ -16,8 +16,6 @@ import asyncio
 import logging
 import threading
 import time
-from array import array
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -38,10 +36,10 @@ from aseer.errors import (
     RolloutError,
     describe,
 )
+from aseer.followers import DraftFeed, KvUpkeep, learn_length, with_priors
 from aseer.instance.messages import Run
-from aseer.kv.sharing import PromptSharing, num_alike
 from aseer.recorder import Recorder
-from aseer.types import GroupId, RequestId
+from aseer.types import GroupId
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -65,7 +63,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("aseer")
 
-_PREFETCHES_PER_INSTANCE = 2
 # Requests that are ended in one turn of the engine's loop: some tens of milliseconds.
 _CANCEL_AT_ONCE = 1000
 
@@ -91,13 +88,7 @@ class Session:
         call_log: CallLog | None = None,
     ) -> None:
         self._pool = pool
-        self._draft_server = draft_server
-        self._kv_pool = kv_pool
-        self._length_priors = length_priors
-        self._rollout_id = first_chunk_id
         self._weight_version = weight_version
-        if draft_server is not None:
-            draft_server.set_weight_version(weight_version)
         self._mailbox = mailbox
         settings = Settings(
             policy=policy,
@@ -115,11 +106,16 @@ class Session:
         self._recorder = Recorder(
             self._controller, policy, chunk_size, weight_version, kv_pool
         )
-        self._sharing = PromptSharing(kv_pool.granularity) if kv_pool else None
+        self._priors = length_priors
+        self._drafts: DraftFeed | None = None
+        self._kv: KvUpkeep | None = None
+        if draft_server is not None:
+            draft_server.set_weight_version(weight_version)
+            self._drafts = DraftFeed(draft_server, self._controller, first_chunk_id)
         if kv_pool is not None:
             self._controller.use_pool(kv_pool.granularity, kv_pool.server_of)
+            self._kv = KvUpkeep(kv_pool, self._controller, weight_version)
         self._started_at = time.monotonic()
-        self._prefetched: dict[RequestId, int] = {}  # at how many tokens
         self._post = post
         self._intake_lock = threading.RLock()  # an iterator's end may come in between
         self._intake_open = True
@@ -183,13 +179,11 @@ class Session:
         if self._left or self._failure is not None:
             self._end_if_over()
             return
-        priors = self._length_priors
-        if priors is not None:
-            tasks = [replace(t, length_prior=priors.get(t.prompt)) for t in tasks]
+        if self._priors is not None:
+            tasks = with_priors(self._priors, tasks)
         commands = self._controller.add_groups(tasks, self._now())
-        if self._sharing is not None:
-            for task in tasks:
-                self._sharing.add(task.group_id, task.prompt)
+        if self._kv is not None:
+            self._kv.groups_added(tasks)
         self._do(commands)
         if self._fatal is not None:
             self._do(self._controller.fail_all(self._now(), self._fatal))
@@ -299,17 +293,18 @@ class Session:
             self._end_if_over()
             return
         now = self._now()
-        if self._draft_server is not None:
-            self._feed(self._draft_server, report)
+        if self._drafts is not None:
+            self._drafts.take(report)
         commands = self._controller.progress(report.chunks, now)
         self._recorder.count_tokens(instance_id)
         self._do(commands)
         self._recorder.sample(instance_id, report.load, now)
         progress = self._recorder.progress(now, intake_open=self._intake_open)
-        if self._kv_pool is not None and progress is not self.progress:
+        if self._kv is not None and progress is not self.progress:
             self._controller.set_move_price(self._recorder.kv_counts.move_price)
-            if self._kv_pool.prefetches:
-                self._prefetch(self._kv_pool)
+            info = self._recorder.any_instance()
+            assert info is not None
+            self._kv.prefetch(info)
         self.progress = progress
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
@@ -346,71 +341,16 @@ class Session:
         self._recorder.mark_busy(self._now())
         self._end_if_over()
 
-    def _feed(self, server: DraftServer, report: Report) -> None:
-        """Let siblings draft from what an instance reports."""
-        prefix = f"{self._rollout_id}:"
-        owner = self._controller.buffer.chunk_owner
-        for chunk_id, start, tokens in report.chunks.tokens_by_chunk():
-            request = owner(chunk_id)
-            if request is None or request.chunk is None:
-                continue
-            server.update_cst(
-                prefix + request.group.group_id,
-                prefix + request.request_id,
-                len(request.chunk.generated) // 4 + start,
-                tokens,
-            )
-
-    def _free_kv(
-        self, pool: KvPool, sharing: PromptSharing, response: Response
-    ) -> None:
-        """Nobody will ask for its KV, but for what others begin with."""
-        group_id = GroupId(response.group_id)
-        siblings = self._controller.buffer.group(group_id)
-        running = [array("i", r.generated) for r in siblings if not r.state.is_finished]
-        if not running:
-            sharing.remove(group_id)
-        info = self._recorder.any_instance()
-        if info is None:
-            return
-        prompt = array("i", response.prompt_token_ids)
-        generated = array("i", response.token_ids)
-        tokens = (prompt + generated).tobytes()
-        start = len(prompt) + num_alike(generated, running) if running else 0
-        start = max(start, sharing.num_shared(group_id, tokens))
-        pool.free(info, self._weight_version, tokens, start)
-
-    def _prefetch(self, pool: KvPool) -> None:
-        """Tell the pool whose KV will be wanted next."""
-        info = self._recorder.any_instance()
-        assert info is not None
-        num = _PREFETCHES_PER_INSTANCE * len(self._controller.scheduler.fleet)
-        for request in self._controller.upcoming(num):
-            num_tokens = request.num_tokens
-            if self._prefetched.get(request.request_id) != num_tokens:
-                self._prefetched[request.request_id] = num_tokens
-                tokens = request.group.prompt + request.generated
-                pool.prefetch(info, self._weight_version, tokens)
-
-    def _learn(self, priors: LengthPriors, group_id: GroupId) -> None:
-        """What a finished group tells of its prompt's next rollout."""
-        longest = self._controller.context.longest(group_id)
-        if longest is not None:
-            priors.learn(
-                self._controller.buffer.group(group_id)[0].group.prompt, longest
-            )
-
     def _finish(self, response: Response) -> None:
         self._recorder.finished(response)
-        self._prefetched.pop(RequestId(response.request_id), None)
         group_id = GroupId(response.group_id)
-        if self._kv_pool is not None and self._sharing is not None:
-            self._free_kv(self._kv_pool, self._sharing, response)
+        if self._kv is not None:
+            self._kv.finished(response, self._recorder.any_instance())
         if self._controller.is_group_finished(group_id):
-            if self._draft_server is not None:
-                self._draft_server.finish_group(f"{self._rollout_id}:{group_id}")
-            if self._length_priors is not None:
-                self._learn(self._length_priors, group_id)
+            if self._drafts is not None:
+                self._drafts.group_finished(group_id)
+            if self._priors is not None:
+                learn_length(self._priors, self._controller, group_id)
         if response.finish_reason == "error":
             self._num_errors += 1
             self._first_error = (

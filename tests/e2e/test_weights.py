@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aseer
+from aseer.followers import KvUpkeep
 from aseer.kv.pool import KvPool
 from aseer.models.tiny import make_tiny
-from aseer.session import Session
 from tests.e2e.tiny import by_request, tiny_config, tiny_model
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def test_kv_of_old_weights_in_the_pool_is_neither_read_nor_kept(
     expected, trained, monkeypatch
 ):
     pytest.importorskip("lmcache")
-    monkeypatch.setattr(Session, "_free_kv", lambda *_: None)  # all of it stays hot
+    monkeypatch.setattr(KvUpkeep, "finished", lambda *_: None)  # all of it stays hot
     with aseer.Engine(
         tiny_config(
             num_instances=2,

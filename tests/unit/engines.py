@@ -33,7 +33,7 @@ class Sim:
         self.machine: Machine
         self.prepare: Callable[[Machine], None] = lambda machine: None
         self.is_up = threading.Event()
-        monkeypatch.setattr("aseer.host.bind_router", self._router)
+        monkeypatch.setattr("aseer.serving.bind_router", self._router)
         monkeypatch.setattr("aseer.instance.pool.InstanceProcess.start", self._start)
 
     @asynccontextmanager

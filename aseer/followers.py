@@ -1,0 +1,122 @@
+"""What follows a rollout without deciding in it: drafts, the KV pool, length priors.
+
+Each is told by the session of what happened, and reads the controller; none changes it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from aseer.kv.sharing import PromptSharing, num_alike
+from aseer.types import GroupId, RequestId
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from aseer.context import LengthPriors
+    from aseer.controller import Controller
+    from aseer.dgds.server import DraftServer
+    from aseer.instance.messages import Report
+    from aseer.kv.pool import KvPool
+    from aseer.types import InstanceInfo, Response, Task
+
+# Requests whose KV is fetched from the disk ahead, for each instance: the one that is
+# next and one more, as a fetch takes about as long as a chunk's first steps.
+_PREFETCHES_PER_INSTANCE = 2
+
+
+class DraftFeed:
+    """Tells the draft server what a rollout's requests have written."""
+
+    def __init__(
+        self, server: DraftServer, controller: Controller, rollout_id: int
+    ) -> None:
+        self._server = server
+        self._controller = controller
+        self._prefix = f"{rollout_id}:"  # groups of other rollouts may have equal ids
+
+    def take(self, report: Report) -> None:
+        """Let siblings draft from a report, before the controller takes it."""
+        prefix = self._prefix
+        owner = self._controller.buffer.chunk_owner
+        for chunk_id, start, tokens in report.chunks.tokens_by_chunk():
+            request = owner(chunk_id)
+            if request is None or request.chunk is None:
+                continue
+            self._server.update_cst(
+                prefix + request.group.group_id,
+                prefix + request.request_id,
+                len(request.chunk.generated) // 4 + start,
+                tokens,
+            )
+
+    def group_finished(self, group_id: GroupId) -> None:
+        """Its requests need no more drafts."""
+        self._server.finish_group(self._prefix + group_id)
+
+
+class KvUpkeep:
+    """Frees a rollout's KV in the pool, and has the pool load what is wanted next."""
+
+    def __init__(
+        self, pool: KvPool, controller: Controller, weight_version: int
+    ) -> None:
+        self._pool = pool
+        self._controller = controller
+        self._weight_version = weight_version
+        self._sharing = PromptSharing(pool.granularity)
+        self._prefetched: dict[RequestId, int] = {}  # at how many tokens
+
+    def groups_added(self, tasks: Iterable[Task]) -> None:
+        """Their prompts may begin like others'."""
+        for task in tasks:
+            self._sharing.add(task.group_id, task.prompt)
+
+    def finished(self, response: Response, info: InstanceInfo | None) -> None:
+        """Nobody will ask for a request's KV, but for what others begin with.
+
+        Args:
+            info: of an instance that takes part; None if none does.
+        """
+        self._prefetched.pop(RequestId(response.request_id), None)
+        group_id = GroupId(response.group_id)
+        siblings = self._controller.buffer.group(group_id)
+        running = [array("i", r.generated) for r in siblings if not r.state.is_finished]
+        if not running:
+            self._sharing.remove(group_id)
+        if info is None:
+            return
+        prompt = array("i", response.prompt_token_ids)
+        generated = array("i", response.token_ids)
+        tokens = (prompt + generated).tobytes()
+        start = len(prompt) + num_alike(generated, running) if running else 0
+        start = max(start, self._sharing.num_shared(group_id, tokens))
+        self._pool.free(info, self._weight_version, tokens, start)
+
+    def prefetch(self, info: InstanceInfo) -> None:
+        """Tell the pool whose KV will be wanted next, where it has to fetch it."""
+        if not self._pool.prefetches:
+            return
+        num = _PREFETCHES_PER_INSTANCE * len(self._controller.scheduler.fleet)
+        for request in self._controller.upcoming(num):
+            num_tokens = request.num_tokens
+            if self._prefetched.get(request.request_id) != num_tokens:
+                self._prefetched[request.request_id] = num_tokens
+                tokens = request.group.prompt + request.generated
+                self._pool.prefetch(info, self._weight_version, tokens)
+
+
+def with_priors(priors: LengthPriors, tasks: Iterable[Task]) -> list[Task]:
+    """Groups with what an earlier rollout has shown of their prompts."""
+    return [replace(task, length_prior=priors.get(task.prompt)) for task in tasks]
+
+
+def learn_length(
+    priors: LengthPriors, controller: Controller, group_id: GroupId
+) -> None:
+    """Keep what a finished group shows for its prompt's next rollout."""
+    longest = controller.context.longest(group_id)
+    if longest is not None:
+        priors.learn(controller.buffer.group(group_id)[0].group.prompt, longest)
