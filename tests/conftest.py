@@ -269,6 +269,17 @@ async def _no_leaked_tasks() -> AsyncIterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _environment_stays() -> Iterator[None]:
+    """What a test, or a library it imports, puts into the environment goes with it."""
+    before = dict(os.environ)
+    yield
+    kept = "PYTEST_CURRENT_TEST"  # pytest's own, by test and phase
+    for name in os.environ.keys() - before.keys() - {kept}:
+        del os.environ[name]
+    os.environ.update({k: v for k, v in before.items() if k != kept})
+
+
+@pytest.fixture(autouse=True)
 def _leaked_tasks_fail(request: pytest.FixtureRequest) -> None:
     """Ask for `_no_leaked_tasks` if the test is a coroutine, which has a loop."""
     test: Callable[..., object] | None = getattr(request.node, "obj", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,10 @@ pytestmark = pytest.mark.timeout(240)
 
 
 def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    # vLLM on a CPU preloads libraries in processes to come; sanitizers must be first.
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False
+        command, cwd=folder, env=env, capture_output=True, text=True, check=False
     )
 
 
