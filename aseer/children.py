@@ -25,7 +25,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from contextlib import suppress
 from functools import partial
@@ -57,11 +56,6 @@ _WORKERS_ONLY = re.compile(
     # start with `expandable_segments:True` beside a KV connector.
     r"|PYTORCH_(CUDA_|HIP_)?ALLOC_CONF"
 )
-
-
-def module_command(name: str) -> tuple[str, ...]:
-    """What runs a module in a child, whatever lies in the working directory."""
-    return (sys.executable, "-P", "-m", name)
 
 
 def inherited(environ: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:

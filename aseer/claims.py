@@ -147,7 +147,11 @@ class Claims:
     async def _change(self) -> None:
         changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(changed)
-        await changed
+        try:
+            await changed
+        finally:
+            if changed in self._waiting:  # the wait was broken off
+                self._waiting.remove(changed)
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []

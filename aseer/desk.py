@@ -51,6 +51,7 @@ class _Joining:
         self.n = n
         self.waiting: list[asyncio.Future[Response]] = []
         self.deadline: asyncio.TimerHandle | None = None
+        self.group_id = ""  # once the group runs
 
     @property
     def is_whole(self) -> bool:
@@ -170,7 +171,7 @@ class Desk:
         try:
             return await future
         finally:
-            self._cancel_unwanted()
+            self._let_go(joining)
 
     def _start(self, key: object) -> None:
         """Hand a group over with those that are there."""
@@ -181,17 +182,20 @@ class Desk:
         if waiting:
             name = f"{key}/" if isinstance(key, str) else ""
             group_id = GroupId(f"{name}desk-{next(self._numbers)}")
+            joining.group_id = group_id
             self._running[group_id] = waiting
             num = len(waiting)
             self._source.add(replace(joining.task, group_id=group_id, num_requests=num))
 
-    def _cancel_unwanted(self) -> None:
-        """End groups that nobody waits for any more."""
-        for group_id, waiting in list(self._running.items()):
-            if all(future.done() for future in waiting):
-                del self._running[group_id]
-                if any(future.cancelled() for future in waiting):
-                    self._rollout.cancel(group_id)
+    def _let_go(self, joining: _Joining) -> None:
+        """End a group that nobody waits for any more."""
+        group_id = joining.group_id
+        waiting = self._running.get(group_id)
+        if waiting is None or not all(future.done() for future in waiting):
+            return
+        del self._running[group_id]
+        if any(future.cancelled() for future in waiting):
+            self._rollout.cancel(group_id)
 
     async def _read(self) -> None:
         error: BaseException = RolloutClosedError("the desk's rollout has ended")

@@ -84,7 +84,7 @@ from lmcache.v1.multiprocess.custom_types import (
     IPCCacheServerKey, RegisterEngineDrivenContextPayload)
 from lmcache.v1.multiprocess.transport.zmq_impl.client import ZmqMultiprocessClient
 from lmcache.v1.multiprocess.transport.zmq_impl.mq import MessageQueueClient
-from aseer.children import module_command
+from aseer.interpreter import this_interpreter
 from aseer.kv.messages import Poll, ServerSpec
 from aseer.leftovers import Leftovers
 from aseer.lifeline import Lifeline
@@ -98,7 +98,8 @@ spec = ServerSpec(shm_name=name, args=[
     "--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven",
     "--shm-name", name, "--no-l1-use-lazy", "--disable-observability"])
 server = subprocess.Popen(
-    module_command("aseer.kv.server"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    this_interpreter().command("aseer.kv.server"),
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     env=os.environ | Lifeline.to_this_process(run_dir).environment(),
     start_new_session=True)
 

@@ -159,6 +159,7 @@ async def test_a_call_that_gives_up_waiting_holds_nothing():
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await claims.take(Call.ROLLOUT)
+    assert not claims._waiting
     claim.release()
     assert await claims.take(Call.SLEEP) is not None
 
