@@ -9,8 +9,6 @@ Importing this package imports neither vllm nor torch.
 """
 
 from aseer.config import EngineConfig, KvPoolConfig, SpeculationConfig
-from aseer.desk import Desk
-from aseer.engine import Engine
 from aseer.errors import (
     AseerError,
     ConfigError,
@@ -32,7 +30,9 @@ from aseer.report import (
     RolloutReport,
     WeightUpdateReport,
 )
-from aseer.rollout import Rollout, SyncRollout, rollout
+from aseer.runtime.desk import Desk
+from aseer.runtime.engine import Engine
+from aseer.runtime.rollout import Rollout, SyncRollout, rollout
 from aseer.sampling import SamplingParams
 from aseer.types import RequestMetrics, Response
 

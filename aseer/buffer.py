@@ -16,8 +16,8 @@ from __future__ import annotations
 from struct import Struct
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from aseer.outputs import Outputs
-from aseer.request import Request, aborted_responses
+from aseer.core.outputs import Outputs
+from aseer.core.request import Request, aborted_responses
 from aseer.sampling import chunk_seed
 from aseer.types import (
     Assignment,
@@ -33,7 +33,7 @@ from aseer.types import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from aseer.columns import Columns
+    from aseer.core.columns import Columns
 
 __all__ = ["News", "Outcome", "Request", "RequestBuffer", "Taken", "aborted_responses"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 -- annotations are resolved at run time, too
 from typing import Any, Literal, get_args
 
-from aseer.engine_args import check_engine_args, has_drafter
-from aseer.fields import (
+from aseer.inputs.engine_args import check_engine_args, has_drafter
+from aseer.inputs.fields import (
     check_directory,
     check_int,
     check_seconds,
@@ -19,7 +19,7 @@ from aseer.fields import (
     set_field,
     variable,
 )
-from aseer.plain import (
+from aseer.inputs.plain import (
     INT32_MAX,
     INT64_MAX,
     as_bool,

@@ -20,23 +20,23 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from aseer.buffer import Request, RequestBuffer
-from aseer.columns import Columns, columns_of
-from aseer.commands import Abort, Blame, Command, Dispatch, Finished
 from aseer.context import ContextManager
-from aseer.counters import Counters
-from aseer.kv.residency import DEFAULT_MOVE_PRICE, KvResidency
+from aseer.core.columns import Columns, columns_of
+from aseer.core.commands import Abort, Blame, Command, Dispatch, Finished
+from aseer.core.counters import Counters
+from aseer.core.quarantine import Quarantine
+from aseer.core.residency import DEFAULT_MOVE_PRICE, KvResidency
+from aseer.core.running import RunningChunks
+from aseer.core.waiting import Waiting
 from aseer.policies import POLICIES, Policy
-from aseer.quarantine import Quarantine
-from aseer.running import RunningChunks
 from aseer.scheduler import Scheduler
 from aseer.types import Chunk, GroupId, InstanceId, RequestState, Task
-from aseer.waiting import Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from aseer.config import PolicyName
-    from aseer.outputs import Outputs
+    from aseer.core.outputs import Outputs
     from aseer.types import ChunkProgress, InstanceInfo
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from aseer.errors import ConfigError
-from aseer.plain import INT32_MAX, as_int, as_list, as_text, can_be_sent
+from aseer.inputs.plain import INT32_MAX, as_int, as_list, as_text, can_be_sent
 from aseer.sampling import SamplingParams, resolve_sampling
 from aseer.types import GroupId, Task
 
 if TYPE_CHECKING:
-    from aseer.tokenizer import Message, Tokenizer
+    from aseer.inputs.tokenizer import Message, Tokenizer
     from aseer.types import InstanceInfo
 
 G = TypeVar("G")

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aseer.config import PolicyName
-    from aseer.waiting import Rank, Waiting
+    from aseer.core.waiting import Rank, Waiting
 
 Placement = Literal[
     "affinity", "group-round-robin", "least-loaded", "group-least-unfinished"

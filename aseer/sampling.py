@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from aseer.errors import ConfigError
-from aseer.plain import (
+from aseer.inputs.plain import (
     INT32_MAX,
     INT64_MAX,
     as_bool,
@@ -28,7 +28,7 @@ from aseer.plain import (
     as_text,
     unwrapped,
 )
-from aseer.structured import check_structured_outputs
+from aseer.inputs.structured import check_structured_outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 The `Scheduler` keeps waiting requests in a policy's order (`aseer.policies`) and turns
 free capacity into assignments; what siblings share of their prompt's KV is reserved
-once (`aseer.prompts`). It has no clock, no randomness and no I/O, so a sequence of
+once (`aseer.core.prompts`). It has no clock, no randomness and no I/O, so a sequence of
 calls is a trace that replays.
 
 Placement. Seer §3.2 places a request where its KV is while loads differ by less than 32
@@ -23,10 +23,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aseer.fleet import Fleet
-from aseer.prompts import SharedPrompts
+from aseer.core.fleet import Fleet
+from aseer.core.prompts import SharedPrompts
+from aseer.core.waiting import Waiting, WaitingQueue
 from aseer.types import NO_POOL, Assignment, Holders
-from aseer.waiting import Waiting, WaitingQueue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -32,8 +32,8 @@ from typing import Any
 from common import print_result, quantiles, result_line
 
 import aseer
-from aseer.instance import process
 from aseer.models import smollm2
+from aseer.runtime import process
 
 CHUNK_SIZE = 256
 SOCKETS = "ASEER_BENCH_SOCKETS"
@@ -66,7 +66,7 @@ def serve_instance() -> None:
     from vllm.sampling_params import RequestOutputKind
 
     from aseer.instance import main as instance
-    from aseer.instance.vllm import VllmBackend
+    from aseer.instance.vllm.backend import VllmBackend
 
     class OpenBackend(VllmBackend):
         async def attend(self) -> None:

@@ -5,9 +5,9 @@ trainers place requests today, with and without vLLM's own suffix drafts, then w
 aseer adds step by step, then an oracle that knows the lengths, and last the way that
 gives up being on-policy: partial rollout, which ends with half of the groups and
 carries the others' texts over to the next weights. Whatever the model samples, a
-request emits its recorded tokens (`aseer.instance.replay`), and stops where it stopped;
-every token that comes back is checked. Arms do not know the lengths, except those that
-say so.
+request emits its recorded tokens (`aseer.instance.vllm.replay`), and stops where it
+stopped; every token that comes back is checked. Arms do not know the lengths, except
+those that say so.
 
 Arms with the same drafts share engines, of which all are up at once; those of other
 arms idle meanwhile (or, with `--restart`, are started when their turn comes). Arms that
@@ -58,14 +58,14 @@ from simulating import (
 )
 
 import aseer
-from aseer import trace
 from aseer.cli import record
+from aseer.data import trace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from aseer.data.trace import Trace
     from aseer.report import RolloutReport
-    from aseer.trace import Trace
 
 BASE = "verl-today"
 QUICK = {"groups": 10, "max_tokens": 512, "repetitions": 2, "minutes": 16.0}

@@ -44,10 +44,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from common import print_result, quantiles, result_line
 from reporting import REPORTS_PER_S, Reporting
 
-from aseer.columns import Columns, columns_of
 from aseer.context import ContextManager
 from aseer.controller import Controller, Dispatch
-from aseer.kv.residency import KvResidency
+from aseer.core.columns import Columns, columns_of
+from aseer.core.residency import KvResidency
+from aseer.core.waiting import Waiting
 from aseer.policies import POLICIES
 from aseer.scheduler import Scheduler
 from aseer.types import (
@@ -62,7 +63,6 @@ from aseer.types import (
     Task,
     request_id_of,
 )
-from aseer.waiting import Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

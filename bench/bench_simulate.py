@@ -40,8 +40,8 @@ from aseer.sim import workload as workloads
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aseer.core.waiting import Rank, Waiting
     from aseer.sim import Workload
-    from aseer.waiting import Rank, Waiting
 
 # Instances and GPUs of each (Table 3), and speedups over its veRL (its ablation).
 CLUSTERS = {"moonlight": (32, 1), "qwen2-vl-72b": (16, 8), "kimi-k2": (8, 32)}

@@ -37,8 +37,8 @@ from common import print_result, quantiles, result_line
 from replaying import check, emit, find_trace, fit, forget, make_model, sampling_of
 
 import aseer
-from aseer import trace
-from aseer.trace import Trace
+from aseer.data import trace
+from aseer.data.trace import Trace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

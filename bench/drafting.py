@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aseer import trace
-from aseer.trace import TraceGroup as Group
+from aseer.data import trace
+from aseer.data.trace import TraceGroup as Group
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from drafting import synthetic_traces
 from rich.console import Console
 
-from aseer import trace
 from aseer.cli import record
 from aseer.cli.main import build_parser
+from aseer.data import trace
+from aseer.data.trace import Trace, TraceGroup
 from aseer.errors import ConfigError
-from aseer.instance import process
 from aseer.instance.launch import fast_cpu_dtype
 from aseer.models import smollm2, tiny
-from aseer.trace import Trace, TraceGroup
+from aseer.runtime import process
 
 if TYPE_CHECKING:
     import argparse
@@ -173,7 +173,7 @@ def make_model(args: argparse.Namespace, folder: Path) -> Path:
 
 def emit(path: Path) -> None:
     """Engines that start from now on emit the texts of the trace in that file."""
-    process.MODULE = ("aseer.instance.replay", str(path))
+    process.MODULE = ("aseer.instance.vllm.replay", str(path))
 
 
 def sampling_of(recorded: Trace, temperature: float, end_token: int) -> dict[str, Any]:

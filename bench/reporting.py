@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aseer.columns import columns_of
 from aseer.controller import Controller, Dispatch
+from aseer.core.columns import columns_of
 from aseer.instance.messages import FROM_INSTANCE, Report
-from aseer.recorder import Recorder
+from aseer.runtime.recorder import Recorder
 from aseer.types import ChunkProgress, GroupId, InstanceLoad, Task
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from replaying import Arm, Run
 
+    from aseer.data.trace import Trace
     from aseer.report import RolloutReport, TimelineSample
-    from aseer.trace import Trace
 
 _INSTANCES_A_RUN = 1000
 

@@ -61,12 +61,12 @@ SECTIONS = {
 # Names that signatures use for longer types, by the module that defines them.
 ALIASES = {
     "Groups": "groups",
-    "Message": "tokenizer",
+    "Message": "inputs/tokenizer",
     "PolicyName": "config",
     "KvPoolMode": "config",
     "SpeculationMethod": "config",
     "BudgetPolicy": "config",
-    "Pause": "weights/keeper",
+    "Pause": "runtime/weights",
     "WeightSource": "weights/sending",
     "FinishReason": "types",
     "InstanceId": "types",

@@ -303,7 +303,7 @@ def build_aseer() -> None:
     say("building the native module and installing aseer")
     arguments = ["install", "--no-deps", "--no-build-isolation", "--editable", "."]
     must(pip(*arguments), "building aseer")
-    look = "import aseer, aseer._core, aseer.dgds._cst"
+    look = "import aseer, aseer.core._native, aseer.dgds._cst"
     must(run([str(VENV_PYTHON), "-c", look]), "importing the native module")
 
 

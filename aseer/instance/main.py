@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import uvloop
 
-from aseer.columns import columns_of
+from aseer.core.columns import columns_of
 from aseer.errors import describe
 from aseer.instance.base import Backend, EngineDied, InstanceSpec
 from aseer.instance.messages import (
@@ -38,8 +38,8 @@ from aseer.instance.messages import (
     Stop,
     ToInstance,
 )
-from aseer.leftovers import hold
-from aseer.lifeline import (
+from aseer.node.leftovers import hold
+from aseer.node.lifeline import (
     Lifeline,
     end_group,
     watch,
@@ -245,7 +245,7 @@ def make_backend(spec: InstanceSpec) -> Backend:
         from aseer.instance.sim import SimBackend
 
         return SimBackend(spec)
-    from aseer.instance.vllm import VllmBackend
+    from aseer.instance.vllm.backend import VllmBackend
 
     return VllmBackend(spec)
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import msgspec
 
 # Runtime imports: msgspec resolves the annotations.
-from aseer.columns import Columns
+from aseer.core.columns import Columns
 from aseer.types import Chunk, ChunkId, InstanceInfo, InstanceLoad
 
 PROTOCOL_VERSION = 4

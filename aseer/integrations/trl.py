@@ -36,7 +36,7 @@ from aseer.weights.adapters import has_adapters
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from aseer.engine import Engine
+    from aseer.runtime.engine import Engine
     from aseer.sampling import SamplingParams
     from aseer.types import Response
 

@@ -14,7 +14,7 @@ import logging
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from aseer.instance.versions import installed_packages, lmcache_obstacle
+from aseer.compat.versions import installed_packages, lmcache_obstacle
 from aseer.kv.guard import pool_cause
 from aseer.kv.messages import Counts, Free, Prefetch
 from aseer.kv.process import ServerProcess, sum_counts
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from aseer.config import EngineConfig
     from aseer.instance.launch import Launch
-    from aseer.interpreter import Interpreter
     from aseer.kv.settings import PoolPlan
-    from aseer.leftovers import Leftovers
     from aseer.models.traits import ModelTraits
+    from aseer.node.interpreter import Interpreter
+    from aseer.node.leftovers import Leftovers
     from aseer.types import InstanceInfo
 
 _log = logging.getLogger("aseer")

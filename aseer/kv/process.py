@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aseer.children import Child, in_thread
 from aseer.errors import AseerError
-from aseer.instance.cleanup import SHARED_MEMORY
 from aseer.instance.launch import GPU_VARIABLES
-from aseer.interpreter import this_interpreter
 from aseer.kv.frees import FreeQueue
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
 from aseer.kv.settings import QUIET_LMCACHE, SHM_PREFIX, server_args
+from aseer.node.children import Child, in_thread
+from aseer.node.cleanup import SHARED_MEMORY
+from aseer.node.interpreter import this_interpreter
 from aseer.watch import waking_timeout
 
 if TYPE_CHECKING:
-    from aseer.interpreter import Interpreter
     from aseer.kv.settings import PoolPlan
-    from aseer.leftovers import Leftovers
+    from aseer.node.interpreter import Interpreter
+    from aseer.node.leftovers import Leftovers
 
 _log = logging.getLogger("aseer")
 

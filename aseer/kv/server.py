@@ -64,8 +64,8 @@ from lmcache.v1.multiprocess.server import run_cache_server
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
 from aseer.kv.pickles import refuse_in_server
 from aseer.kv.settings import SHM_PREFIX, WATERMARK, version_of
-from aseer.leftovers import hold
-from aseer.lifeline import Lifeline, end_group, watch
+from aseer.node.leftovers import hold
+from aseer.node.lifeline import Lifeline, end_group, watch
 
 _log = logging.getLogger("aseer.kv")
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from aseer.controller import Controller, Dispatch, Finished
+from aseer.core.outputs import Outputs
 from aseer.errors import ConfigError
-from aseer.outputs import Outputs
 from aseer.policies import POLICIES, Policy
-from aseer.recorder import Recorder
+from aseer.runtime.recorder import Recorder
 from aseer.sim.drafting import Drafting
 from aseer.sim.engine import SimEngine
 from aseer.types import (

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aseer import trace
+from aseer.data import trace
 from aseer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ PAPER: dict[str, dict[str, Any]] = {
 
 
 def load(path: Path | str, *, max_tokens: int | None = None) -> Workload:
-    """Read a workload from a recorded rollout (`aseer.trace`), or from lengths alone.
+    """Read a workload from a recorded rollout (`data/trace.py`), or from lengths alone.
 
     Of lengths there is a JSON list with one object a group, which has `lengths` (tokens
     of every response) and `num_prompt_tokens`.

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import aseer
-from aseer import trace
-from aseer.instance import process
-from aseer.trace import Trace, TraceGroup
+from aseer.data import trace
+from aseer.data.trace import Trace, TraceGroup
+from aseer.runtime import process
 from tests.e2e.tiny import tiny_config
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def replaying(tmp_path_factory) -> Iterator[None]:
     path = tmp_path_factory.mktemp("replay") / "trace.json.gz"
     trace.save(RECORDED, path)
     with pytest.MonkeyPatch.context() as patch:
-        command = ("aseer.instance.replay", str(path))
+        command = ("aseer.instance.vllm.replay", str(path))
         patch.setattr(process, "MODULE", command)
         yield
 
@@ -130,7 +130,7 @@ def test_an_instance_refuses_a_changed_trace(tmp_path: Path, monkeypatch):
     content = RECORDED.to_dict()
     content["groups"][0]["responses"][0][0] += 1
     path.write_text(json.dumps(content))
-    command = ("aseer.instance.replay", str(path))
+    command = ("aseer.instance.vllm.replay", str(path))
     monkeypatch.setattr(process, "MODULE", command)
     config = tiny_config(num_instances=1, max_restarts=0)
     with pytest.raises(aseer.InstanceStartError, match="was changed"):
@@ -139,7 +139,7 @@ def test_an_instance_refuses_a_changed_trace(tmp_path: Path, monkeypatch):
 
 
 def test_what_a_batch_emits_next_is_read_off_its_rows():
-    from aseer.instance.replay import Recorded
+    from aseer.instance.vllm.replay import Recorded
 
     prompt = np.array([9, 9], np.int32)
     responses = [np.array(r, np.int32) for r in ([10, 11, 12, 13], [20, 21], [30])]

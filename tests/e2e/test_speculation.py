@@ -103,7 +103,7 @@ def test_samplers_are_told_from_wrong_ones():
 
 
 def test_drafts_come_with_a_steps_answer(monkeypatch):
-    from aseer.instance import executor
+    from aseer.instance.vllm import executor
 
     runner = SimpleNamespace(
         sample_tokens=lambda grammar: SimpleNamespace(grammar=grammar),

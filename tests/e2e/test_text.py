@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from aseer.instance.text import Text
+from aseer.instance.vllm.text import Text
 from aseer.sampling import SamplingParams
 from aseer.types import Chunk, ChunkId, GroupId, InstanceId, RequestId
 

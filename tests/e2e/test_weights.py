@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aseer
-from aseer.followers import KvUpkeep
 from aseer.kv.pool import KvPool
 from aseer.models.tiny import make_tiny
+from aseer.runtime.followers import KvUpkeep
 from tests.e2e.tiny import by_request, tiny_config, tiny_model
 
 if TYPE_CHECKING:

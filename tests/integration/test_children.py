@@ -16,8 +16,8 @@ import pytest
 import uvloop
 
 import aseer
-from aseer.children import Child, in_thread
-from aseer.leftovers import Leftovers
+from aseer.node.children import Child, in_thread
+from aseer.node.leftovers import Leftovers
 from aseer.transport.zeromq import make_socket_dir
 from tests.integration.sims import config_of, groups_of
 
@@ -68,11 +68,11 @@ def test_a_start_that_fails_half_way_leaves_nothing(
         return process
 
     async def attempt():
-        monkeypatch.setattr("aseer.children.subprocess.Popen", noting)
+        monkeypatch.setattr("aseer.node.children.subprocess.Popen", noting)
         if step == "process":
-            monkeypatch.setattr("aseer.children.subprocess.Popen", no_room)
+            monkeypatch.setattr("aseer.node.children.subprocess.Popen", no_room)
         elif step == "thread":
-            monkeypatch.setattr("aseer.children.threading.Thread.start", no_thread)
+            monkeypatch.setattr("aseer.node.children.threading.Thread.start", no_thread)
         else:
             loop = asyncio.get_running_loop()
             failing = {"stdin": "connect_write_pipe", "stdout": "connect_read_pipe"}
@@ -82,7 +82,7 @@ def test_a_start_that_fails_half_way_leaves_nothing(
                     return no_room if name == failing[step] else getattr(loop, name)
 
             monkeypatch.setattr(
-                "aseer.children.asyncio.get_running_loop", lambda: Failing()
+                "aseer.node.children.asyncio.get_running_loop", lambda: Failing()
             )
         with pytest.raises(OSError, match=r"unavailable|new thread"):
             await Child.start(SLEEPS, {}, tmp_path / "log", leftovers, answers=True)
@@ -108,7 +108,7 @@ async def test_a_childs_id_is_its_own_until_it_is_ended(leftovers, tmp_path):
 
 
 async def test_a_function_runs_though_there_are_no_threads(monkeypatch):
-    monkeypatch.setattr("aseer.children.threading.Thread.start", no_thread)
+    monkeypatch.setattr("aseer.node.children.threading.Thread.start", no_thread)
     assert await in_thread(threading.get_ident) == threading.get_ident()
     monkeypatch.undo()
     assert await in_thread(threading.get_ident) != threading.get_ident()
@@ -126,7 +126,7 @@ async def test_a_moment_without_room_for_processes_costs_one_restart(monkeypatch
         return no_room() if is_soon else start(*args, **kwargs)
 
     async with aseer.Engine(config_of(max_restarts=2)) as engine:
-        monkeypatch.setattr("aseer.children.subprocess.Popen", refused_at_first)
+        monkeypatch.setattr("aseer.node.children.subprocess.Popen", refused_at_first)
         victim = engine.instances[0].pid
         responses = []
         async for response in engine.rollout(groups_of(8, **LONG)):
@@ -139,7 +139,7 @@ async def test_a_moment_without_room_for_processes_costs_one_restart(monkeypatch
 
 
 async def test_a_start_that_the_system_has_no_room_for_is_a_start_error(monkeypatch):
-    monkeypatch.setattr("aseer.children.subprocess.Popen", no_room)
+    monkeypatch.setattr("aseer.node.children.subprocess.Popen", no_room)
     with pytest.raises(aseer.InstanceStartError, match="temporarily unavailable"):
         async with aseer.Engine(config_of()):
             pass

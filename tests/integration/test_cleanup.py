@@ -13,14 +13,14 @@ from pathlib import Path
 import msgspec
 
 from aseer.instance.base import InstanceSpec
-from aseer.instance.cleanup import (
+from aseer.node.cleanup import (
     SHARED_MEMORY,
     kill_group,
     remove_shared_memory,
     shared_memory_of,
 )
-from aseer.leftovers import Leftovers
-from aseer.lifeline import Lifeline
+from aseer.node.leftovers import Leftovers
+from aseer.node.lifeline import Lifeline
 from aseer.transport.zeromq import make_socket_dir
 
 SCRIPT = """
@@ -63,7 +63,7 @@ def test_only_what_the_group_alone_had_is_removed():
 ENDS_WHILE_IT_CLEANS_UP = """
 import shutil, threading, time
 import uvloop
-from aseer import lifeline
+from aseer.node import lifeline
 from aseer.instance.main import main
 
 began = threading.Event()

@@ -10,7 +10,7 @@ import time
 import pytest
 
 import aseer
-from aseer.columns import columns_of
+from aseer.core.columns import columns_of
 from aseer.instance.messages import PROTOCOL_VERSION, TO_INSTANCE, Answer, Hello, Report
 from aseer.transport.zeromq import connect_dealer
 from aseer.types import ChunkId, ChunkProgress, InstanceLoad

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 import aseer
-from aseer.interpreter import interpreter_at, this_interpreter
+from aseer.node.interpreter import interpreter_at, this_interpreter
 from tests.integration.sims import config_of, content, groups_of
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ import uvloop
 
 import aseer
 from aseer.config import EngineConfig, KvPoolConfig
-from aseer.instance.process import InstanceProcess
-from aseer.instance.stats import Stats
+from aseer.instance.vllm.stats import Stats
 from aseer.kv.pool import KvPool
 from aseer.kv.settings import CONNECTOR, SHM_PREFIX, Memory, plan_pool
-from aseer.leftovers import Leftovers
+from aseer.node.leftovers import Leftovers
+from aseer.runtime.process import InstanceProcess
 from aseer.transport.zeromq import make_socket_dir
 from aseer.types import InstanceId, InstanceInfo
 
@@ -146,7 +146,7 @@ async def test_a_server_that_talks_nonsense_or_falls_silent_costs_only_itself(
     """Who waits for it does not wait long, whatever else is told to it meanwhile."""
     command = (sys.executable, "-c", SERVER, "good", answer)
     monkeypatch.setattr(
-        "aseer.interpreter.Interpreter.command", lambda self, *module: command
+        "aseer.node.interpreter.Interpreter.command", lambda self, *module: command
     )
     async with running(tmp_path, timeout_s=0.5) as pool:
         (pid,) = pool.pids

@@ -84,10 +84,10 @@ from lmcache.v1.multiprocess.custom_types import (
     IPCCacheServerKey, RegisterEngineDrivenContextPayload)
 from lmcache.v1.multiprocess.transport.zmq_impl.client import ZmqMultiprocessClient
 from lmcache.v1.multiprocess.transport.zmq_impl.mq import MessageQueueClient
-from aseer.interpreter import this_interpreter
+from aseer.node.interpreter import this_interpreter
 from aseer.kv.messages import Poll, ServerSpec
-from aseer.leftovers import Leftovers
-from aseer.lifeline import Lifeline
+from aseer.node.leftovers import Leftovers
+from aseer.node.lifeline import Lifeline
 
 port, name, folder = sys.argv[1:]
 mark, run_dir = Path(folder) / "mark", Path(folder) / "run"
@@ -230,9 +230,9 @@ SHARED = (
 import asyncio
 from types import SimpleNamespace
 from aseer.kv.messages import Prefetch
-from aseer.session import Session
+from aseer.runtime.session import Session
 from aseer.types import InstanceLoad
-from tests.unit.core import info_of, report_of, task_of
+from tests.unit.builders import info_of, report_of, task_of
 
 CHUNK = 64
 

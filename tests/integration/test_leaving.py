@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 import aseer
-from aseer.loop_thread import LoopThread
+from aseer.runtime.loop_thread import LoopThread
 from tests.integration.sims import config_of, groups_of
 
 LONG = {"ignore_eos": True, "max_tokens": 2000}
@@ -74,7 +74,7 @@ async def test_cancellation_frees_the_engines(engine):
 async def test_an_engine_that_was_closed_asks_nothing_of_the_exit(monkeypatch):
     asked = []
     recorder = SimpleNamespace(register=asked.append, unregister=asked.remove)
-    monkeypatch.setattr("aseer.opening.atexit", recorder)
+    monkeypatch.setattr("aseer.runtime.opening.atexit", recorder)
     async with aseer.Engine(config_of()), aseer.Engine(config_of()) as inner:
         assert len(asked) == 2
         await inner.aclose()

@@ -472,7 +472,7 @@ async def test_an_engine_that_failed_says_why(monkeypatch):
         await asyncio.sleep(0.2)
         raise ZeroDivisionError("not today")
 
-    monkeypatch.setattr("aseer.instance.pool.InstancePool.supervise", supervise)
+    monkeypatch.setattr("aseer.runtime.instances.InstancePool.supervise", supervise)
     async with aseer.Engine(sims()) as engine:
         iterator = aiter(engine.rollout(groups_of(4, **LONG)))
         with pytest.raises(aseer.EngineError, match="failed: ZeroDivisionError: not"):

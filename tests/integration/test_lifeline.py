@@ -10,9 +10,9 @@ import time
 import pytest
 
 import aseer
-from aseer.forks import forget, keep_from_forks
-from aseer.leftovers import Leftovers, sweep
-from aseer.lifeline import Lifeline, _started_at, watch
+from aseer.node.forks import forget, keep_from_forks
+from aseer.node.leftovers import Leftovers, sweep
+from aseer.node.lifeline import Lifeline, _started_at, watch
 from aseer.transport.zeromq import make_socket_dir
 from tests.integration.sims import config_of, groups_of
 from tests.integration.trainers import trainer
@@ -74,7 +74,7 @@ def test_a_sweep_removes_only_lists_that_nobody_holds(tmp_path, monkeypatch):
     held, dead = Leftovers(make_socket_dir()), Leftovers(make_socket_dir())
     begun, foreign = make_socket_dir(), make_socket_dir()
     (begun / "leftovers").touch()
-    monkeypatch.setattr("aseer.leftovers.fcntl.flock", no_locks)
+    monkeypatch.setattr("aseer.node.leftovers.fcntl.flock", no_locks)
     unheld = Leftovers(make_socket_dir())
     monkeypatch.undo()
     unheld.add(tmp_path / "of-the-unheld")
@@ -138,7 +138,7 @@ def test_the_end_of_a_controller_is_seen_and_of_nobody_else(can_open, monkeypatc
 
     if not can_open:
         monkeypatch.setattr("os.pidfd_open", forbidden)
-        monkeypatch.setattr("aseer.lifeline._POLL_S", 0.05)
+        monkeypatch.setattr("aseer.node.lifeline._POLL_S", 0.05)
     reader, writer = os.pipe()
     controller = os.fork()
     if controller == 0:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aseer import trace
 from aseer.cli.main import main
+from aseer.data import trace
 
 if TYPE_CHECKING:
     from pathlib import Path

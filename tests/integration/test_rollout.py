@@ -292,11 +292,11 @@ async def test_a_rollout_that_waits_for_groups_is_told_as_that(engine):
 
 
 async def test_the_module_function_uses_the_engine_that_is_open_here(engine):
-    token = aseer.engine.current_engine.set(engine)
+    token = aseer.runtime.engine.current_engine.set(engine)
     try:
         assert len([r async for r in aseer.rollout(groups_of(2))]) == 8
     finally:
-        aseer.engine.current_engine.reset(token)
+        aseer.runtime.engine.current_engine.reset(token)
 
 
 async def test_the_module_function_opens_an_engine_for_a_config():

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("vllm")
 
 from aseer.instance.base import InstanceSpec
-from aseer.instance.speculation import keep_schedule
-from aseer.instance.vllm import AsyncLLM, VllmBackend
-from aseer.instance.worker import WorkerExtension
+from aseer.instance.vllm.backend import AsyncLLM, VllmBackend
+from aseer.instance.vllm.speculation import keep_schedule
+from aseer.instance.vllm.worker import WorkerExtension
 from aseer.models.tiny import make_tiny
 
 if TYPE_CHECKING:

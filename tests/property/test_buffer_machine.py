@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from aseer.buffer import Request, RequestBuffer
 from aseer.errors import InvalidTransition
 from aseer.types import Assignment, ChunkProgress, InstanceId, RequestId, RequestState
-from tests.unit.core import report_of, taken_by, task_of
+from tests.unit.builders import report_of, taken_by, task_of
 
 MAX_RETRIES = 2
 ENDS = ["stop", "length", "error", "aborted"]

@@ -10,12 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from aseer.calls import LoggedController, Settings, replay
 from aseer.errors import ConfigError
 from aseer.policies import POLICIES
+from aseer.runtime.calls import LoggedController, Settings, replay
 from aseer.types import GroupId, InstanceId
 from tests.property.test_controller_machine import NUM_INSTANCES, ControllerMachine
-from tests.unit.core import chunks_in, info_of, report_of, task_of
+from tests.unit.builders import chunks_in, info_of, report_of, task_of
 
 if TYPE_CHECKING:
     from aseer.controller import Controller

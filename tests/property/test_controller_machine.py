@@ -14,7 +14,7 @@ from aseer.config import POLICY_NAMES
 from aseer.controller import Abort, Controller, Dispatch, Finished
 from aseer.policies import POLICIES
 from aseer.types import ChunkId, GroupId, InstanceId
-from tests.unit.core import info_of, report_of, task_of
+from tests.unit.builders import info_of, report_of, task_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -20,7 +20,7 @@ from aseer.groups import Group, GroupResolver
 from aseer.instance.messages import TO_INSTANCE, Run
 from aseer.sampling import SamplingParams
 from aseer.types import Assignment, InstanceId, InstanceInfo
-from tests.unit.core import chunks_in
+from tests.unit.builders import chunks_in
 
 INFO = InstanceInfo(
     instance_id=InstanceId(0),

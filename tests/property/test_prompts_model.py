@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aseer.prompts import SharedPrompts
+from aseer.core.prompts import SharedPrompts
 from aseer.types import GroupId, InstanceId, RequestId
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aseer.columns import columns_of
 from aseer.controller import Abort, Dispatch, Finished
+from aseer.core.columns import columns_of
+from aseer.core.outputs import Outputs
 from aseer.instance.base import InstanceSpec
 from aseer.instance.main import Instance
 from aseer.instance.messages import (
@@ -28,10 +29,9 @@ from aseer.instance.messages import (
     Run,
 )
 from aseer.instance.sim import SimBackend
-from aseer.outputs import Outputs
 from aseer.transport.memory import Faults, MemoryRouter
 from aseer.types import ChunkEnd, ChunkId, ChunkProgress, InstanceId
-from tests.unit.core import controller_of, task_of
+from tests.unit.builders import controller_of, task_of
 
 if TYPE_CHECKING:
     from aseer.controller import Command

@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from aseer.core.waiting import MAX_PASSED, Waiting
 from aseer.policies import POLICIES
 from aseer.scheduler import (
     RECOMPUTE_TOKENS_PER_REQUEST,
@@ -24,8 +25,7 @@ from aseer.types import (
     KvGroup,
     RequestId,
 )
-from aseer.waiting import MAX_PASSED, Waiting
-from tests.unit.core import info_of
+from tests.unit.builders import info_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -17,7 +17,7 @@ from aseer.types import (
     InstanceId,
     RequestState,
 )
-from tests.unit.core import report_of, taken_by, task_of
+from tests.unit.builders import report_of, taken_by, task_of
 
 A, B = InstanceId(0), InstanceId(1)
 

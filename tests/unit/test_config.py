@@ -20,8 +20,8 @@ from aseer.config import (
     check_policy,
     is_speculating,
 )
-from aseer.engine_args import _DRAFTER, _OWN, _REFUSED
 from aseer.errors import ConfigError
+from aseer.inputs.engine_args import _DRAFTER, _OWN, _REFUSED
 from aseer.policies import POLICIES
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

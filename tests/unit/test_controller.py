@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aseer.policies import Policy
-from aseer.recorder import Recorder
+from aseer.runtime.recorder import Recorder
 from aseer.types import GroupId, InstanceId, InstanceLoad
-from tests.unit.core import (
+from tests.unit.builders import (
     aborts_in,
     chunks_in,
     controller_of,
@@ -29,8 +29,8 @@ from tests.unit.core import (
 
 if TYPE_CHECKING:
     from aseer.controller import Command, Controller
+    from aseer.core.waiting import Waiting
     from aseer.types import Response
-    from aseer.waiting import Waiting
 
 A, B = InstanceId(0), InstanceId(1)
 G, H = GroupId("g"), GroupId("h")

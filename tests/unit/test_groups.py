@@ -12,8 +12,8 @@ import pytest
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError
 from aseer.groups import Group, GroupResolver, check_group_id, check_groups
+from aseer.inputs.tokenizer import HuggingFaceTokenizer
 from aseer.sampling import SamplingParams
-from aseer.tokenizer import HuggingFaceTokenizer
 from aseer.types import InstanceId, InstanceInfo
 
 INFO = InstanceInfo(

@@ -16,34 +16,41 @@ PACKAGE = ROOT / "aseer"
 
 # The pure part: which modules of aseer each may import. What is not named here is an
 # adapter, or joins adapters.
-BASE = {"aseer.types", "aseer.errors", "aseer.config", "aseer.plain", "aseer.sampling"}
+BASE = {
+    "aseer.types",
+    "aseer.errors",
+    "aseer.config",
+    "aseer.inputs.plain",
+    "aseer.sampling",
+}
 CORE = {
     "aseer.types": set(),
     "aseer.errors": set(),
-    "aseer.plain": {"aseer.errors"},
-    "aseer.fields": {"aseer.errors", "aseer.plain"},
-    "aseer.engine_args": {"aseer.errors"},
-    "aseer.structured": {"aseer.errors", "aseer.plain"},
-    "aseer.sampling": {"aseer.errors", "aseer.plain", "aseer.structured"},
-    "aseer.config": BASE | {"aseer.engine_args", "aseer.fields"},
-    "aseer.request": BASE | {"aseer.outputs"},
-    "aseer.running": BASE | {"aseer.buffer"},
-    "aseer.quarantine": BASE | {"aseer.request"},
-    "aseer.commands": BASE,
-    "aseer.counters": BASE | {"aseer.buffer"},
-    "aseer.buffer": BASE | {"aseer.columns", "aseer.outputs", "aseer.request"},
-    "aseer.columns": BASE,
-    "aseer.outputs": BASE | {"aseer._core", "aseer.columns"},
+    "aseer.inputs.plain": {"aseer.errors"},
+    "aseer.inputs.fields": {"aseer.errors", "aseer.inputs.plain"},
+    "aseer.inputs.engine_args": {"aseer.errors"},
+    "aseer.inputs.structured": {"aseer.errors", "aseer.inputs.plain"},
+    "aseer.sampling": {"aseer.errors", "aseer.inputs.plain", "aseer.inputs.structured"},
+    "aseer.config": BASE | {"aseer.inputs.engine_args", "aseer.inputs.fields"},
+    "aseer.core.request": BASE | {"aseer.core.outputs"},
+    "aseer.core.running": BASE | {"aseer.buffer"},
+    "aseer.core.quarantine": BASE | {"aseer.core.request"},
+    "aseer.core.commands": BASE,
+    "aseer.core.counters": BASE | {"aseer.buffer"},
+    "aseer.buffer": BASE
+    | {"aseer.core.columns", "aseer.core.outputs", "aseer.core.request"},
+    "aseer.core.columns": BASE,
+    "aseer.core.outputs": BASE | {"aseer.core._native", "aseer.core.columns"},
     "aseer.transport.link": BASE,
     "aseer.context": BASE,
-    "aseer.fleet": BASE | {"aseer._core"},
-    "aseer.waiting": BASE | {"aseer._core"},
-    "aseer.prompts": BASE,
-    "aseer.policies": BASE | {"aseer.waiting"},
+    "aseer.core.fleet": BASE | {"aseer.core._native"},
+    "aseer.core.waiting": BASE | {"aseer.core._native"},
+    "aseer.core.prompts": BASE,
+    "aseer.policies": BASE | {"aseer.core.waiting"},
     "aseer.scheduler": BASE
     | {"aseer.policies"}
-    | {"aseer.fleet", "aseer.prompts", "aseer.waiting"},
-    "aseer.kv.residency": BASE | {"aseer._core"},
+    | {"aseer.core.fleet", "aseer.core.prompts", "aseer.core.waiting"},
+    "aseer.core.residency": BASE | {"aseer.core._native"},
     "aseer.kv.frees": BASE | {"aseer.kv.messages"},
     "aseer.kv.messages": BASE,
     "aseer.kv.settings": BASE,
@@ -59,23 +66,24 @@ CORE = {
     "aseer.weights.names": BASE,
     "aseer.weights.checks": BASE | {"aseer.weights.names"},
     "aseer.weights.update": BASE,
-    "aseer.calls": BASE | {"aseer.columns", "aseer.commands", "aseer.controller"},
+    "aseer.runtime.calls": BASE
+    | {"aseer.core.columns", "aseer.core.commands", "aseer.controller"},
     # It joins the core, and is as pure.
     "aseer.controller": BASE
     | {
         "aseer.buffer",
-        "aseer.columns",
-        "aseer.commands",
+        "aseer.core.columns",
+        "aseer.core.commands",
         "aseer.context",
-        "aseer.counters",
-        "aseer.fleet",
-        "aseer.kv.residency",
-        "aseer.outputs",
+        "aseer.core.counters",
+        "aseer.core.fleet",
+        "aseer.core.residency",
+        "aseer.core.outputs",
         "aseer.policies",
-        "aseer.quarantine",
-        "aseer.running",
+        "aseer.core.quarantine",
+        "aseer.core.running",
         "aseer.scheduler",
-        "aseer.waiting",
+        "aseer.core.waiting",
     },
 }
 # No I/O, no concurrency; time and randomness are arguments.
@@ -188,8 +196,8 @@ def test_modules_import_only_what_their_room_may(module: str) -> None:
         ("aseer.buffer", "from aseer.context import ContextManager"),
         ("aseer.buffer", "from aseer import controller"),
         ("aseer.dgds.budget", "import uvloop"),
-        ("aseer.host", "import zmq"),
-        ("aseer.host", "if TYPE_CHECKING:\n    import vllm"),
+        ("aseer.runtime.host", "import zmq"),
+        ("aseer.runtime.host", "if TYPE_CHECKING:\n    import vllm"),
     ],
 )
 def test_a_forbidden_import_is_found(module: str, source: str) -> None:
@@ -199,9 +207,9 @@ def test_a_forbidden_import_is_found(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("aseer.scheduler", "from aseer.fleet import Fleet\nimport heapq"),
+        ("aseer.scheduler", "from aseer.core.fleet import Fleet\nimport heapq"),
         ("aseer.buffer", "if TYPE_CHECKING:\n    from random import Random"),
-        ("aseer.host", "import asyncio, time"),
+        ("aseer.runtime.host", "import asyncio, time"),
         ("aseer.transport.zeromq", "import zmq.asyncio"),
     ],
 )

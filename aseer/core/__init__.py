@@ -1,0 +1,1 @@
+"""What scheduler and controller stand on: pure, and in C++ where it must be fast."""

@@ -1,0 +1,106 @@
+// What requests have generated, and the chunks that add to it: see aseer/core/outputs.py.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "slots.h"
+
+namespace aseer {
+
+// A report's columns, an entry a chunk: see Columns in aseer/core/columns.py.
+struct Columns {
+  std::string_view chunk_ids;  // int64
+  std::string_view starts;     // int32, as all that follow but logprobs and text
+  std::string_view counts;
+  std::string_view tokens;
+  std::string_view logprobs;  // float32
+  std::string_view text_starts;
+  std::string_view text_counts;
+  std::string_view text;
+};
+
+class Outputs {
+ public:
+  struct Longest {
+    int64_t chunk_id = -1;
+    int64_t num_tokens = 0;
+  };
+  struct Taken {
+    int64_t num_tokens = 0;
+    std::vector<int64_t> refused{};  // places in the report, ascending
+  };
+
+  // Keeps_values: false = tokens are only counted, and text is dropped.
+  explicit Outputs(bool keeps_values)
+      : keeps_values_(keeps_values), table_(kMinTable) {}
+
+  size_t Size() const { return outputs_.Size(); }
+  size_t NumRunning() const { return num_running_; }
+
+  Handle Open() { return outputs_.Open({}); }
+  void Close(Handle request);
+  void Clear(Handle request);
+  int64_t NumTokens(Handle request) const { return At(request).num_tokens; }
+  std::vector<int32_t> Tokens(Handle request) const;
+  std::vector<float> Logprobs(Handle request) const;
+  const std::vector<char>& Text(Handle request) const { return At(request).text; }
+
+  // A chunk of a request, or none, runs; of one request at most one does.
+  void Begin(int64_t chunk_id, Handle request, int64_t max_tokens);
+  void End(int64_t chunk_id);
+  // Takes a report. Over: places of the chunks that are over with it.
+  Taken Take(const Columns& report, const std::vector<int64_t>& over);
+  // The running request with the most tokens, by its chunk; -1 = none runs.
+  Longest LongestRunning() const;
+
+ private:
+  struct Value {
+    int32_t token;
+    float logprob;
+  };
+  struct Output {
+    int64_t num_tokens = 0;
+    bool runs = false;
+    std::vector<Value> values{};
+    std::vector<char> text{};
+  };
+  // A row of the table of running chunks; a chunk id of -1 = it is free.
+  struct Running {
+    int64_t chunk_id = -1;
+    Handle request = 0;
+    int64_t first = 0;  // tokens of the request before the chunk
+    int64_t num_tokens = 0;
+    int64_t max_tokens = 0;
+    int64_t num_text = 0;
+  };
+  // One chunk's part of a report.
+  struct Part {
+    int64_t start;
+    int64_t count;
+    int64_t text_start;
+    int64_t text_count;
+    const char* tokens;
+    const char* logprobs;
+    const char* text;
+  };
+  static constexpr size_t kMinTable = 16;
+
+  const Output& At(Handle request) const;
+  Output& Idle(Handle request);
+  // Where a chunk's row is, or would be put.
+  size_t Find(int64_t chunk_id) const;
+  void Grow();
+  void Prefetch(std::string_view chunk_ids) const;
+  bool Append(Running& chunk, const Part& part);
+
+  bool keeps_values_;
+  Slots<Output> outputs_;
+  // Open addressing, at most half full. Chunk ids are given in turn, so that their
+  // lowest bits spread them well.
+  std::vector<Running> table_;
+  size_t num_running_ = 0;
+};
+
+}  // namespace aseer

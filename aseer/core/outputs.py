@@ -1,0 +1,44 @@
+"""What the requests of a rollout have generated, and the chunks that add to it.
+
+Tokens, logprobs and text are kept in C++ (`csrc/outputs.h`), by handles, and a report
+of all of an instance's chunks is taken in one call: a large cluster reports a million
+times a second. Which parts of a report are taken, `columns.py` says.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+from aseer.core._native import Outputs as _Outputs
+
+if TYPE_CHECKING:
+    from aseer.core.columns import Columns
+
+__all__ = ["Outputs"]
+
+
+class Outputs(_Outputs):
+    """Tokens, logprobs and text by request."""
+
+    def take_columns(self, report: Columns) -> tuple[int, list[int]]:
+        """See `take`."""
+        return self.take(
+            report.chunk_ids,
+            report.starts,
+            report.counts,
+            report.tokens,
+            report.logprobs,
+            report.text_starts,
+            report.text_counts,
+            report.text,
+            [place for place, _ in report.ends],
+        )
+
+    def token_ids(self, request: int) -> list[int]:
+        """A request's tokens as numbers."""
+        return array("i", self.tokens(request)).tolist()
+
+    def logprobs_of_tokens(self, request: int) -> list[float]:
+        """A request's logprobs as numbers, one a token."""
+        return array("f", self.logprobs(request)).tolist()

@@ -1,0 +1,1 @@
+"""vLLM behind the instance contract: all that runs inside its processes."""

@@ -1,0 +1,385 @@
+"""A vLLM engine (AsyncLLM) behind the instance contract.
+
+vLLM is used through its public surface and is not patched. Three things are done here
+rather than by vLLM, because a chunk is a request of its own to it:
+
+- Stop strings are matched, and text is decoded, by vLLM's own incremental detokenizer,
+  primed with what earlier chunks generated, so that both see the response and not the
+  chunk.
+- Output is streamed a few tokens at a time (`stream_interval`), enough for progress
+  reports at a fraction of the cost of a message a token.
+- Every instance gets a random seed of its own: with vLLM's default (0 everywhere) two
+  engines in the same state would draw the same samples for siblings of one group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+import os
+from array import array
+from dataclasses import fields
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from aseer.compat.versions import installed_vllm
+from aseer.dgds.messages import EXTRA_ARGS_KEY
+from aseer.errors import EngineError, describe
+from aseer.instance.base import EngineDied
+from aseer.instance.vllm.caches import empty_caches
+from aseer.instance.vllm.speculation import (
+    Speculation,
+    draft_identity,
+    ends_with_chunk,
+    keep_schedule,
+    unpadded,
+)
+from aseer.instance.vllm.stats import Stats
+from aseer.instance.vllm.text import SETTINGS, Text
+from aseer.kv.settings import cache_salt
+from aseer.types import ChunkEnd, InstanceId, InstanceInfo, KvGroup
+from aseer.weights.files import describe_checkpoint, dtype_name
+
+if TYPE_CHECKING:
+    from aseer.instance.base import Emit, InstanceSpec
+    from aseer.types import Chunk, ChunkId, FinishReason, InstanceLoad
+    from aseer.weights.checks import ModelSpec
+
+_log = logging.getLogger("aseer.instance")
+
+STREAM_INTERVAL = 16
+_HAS_REQUEST_INTERVAL = (
+    "stream_interval" in inspect.signature(SamplingParams).parameters
+)
+# By default vLLM keeps what sliding windows and recurrent states need for a resume only
+# at the end of a request's prompt, and a resumed chunk would compute the whole chunk
+# before it again. None keeps it at every block's end, and changes no other model.
+_HAS_RETENTION_INTERVAL = "prefix_cache_retention_interval" in {
+    field.name for field in fields(AsyncEngineArgs)
+}
+
+
+class VllmBackend:
+    """See `Backend`."""
+
+    def __init__(self, spec: InstanceSpec) -> None:
+        self._spec = spec
+        self._llm: AsyncLLM | None = None
+        self._tokenizer: Any = None
+        self._stats = Stats()
+        self._running: dict[ChunkId, str] = {}
+        self._speculation: Speculation | None = None
+        self._info: InstanceInfo | None = None
+
+    async def start(self) -> InstanceInfo:
+        """See `Backend`."""
+        args = dict(self._spec.engine_args)
+        if not _HAS_REQUEST_INTERVAL:
+            args.setdefault("stream_interval", STREAM_INTERVAL)
+        if _HAS_RETENTION_INTERVAL:
+            args.setdefault("prefix_cache_retention_interval", None)
+        if self._spec.drafting is not None:
+            args["speculative_config"] = unpadded(args["speculative_config"])
+            keep_schedule(VllmConfig)
+        self._llm = llm = self._make_engine(args)
+        if llm.vllm_config.speculative_config is not None:
+            self._speculation = Speculation(llm, self._spec.drafting)
+            await self._speculation.start()
+            if self._speculation.drafts_on:
+                _log.warning(
+                    "model runner V2 drafts on whatever its worker is told: the engine "
+                    "is started again without speculation"
+                )
+                self._speculation = None
+                await asyncio.to_thread(llm.shutdown)
+                del args["speculative_config"]
+                self._llm = llm = self._make_engine(args)
+            self._stats.speculation = self._speculation
+        tokenizer = llm.get_tokenizer()
+        self._tokenizer = (
+            await tokenizer if inspect.isawaitable(tokenizer) else tokenizer
+        )
+        config = llm.vllm_config
+        groups, num_set_aside = await self._kv_groups()
+        num_blocks = config.cache_config.num_gpu_blocks - 1  # without the null block
+        # Some of vLLM's backends switch it off, as those for latents (MLA) on CPUs.
+        caches_prefixes = bool(config.cache_config.enable_prefix_caching)
+        name, version = installed_vllm() or ("vllm", metadata.version("vllm"))
+        self._info = InstanceInfo(
+            instance_id=InstanceId(self._spec.instance_id),
+            num_kv_blocks=max(1, num_blocks - num_set_aside),
+            # A hit ends where a block of every group does.
+            block_size=math.lcm(*(group.block_size for group in groups)),
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_model_len=config.model_config.max_model_len,
+            vocab_size=config.model_config.get_vocab_size(),
+            num_lookahead_tokens=_num_lookahead_tokens(config),
+            shares_prompts=caches_prefixes,
+            keeps_kv=caches_prefixes,
+            model=config.model_config.model,
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            device=config.device_config.device_type,
+            engine_version=f"{name} {version}",
+            pid=os.getpid(),
+            kv_groups=tuple(groups) if _are_mixed(groups) else (),
+            kv_world_size=_kv_world_size(config),
+        )
+        return self._info
+
+    def _make_engine(self, args: dict[str, Any]) -> AsyncLLM:
+        return AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                **args,
+                logprobs_mode="processed_logprobs",
+                enable_prefix_caching=True,
+                disable_log_stats=True,  # vLLM's own loggers; ours is added
+            ),
+            stat_loggers=[self._stats.make_logger],
+            # Without it vLLM takes limits for an unknown use, 128 requests and 2,048
+            # tokens a step, which are a fraction of what a GPU computes in one.
+            usage_context=UsageContext.LLM_CLASS,
+        )
+
+    async def run(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
+        """See `Backend`."""
+        request_id = f"{chunk.request_id}#{chunk.chunk_id}"
+        try:
+            return await self._generate(chunk, request_id, emit)
+        except Exception as error:
+            if isinstance(error, EngineDeadError) or self._engine.errored:
+                raise EngineDied(describe(error.__cause__ or error)) from error
+            _log.exception("chunk %s failed", request_id)
+            return ChunkEnd(reason="error", error=describe(error.__cause__ or error))
+        finally:
+            self._running.pop(chunk.chunk_id, None)
+
+    async def _generate(self, chunk: Chunk, request_id: str, emit: Emit) -> ChunkEnd:
+        text = Text(chunk, self._tokenizer) if chunk.sampling["detokenize"] else None
+        inputs = array("i", chunk.prompt + chunk.generated).tolist()
+        params = _engine_params(chunk)
+        if self._speculation is not None and self._speculation.drafts_by_group:
+            params.extra_args = {
+                **(params.extra_args or {}),
+                EXTRA_ARGS_KEY: draft_identity(chunk),
+            }
+        assert self._info is not None
+        namespace, version = self._spec.kv_namespace, chunk.weight_version
+        salt = cache_salt(namespace, self._info, version)
+        prompt = tokens_input(inputs, cache_salt=salt)
+        outputs = self._engine.generate(prompt, params, request_id)
+        self._running[chunk.chunk_id] = request_id
+        cached: int | None = None
+        async for output in outputs:
+            done = output.outputs[0]
+            if cached is None and output.num_cached_tokens is not None:
+                cached = output.num_cached_tokens
+                emit(num_cached_tokens=cached)
+            tokens = list(done.token_ids)
+            logprobs = _sampled_logprobs(done.logprobs, tokens)
+            # Of floats of 32 bits the sum is finite if each is.
+            if not math.isfinite(sum(logprobs)):
+                await self._engine.abort(request_id)
+                return _not_finite(tokens, logprobs, text)
+            stopped = done.finish_reason == "stop"
+            hit = None
+            if text is not None:
+                kept, hit = text.add(tokens, stopped)
+                tokens, logprobs = tokens[:kept], logprobs[:kept]
+            new_text = text.take(stopped or hit is not None) if text else ""
+            emit(tokens=tokens, logprobs=logprobs, text=new_text)
+            if hit is not None:
+                await self._engine.abort(request_id)
+                return ChunkEnd(reason="stop", stop_reason=hit)
+            if done.finish_reason is not None:
+                return _end(done, text)
+        raise EngineDied(f"the engine ended {request_id} without a reason")
+
+    @property
+    def _engine(self) -> AsyncLLM:
+        assert self._llm is not None, "start() first"
+        return self._llm
+
+    async def abort(self, chunk_id: ChunkId) -> None:
+        """See `Backend`."""
+        request_id = self._running.get(chunk_id)
+        if request_id is not None:
+            await self._engine.abort(request_id)
+
+    def load(self) -> InstanceLoad:
+        """See `Backend`."""
+        return self._stats.load()
+
+    async def attend(self) -> None:
+        """See `Backend`."""
+        if self._speculation is not None:
+            await self._speculation.attend(lambda: bool(self._running))
+
+    async def describe_weights(self) -> ModelSpec:
+        """See `Backend`."""
+        config = self._engine.vllm_config.model_config
+        settings = (config.hf_config, config.hf_text_config)
+        # vLLM no longer trusts the settings of a checkpoint that has both tensors.
+        declares_tied = getattr(config, "word_embeddings_untied_by_checkpoint", False)
+        declares_tied |= any(getattr(s, "tie_word_embeddings", False) for s in settings)
+        return await asyncio.to_thread(
+            describe_checkpoint,
+            config.model,
+            config.revision,
+            dtype_name(config.dtype),
+            declares_tied=declares_tied,
+            num_layers=getattr(config.hf_text_config, "num_hidden_layers", None),
+        )
+
+    async def prepare_weights(self, index: str) -> None:
+        """See `Backend`."""
+        await self._call("aseer_prepare_weights", index)
+
+    async def commit_weights(self) -> None:
+        """See `Backend`."""
+        await self._call("aseer_commit_weights")
+        try:
+            await empty_caches(self._engine)
+        except EngineDeadError as error:
+            raise EngineDied(describe(error)) from error
+
+    async def discard_weights(self) -> None:
+        """See `Backend`."""
+        await self._call("aseer_discard_weights")
+
+    async def _kv_groups(self) -> tuple[list[KvGroup], int]:
+        """See `describe_groups`."""
+        answers = await self._engine.collective_rpc("aseer_describe_kv")
+        groups, num_set_aside = answers[0]  # all workers plan the same
+        return [KvGroup(*group) for group in groups], num_set_aside
+
+    async def _call(self, method: str, *args: Any) -> None:
+        """Call a method of aseer's extension in every worker."""
+        try:
+            await self._engine.collective_rpc(method, args=args)
+        except EngineDeadError as error:
+            raise EngineDied(describe(error)) from error
+
+    async def sleep(self, level: int) -> None:
+        """See `Backend`."""
+        config = self._engine.vllm_config
+        if config.device_config.device_type == "cpu":
+            raise EngineError("vLLM cannot sleep on a CPU: there is nothing to release")
+        if not config.model_config.enable_sleep_mode:
+            raise EngineError(
+                "it was started without sleep mode; set "
+                "EngineConfig(engine_args={'enable_sleep_mode': True})"
+            )
+        await self._engine.sleep(level)
+
+    async def wake(self) -> None:
+        """See `Backend`."""
+        await self._engine.wake_up()
+
+    async def close(self) -> None:
+        """See `Backend`."""
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+
+
+def _engine_params(chunk: Chunk) -> SamplingParams:
+    """vLLM's settings for one chunk; stop strings and text are `Text`'s."""
+    settings = {k: v for k, v in chunk.sampling.items() if k not in SETTINGS}
+    structured = settings.pop("structured_outputs")
+    for name in ("stop_token_ids", "allowed_token_ids", "bad_words"):
+        if settings[name] is not None:
+            settings[name] = list(settings[name])
+    if _HAS_REQUEST_INTERVAL:
+        settings["stream_interval"] = 1 if chunk.sampling["stop"] else STREAM_INTERVAL
+    return SamplingParams(
+        **settings
+        | {
+            "max_tokens": chunk.max_tokens,
+            "min_tokens": chunk.min_tokens,
+            "seed": chunk.seed,
+            "structured_outputs": StructuredOutputsParams(**structured)
+            if structured
+            else None,
+            "logprobs": 0,
+            "flat_logprobs": True,
+            "detokenize": False,
+            "output_kind": RequestOutputKind.DELTA,
+        }
+    )
+
+
+def _sampled_logprobs(logprobs: Any, tokens: list[int]) -> list[float]:
+    """The sampled token's logprob of each position; it comes first in vLLM's rows."""
+    if not tokens:
+        return []
+    return [logprobs.logprobs[start] for start in logprobs.start_indices]
+
+
+def _not_finite(
+    tokens: list[int], logprobs: list[float], text: Text | None
+) -> ChunkEnd:
+    """No trainer can use a token of such a logprob, nor what was sampled after it."""
+    bad = next(i for i, x in enumerate(logprobs) if not math.isfinite(x))
+    return ChunkEnd(
+        reason="error",
+        error=f"the engine says that it sampled token {tokens[bad]} with the logprob "
+        f"{logprobs[bad]}: the model's logits are not finite, or the sampling "
+        "parameters leave no token that may be sampled",
+        held_text=text.take(finished=True) if text else "",
+    )
+
+
+def _end(done: Any, text: Text | None) -> ChunkEnd:
+    reason = done.finish_reason
+    if reason == "stop":
+        stop = done.stop_reason  # None for the model's own end token: say which it was
+        return ChunkEnd(
+            reason="stop", stop_reason=done.token_ids[-1] if stop is None else stop
+        )
+    held = text.take(finished=True) if text else ""
+    if reason in ("length", "abort"):
+        kind: FinishReason = "length" if reason == "length" else "aborted"
+        return ChunkEnd(reason=kind, held_text=held)
+    return ChunkEnd(
+        reason="error", error=f"vLLM ended it with {reason!r}", held_text=held
+    )
+
+
+def _are_mixed(groups: list[KvGroup]) -> bool:
+    """Whether there is more to say of the groups than one block size."""
+    return len(groups) != 1 or groups[0] != KvGroup(groups[0].block_size)
+
+
+def _kv_world_size(config: Any) -> int:
+    """Pieces of a token's KV, as LMCache's keys count them.
+
+    Every rank of a tensor-parallel group has all of a latent (MLA), which is stored
+    once; other KV is split by heads.
+    """
+    parallel = config.parallel_config
+    if not config.model_config.use_mla:
+        return int(parallel.world_size)
+    num_stages = parallel.world_size // parallel.tensor_parallel_size
+    return int(num_stages * getattr(parallel, "decode_context_parallel_size", 1))
+
+
+def _num_lookahead_tokens(config: Any) -> int:
+    """KV slots one step may write past a request's last token.
+
+    Our own drafts end where the chunk does.
+    """
+    speculative = config.speculative_config
+    drafts = 0
+    if speculative is not None and not ends_with_chunk(speculative):
+        drafts = speculative.num_speculative_tokens
+    return int(drafts) + bool(config.scheduler_config.async_scheduling)

@@ -1,0 +1,1 @@
+"""Processes on one machine: started, watched, and ended so that nothing remains."""

@@ -1,0 +1,1 @@
+"""The engine in the user's process: its thread, its instances, its rollouts."""

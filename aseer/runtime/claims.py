@@ -1,0 +1,169 @@
+"""Who has the engine: calls take it by the table of `aseer.runtime.activity`, or wait.
+
+Everything here runs on the engine's event loop. A call looks at the table and takes the
+engine in one step, with no `await` in between; a call that has to wait looks again
+after every change, first come first served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from aseer.errors import EngineError, RolloutInProgressError
+from aseer.runtime.activity import TAKEN, Activity, Call, Verdict, decide
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class InTheWay(Protocol):
+    """The rollout in progress, as far as other calls have to do with it."""
+
+    def was_left(self, asker: object) -> bool:
+        """Whether nobody will read on, as far as whoever asks can know."""
+        ...
+
+    def description(self) -> str:
+        """The rollout in a few words, for an error."""
+        ...
+
+    async def end(self) -> None:
+        """Stop the work of a rollout that was left; the rollout is over then."""
+        ...
+
+    async def abort(self) -> None:
+        """End the rollout early, for its reader too; the rollout is over then."""
+        ...
+
+
+class Claim:
+    """The engine, as long as one call has it."""
+
+    def __init__(self, claims: Claims) -> None:
+        self._claims = claims
+
+    def become(self, activity: Activity) -> None:
+        """Go on to something else, without letting anybody in between."""
+        self._claims._do(self, activity)
+
+    def release(self) -> None:
+        """Give the engine back. May be called again."""
+        self._claims._release(self)
+
+
+class Claims:
+    """What the engine is doing, and the calls that wait for it to do something else."""
+
+    def __init__(self) -> None:
+        self._activity = Activity.IDLE
+        self._holder: Claim | None = None
+        self._rollout: InTheWay | None = None
+        self._waiting: list[asyncio.Future[None]] = []
+        self._closed: Callable[[], EngineError] | None = None
+
+    @property
+    def activity(self) -> Activity:
+        """What the engine is doing."""
+        return self._activity
+
+    async def take(self, call: Call, asker: object = None) -> Claim | None:
+        """Take the engine for a call; None if nothing is to be done for it.
+
+        Args:
+            asker: the task that calls, which knows whether it gave a rollout up.
+
+        Raises:
+            RolloutInProgressError: a rollout is in progress, and the call does not wait
+                for such.
+            EngineError: the engine is asleep, closed, or has failed.
+        """
+        while True:
+            match decide(self._seen_by(asker), call):
+                case Verdict.TAKE:
+                    self._holder = claim = Claim(self)
+                    self._do(claim, TAKEN[call])
+                    return claim
+                case Verdict.DONE:
+                    return None
+                case Verdict.WAIT:
+                    await self._change()
+                case Verdict.END:
+                    assert self._rollout is not None
+                    await self._rollout.end()
+                    if call is Call.ABORT:
+                        return None
+                case Verdict.ABORT:
+                    assert self._rollout is not None
+                    await self._rollout.abort()
+                    if call is Call.ABORT:  # one that began since is not meant
+                        return None
+                case Verdict.BUSY:
+                    assert self._rollout is not None
+                    raise RolloutInProgressError(
+                        f"a rollout {self._rollout.description()} is in progress; "
+                        f"{_ADVICE.get(call.name, _ADVICE_OTHERWISE)}"
+                    )
+                case Verdict.SLEEPS:
+                    raise EngineError("the engine is asleep; wake() it first")
+                case Verdict.CLOSED:
+                    assert self._closed is not None
+                    raise self._closed()
+
+    def set_rollout(self, rollout: InTheWay) -> None:
+        """The rollout that the call which just took the engine began."""
+        self._rollout = rollout
+
+    def close(self, error: Callable[[], EngineError]) -> None:
+        """Refuse every call from here on, those that wait included.
+
+        Args:
+            error: makes what they are refused with.
+        """
+        self._closed = error
+        self._activity = Activity.CLOSING
+        self._holder = None
+        self._wake()
+
+    def _seen_by(self, asker: object) -> Activity:
+        is_left = (
+            self._activity is Activity.ROLLING_OUT
+            and self._rollout is not None
+            and self._rollout.was_left(asker)
+        )
+        return Activity.LEFT if is_left else self._activity
+
+    def _do(self, claim: Claim, activity: Activity) -> None:
+        if self._holder is claim:
+            self._activity = activity
+            self._wake()
+
+    def _release(self, claim: Claim) -> None:
+        if self._holder is claim:
+            self._holder = self._rollout = None
+            self._activity = Activity.IDLE
+            self._wake()
+
+    async def _change(self) -> None:
+        changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(changed)
+        try:
+            await changed
+        finally:
+            if changed in self._waiting:  # the wait was broken off
+                self._waiting.remove(changed)
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for changed in waiting:
+            if not changed.done():
+                changed.set_result(None)
+
+
+_ADVICE = {
+    "ROLLOUT": "an engine runs one at a time: iterate it to its end, or close it "
+    "first (`async with engine.rollout(...) as rollout` does so, and "
+    "Engine.abort_rollout ends whatever runs)",
+    "UPDATE": "iterate it to its end first, or give pause='wait' or pause='abort'",
+}
+_ADVICE_OTHERWISE = "iterate it to its end first"

@@ -1,0 +1,389 @@
+"""The engine: vLLM instances that stay up between rollouts, and the way to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import AsyncIterable
+from typing import TYPE_CHECKING, Self
+
+from aseer.compat.versions import check_vllm
+from aseer.config import (
+    EngineConfig,
+    check_chunk_size,
+    check_policy,
+    check_sleep_level,
+    is_speculating,
+)
+from aseer.errors import ConfigError
+from aseer.groups import GroupResolver
+from aseer.inputs.tokenizer import HuggingFaceTokenizer
+from aseer.instance.launch import plan_instances, this_machine
+from aseer.models.traits import read_traits
+from aseer.node.interpreter import interpreter_at
+from aseer.runtime.desk import JOIN_S, Desk
+from aseer.runtime.group_source import GroupSource, OpenSource
+from aseer.runtime.opening import Opening
+from aseer.runtime.rollout import Rollout, SyncRollout
+from aseer.runtime.steps import drive, drive_blocking, result_of
+from aseer.runtime.weight_update import update_steps
+from aseer.runtime.work import Work
+from aseer.weights.sending import check_source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+    from types import TracebackType
+
+    from aseer.config import PolicyName
+    from aseer.groups import Group, Groups
+    from aseer.report import WeightUpdateReport
+    from aseer.runtime.host import Host
+    from aseer.runtime.loop_thread import LoopThread
+    from aseer.runtime.weights import Pause
+    from aseer.types import InstanceInfo
+    from aseer.weights.sending import WeightSource
+
+current_engine: contextvars.ContextVar[Engine | None] = contextvars.ContextVar(
+    "aseer_engine", default=None
+)
+
+
+class Engine:
+    """vLLM instances on this machine, ready to run rollouts.
+
+    Use it as a context manager, `async with` in asyncio code or `with` anywhere else;
+    either way the work happens on a thread of its own, so that code that blocks its own
+    loop does not stall the engines. Leaving the context ends every process it started.
+
+        async with aseer.Engine(aseer.EngineConfig(model="Qwen/Qwen3-8B")) as engine:
+            async with engine.rollout(groups) as rollout:
+                async for response in rollout:
+                    ...
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Plan the instances; no process is started yet.
+
+        Raises:
+            ConfigError: this machine does not have what the settings ask for.
+        """
+        if not isinstance(config, EngineConfig):
+            raise ConfigError(
+                f"Engine takes an aseer.EngineConfig, not {type(config).__name__}; for "
+                "example Engine(EngineConfig(model=...))"
+            )
+        self.config = config
+        python = interpreter_at(None if config.python is None else str(config.python))
+        is_real = config.device != "sim"
+        revision = config.engine_args.get("revision")
+        traits = read_traits(config.model, revision) if is_real else None
+        self._launches = plan_instances(
+            config, this_machine(python.packages), traits, python
+        )
+        if self._launches[0].backend == "vllm":
+            check_vllm(python.packages)
+        self._opening = Opening(config, self._launches)
+        self._tokenizer = HuggingFaceTokenizer(config)
+        self._tokens: list[contextvars.Token[Engine | None]] = []
+
+    # Opening and closing
+
+    async def __aenter__(self) -> Self:
+        started = self._opening.begin()
+        try:
+            await asyncio.wrap_future(started)
+        except BaseException:
+            await self.aclose()
+            raise
+        self._tokens.append(current_engine.set(self))
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave_context()
+        await self.aclose()
+
+    def __enter__(self) -> Self:
+        started = self._opening.begin()
+        try:
+            started.result()
+        except BaseException:
+            self.close()
+            raise
+        self._tokens.append(current_engine.set(self))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave_context()
+        self.close()
+
+    async def aclose(self) -> None:
+        """End every process of the engine and wait for it. May be called again."""
+        await self._opening.aclose()
+
+    def close(self) -> None:
+        """End every process of the engine and wait for it. May be called again.
+
+        Raises:
+            EngineError: the engine did not end in time.
+        """
+        self._opening.close()
+
+    def _leave_context(self) -> None:
+        if self._tokens:
+            try:
+                current_engine.reset(self._tokens.pop())
+            except ValueError:  # entered in another task: that context is gone
+                pass
+
+    # Using it
+
+    def rollout(
+        self,
+        groups: Groups,
+        *,
+        policy: PolicyName | None = None,
+        chunk_size: int | None = None,
+    ) -> Rollout:
+        """Sample every group's responses.
+
+            async with engine.rollout(groups) as rollout:
+                async for response in rollout:
+                    ...
+
+        The rollout begins when the block is entered. Leaving the block, however that
+        happens, aborts what still runs, and waits until the engines have stopped it.
+        Without the block, `async for response in engine.rollout(groups)` begins it with
+        the first response, and ends it once nothing holds the loop's iterator.
+
+        Args:
+            groups: an iterable or async iterable of `Group`. A list is checked at once,
+                and scheduled as a whole. From an iterator, groups are taken while the
+                rollout runs, so that more can be added as results come in. Texts and
+                chats are encoded in the calling thread; the first one takes some time,
+                since it loads the model's tokenizer.
+            policy: replaces the engine's policy for this rollout.
+            chunk_size: replaces the engine's chunk size for this rollout; 0 = requests
+                are not divided. The engine's own decided whether there is a KV pool.
+        Raises:
+            ConfigError: a group of the list cannot run.
+            EngineClosedError: the engine is not open.
+        """
+        chosen = None if policy is None else check_policy(policy)
+        source = self._source(groups, chosen)
+        return Rollout(self._work(source, chosen, chunk_size))
+
+    def rollout_sync(
+        self,
+        groups: Iterable[Group],
+        *,
+        policy: PolicyName | None = None,
+        chunk_size: int | None = None,
+    ) -> SyncRollout:
+        """As `rollout`, for code without an event loop: iterate it with `for`.
+
+        Raises:
+            ConfigError: as for `rollout`; also for an async iterator of groups.
+        """
+        if isinstance(groups, AsyncIterable):
+            raise ConfigError(
+                "rollout_sync takes a list or an iterator of groups; an async iterator "
+                "needs `async for` over Engine.rollout"
+            )
+        chosen = None if policy is None else check_policy(policy)
+        source = self._source(groups, chosen)
+        return SyncRollout(self._work(source, chosen, chunk_size))
+
+    def open_rollout(
+        self,
+        *,
+        policy: PolicyName | None = None,
+        chunk_size: int | None = None,
+        join_s: float = JOIN_S,
+    ) -> Desk:
+        """Begin a rollout that takes single requests, for agent loops and servers.
+
+            async with engine.open_rollout() as desk:
+                response = await desk.submit(prompt, group="question 7", n=8)
+
+        Args:
+            policy: instead of the engine's.
+            chunk_size: instead of the engine's; 0 = undivided.
+            join_s: seconds in which requests that belong together become one group.
+        Raises:
+            ConfigError: a setting that cannot work.
+            EngineClosedError: the engine is not open.
+        """
+        if not 0 <= join_s < float("inf"):
+            raise ConfigError(f"join_s={join_s!r} is not allowed; give seconds >= 0")
+        chosen = None if policy is None else check_policy(policy)
+        source = OpenSource(self._resolver(chosen))
+        return Desk(self._work(source, chosen, chunk_size), source, join_s)
+
+    async def update_weights(
+        self,
+        source: WeightSource,
+        *,
+        version: int | None = None,
+        pause: Pause | None = None,
+    ) -> WeightUpdateReport:
+        """Give every instance new weights, or none of them.
+
+        Names, shapes, dtypes and values are checked against the checkpoint that the
+        engine was started from before anything changes. Tensors are written once into
+        memory that all instances share; they stay there for instances that must be
+        started again. Nothing made with the old weights is read after: prefix caches
+        are emptied, and drafts dropped as `SpeculationConfig` says.
+
+        Args:
+            source: a checkpoint's directory (safetensors; it must stay as it is while
+                the engine uses it), a `state_dict`, an `nn.Module`, or an iterable or
+                async iterable of (name, tensor), which is taken in the calling thread
+                and never held as a whole. Names are those of the checkpoint, with or
+                without what DDP, FSDP and torch.compile put before them; of the two of
+                a tied embedding and output layer one is enough. DTensors are gathered,
+                adapters of a `peft.PeftModel` are merged in copies of its layers.
+            version: the number that responses carry from then on, greater than the
+                current one; None = the current one plus 1.
+            pause: what to do about a rollout in progress: "wait" for its end, or
+                "abort" it, so that its unfinished responses come as `aborted`. None = a
+                rollout in progress is an error.
+        Raises:
+            WeightUpdateError: every instance has the weights it had before.
+            RolloutInProgressError: a rollout is in progress, and `pause` is None.
+            EngineClosedError: the engine is not open.
+        """
+        thread, host = self._open()
+        check_source(source, awaits=True)
+        asker = asyncio.current_task()
+        return await drive(update_steps(thread, host, source, version, pause, asker))
+
+    def update_weights_sync(
+        self,
+        source: WeightSource,
+        *,
+        version: int | None = None,
+        pause: Pause | None = None,
+    ) -> WeightUpdateReport:
+        """As `update_weights`, for code without an event loop.
+
+        Raises:
+            WeightUpdateError: as for `update_weights`; also for an async iterable.
+        """
+        thread, host = self._open()
+        check_source(source, awaits=False)
+        return drive_blocking(update_steps(thread, host, source, version, pause, None))
+
+    async def abort_rollout(self) -> None:
+        """End the rollout in progress early, whoever reads it, if there is one.
+
+        For code that cannot reach the loop that reads the rollout. The loop gets the
+        unfinished responses as `aborted`, and no further groups are taken. Returns once
+        the engines have stopped the rollout's work.
+
+        Raises:
+            EngineError: the engine is not open, or has failed.
+        """
+        thread, host = self._open()
+        asker = asyncio.current_task()
+        await result_of(thread, thread.submit(lambda: host.abort_rollout(asker)))
+
+    def abort_rollout_sync(self) -> None:
+        """As `abort_rollout`, for code without an event loop."""
+        thread, host = self._open()
+        thread.submit(lambda: host.abort_rollout(None)).result()
+
+    async def sleep(self, level: int = 1) -> None:
+        """Release the devices' memory for a trainer on the same GPUs, until `wake`.
+
+        Needs `EngineConfig(engine_args={"enable_sleep_mode": True})`. An engine that is
+        asleep already stays as it is.
+
+        Args:
+            level: 1 keeps the weights in the host's memory; 2 drops them, so that
+                `update_weights` must follow `wake`. Both drop the KV cache.
+
+        Raises:
+            ConfigError: there is no such level.
+            EngineError: an instance cannot sleep; engines on CPUs never can.
+            RolloutInProgressError: a rollout is in progress.
+        """
+        level = check_sleep_level(level)
+        thread, host = self._open()
+        asker = asyncio.current_task()
+        await result_of(thread, thread.submit(lambda: host.sleep(level, asker)))
+
+    async def wake(self) -> None:
+        """Take back the memory that `sleep` released; an engine that is awake stays so.
+
+        Raises:
+            EngineError: no instance could wake.
+        """
+        thread, host = self._open()
+        await result_of(thread, thread.submit(host.wake))
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights that every instance has; 0 = the checkpoint's."""
+        return self._open()[1].weights.version
+
+    @property
+    def instances(self) -> list[InstanceInfo]:
+        """Limits and facts of each instance that is up, by its id."""
+        return [info for _, info in sorted(self._open()[1].infos.items())]
+
+    @property
+    def log_paths(self) -> list[Path]:
+        """Paths of the instances' log files."""
+        return self._open()[1].log_paths
+
+    @property
+    def run_dir(self) -> Path:
+        """The directory of the engine's sockets, removed when the engine closes."""
+        return self._open()[1].folders.run
+
+    def _open(self) -> tuple[LoopThread, Host]:
+        return self._opening.current()
+
+    @property
+    def _host(self) -> Host:
+        return self._open()[1]
+
+    def _resolver(self, policy: PolicyName | None) -> GroupResolver:
+        config = self.config
+        return GroupResolver(
+            self._host.limits,
+            self._tokenizer,
+            config.sampling,
+            speculating=is_speculating(config),
+            needs_lengths=(policy or config.policy) == "longest-first",
+        )
+
+    def _source(self, groups: Groups, policy: PolicyName | None) -> GroupSource:
+        limit = self.config.max_pending_requests
+        return GroupSource(self._resolver(policy), groups, limit)
+
+    def _work(
+        self, source: GroupSource, policy: PolicyName | None, chunk_size: int | None
+    ) -> Work:
+        """What a rollout is made of, in any form."""
+        thread, host = self._open()
+        config = self.config
+        size = config.chunk_size if chunk_size is None else chunk_size
+        return Work(
+            thread=thread,
+            host=host,
+            source=source,
+            policy=config.policy if policy is None else policy,
+            chunk_size=check_chunk_size(size),
+        )

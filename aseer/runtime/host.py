@@ -1,0 +1,358 @@
+"""What lives on the engine's thread: the instances, the weights, the rollout.
+
+The public `Engine` owns the thread (`aseer.runtime.loop_thread`) and calls in from
+outside; everything here runs on that thread's event loop.
+
+    user's thread                        engine's thread
+    Engine, Rollout  -- submit, post -->  Host -- Session -- InstancePool -- Router
+                     <--- Mailbox ------          (pure Controller inside)
+
+What fails belongs to what it was done for: an error in a rollout's decisions ends that
+rollout, an error in a call ends that call. The engine ends only with its last instance
+or its own loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from aseer.context import LengthPriors
+from aseer.errors import EngineError
+from aseer.runtime.activity import Activity, Call
+from aseer.runtime.call_log import CallLog
+from aseer.runtime.claims import Claims
+from aseer.runtime.instances import InstancePool
+from aseer.runtime.session import Session
+from aseer.runtime.sleep import Sleep
+from aseer.runtime.weights import NO_INSTANCE, WeightKeeper
+from aseer.types import InstanceId, InstanceInfo, InstanceLoad
+from aseer.watch import wait_awake
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from aseer.config import EngineConfig, PolicyName
+    from aseer.dgds.server import DraftServer
+    from aseer.instance.launch import Launch
+    from aseer.instance.messages import FromInstance, Report
+    from aseer.kv.pool import KvPool
+    from aseer.runtime.claims import Claim
+    from aseer.runtime.loop_thread import LoopThread
+    from aseer.runtime.mailbox import Mailbox
+    from aseer.runtime.serving import Folders
+    from aseer.runtime.weights import Pause, Plan, SwitchTimes
+    from aseer.transport.base import Router
+    from aseer.types import Response
+
+_log = logging.getLogger("aseer")
+# A pool server that is asked to end is given this long before it is killed: it only has
+# to unmap its memory.
+_POOL_GRACE_S = 3.0
+_CALLS: dict[Pause | None, Call] = {
+    None: Call.UPDATE,
+    "wait": Call.UPDATE_AFTER,
+    "abort": Call.UPDATE_INSTEAD,
+}
+
+
+class Host:
+    """The engine's parts, joined."""
+
+    def __init__(
+        self,
+        *,
+        config: EngineConfig,
+        launches: list[Launch],
+        folders: Folders,
+        thread: LoopThread,
+        router: Router[FromInstance],
+        endpoint: str,
+        draft_server: DraftServer | None,
+        kv_pool: KvPool | None,
+    ) -> None:
+        self._config = config
+        self._thread = thread
+        self._router = router
+        self._draft_server = draft_server
+        self._length_priors = LengthPriors() if config.length_priors else None
+        self._claims = Claims()
+        self._loads: dict[InstanceId, InstanceLoad] = {}
+        self._exhausted: str | None = None
+        self._session: Session | None = None
+        self._next_chunk_id = 0
+        self.kv_pool = kv_pool
+        self.folders = folders
+        self.weights = WeightKeeper(folders.weights)
+        self.infos: dict[InstanceId, InstanceInfo] = {}
+        #: Limits of the instance that came up last (all start with the same settings).
+        self.limits: InstanceInfo
+        self._log_paths = [
+            folders.logs / f"instance-{launch.instance_id}.log" for launch in launches
+        ]
+        self._pool = InstancePool(
+            config,
+            launches,
+            router,
+            endpoint,
+            folders.leftovers,
+            folders.logs,
+            self,
+            draft_server.spec if draft_server else None,
+            kv_pool,
+        )
+        self._sleep = Sleep(self._pool)
+
+    @property
+    def log_paths(self) -> list[Path]:
+        """Log files of the instances."""
+        return list(self._log_paths)
+
+    async def run(self, stop: asyncio.Event, started: Future[Host]) -> None:
+        """Bring the instances up, and work until `stop` is set."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                talking = tasks.create_task(
+                    self._router.run(
+                        self._pool.on_message, self._pool.on_lost, self._pool.on_gone
+                    )
+                )
+                working = tasks.create_task(self._work(started))
+                await stop.wait()
+                await self._close_rollout()
+                working.cancel()
+                await asyncio.wait([working])
+                await self._pool.stop(self._config.shutdown_timeout_s)
+                talking.cancel()
+        except BaseException as error:
+            self._thread.failure = error
+            raise
+        finally:
+            self._claims.close(self._thread.closed_error)
+            self.weights.give_up("the engine was closed")
+            await self._pool.stop(0)
+            if self.kv_pool is not None:
+                await self.kv_pool.stop(_POOL_GRACE_S)
+            if self._session is not None:
+                # Nobody may be left waiting for what cannot go on.
+                self._session.fail(self._thread.closed_error())
+                self._session.set_over()
+
+    async def _work(self, started: Future[Host]) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            if self.kv_pool is not None:
+                await self.kv_pool.start()
+                tasks.create_task(self.kv_pool.supervise())
+            await self._pool.start()
+            started.set_result(self)
+            await self._pool.supervise()
+
+    async def _close_rollout(self) -> None:
+        """Refuse new work, and let the instances stop what a rollout still runs."""
+        self._claims.close(self._thread.closed_error)
+        session = self._session
+        if session is not None and not session.over.done():
+            session.engine_closes()
+            await wait_awake(session.over, self._config.shutdown_timeout_s)
+
+    # Calls from users' threads
+
+    async def open_session(
+        self,
+        mailbox: Mailbox[Response],
+        policy: PolicyName,
+        chunk_size: int,
+        asker: object,
+    ) -> Session:
+        """Begin a rollout; the engine is taken until the session is over.
+
+        Raises:
+            RolloutInProgressError: one is in progress.
+            EngineError: the engine is asleep, or no instance is left.
+        """
+        self._check_alive()
+        claim = await self._take(Call.ROLLOUT, asker)
+        try:
+            self._check_alive()
+            session = Session(
+                pool=self._pool,
+                mailbox=mailbox,
+                policy=policy,
+                chunk_size=chunk_size,
+                starvation_interval=self._config.starvation_interval,
+                max_request_retries=self._config.max_request_retries,
+                weight_version=self.weights.version,
+                first_chunk_id=self._next_chunk_id,
+                post=self._thread.post,
+                draft_server=self._draft_server,
+                kv_pool=self.kv_pool,
+                length_priors=self._length_priors,
+                call_log=self._new_call_log(),
+            )
+            for instance_id, info in sorted(self.infos.items()):
+                session.instance_up(info, self._loads[instance_id])
+        except BaseException:
+            claim.release()
+            raise
+        self._session = session
+        self._claims.set_rollout(_InTheWay(self, session))
+        session.over.add_done_callback(lambda _: self._session_over(session, claim))
+        return session
+
+    async def drain(self, session: Session) -> None:
+        """Wait until a rollout that was left has stopped; kill the engines that do
+        not.
+        """
+        timeout_s = self._config.shutdown_timeout_s
+        await wait_awake(session.over, timeout_s)
+        if not session.over.done():
+            self._pool.kill_busy(f"it did not stop its work within {timeout_s:g} s")
+            await wait_awake(session.over, timeout_s)
+        session.set_over()
+
+    async def abort_rollout(self, asker: object) -> None:
+        """See `Engine.abort_rollout`."""
+        if self._claims.activity is not Activity.CLOSING:
+            await self._claims.take(Call.ABORT, asker)
+
+    async def begin_weight_update(
+        self, version: int | None, pause: Pause | None, asker: object
+    ) -> Plan:
+        """Make way for new weights, and keep the way free until the update is over.
+
+        Raises:
+            RolloutInProgressError: a rollout is in progress, and `pause` is None.
+            WeightUpdateError: the version is not a later one.
+        """
+        claim = await self._take(_CALLS[pause], asker)
+        try:
+            self._check_alive()
+            return await self.weights.begin(self._pool, self.infos, version, claim)
+        except BaseException:
+            claim.release()
+            raise
+
+    async def switch_weights(self, plan: Plan) -> SwitchTimes:
+        """Take every instance to weights that were sent; see `WeightKeeper.switch`."""
+        try:
+            times = await self.weights.switch(plan, self._pool, self.infos)
+            # What else outlives a rollout, and was made with the old weights, goes.
+            if self._draft_server is not None:
+                self._draft_server.set_weight_version(plan.version)
+            if self.kv_pool is not None:
+                await self.kv_pool.drop_older(plan.version)
+        finally:
+            plan.claim.release()
+        return times
+
+    async def sleep(self, level: int, asker: object) -> None:
+        """See `Engine.sleep`."""
+        claim = await self._claims.take(Call.SLEEP, asker)
+        if claim is None:
+            return
+        try:
+            self._check_alive()
+            if not self.infos:
+                raise EngineError(NO_INSTANCE)
+            await self._sleep.begin(self.infos, level)
+            self._check_open()
+        except BaseException:
+            claim.release()
+            raise
+        claim.become(Activity.ASLEEP)
+
+    async def wake(self) -> None:
+        """See `Engine.wake`."""
+        claim = await self._claims.take(Call.WAKE)
+        if claim is not None:
+            try:
+                await self._sleep.end(self.infos)
+                self._check_open()
+            finally:
+                claim.release()
+
+    async def _take(self, call: Call, asker: object) -> Claim:
+        """Take the engine for a call that is never answered with "nothing to do"."""
+        claim = await self._claims.take(call, asker)
+        assert claim is not None, call
+        return claim
+
+    def _new_call_log(self) -> CallLog | None:
+        """For the rollout that begins, if it keeps one; named by its first chunk."""
+        if not self._config.logs_calls:
+            return None
+        started = time.strftime("%Y%m%d-%H%M%S")
+        name = f"rollout-{started}-{self._next_chunk_id}.calls"
+        return CallLog(self.folders.logs / name)
+
+    def _check_open(self) -> None:
+        """See that instances which are gone did not go with the engine."""
+        if self._claims.activity is Activity.CLOSING:
+            raise self._thread.closed_error()
+
+    def _check_alive(self) -> None:
+        if self._exhausted is not None:
+            raise EngineError(self._exhausted)
+
+    def _session_over(self, session: Session, claim: Claim) -> None:
+        self._next_chunk_id = session.next_chunk_id
+        if self._session is session:
+            self._session = None
+        claim.release()
+
+    # From the pool (see `PoolOwner`)
+
+    def instance_up(self, info: InstanceInfo) -> None:
+        """See `PoolOwner`."""
+        self.weights.instance_up(info.instance_id)
+        self.infos[info.instance_id] = self.limits = info
+        self._loads[info.instance_id] = InstanceLoad()
+        self._sleep.instance_up(info.instance_id)
+        self._tell_session(lambda s: s.instance_up(info, InstanceLoad()))
+
+    def instance_report(self, instance_id: InstanceId, report: Report) -> None:
+        """See `PoolOwner`."""
+        self._loads[instance_id] = report.load
+        self._tell_session(lambda s: s.instance_report(instance_id, report))
+
+    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+        """See `PoolOwner`."""
+        self.infos.pop(instance_id, None)
+        self.weights.instance_down(instance_id, why)
+        self._tell_session(lambda s: s.instance_down(instance_id, why))
+
+    def instances_exhausted(self, why: str) -> None:
+        """See `PoolOwner`."""
+        self._exhausted = f"the engine has no instance left: {why}"
+        self._tell_session(lambda s: s.exhausted(why))
+
+    def _tell_session(self, tell: Callable[[Session], None]) -> None:
+        session = self._session
+        if session is not None:
+            session.guarded(lambda: tell(session))
+
+
+class _InTheWay:
+    """See `aseer.runtime.claims.InTheWay`."""
+
+    def __init__(self, host: Host, session: Session) -> None:
+        self._host = host
+        self._session = session
+
+    def was_left(self, asker: object) -> bool:
+        return self._session.was_left(asker)
+
+    def description(self) -> str:
+        return self._session.description()
+
+    async def end(self) -> None:
+        self._session.leave()
+        await self._host.drain(self._session)
+
+    async def abort(self) -> None:
+        self._session.abort()
+        await self._host.drain(self._session)

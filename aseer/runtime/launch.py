@@ -1,0 +1,375 @@
+"""How each instance is started: its share of the machine, its engine arguments, its
+command.
+
+Pure, given what the machine is (`Machine`). On a CPU every engine is bound to cores of
+its own: left to itself vLLM pins every engine to the same first core. That goes for all
+its processes: the one that schedules polls for the worker's results, and on another
+engine's core it takes that engine's time. On GPUs every engine sees only its own
+devices.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aseer.compat.versions import installed_vllm, is_cpu_build
+from aseer.config import check_speculation
+from aseer.errors import ConfigError
+from aseer.instance.vllm.joined import joined_name
+from aseer.kv.settings import QUIET_LMCACHE
+
+if TYPE_CHECKING:
+    from aseer.config import EngineConfig
+    from aseer.models.traits import ModelTraits
+    from aseer.node.interpreter import Interpreter
+
+_GIB = 1 << 30
+_NO_LIMIT_S = "1000000"  # eleven days; in milliseconds it still has 31 bits
+_MAX_CPU_KV_BYTES = 4 * _GIB
+_CPU_KV_SHARE = 0.3  # of the memory that is free at the start, for all engines together
+_CPU_BLOCK_SIZE = 32  # vLLM's CPU kernels want multiples of 32; resumes want it small
+_MAX_CPU_INSTANCES = 2
+# vLLM on AMD's GPUs takes either, and refuses to start if they differ.
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_EXTENSION_ARG = "worker_extension_cls"
+_WORKER_EXTENSION = "aseer.instance.vllm.worker.WorkerExtension"
+_EXECUTOR_ARG = "distributed_executor_backend"
+_ROTARY_OP = "rotary_embedding"
+_DRAFTER = "aseer.dgds.proposer.GroupDrafter"
+EXECUTOR = "aseer.instance.vllm.executor.DraftingExecutor"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What there is to share.
+
+    Attributes:
+        gpus: ids of the visible devices, as CUDA_VISIBLE_DEVICES spells them.
+        cores: ids of the cores this process may run on.
+        cpu_only: whether the installed vLLM is built for CPUs only.
+        cpu_dtype: what its CPU computes fastest in.
+    """
+
+    gpus: tuple[str, ...]
+    cores: tuple[int, ...]
+    free_memory_bytes: int
+    cpu_only: bool
+    cpu_dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """One instance: the backend's arguments and what its environment adds.
+
+    Attributes:
+        cores: that all its processes stay on; empty = any.
+        traits: of its model; None = not known.
+        interpreter: that its processes run on; None = the one of this process.
+    """
+
+    instance_id: int
+    backend: str
+    engine_args: Mapping[str, Any]
+    env: Mapping[str, str]
+    share: str
+    cores: tuple[int, ...] = ()
+    traits: ModelTraits | None = None
+    interpreter: Interpreter | None = None
+
+
+def this_machine(packages: Mapping[str, str] | None = None) -> Machine:
+    """What this process can see of the machine it runs on.
+
+    Args:
+        packages: of the interpreter that engines run on; None = those of this one.
+    """
+    found = installed_vllm(packages)
+    return Machine(
+        gpus=visible_gpus(),
+        cores=tuple(sorted(os.sched_getaffinity(0))),
+        free_memory_bytes=free_memory_bytes(),
+        cpu_only=found is not None and is_cpu_build(*found),
+        cpu_dtype=fast_cpu_dtype(),
+    )
+
+
+def plan_instances(
+    config: EngineConfig,
+    machine: Machine,
+    traits: ModelTraits | None = None,
+    interpreter: Interpreter | None = None,
+) -> list[Launch]:
+    """Share the machine out among the instances.
+
+    Args:
+        traits: of the model; None = not known.
+        interpreter: that their processes run on; None = the one of this process.
+    Raises:
+        ConfigError: it has not what the settings ask for.
+    """
+    if check_speculation(config.speculation).method == "suffix":
+        _check_arctic(interpreter)
+    launches = _plan(config, machine, traits)
+    return [replace(launch, interpreter=interpreter) for launch in launches]
+
+
+def _check_arctic(interpreter: Interpreter | None) -> None:
+    if interpreter is None or interpreter.is_ours:
+        is_there = importlib.util.find_spec("arctic_inference") is not None
+    else:
+        is_there = "arctic-inference" in interpreter.packages
+    if not is_there:
+        raise ConfigError(
+            "speculation='suffix' is vLLM's own and needs another package: run "
+            "`pip install --no-deps arctic-inference`, or use 'dgds'"
+        )
+
+
+def _plan(
+    config: EngineConfig, machine: Machine, traits: ModelTraits | None
+) -> list[Launch]:
+    if config.gpus is not None:
+        machine = replace(machine, gpus=tuple(map(str, config.gpus)))
+    device = _device(config, machine)
+    if device == "sim":
+        args = dict(config.engine_args)
+        if config.max_model_len is not None:
+            args["max_model_len"] = config.max_model_len
+        if config.max_num_seqs is not None:
+            args["max_num_seqs"] = config.max_num_seqs
+        return [
+            Launch(
+                instance_id=i,
+                backend="sim",
+                engine_args=args,
+                env={},
+                share="simulated",
+            )
+            for i in range(config.num_instances or 2)
+        ]
+    if device == "cuda":
+        launches = _plan_gpus(config, machine)
+    else:
+        launches = _plan_cores(config, machine, traits)
+    return [replace(launch, traits=traits) for launch in launches]
+
+
+def _device(config: EngineConfig, machine: Machine) -> str:
+    if config.device != "auto":
+        return config.device
+    if config.gpus is not None and machine.cpu_only:
+        raise ConfigError(
+            f"gpus={config.gpus!r}, but the vLLM that is installed is built for CPUs; "
+            "install one for GPUs, or leave gpus out"
+        )
+    return "cuda" if machine.gpus and not machine.cpu_only else "cpu"
+
+
+def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
+    per = config.gpus_per_instance
+    num = config.num_instances or len(machine.gpus) // per
+    if num * per > len(machine.gpus) or not num:
+        raise ConfigError(
+            f"{max(num, 1)} instances of {per} GPUs need {max(num, 1) * per}, but "
+            f"{len(machine.gpus)} are {'visible' if config.gpus is None else 'given'} "
+            f"({','.join(machine.gpus) or 'none'}); lower num_instances or "
+            "gpus_per_instance, or check gpus and CUDA_VISIBLE_DEVICES"
+        )
+    args = _engine_args(config) | {"tensor_parallel_size": per}
+    if config.kv_cache_bytes is not None:  # vLLM is told what is on each GPU
+        args["kv_cache_memory_bytes"] = max(1, config.kv_cache_bytes // per)
+    args |= _users_args(config)
+    launches = []
+    for i in range(num):
+        devices = ",".join(machine.gpus[i * per : (i + 1) * per])
+        env = dict.fromkeys(GPU_VARIABLES, devices)
+        if check_speculation(config.speculation).method == "ngram":
+            # On V2, vLLM's default, its sampler for drafts cannot be tested, and an
+            # engine that refuses to speculate has to start a second time.
+            env["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        launches.append(_launch(config, i, args, env, f"GPU {devices}"))
+    return launches
+
+
+def _plan_cores(
+    config: EngineConfig, machine: Machine, traits: ModelTraits | None
+) -> list[Launch]:
+    cores = machine.cores
+    num = config.num_instances or min(len(cores), _MAX_CPU_INSTANCES)
+    free = int(machine.free_memory_bytes * _CPU_KV_SHARE) // num
+    defaults: dict[str, Any] = {
+        "enforce_eager": True,  # compiling takes long, at every first start
+        "block_size": _CPU_BLOCK_SIZE,
+        "kv_cache_memory_bytes": config.kv_cache_bytes or min(_MAX_CPU_KV_BYTES, free),
+    }
+    if check_speculation(config.speculation).method == "dgds":
+        if _EXECUTOR_ARG in config.engine_args:
+            raise ConfigError(
+                f"engine_args has {_EXECUTOR_ARG!r}, and drafts of speculation='dgds' "
+                "come by an executor of aseer's on a CPU; leave it out"
+            )
+        defaults[_EXECUTOR_ARG] = EXECUTOR
+    if config.dtype == "auto" and machine.cpu_dtype == "float32":
+        # vLLM's "auto" makes bfloat16 of float32, too, slow where a CPU emulates it.
+        defaults["dtype"] = "float32"
+    args = _engine_args(config) | defaults
+    args |= _users_args(config)
+    if traits is not None and traits.rotates_slices:
+        args["compilation_config"] = _without_rotary_kernel(
+            args.get("compilation_config")
+        )
+    launches = []
+    for i in range(num):
+        if num <= len(cores):
+            own = cores[i * len(cores) // num : (i + 1) * len(cores) // num]
+        else:  # more engines than cores: they take turns
+            own = (cores[i % len(cores)],)
+        bind = ",".join(map(str, own))
+        env = {"VLLM_CPU_OMP_THREADS_BIND": bind}
+        launch = _launch(config, i, args, env, f"core {bind}")
+        if launch.env["VLLM_CPU_OMP_THREADS_BIND"] == bind:  # the user named no others
+            launch = replace(launch, cores=own)
+        launches.append(launch)
+    return launches
+
+
+def _without_rotary_kernel(compilation: Any) -> Any:
+    """vLLM's compilation settings, but with rotations computed by torch.
+
+    vLLM's kernel for CPUs takes the rows it rotates to lie one behind another. A slice
+    of wider rows does not, and comes out wrong: no error, other tokens.
+
+    Args:
+        compilation: the user's settings, None or a mapping; a choice of theirs stays.
+    """
+    settings = {} if compilation is None else compilation
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"engine_args: compilation_config={compilation!r} must be a mapping, such "
+            "as {'mode': 0}, for this model on a CPU"
+        )
+    ops = list(settings.get("custom_ops", ()))
+    if not any(str(op).endswith(_ROTARY_OP) for op in ops):
+        ops.append(f"-{_ROTARY_OP}")
+    return {**settings, "custom_ops": ops}
+
+
+def _engine_args(config: EngineConfig) -> dict[str, Any]:
+    wanted = {
+        "model": config.model,
+        "tokenizer": config.tokenizer,
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "kv_cache_memory_bytes": config.kv_cache_bytes,
+        "kv_transfer_config": config.kv_transfer_config,
+    }
+    args = {k: v for k, v in wanted.items() if v is not None}
+    theirs = config.engine_args.get(_EXTENSION_ARG)
+    args[_EXTENSION_ARG] = joined_name(theirs) if theirs else _WORKER_EXTENSION
+    return args | _speculation_args(config)
+
+
+def _users_args(config: EngineConfig) -> dict[str, Any]:
+    """What `engine_args` has that is not joined with ours."""
+    return {k: v for k, v in config.engine_args.items() if k != _EXTENSION_ARG}
+
+
+def _speculation_args(config: EngineConfig) -> dict[str, Any]:
+    settings = check_speculation(config.speculation)
+    num_tokens = settings.max_draft_tokens
+    if settings.method == "off":
+        return {}
+    method: dict[str, Any] = {"method": settings.method}
+    if settings.method == "dgds":
+        num_tokens = max(num_tokens, settings.tail_draft_tokens)
+        method = {"method": "custom_class", "model": _DRAFTER}
+    return {"speculative_config": {**method, "num_speculative_tokens": num_tokens}}
+
+
+def _launch(
+    config: EngineConfig,
+    instance_id: int,
+    args: Mapping[str, Any],
+    env: dict[str, str],
+    share: str,
+) -> Launch:
+    ours = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # By default vLLM forks its workers from a process that runs an event loop and
+        # threads, and a fork copies locks that another thread holds.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # How long a start and a step may take is said by `start_timeout_s` and
+        # `stall_timeout_s`. vLLM's own limits are fixed ones, and count the time in
+        # which the engine was stopped.
+        "VLLM_ENGINE_READY_TIMEOUT_S": _NO_LIMIT_S,
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": _NO_LIMIT_S,
+        **QUIET_LMCACHE,
+    }
+    return Launch(
+        instance_id=instance_id,
+        backend="vllm",
+        engine_args=args,
+        env={**ours, **env, **config.env},
+        share=share,
+    )
+
+
+def fast_cpu_dtype(proc: Path = Path("/proc")) -> str:
+    """bfloat16 where this machine's CPU has it in hardware, otherwise float32."""
+    flags = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is ARM's
+    return "bfloat16" if flags & set(_read(proc / "cpuinfo").split()) else "float32"
+
+
+def visible_gpus(
+    environ: Mapping[str, str] = os.environ,
+    dev: Path = Path("/dev"),
+    amd_nodes: Path = Path("/sys/class/kfd/kfd/topology/nodes"),
+) -> tuple[str, ...]:
+    """Ids of the GPUs that the environment leaves visible; else of all, of one make."""
+    for variable in GPU_VARIABLES:
+        named = environ.get(variable)
+        if named is not None:
+            ids = (d.strip() for d in named.split(","))
+            return tuple(d for d in ids if d not in ("", "-1"))
+    found = (re.fullmatch(r"nvidia(\d+)", p.name) for p in dev.glob("nvidia*"))
+    # CUDA counts the devices that it sees from 0. A container that was given the
+    # machine's last two has /dev/nvidia6 and /dev/nvidia7, which are its 0 and 1.
+    if num := sum(1 for m in found if m):
+        return tuple(map(str, range(num)))
+    # CPUs are nodes, too, of id 0; a node of a container's neighbour is not readable.
+    amd = [n for n in amd_nodes.glob("*") if _read(n / "gpu_id") not in ("", "0")]
+    return tuple(map(str, range(len(amd))))
+
+
+def free_memory_bytes(
+    proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """What this process may still use: the machine's, or its container's if less."""
+    free = _entry(proc / "meminfo", "MemAvailable:") * 1024 or 4 * _GIB
+    limit, used = _read(cgroup / "memory.max"), _read(cgroup / "memory.current")
+    if limit.isdigit() and used.isdigit():
+        # As for the machine, cached files make room when they must.
+        cached = _entry(cgroup / "memory.stat", "inactive_file")
+        free = min(free, max(0, int(limit) - int(used) + cached))
+    return free
+
+
+def _entry(path: Path, name: str) -> int:
+    """The number behind a name in a file of one a line; 0 if it is not there."""
+    rows = (line.split() for line in _read(path).splitlines())
+    return next((int(row[1]) for row in rows if row[:1] == [name]), 0)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

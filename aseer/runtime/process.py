@@ -1,0 +1,126 @@
+"""One instance's process, and why it ended."""
+
+from __future__ import annotations
+
+import re
+import signal
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from aseer.errors import InstanceStartError, describe
+from aseer.node.children import Child
+from aseer.node.interpreter import this_interpreter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from aseer.instance.base import InstanceSpec
+    from aseer.node.interpreter import Interpreter
+    from aseer.node.leftovers import Leftovers
+
+_LOG_TAIL_LINES = 15
+# What vLLM says after the real cause, and what follows from a death rather than causing
+# it.
+_NOT_A_CAUSE = (
+    "Engine core initialization failed",
+    "EngineDeadError",
+    "died unexpectedly",
+)
+_ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)): ?(.*)")
+
+
+#: What an instance process runs, and the module's arguments.
+MODULE: tuple[str, ...] = ("aseer.instance.main",)
+
+
+class InstanceProcess:
+    """A running instance process; make it with `start`."""
+
+    def __init__(self, child: Child) -> None:
+        self._child = child
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @classmethod
+    async def start(
+        cls,
+        spec: InstanceSpec,
+        env: Mapping[str, str],
+        log_path: Path,
+        leftovers: Leftovers,
+        interpreter: Interpreter | None = None,
+    ) -> InstanceProcess:
+        """Start the process and hand it its spec.
+
+        Args:
+            interpreter: that it runs on; None = the one of this process.
+        Raises:
+            InstanceStartError: the system has no room for it; nothing of it remains.
+        """
+        try:
+            python = interpreter or this_interpreter()
+            child = await Child.start(
+                python.command(*MODULE),
+                {**python.environment(), **env},
+                log_path,
+                leftovers,
+            )
+            try:
+                child.tell(msgspec.json.encode(spec) + b"\n")
+            except BaseException:
+                await child.end()
+                raise
+        except OSError as error:
+            raise InstanceStartError(
+                f"the process of instance {spec.instance_id} cannot be started: "
+                f"{describe(error)}; look at the limits on processes, memory and open "
+                f"files, and whether {log_path} can be written"
+            ) from error
+        return cls(child)
+
+    async def wait(self) -> int:
+        """Wait for its end; the exit status, negative for a signal."""
+        return await self._child.wait()
+
+    async def end(self, grace_s: float) -> None:
+        """See `Child.end`."""
+        await self._child.end(grace_s)
+
+    def kill(self) -> None:
+        """See `Child.kill`."""
+        self._child.kill()
+
+    async def note_shared_memory(self) -> None:
+        """See `Child.note_shared_memory`."""
+        await self._child.note_shared_memory()
+
+    def log_tail(self) -> str:
+        """The last lines of its log."""
+        return self._child.log.tail(_LOG_TAIL_LINES)
+
+    def cause(self) -> str | None:
+        """The error its log gives for its death, if it gives one."""
+        return cause_from_log(self._child.log.text())
+
+
+def cause_from_log(text: str) -> str | None:
+    """The last error in a log that is a cause and not a consequence."""
+    cause = None
+    for line in text.splitlines():
+        match = _ERROR_LINE.search(line)
+        if match and not any(text in line for text in _NOT_A_CAUSE):
+            cause = f"{match[1]}: {match[2]}".rstrip(": ")
+    return cause
+
+
+def describe_exit(status: int) -> str:
+    """An exit status in words."""
+    if status >= 0:
+        return f"exited with status {status}"
+    name = signal.Signals(-status).name
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{hint}"

@@ -1,0 +1,305 @@
+"""A rollout as its user sees it: an iterator of responses, in asyncio code or in plain
+code.
+
+    async with engine.rollout(groups) as rollout:
+        async for response in rollout:
+            ...
+
+Responses come from the engine's thread through a mailbox. Groups go the other way
+(`aseer.runtime.group_source`). A rollout has one life: it is read to its end, or left
+before. Leaving the `async with` block leaves the rollout, and waits until the engines
+have stopped its work. A bare `for` loop that ends by a break, an exception or cancellation
+leaves the rollout as well, because the iterator that only the loop held is gone then.
+If something else holds that iterator (a variable, a debugger), the engine cannot know
+that the loop is over; the `async with` form does not depend on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
+
+from aseer.errors import ConfigError, EngineClosedError
+from aseer.runtime.mailbox import MailboxClosed
+from aseer.runtime.steps import drive, drive_blocking, spared
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aseer.config import EngineConfig, PolicyName
+    from aseer.groups import Groups
+    from aseer.report import Progress, RolloutReport
+    from aseer.runtime.engine import Engine
+    from aseer.runtime.work import Work
+    from aseer.types import Response
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Loop(Generic[T]):
+    """The iterator of a `for` loop; dropping the iterator leaves an unfinished rollout.
+
+    A frame that is left by an exception drops its reference to the iterator first:
+    somebody may keep the exception, and with it the frames of its traceback.
+    """
+
+    def __init__(self, work: Work, next_item: Callable[[], T]) -> None:
+        self._work = work
+        self._next_item = next_item
+
+    def __del__(self) -> None:
+        self._work.leave()
+
+
+class _AsyncLoop(_Loop[Awaitable[R]], AsyncIterator[R]):
+    """What `async for` holds."""
+
+    async def __anext__(self) -> R:
+        next_item = self._next_item
+        try:
+            return await next_item()
+        except BaseException:
+            del self
+            raise
+
+
+class _SyncLoop(_Loop[R], Iterator[R]):
+    """What `for` holds."""
+
+    def __next__(self) -> R:
+        next_item = self._next_item
+        try:
+            return next_item()
+        except BaseException:
+            del self
+            raise
+
+
+class Rollout:
+    """Responses in the order they finish, for `async for`; see `Engine.rollout`.
+
+    A rollout is read once: every loop over it takes from the same responses. To read
+    from a rollout that was left raises `RolloutClosedError`.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._open()
+        except Exception:
+            raise
+        except BaseException:  # there is no block that would leave it
+            self._work.leave()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> AsyncIterator[Response]:
+        return _AsyncLoop(self._work, self._next)
+
+    def by_group(self) -> AsyncIterator[list[Response]]:
+        """Whole groups in the order they are complete, members by index."""
+        return _AsyncLoop(self._work, self._next_group)
+
+    @property
+    def report(self) -> RolloutReport:
+        """Figures of the finished rollout.
+
+        Raises:
+            AseerError: the rollout is not finished.
+        """
+        return self._work.report
+
+    def progress(self) -> Progress | None:
+        """How the rollout stands, a fraction of a second old; None before it begins."""
+        return self._work.progress()
+
+    def cancel(self, group_id: str) -> None:
+        """End a group early, from any thread.
+
+        Its running work is aborted and its unfinished requests come as Responses with
+        finish reason `aborted` and the tokens they have. A group that is finished is
+        left alone.
+
+        Raises:
+            ConfigError: no group of that id was given so far.
+        """
+        self._work.cancel(group_id)
+
+    async def aclose(self) -> None:
+        """Stop the work and wait until the engines have; safe to call at any time."""
+        self._work.leave()
+        await self._work.source.wait_stopped()
+        await drive(self._work.close())
+
+    async def _open(self) -> None:
+        work = self._work
+        if work.session is not None:
+            return
+        # What held an earlier rollout's iterator may live until this task is suspended.
+        await asyncio.sleep(0)
+        opening = work.open(asyncio.current_task())
+        work.begin(await spared(opening))
+        work.check_not_left()
+        work.source.start_pump()
+
+    async def _next(self) -> Response:
+        work = self._work
+        try:
+            await self._open()
+            work.check_not_left()
+            more = work.source.pull()
+            while more and not work.mailbox.has_items:
+                await asyncio.sleep(0)
+                more = work.source.pull()
+            try:
+                response = await work.mailbox.get()
+            except MailboxClosed:
+                await work.source.wait_stopped()
+                response = work.ended()
+        except StopIteration:
+            raise StopAsyncIteration from None
+        except asyncio.CancelledError:
+            work.mailbox.give_up(asyncio.current_task())
+            raise
+        work.source.yielded()
+        return response
+
+    async def _next_group(self) -> list[Response]:
+        while True:
+            group = self._work.complete_group(await self._next())
+            if group is not None:
+                return group
+
+
+class SyncRollout:
+    """Responses in the order they finish, for `for`; see `Engine.rollout_sync`.
+
+    A rollout is read once: every loop over it takes from the same responses. To read
+    from a rollout that was left raises `RolloutClosedError`.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def __enter__(self) -> Self:
+        try:
+            self._open()
+        except Exception:
+            raise
+        except BaseException:  # there is no block that would leave it
+            self._work.leave()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Response]:
+        return _SyncLoop(self._work, self._next)
+
+    def by_group(self) -> Iterator[list[Response]]:
+        """Whole groups in the order they are complete, members by index."""
+        return _SyncLoop(self._work, self._next_group)
+
+    @property
+    def report(self) -> RolloutReport:
+        """See `Rollout.report`."""
+        return self._work.report
+
+    def progress(self) -> Progress | None:
+        """See `Rollout.progress`."""
+        return self._work.progress()
+
+    def cancel(self, group_id: str) -> None:
+        """See `Rollout.cancel`."""
+        self._work.cancel(group_id)
+
+    def close(self) -> None:
+        """Stop the work and wait until the engines have; safe to call at any time."""
+        drive_blocking(self._work.close())
+
+    def _open(self) -> None:
+        work = self._work
+        if work.session is None:
+            work.begin(work.open(None).result())
+
+    def _next(self) -> Response:
+        work = self._work
+        try:
+            self._open()
+            work.check_not_left()
+            more = work.source.pull()
+            while more and not work.mailbox.has_items:
+                more = work.source.pull()
+            try:
+                response = work.mailbox.get_blocking()
+            except MailboxClosed:
+                response = work.ended()
+        except (KeyboardInterrupt, SystemExit):
+            work.leave()  # whoever interrupts a wait does not come back to it
+            raise
+        work.source.yielded()
+        return response
+
+    def _next_group(self) -> list[Response]:
+        while True:
+            group = self._work.complete_group(self._next())
+            if group is not None:
+                return group
+
+
+async def rollout(
+    groups: Groups,
+    *,
+    engine: Engine | None = None,
+    config: EngineConfig | None = None,
+    policy: PolicyName | None = None,
+    chunk_size: int | None = None,
+) -> AsyncIterator[Response]:
+    """Sample every group's responses on the engine that is open here; see
+    `Engine.rollout`.
+
+    Args:
+        groups: see `Engine.rollout`.
+        engine: the engine to use; None = the one whose context this code runs in.
+        config: settings of an engine that is opened for this call alone.
+        policy: replaces the engine's policy.
+        chunk_size: replaces the engine's chunk size; 0 = requests are not divided.
+    Raises:
+        ConfigError: both `engine` and `config` are given.
+        EngineClosedError: neither is given and no engine is open here.
+    """
+    from aseer.runtime.engine import Engine, current_engine
+
+    if engine is not None and config is not None:
+        raise ConfigError("give engine= or config=, not both")
+    async with AsyncExitStack() as own:
+        if config is not None:
+            engine = await own.enter_async_context(Engine(config))
+        engine = engine or current_engine.get()
+        if engine is None:
+            raise EngineClosedError(
+                "no engine is open here; call this inside `async with "
+                "aseer.Engine(...)`, or give engine= or config="
+            )
+        responses = engine.rollout(groups, policy=policy, chunk_size=chunk_size)
+        async for response in responses:
+            yield response

@@ -1,0 +1,392 @@
+"""One rollout on the engine's thread: the pure controller joined to clock, pool and
+user.
+
+Everything here runs on the engine's event loop, in callbacks that never wait, but for
+`offer`, which any thread may call. The session is over when its intake is closed and
+every request has finished; leaving early cancels what is left and waits for the engines
+to say that they stopped.
+
+An error in a rollout's decisions fails the rollout, not the engine: its reader gets the
+error, and the session is over as soon as the engines have stopped its chunks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from aseer.controller import (
+    Abort,
+    Blame,
+    Command,
+    Controller,
+    Dispatch,
+    Finished,
+)
+from aseer.errors import (
+    EngineClosedError,
+    InstanceLostError,
+    RolloutClosedError,
+    RolloutError,
+    describe,
+)
+from aseer.instance.messages import Run
+from aseer.runtime.calls import LoggedController, Settings
+from aseer.runtime.followers import DraftFeed, KvUpkeep, learn_length, with_priors
+from aseer.runtime.recorder import Recorder
+from aseer.types import GroupId
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from aseer.config import PolicyName
+    from aseer.context import LengthPriors
+    from aseer.dgds.server import DraftServer
+    from aseer.instance.messages import Report
+    from aseer.kv.pool import KvPool
+    from aseer.report import Progress, RolloutReport
+    from aseer.runtime.call_log import CallLog
+    from aseer.runtime.instances import InstancePool
+    from aseer.runtime.mailbox import Mailbox
+    from aseer.types import (
+        InstanceId,
+        InstanceInfo,
+        InstanceLoad,
+        Response,
+        Task,
+    )
+
+_log = logging.getLogger("aseer")
+
+# Requests that are ended in one turn of the engine's loop: some tens of milliseconds.
+_CANCEL_AT_ONCE = 1000
+
+
+class Session:
+    """A rollout in progress."""
+
+    def __init__(
+        self,
+        *,
+        pool: InstancePool,
+        mailbox: Mailbox[Response],
+        policy: PolicyName,
+        chunk_size: int,
+        starvation_interval: int,
+        max_request_retries: int,
+        weight_version: int,
+        first_chunk_id: int,
+        post: Callable[[Callable[[], object]], bool],
+        draft_server: DraftServer | None = None,
+        kv_pool: KvPool | None = None,
+        length_priors: LengthPriors | None = None,
+        call_log: CallLog | None = None,
+    ) -> None:
+        self._pool = pool
+        self._weight_version = weight_version
+        self._mailbox = mailbox
+        settings = Settings(
+            policy=policy,
+            chunk_size=chunk_size,
+            starvation_interval=starvation_interval,
+            max_request_retries=max_request_retries,
+            weight_version=weight_version,
+            first_chunk_id=first_chunk_id,
+            granularity=kv_pool.granularity if kv_pool else None,
+        )
+        if call_log is None:
+            self._controller = Controller(**msgspec.structs.asdict(settings))
+        else:
+            self._controller = LoggedController(settings, call_log.write)
+        self._recorder = Recorder(
+            self._controller, policy, chunk_size, weight_version, kv_pool
+        )
+        self._priors = length_priors
+        self._drafts: DraftFeed | None = None
+        self._kv: KvUpkeep | None = None
+        if draft_server is not None:
+            draft_server.set_weight_version(weight_version)
+            self._drafts = DraftFeed(draft_server, self._controller, first_chunk_id)
+        if kv_pool is not None:
+            self._controller.use_pool(kv_pool.granularity, kv_pool.server_of)
+            self._kv = KvUpkeep(kv_pool, self._controller, weight_version)
+        self._started_at = time.monotonic()
+        self._post = post
+        self._intake_lock = threading.RLock()  # an iterator's end may come in between
+        self._intake_open = True
+        self._num_offered = 0
+        self._cancelled_early: set[GroupId] = set()
+        self._left = False
+        self._failure: Exception | None = None
+        self._fatal: str | None = None
+        self._num_errors = 0
+        self._first_error = ""
+        self._engine_closed = False
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.report: RolloutReport | None = None
+        self.progress: Progress = self._recorder.progress(0.0, intake_open=True)
+        if call_log is not None:
+            self.over.add_done_callback(lambda _: call_log.close())
+
+    @property
+    def next_chunk_id(self) -> int:
+        return self._controller.buffer.next_chunk_id
+
+    @property
+    def weight_version(self) -> int:
+        return self._weight_version
+
+    def was_left(self, asker: object) -> bool:
+        """Whether its user walked away from it, as far as the asking task can know."""
+        if self.over.done():  # just now: nobody is kept from anything by it
+            return True
+        mailbox = self._mailbox
+        return self._left or mailbox.is_closed or mailbox.was_given_up_by(asker)
+
+    def description(self) -> str:
+        """The rollout in a few words, for whoever wants the engine meanwhile."""
+        num = self._controller.num_unfinished
+        return f"with {num} unfinished requests" if num else "that waits for groups"
+
+    # From the user
+
+    def offer(self, tasks: list[Task]) -> bool:
+        """Hand groups over, from any thread; False if no more are taken.
+
+        What was taken yields a response a request, whatever happens.
+        """
+        with self._intake_lock:
+            if not self._intake_open:
+                return False
+            self._num_offered += 1
+        if self._post(lambda: self.guarded(lambda: self._add_offered(tasks))):
+            return True
+        with self._intake_lock:
+            self._num_offered -= 1
+        return False
+
+    def _add_offered(self, tasks: list[Task]) -> None:
+        with self._intake_lock:
+            self._num_offered -= 1
+        self._add(tasks)
+
+    def _add(self, tasks: list[Task]) -> None:
+        if self._left or self._failure is not None:
+            self._end_if_over()
+            return
+        if self._priors is not None:
+            tasks = with_priors(self._priors, tasks)
+        commands = self._controller.add_groups(tasks, self._now())
+        if self._kv is not None:
+            self._kv.groups_added(tasks)
+        self._do(commands)
+        if self._fatal is not None:
+            self._do(self._controller.fail_all(self._now(), self._fatal))
+        elif not self._intake_open:  # aborted between the offer and now
+            self._cancel_some()
+        for task in tasks:
+            if task.group_id in self._cancelled_early:
+                self._cancelled_early.discard(task.group_id)
+                self._do(self._controller.cancel_group(task.group_id, self._now()))
+
+    def close_intake_soon(self) -> None:
+        """No more groups will be offered; from any thread."""
+        self._post(lambda: self.guarded(self._close_intake))
+
+    def _close_intake(self) -> None:
+        self._stop_intake()
+        self._end_if_over()
+
+    def cancel(self, group_id: GroupId) -> None:
+        """End a group early; one that is over is left alone."""
+        if self._failure is not None:
+            return
+        if self._controller.buffer.has_group(group_id):
+            self._do(self._controller.cancel_group(group_id, self._now()))
+        elif self._intake_open or self._num_offered:  # it is on its way here
+            self._cancelled_early.add(group_id)
+
+    def leave(self) -> None:
+        """End everything early; nobody reads the responses. May be called again."""
+        if not self._left:
+            self._left = True
+            self._mailbox.close(
+                RolloutClosedError(
+                    "this rollout was ended, since the task that read it gave up "
+                    "waiting and went on to something else"
+                )
+            )
+            self._end_all()
+
+    def abort(self) -> None:
+        """End everything early; the user gets what there is. May be called again."""
+        self._end_all()
+
+    def engine_closes(self) -> None:
+        """End everything early; who still reads is told at the end why."""
+        self._engine_closed = True
+        self._end_all()
+
+    def _end_all(self) -> None:
+        self._stop_intake()
+        if self._failure is None and not self.over.done():
+            self.guarded(self._cancel_some)
+
+    def _cancel_some(self) -> None:
+        """End requests early, and go on later, so that others get their turn."""
+        if self._failure is not None or self.over.done():
+            return
+        self._do(self._controller.cancel_all(self._now(), _CANCEL_AT_ONCE))
+        if not self._controller.is_cancelled:
+            self._post(lambda: self.guarded(self._cancel_some))
+
+    def _stop_intake(self) -> None:
+        with self._intake_lock:
+            self._intake_open = False
+
+    # When something goes wrong
+
+    def guarded(self, decide: Callable[[], object]) -> None:
+        """Run a decision; if it fails, this rollout does, and nothing else."""
+        try:
+            decide()
+        except Exception as error:
+            _log.exception("a rollout failed")
+            failure = RolloutError(f"the rollout failed: {describe(error)}")
+            failure.__cause__ = error
+            self.fail(failure)
+
+    def fail(self, error: Exception) -> None:
+        """Nothing can be decided any more: the reader is told, and engines stop."""
+        if self.over.done() or self._failure is not None:
+            return
+        self._failure = error
+        self._stop_intake()
+        self._mailbox.close(error)
+        self._pool.abort_all()
+        self._end_if_over()
+
+    def set_over(self) -> None:
+        """Whatever the engines still do, nothing waits for this rollout any more."""
+        if not self.over.done():
+            self.fail(RolloutError("the engines did not stop this rollout's work"))
+        if not self.over.done():
+            self.over.set_result(None)
+
+    # From the pool
+
+    def instance_up(self, info: InstanceInfo, load: InstanceLoad) -> None:
+        """It takes work; its load so far is not this rollout's."""
+        if self._failure is not None:
+            return
+        self._recorder.instance_up(info, load)
+        self._do(self._controller.instance_up(info, self._now()))
+
+    def instance_report(self, instance_id: InstanceId, report: Report) -> None:
+        """Progress and load."""
+        if self._failure is not None:
+            self._end_if_over()
+            return
+        now = self._now()
+        if self._drafts is not None:
+            self._drafts.take(report)
+        commands = self._controller.progress(report.chunks, now)
+        self._recorder.count_tokens(instance_id)
+        self._do(commands)
+        self._recorder.sample(instance_id, report.load, now)
+        progress = self._recorder.progress(now, intake_open=self._intake_open)
+        if self._kv is not None and progress is not self.progress:
+            self._controller.set_move_price(self._recorder.kv_counts.move_price)
+            info = self._recorder.any_instance()
+            assert info is not None
+            self._kv.prefetch(info)
+        self.progress = progress
+
+    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+        """Its chunks' requests wait again."""
+        if self._failure is not None:
+            self._end_if_over()
+            return
+        self._recorder.instance_down(instance_id, self._now())
+        self._do(self._controller.instance_down(instance_id, self._now(), why))
+
+    def exhausted(self, why: str) -> None:
+        """Nothing can run any more."""
+        self._fatal = why
+        self._stop_intake()
+        if self._failure is None:
+            self._do(self._controller.fail_all(self._now(), why))
+        else:
+            self._end_if_over()
+
+    def _now(self) -> float:
+        return time.monotonic() - self._started_at
+
+    def _do(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            match command:
+                case Dispatch(chunk):
+                    self._pool.run_chunk(chunk.instance_id, Run(chunk))
+                case Abort(instance_id, chunk_id):
+                    self._pool.abort_chunks(instance_id, [chunk_id])
+                case Finished(response):
+                    self._finish(response)
+                case Blame(num_deaths):
+                    self._pool.forgive(num_deaths)
+        self._recorder.mark_busy(self._now())
+        self._end_if_over()
+
+    def _finish(self, response: Response) -> None:
+        self._recorder.finished(response)
+        group_id = GroupId(response.group_id)
+        if self._kv is not None:
+            self._kv.finished(response, self._recorder.any_instance())
+        if self._controller.is_group_finished(group_id):
+            if self._drafts is not None:
+                self._drafts.group_finished(group_id)
+            if self._priors is not None:
+                learn_length(self._priors, self._controller, group_id)
+        if response.finish_reason == "error":
+            self._num_errors += 1
+            self._first_error = (
+                self._first_error or f"{response.request_id}: {response.error}"
+            )
+        if not self._left:
+            self._mailbox.put(response)
+
+    def _end_if_over(self) -> None:
+        if self._intake_open or self._num_offered or self.over.done():
+            return
+        if self._failure is not None:
+            if self._pool.is_idle:
+                self.over.set_result(None)
+            return
+        if self._controller.num_unfinished:
+            return
+        now = self._now()
+        self.report = self._recorder.report(
+            now, [self._pool.num_restarts(i) for i in self._recorder.instance_ids()]
+        )
+        self.progress = self._recorder.progress(now, intake_open=False, is_over=True)
+        self.over.set_result(None)
+        self._mailbox.close(self._error())
+
+    def _error(self) -> Exception | None:
+        if self._fatal is not None:
+            return InstanceLostError(self._fatal)
+        if self._engine_closed and not self._left:
+            return EngineClosedError(
+                "the engine was closed while this rollout was in progress"
+            )
+        if self._num_errors and not self._left:
+            num = self._controller.counters.num_finished
+            return RolloutError(
+                f"{self._num_errors} of {num} requests ended in an error (their "
+                f"Responses say which); the first: {self._first_error}"
+            )
+        return None

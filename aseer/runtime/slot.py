@@ -1,0 +1,103 @@
+"""An instance's place in the pool: what is known of the process that has it now."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from aseer.errors import EngineError, InstanceLostError
+from aseer.types import ChunkId, InstanceId
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from aseer.instance.launch import Launch
+    from aseer.instance.messages import Answer, Report
+    from aseer.runtime.process import InstanceProcess
+    from aseer.types import ChunkId, InstanceInfo
+    from aseer.watch import WakingClock
+
+
+class Slot:
+    """A place for an instance, over all its incarnations."""
+
+    def __init__(self, launch: Launch, log_dir: Path, clock: WakingClock) -> None:
+        self.launch = launch
+        self._clock = clock
+        self.instance_id = InstanceId(launch.instance_id)
+        self.log_path = log_dir / f"instance-{launch.instance_id}.log"
+        self.incarnation = 0
+        self.given_up = False
+        self.is_replaced = False  # killed for a weight update: no restart is spent
+        self.process: InstanceProcess | None = None
+        self.asked: dict[int, asyncio.Future[Any]] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.identity = f"{self.instance_id}.{self.incarnation}".encode()
+        self.said_hello = asyncio.Event()
+        self.up = asyncio.Event()
+        self.fail_asked("it was started again")
+        self.info: InstanceInfo | None = None
+        self.failure: str | None = None
+        self.killed_because: str | None = None
+        self.running: set[ChunkId] = set()  # sent to it, and not reported as over
+        self.unreachable_since: float | None = None  # something sent to it was lost
+        now = self._clock.read()
+        self.last_heard = self.last_progress = self.last_answer = now
+
+    def kill(self, why: str) -> None:
+        """Kill the process, if there is one; its death is handled like any other."""
+        if self.process is not None:
+            self.killed_because = why
+            self.process.kill()
+
+    def is_unreachable(self) -> None:
+        """It has no connection: what was sent to it just now never comes there."""
+        if self.unreachable_since is None:
+            self.unreachable_since = self._clock.read()
+
+    def begin_incarnation(self) -> None:
+        """A new process takes the place."""
+        self.incarnation += 1
+        self._reset()
+
+    def take_answer(self, answer: Answer) -> None:
+        """Hand an answer to whoever asked, if anybody still waits."""
+        self.last_answer = self._clock.read()
+        asked = self.asked.pop(answer.ask_id, None)
+        if asked is not None and not asked.done():
+            if answer.error:
+                asked.set_exception(EngineError(answer.error))
+                asked.exception()  # whoever asked may have given up
+            else:
+                asked.set_result(answer.value)
+
+    def fail_asked(self, why: str) -> None:
+        """Nobody will answer any more."""
+        asked, self.asked = self.asked, {}
+        for future in asked.values():
+            if not future.done():
+                future.set_exception(InstanceLostError(why))
+                future.exception()  # whoever asked may have given up
+
+    def is_gone(self, why: str) -> None:
+        """Its process has ended, and nothing of it can be asked or run any more."""
+        self.up.clear()
+        self.said_hello.clear()
+        self.running.clear()
+        self.fail_asked(why)
+
+    def count(self, report: Report) -> bool:
+        """Keep track of what runs and when something last moved.
+
+        Returns:
+            Whether a chunk ended well.
+        """
+        if report.chunks.chunk_ids:
+            self.last_progress = self._clock.read()
+        ended_well = False
+        for chunk_id, end in report.chunks.ended():
+            self.running.discard(chunk_id)
+            ended_well |= end.reason in ("stop", "length")
+        return ended_well

@@ -1,0 +1,261 @@
+"""The weights that the instances have, and how they change; on the engine's thread.
+
+The sender's part is between `begin` and `switch`: it writes in its own thread. From
+`begin` to the end of `switch` an update has the engine for itself (its `Claim`): only
+one runs at a time, and no rollout begins before it is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import msgspec
+
+from aseer.errors import EngineError, InstanceLostError, WeightUpdateError, describe
+from aseer.node.cleanup import SHARED_MEMORY
+from aseer.weights.checks import ModelSpec
+from aseer.weights.files import INDEX
+from aseer.weights.update import (
+    Commit,
+    Decide,
+    Discard,
+    Prepare,
+    Replace,
+    TakeBack,
+    UpdateState,
+    WeightUpdate,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from aseer.config import EngineConfig
+    from aseer.runtime.claims import Claim
+    from aseer.runtime.instances import InstancePool
+    from aseer.types import InstanceId
+    from aseer.weights.update import UpdateCommand
+
+_log = logging.getLogger("aseer")
+
+Pause = Literal["abort", "wait"]
+MAX_VERSION = (1 << 63) - 1  # what a message, and vLLM's key of cached KV, can hold
+NO_INSTANCE = (
+    "no instance is up at the moment; what was lost is started again: try again then"
+)
+
+
+def weights_dir_of(config: EngineConfig, run_dir: Path) -> Path:
+    """Where tensors for the engines go: memory, if it can be shared as files."""
+    if config.weights_dir is not None:
+        return Path(config.weights_dir).resolve() / run_dir.name
+    shared = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
+    return SHARED_MEMORY / run_dir.name if shared else run_dir / "weights"
+
+
+class Plan(NamedTuple):
+    """An update that was begun: what its sender needs to know, and its claim."""
+
+    version: int
+    directory: Path
+    model: ModelSpec
+    claim: Claim
+
+
+class SwitchTimes(NamedTuple):
+    """Seconds that instances took to prepare, and then to switch."""
+
+    prepare_s: float
+    switch_s: float
+
+
+class WeightKeeper:
+    """Knows the current version and takes the instances to the next."""
+
+    def __init__(self, directory: Path) -> None:
+        """`directory` is for what engines map, a folder an update."""
+        self._directory = directory
+        self.version = 0
+        self._model: ModelSpec | None = None
+        self._switch: _Switch | None = None
+        self._num_plans = 0
+
+    async def begin(
+        self,
+        pool: InstancePool,
+        instances: Iterable[InstanceId],
+        version: int | None,
+        claim: Claim,
+    ) -> Plan:
+        """Plan the next update; `abandon` or the end of `switch` gives the claim back.
+
+        Raises:
+            WeightUpdateError: the version is not a later one.
+            EngineError: no instance can say what it takes.
+        """
+        wanted = self.version + 1 if version is None else version
+        if isinstance(wanted, bool) or not isinstance(wanted, int):
+            raise WeightUpdateError(f"version={version!r} is not an int")
+        if wanted <= self.version:
+            raise WeightUpdateError(
+                f"version={wanted} does not follow the engine's {self.version}; "
+                "give a greater one, or none"
+            )
+        if wanted > MAX_VERSION:
+            raise WeightUpdateError(
+                f"version={wanted} is not allowed; give one up to {MAX_VERSION}"
+            )
+        model = self._model = self._model or await _describe(pool, sorted(instances))
+        self._num_plans += 1
+        directory = self._directory / f"{wanted}-{self._num_plans}"
+        return Plan(wanted, directory, model, claim)
+
+    def abandon(self, plan: Plan) -> None:
+        """Give an update up that was only begun."""
+        shutil.rmtree(plan.directory, ignore_errors=True)
+        plan.claim.release()
+
+    async def switch(
+        self, plan: Plan, pool: InstancePool, instances: Iterable[InstanceId]
+    ) -> SwitchTimes:
+        """Take every instance to weights that lie ready, or none.
+
+        Raises:
+            WeightUpdateError: the instances have the weights that they had.
+        """
+        old, new = pool.weights, str(plan.directory / INDEX)
+        self._switch = switch = _Switch(pool, old, new)
+        try:
+            times = await switch.run(instances)
+            if times is None:
+                why = switch.update.error
+                raise WeightUpdateError(f"{why}; the engine stays at {self.version}")
+            self.version = plan.version
+            if old is not None:
+                shutil.rmtree(Path(old).parent, ignore_errors=True)
+            return times
+        finally:
+            self._switch = None
+            if self.version != plan.version:
+                shutil.rmtree(plan.directory, ignore_errors=True)
+
+    def instance_up(self, instance_id: InstanceId) -> None:
+        """It has the weights that are current at this moment."""
+        if self._switch is not None:
+            update = self._switch.update
+            self._switch.do(lambda: update.joined(instance_id))
+
+    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+        """It is gone."""
+        if self._switch is not None:
+            update = self._switch.update
+            self._switch.do(lambda: update.lost(instance_id, why))
+
+    def give_up(self, why: str) -> None:
+        """Fail an update that waits for instances, since none will answer any more."""
+        if self._switch is not None:
+            self._switch.give_up(why)
+
+
+class _Switch:
+    """Carries an update's commands out."""
+
+    def __init__(self, pool: InstancePool, old: str | None, new: str) -> None:
+        self.update = WeightUpdate()
+        self._pool = pool
+        self._old = old
+        self._new = new
+        self._over = asyncio.Event()
+        self._decided_at = 0.0
+
+    async def run(self, instances: Iterable[InstanceId]) -> SwitchTimes | None:
+        """Do it; None if the instances keep what they had."""
+        started = time.monotonic()
+        self.do(lambda: self.update.begin(instances))
+        await self._over.wait()
+        if self.update.state is not UpdateState.DONE:
+            return None
+        ended = time.monotonic()
+        return SwitchTimes(self._decided_at - started, ended - self._decided_at)
+
+    def do(self, decide: Callable[[], Iterable[UpdateCommand]]) -> None:
+        """Take an event and carry out what it causes; an error fails the update."""
+        try:
+            for command in decide():
+                self._carry_out(command)
+        except Exception as error:
+            _log.exception("a weight update failed")
+            self._fail(f"the update failed: {describe(error)}")
+        if self.update.is_over:
+            self._over.set()
+
+    def _carry_out(self, command: UpdateCommand) -> None:
+        update, pool = self.update, self._pool
+        match command:
+            case Prepare(i):
+                asked = pool.ask(i, "prepare_weights", index=self._new)
+                asked.add_done_callback(self._teller(update.prepared, i))
+            case Commit(i):
+                asked = pool.ask(i, "commit_weights")
+                asked.add_done_callback(self._teller(update.committed, i))
+            case Discard(i):
+                pool.ask(i, "discard_weights").add_done_callback(_ignore)
+            case Decide():
+                self._decided_at = time.monotonic()
+                pool.weights = self._new
+            case Replace(i, why):
+                _log.warning("instance %d is started again: %s", i, why)
+                pool.replace(i, why)
+            case TakeBack():
+                pool.weights = self._old
+
+    def _fail(self, why: str) -> None:
+        """Nobody knows what the instances have now: all start again with the old."""
+        self._pool.weights = self._old
+        for instance_id in self.update.touched:
+            self._pool.replace(instance_id, why)
+        self.give_up(why)
+
+    def give_up(self, why: str) -> None:
+        """Fail the update, since nobody will answer any more."""
+        if not self.update.is_over:
+            self.update.state = UpdateState.FAILED
+            self.update.error = why
+        self._over.set()
+
+    def _teller(
+        self,
+        tell: Callable[[InstanceId, str], list[UpdateCommand]],
+        instance_id: InstanceId,
+    ) -> Callable[[asyncio.Future[object]], None]:
+        def answered(answer: asyncio.Future[object]) -> None:
+            error = answer.exception()
+            if not isinstance(error, InstanceLostError):  # `instance_down` tells of it
+                self.do(lambda: tell(instance_id, str(error) if error else ""))
+
+        return answered
+
+
+async def _describe(pool: InstancePool, instances: list[InstanceId]) -> ModelSpec:
+    """What the model's checkpoint holds; all instances have the same model.
+
+    Raises:
+        EngineError: the first that lives does not say it, or none lives.
+    """
+    for instance_id in instances:
+        try:
+            said = await pool.ask(instance_id, "describe_weights")
+        except InstanceLostError:
+            continue
+        return msgspec.convert(said, ModelSpec)
+    raise EngineError(NO_INSTANCE)
+
+
+def _ignore(answer: asyncio.Future[object]) -> None:
+    """An instance that cannot even forget is lost, of which `instance_down` tells."""
+    answer.exception()

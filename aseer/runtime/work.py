@@ -1,0 +1,173 @@
+"""A rollout's life, as far as both of its forms share it (`aseer.runtime.rollout`).
+
+It is opened once, on the engine's thread; groups go there, and responses come back; it
+is read to its end, or left before.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from aseer.errors import AseerError, RolloutClosedError
+from aseer.runtime.mailbox import Mailbox
+from aseer.types import GroupId, Response
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from concurrent.futures import Future
+
+    from aseer.config import PolicyName
+    from aseer.report import Progress, RolloutReport
+    from aseer.runtime.group_source import GroupSource
+    from aseer.runtime.host import Host
+    from aseer.runtime.loop_thread import LoopThread
+    from aseer.runtime.session import Session
+    from aseer.runtime.steps import Step
+
+
+class Work:
+    """What both forms of a rollout share: its life, its groups, its figures.
+
+    Its session is on the engine's thread. `_lock` guards what several of the user's
+    threads may touch; it is reentrant, since an iterator may be collected anywhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        thread: LoopThread,
+        host: Host,
+        source: GroupSource,
+        policy: PolicyName,
+        chunk_size: int,
+    ) -> None:
+        self._thread = thread
+        self._host = host
+        self._how = (policy, chunk_size)
+        self._lock = threading.RLock()
+        self._opening: Future[Session] | None = None
+        self._cancelled_early: set[str] = set()
+        self._groups: dict[str, list[Response]] = {}
+        self.mailbox: Mailbox[Response] = Mailbox()
+        self.source = source
+        self.session: Session | None = None
+        self.was_left = False
+        self.is_read = False
+
+    @property
+    def report(self) -> RolloutReport:
+        report = self.session.report if self.session is not None else None
+        if report is None:
+            raise AseerError("the rollout is not finished; iterate it to its end first")
+        return report
+
+    def progress(self) -> Progress | None:
+        return self.session.progress if self.session is not None else None
+
+    def cancel(self, group_id: str) -> None:
+        """See `Rollout.cancel`."""
+        self.source.check_known(group_id)
+        with self._lock:
+            session = self.session
+            if session is None:
+                self._cancelled_early.add(group_id)
+                return
+        self._post_cancel(session, group_id)
+
+    def open(self, asker: object) -> Future[Session]:
+        """The session to come; the same one when a wait for it was broken off."""
+        with self._lock:  # who leaves meanwhile must know of it
+            self.check_not_left()
+            opening = self._opening
+            if opening is None or _failed(opening):
+                host, mailbox, how = self._host, self.mailbox, self._how
+                self._opening = opening = self._thread.submit(
+                    lambda: host.open_session(mailbox, *how, asker)
+                )
+            return opening
+
+    def begin(self, session: Session) -> None:
+        """The session is there: it gets the groups, and what was cancelled so far."""
+        with self._lock:
+            if self.was_left or self.session is not None:
+                return
+            self.session = session
+            self.source.begin(session)
+            while self._cancelled_early:
+                self._post_cancel(session, self._cancelled_early.pop())
+
+    def ended(self) -> Response:
+        """What is left to read once the mailbox is empty and closed.
+
+        Raises:
+            StopIteration: nothing.
+            RolloutClosedError: the rollout was left meanwhile.
+            Exception: what went wrong, with the user's groups or the rollout.
+        """
+        self.check_not_left()
+        response = self.source.next_refused()
+        if response is not None:
+            return response
+        self.is_read = True
+        self.source.raise_error()
+        raise self.mailbox.error or StopIteration
+
+    def complete_group(self, response: Response) -> list[Response] | None:
+        """The response's group, by index, if this was its last."""
+        members = self._groups.setdefault(response.group_id, [])
+        members.append(response)
+        if len(members) < self.source.size_of(response.group_id):
+            return None
+        del self._groups[response.group_id]
+        return sorted(members, key=lambda r: r.index)
+
+    def leave(self) -> None:
+        """Stop the work, from any thread; nobody will read on. May be called again."""
+        with self._lock:
+            if self.was_left or self.is_read:
+                return
+            self.was_left = True
+            session, opening = self.session, self._opening
+        self.mailbox.close()
+        self.source.stop()
+        if session is not None:
+            self._thread.post(session.leave)
+        elif opening is not None:
+            opening.add_done_callback(self._leave_opened)
+            self._thread.cancel(opening)
+
+    def check_not_left(self) -> None:
+        """See that responses are still to be had.
+
+        Raises:
+            RolloutClosedError: the rollout was left.
+        """
+        if self.was_left:
+            raise RolloutClosedError(
+                "this rollout was left before its end (its loop ended early, or it was "
+                "closed), and its work was stopped; begin another with Engine.rollout"
+            )
+
+    def close(self) -> Generator[Step, Any, None]:
+        """Leave, and wait until the engines have stopped the work (see `steps`)."""
+        self.leave()
+        opening, host = self._opening, self._host
+        with suppress(AseerError):  # it never began, or the engine has ended
+            if opening is not None:
+                session: Session = yield opening
+                yield self._thread.submit(lambda: host.drain(session))
+
+    def _post_cancel(self, session: Session, group_id: str) -> None:
+        self._thread.post(
+            lambda: session.guarded(lambda: session.cancel(GroupId(group_id)))
+        )
+
+    def _leave_opened(self, opening: Future[Session]) -> None:
+        if not _failed(opening):
+            self._thread.post(opening.result().leave)
+
+
+def _failed(opening: Future[Session]) -> bool:
+    return opening.done() and opening.exception() is not None

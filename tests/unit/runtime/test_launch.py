@@ -1,0 +1,300 @@
+"""Every engine gets its own share of the machine; what is not there is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aseer.config import EngineConfig
+from aseer.errors import ConfigError
+from aseer.instance.launch import (
+    Machine,
+    fast_cpu_dtype,
+    free_memory_bytes,
+    plan_instances,
+    visible_gpus,
+)
+from aseer.models.traits import ModelTraits, traits_of
+
+GIB = 1 << 30
+
+
+def machine(
+    *, gpus=(), cores=(0, 1), memory=20 * GIB, cpu_only=False, cpu_dtype="bfloat16"
+):
+    return Machine(
+        gpus=gpus,
+        cores=cores,
+        free_memory_bytes=memory,
+        cpu_only=cpu_only,
+        cpu_dtype=cpu_dtype,
+    )
+
+
+def bindings(launches):
+    return [launch.env["VLLM_CPU_OMP_THREADS_BIND"] for launch in launches]
+
+
+def devices(launches):
+    return [launch.env["CUDA_VISIBLE_DEVICES"] for launch in launches]
+
+
+def test_without_gpus_every_engine_is_bound_to_cores_of_its_own():
+    launches = plan_instances(EngineConfig(model="m"), machine())
+    assert bindings(launches) == ["0", "1"]
+    assert [launch.cores for launch in launches] == [(0,), (1,)]
+    config = EngineConfig(model="m", num_instances=3)
+    assert bindings(plan_instances(config, machine(cores=tuple(range(6))))) == [
+        "0,1",
+        "2,3",
+        "4,5",
+    ]
+
+
+def test_more_engines_than_cores_take_turns():
+    config = EngineConfig(model="m", num_instances=3)
+    assert bindings(plan_instances(config, machine())) == ["0", "1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "cpu_dtype", "dtype"),
+    [
+        ({}, (), "bfloat16", "auto"),
+        ({}, (), "float32", "float32"),
+        ({"dtype": "bfloat16"}, (), "float32", "bfloat16"),
+        ({}, ("0",), "float32", "auto"),
+    ],
+)
+def test_a_cpu_that_emulates_bfloat16_computes_in_float32_unless_told(
+    settings, gpus, cpu_dtype, dtype
+):
+    config = EngineConfig(model="m", **settings)
+    for launch in plan_instances(config, machine(gpus=gpus, cpu_dtype=cpu_dtype)):
+        assert launch.engine_args["dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("fma avx2", "float32"),
+        ("avx2 avx512f avx512_bf16x", "float32"),
+        ("avx512f avx512_bf16 amx_tile", "bfloat16"),
+        ("asimd bf16 i8mm", "bfloat16"),
+    ],
+)
+def test_a_cpus_flags_tell_whether_it_has_bfloat16(tmp_path, flags, dtype):
+    assert fast_cpu_dtype(tmp_path) == "float32"
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert fast_cpu_dtype(tmp_path) == dtype
+
+
+def test_on_gpus_there_is_an_engine_for_each_and_each_sees_only_its_own():
+    launches = plan_instances(EngineConfig(model="m"), machine(gpus=("0", "1", "2")))
+    assert devices(launches) == ["0", "1", "2"]
+    config = EngineConfig(model="m", gpus_per_instance=2)
+    launches = plan_instances(config, machine(gpus=("4", "5", "6", "7")))
+    assert devices(launches) == ["4,5", "6,7"]
+    assert launches[0].env["HIP_VISIBLE_DEVICES"] == "4,5"
+    assert launches[0].engine_args["tensor_parallel_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "nvidia", "amd", "ids"),
+    [
+        ({}, (), (), ()),
+        ({}, ("nvidia10", "nvidia2", "nvidiactl", "nvidia-uvm"), (), ("0", "1")),
+        ({}, (), ("0", "50432", "0", "4711"), ("0", "1")),
+        ({"CUDA_VISIBLE_DEVICES": "3, GPU-a"}, ("nvidia0",), (), ("3", "GPU-a")),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, ("nvidia0",), (), ()),
+        ({"HIP_VISIBLE_DEVICES": "1"}, (), ("4711", "50432"), ("1",)),
+    ],
+)
+def test_gpus_are_those_the_environment_names_or_all(
+    tmp_path, environ, nvidia, amd, ids
+):
+    for name in nvidia:
+        (tmp_path / name).touch()
+    for number, gpu_id in enumerate(amd):
+        (tmp_path / "nodes" / str(number)).mkdir(parents=True)
+        (tmp_path / "nodes" / str(number) / "gpu_id").write_text(f"{gpu_id}\n")
+    assert visible_gpus(environ, tmp_path, tmp_path / "nodes") == ids
+
+
+def test_a_container_counts_its_devices_from_0_whatever_their_names(tmp_path):
+    for name in ("nvidia4", "nvidia5", "nvidia6", "nvidia7"):
+        (tmp_path / name).touch()
+    assert visible_gpus({}, tmp_path, tmp_path) == ("0", "1", "2", "3")
+
+
+def test_workers_are_spawned_and_not_forked_unless_the_user_says_otherwise():
+    found = machine(gpus=("0",))
+    (launch,) = plan_instances(EngineConfig(model="m"), found)
+    assert launch.env["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    config = EngineConfig(model="m", env={"VLLM_WORKER_MULTIPROC_METHOD": "fork"})
+    (launch,) = plan_instances(config, found)
+    assert launch.env["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
+
+
+def test_how_long_engines_may_take_is_ours_to_say_and_not_vllms():
+    for found in (machine(gpus=("0",)), machine(cores=(0,))):
+        (launch,) = plan_instances(EngineConfig(model="m", num_instances=1), found)
+        for name in ("ENGINE_READY_TIMEOUT_S", "EXECUTE_MODEL_TIMEOUT_SECONDS"):
+            limit_s = int(launch.env[f"VLLM_{name}"])
+            assert 7 * 24 * 3600 < limit_s < 2**31 / 1000
+
+
+def test_drafts_of_vllms_own_run_where_their_sampler_can_be_tested():
+    found = machine(gpus=("0",))
+    (launch,) = plan_instances(EngineConfig(model="m", speculation="ngram"), found)
+    assert launch.env["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    (launch,) = plan_instances(EngineConfig(model="m"), found)
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in launch.env
+
+
+def test_an_engines_kv_is_shared_out_among_its_gpus():
+    config = EngineConfig(model="m", gpus_per_instance=4, kv_cache_bytes=4 * GIB)
+    (launch,) = plan_instances(config, machine(gpus=tuple("0123")))
+    assert launch.engine_args["kv_cache_memory_bytes"] == GIB
+
+
+def test_a_cpu_build_of_vllm_runs_on_the_cpu_though_there_are_gpus():
+    found = machine(gpus=("0",), cpu_only=True)
+    assert bindings(plan_instances(EngineConfig(model="m"), found)) == ["0", "1"]
+
+
+def test_gpus_are_those_asked_for_whatever_the_trainer_sees():
+    config = EngineConfig(model="m", gpus=[4, "5"])
+    assert devices(plan_instances(config, machine(gpus=("0", "1")))) == ["4", "5"]
+    with pytest.raises(ConfigError, match=r"gpus=\('4', '5'\).* built for CPUs"):
+        plan_instances(config, machine(cpu_only=True))
+
+
+def test_too_few_gpus_are_counted():
+    config = EngineConfig(model="m", num_instances=3, gpus_per_instance=2)
+    with pytest.raises(ConfigError, match=r"need 6, but 4 are visible \(0,1,2,3\)"):
+        plan_instances(config, machine(gpus=("0", "1", "2", "3")))
+    config = EngineConfig(model="m", num_instances=2, gpus=[7])
+    with pytest.raises(ConfigError, match=r"need 2, but 1 are given \(7\)"):
+        plan_instances(config, machine(gpus=("0", "1")))
+    config = EngineConfig(model="m", device="cuda")
+    with pytest.raises(ConfigError, match=r"0 are visible \(none\)"):
+        plan_instances(config, machine())
+
+
+@pytest.mark.parametrize(
+    ("container", "free_gib"),
+    [
+        ({}, 8),
+        ({"memory.max": "max", "memory.current": str(GIB)}, 8),
+        ({"memory.max": str(4 * GIB), "memory.current": str(GIB)}, 3),
+        ({"memory.max": str(64 * GIB), "memory.current": str(GIB)}, 8),
+        (
+            {
+                "memory.max": str(4 * GIB),
+                "memory.current": str(3 * GIB),
+                "memory.stat": f"anon 1\ninactive_file {GIB}\n",
+            },
+            2,
+        ),
+    ],
+)
+def test_free_memory_is_the_containers_if_that_is_less(tmp_path, container, free_gib):
+    (tmp_path / "meminfo").write_text(
+        f"MemTotal: 1 kB\nMemAvailable: {8 * GIB >> 10} kB\n"
+    )
+    for name, text in container.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert free_memory_bytes(tmp_path, tmp_path) == free_gib * GIB
+
+
+def test_the_cpu_cache_is_a_share_of_free_memory_unless_it_is_given():
+    args = [
+        plan_instances(config, machine(memory=memory))[0].engine_args
+        for config, memory in [
+            (EngineConfig(model="m"), 20 * GIB),
+            (EngineConfig(model="m"), 200 * GIB),
+            (EngineConfig(model="m", kv_cache_bytes=5), 20 * GIB),
+        ]
+    ]
+    sizes = [a["kv_cache_memory_bytes"] for a in args]
+    assert sizes == [3 * GIB, 4 * GIB, 5]
+
+
+def test_engine_args_and_env_have_the_last_word():
+    config = EngineConfig(
+        model="m",
+        engine_args={"enforce_eager": False, "block_size": 64},
+        env={"VLLM_CPU_OMP_THREADS_BIND": "7"},
+    )
+    launch = plan_instances(config, machine())[0]
+    assert launch.engine_args["enforce_eager"] is False
+    assert launch.engine_args["block_size"] == 64
+    assert launch.env["VLLM_CPU_OMP_THREADS_BIND"] == "7"
+    assert launch.cores == ()  # they may be others than this machine's plan
+
+
+def test_another_kv_connector_is_passed_on_as_it_is():
+    told = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    config = EngineConfig(model="m", kv_transfer_config=told)
+    for launch in plan_instances(config, machine()):
+        assert launch.engine_args["kv_transfer_config"] == told
+    plain = plan_instances(EngineConfig(model="m"), machine())[0]
+    assert "kv_transfer_config" not in plain.engine_args
+    with pytest.raises(ConfigError, match="use instead: kv_transfer_config"):
+        EngineConfig(model="m", engine_args={"kv_transfer_config": told})
+
+
+@pytest.mark.parametrize("gpus", [(), ("0",)])
+def test_a_users_worker_extension_is_joined_with_ours(gpus):
+    args = {"worker_extension_cls": "package.module.Extension"}
+    config = EngineConfig(model="m", engine_args=args)
+    (launch, *_) = plan_instances(config, machine(gpus=gpus))
+    joined = "aseer.instance.vllm.joined.package:module:Extension"
+    assert launch.engine_args["worker_extension_cls"] == joined
+    (launch, *_) = plan_instances(EngineConfig(model="m"), machine(gpus=gpus))
+    ours = "aseer.instance.vllm.worker.WorkerExtension"
+    assert launch.engine_args["worker_extension_cls"] == ours
+
+
+@pytest.mark.parametrize("given", ["mp", None])
+def test_the_executor_that_drafts_need_on_a_cpu_is_not_replaced(given):
+    args = {"distributed_executor_backend": given}
+    config = EngineConfig(model="m", speculation="dgds", engine_args=args)
+    with pytest.raises(ConfigError, match=r"'dgds' come by an executor.*leave it out"):
+        plan_instances(config, machine())
+    (launch, *_) = plan_instances(config, machine(gpus=("0",)))
+    assert launch.engine_args["distributed_executor_backend"] == given
+
+
+LATENT = traits_of({"kv_lora_rank": 512, "qk_rope_head_dim": 64})
+
+
+def compilation(traits: ModelTraits | None, given: Any = None) -> Any:
+    settings = {} if given is None else {"compilation_config": given}
+    config = EngineConfig(model="m", engine_args=settings)
+    (first, *_) = plan_instances(config, machine(), traits)
+    return first.engine_args.get("compilation_config")
+
+
+def test_slices_are_rotated_without_vllms_kernel_on_a_cpu():
+    assert compilation(LATENT) == {"custom_ops": ["-rotary_embedding"]}
+    assert compilation(traits_of({"model_type": "llama"})) is None
+    assert compilation(None) is None
+    on_gpu = machine(gpus=("0",))
+    (launch,) = plan_instances(EngineConfig(model="m"), on_gpu, LATENT)
+    assert "compilation_config" not in launch.engine_args
+    assert launch.traits is LATENT
+
+
+def test_the_users_compilation_settings_stay():
+    given = {"mode": 0, "custom_ops": ["none"]}
+    assert compilation(LATENT, given) == {
+        "mode": 0,
+        "custom_ops": ["none", "-rotary_embedding"],
+    }
+    assert given == {"mode": 0, "custom_ops": ["none"]}, "not changed"
+    chosen = {"custom_ops": ["+rotary_embedding"]}
+    assert compilation(LATENT, chosen) == chosen
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        compilation(LATENT, 3)
