@@ -32,11 +32,11 @@ from aseer.report import (
 )
 from aseer.runtime.desk import Desk
 from aseer.runtime.engine import Engine
-from aseer.runtime.rollout import Rollout, SyncRollout, rollout
+from aseer.runtime.once import rollout
+from aseer.runtime.rollout import Rollout, SyncRollout
 from aseer.sampling import SamplingParams
 from aseer.types import RequestMetrics, Response
-
-__version__ = "0.1.0"
+from aseer.version import __version__
 
 __all__ = [
     "AseerError",

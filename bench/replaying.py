@@ -16,8 +16,8 @@ from aseer.cli.main import build_parser
 from aseer.data import trace
 from aseer.data.trace import Trace, TraceGroup
 from aseer.errors import ConfigError
-from aseer.instance.launch import fast_cpu_dtype
 from aseer.models import smollm2, tiny
+from aseer.node.machine import fast_cpu_dtype
 from aseer.runtime import process
 
 if TYPE_CHECKING:

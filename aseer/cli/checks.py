@@ -42,8 +42,8 @@ from aseer.compat.versions import (
 from aseer.config import EngineConfig
 from aseer.errors import AseerError, ConfigError
 from aseer.groups import Group
-from aseer.instance.launch import this_machine
 from aseer.models.traits import read_traits
+from aseer.node.machine import this_machine
 from aseer.runtime.engine import Engine
 from aseer.sampling import SamplingParams
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from rich.console import Console
 
-from aseer import __version__, data, plot
+from aseer import data, plot
 from aseer.cli.arguments import positive_int
 from aseer.cli.summary import Stages, print_group, print_summary
 from aseer.compat.versions import installed_vllm
@@ -26,9 +26,10 @@ from aseer.config import POLICY_NAMES, EngineConfig
 from aseer.display import Live
 from aseer.errors import ConfigError
 from aseer.groups import Group
-from aseer.instance.launch import fast_cpu_dtype
+from aseer.node.machine import fast_cpu_dtype
 from aseer.runtime.engine import Engine
 from aseer.sampling import SamplingParams
+from aseer.version import __version__
 
 if TYPE_CHECKING:
     import argparse

@@ -13,9 +13,9 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from aseer import __version__
 from aseer.cli import demo, doctor, record, replay_log, simulate
 from aseer.errors import AseerError
+from aseer.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

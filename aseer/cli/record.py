@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from aseer import __version__
 from aseer.cli import demo
 from aseer.cli.summary import Stages
 from aseer.compat.versions import installed_vllm
@@ -22,6 +21,7 @@ from aseer.data import trace
 from aseer.data.trace import Trace, TraceGroup
 from aseer.errors import ConfigError
 from aseer.runtime.engine import Engine
+from aseer.version import __version__
 
 if TYPE_CHECKING:
     import argparse

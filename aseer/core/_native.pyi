@@ -1,8 +1,8 @@
 """Order, capacity and prefix caches in C++: handles and numbers, no Python objects.
 
-`waiting`, `fleet`, `outputs` and `residency`, beside it, are what is used. A handle that
-is not open, or any other argument that cannot be meant, is a ValueError (an instance
-that was never added a KeyError), and nothing has changed.
+`waiting`, `fleet`, `outputs` and `residency`, beside it, are what is used. A handle
+that is not open, or any other argument that cannot be meant, is a ValueError (an
+instance that was never added a KeyError), and nothing has changed.
 """
 
 from collections.abc import Mapping

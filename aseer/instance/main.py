@@ -26,7 +26,6 @@ from aseer.core.columns import columns_of
 from aseer.errors import describe
 from aseer.instance.base import Backend, EngineDied, InstanceSpec
 from aseer.instance.messages import (
-    PROTOCOL_VERSION,
     TO_INSTANCE,
     AbortChunks,
     Answer,
@@ -46,6 +45,7 @@ from aseer.node.lifeline import (
     watch_below,
     watch_in_children,
 )
+from aseer.transport.base import PROTOCOL_VERSION
 from aseer.transport.zeromq import connect_dealer
 from aseer.types import ChunkEnd, ChunkProgress
 

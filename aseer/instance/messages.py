@@ -11,7 +11,7 @@
                              <----------------   Failed, before it gives up
 
 Structs of plain data in MessagePack, told apart by a tag. A change that an older peer
-would misread raises `PROTOCOL_VERSION`.
+would misread raises `transport.base.PROTOCOL_VERSION`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import msgspec
 # Runtime imports: msgspec resolves the annotations.
 from aseer.core.columns import Columns
 from aseer.types import Chunk, ChunkId, InstanceInfo, InstanceLoad
-
-PROTOCOL_VERSION = 4
 
 # Methods of `Backend`.
 Question = Literal[

@@ -24,7 +24,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from aseer.runtime.process import cause_from_log
+from aseer.node.logs import cause_from_log
 
 if TYPE_CHECKING:
     from collections.abc import Callable

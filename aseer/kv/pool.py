@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aseer.config import EngineConfig
-    from aseer.instance.launch import Launch
     from aseer.kv.settings import PoolPlan
     from aseer.models.traits import ModelTraits
     from aseer.node.interpreter import Interpreter
     from aseer.node.leftovers import Leftovers
+    from aseer.node.machine import Launch
     from aseer.types import InstanceInfo
 
 _log = logging.getLogger("aseer")

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aseer.errors import AseerError
-from aseer.instance.launch import GPU_VARIABLES
 from aseer.kv.frees import FreeQueue
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
 from aseer.kv.settings import QUIET_LMCACHE, SHM_PREFIX, server_args
 from aseer.node.children import Child, in_thread
 from aseer.node.cleanup import SHARED_MEMORY
 from aseer.node.interpreter import this_interpreter
+from aseer.node.machine import GPU_VARIABLES
 from aseer.watch import waking_timeout
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aseer.instance.launch import free_memory_bytes
 from aseer.kv.settings import Memory
 from aseer.node.cleanup import SHARED_MEMORY
+from aseer.node.machine import free_memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

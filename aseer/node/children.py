@@ -39,6 +39,7 @@ from aseer.node.cleanup import (
 )
 from aseer.node.forks import forget, keep_from_forks
 from aseer.node.lifeline import Lifeline
+from aseer.node.logs import Log
 from aseer.watch import waking_timeout
 
 if TYPE_CHECKING:
@@ -68,33 +69,6 @@ def inherited(environ: Mapping[str, str], path: Sequence[str]) -> dict[str, str]
     kept = {k: v for k, v in environ.items() if not _WORKERS_ONLY.fullmatch(k)}
     folders = [folder or str(Path.cwd()) for folder in path]
     return {**kept, "PYTHONPATH": os.pathsep.join(folders)}
-
-
-# A child that has run for weeks may have written more than is worth reading at its end.
-_LOG_BYTES = 4 << 20
-
-
-class Log:
-    """What a child has written to its log."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        """`start` is where it begins, in bytes; before it is what others wrote."""
-        self._path = path
-        self._start = start
-
-    def text(self) -> str:
-        """Its last megabytes; empty if it is gone."""
-        try:
-            with self._path.open("rb") as log:
-                end = log.seek(0, os.SEEK_END)
-                log.seek(max(self._start, end - _LOG_BYTES))
-                return log.read().decode(errors="replace")
-        except OSError:
-            return ""
-
-    def tail(self, num_lines: int) -> str:
-        """The last lines."""
-        return "\n".join(self.text().splitlines()[-num_lines:])
 
 
 class Child:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from aseer.compat.versions import installed_packages
 from aseer.errors import ConfigError
-from aseer.instance.messages import PROTOCOL_VERSION
 from aseer.node.children import inherited
+from aseer.transport.base import PROTOCOL_VERSION
+from aseer.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -119,8 +120,6 @@ def _ask(interpreter: Interpreter) -> dict[str, Any]:
 
 
 def _description() -> dict[str, Any]:
-    from aseer import __version__
-
     return {
         "aseer": __version__,
         "protocol": PROTOCOL_VERSION,

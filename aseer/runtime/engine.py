@@ -18,11 +18,12 @@ from aseer.config import (
 from aseer.errors import ConfigError
 from aseer.groups import GroupResolver
 from aseer.inputs.tokenizer import HuggingFaceTokenizer
-from aseer.instance.launch import plan_instances, this_machine
 from aseer.models.traits import read_traits
 from aseer.node.interpreter import interpreter_at
+from aseer.node.machine import this_machine
 from aseer.runtime.desk import JOIN_S, Desk
 from aseer.runtime.group_source import GroupSource, OpenSource
+from aseer.runtime.launch import plan_instances
 from aseer.runtime.opening import Opening
 from aseer.runtime.rollout import Rollout, SyncRollout
 from aseer.runtime.steps import drive, drive_blocking, result_of

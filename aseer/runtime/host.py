@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     from aseer.config import EngineConfig, PolicyName
     from aseer.dgds.server import DraftServer
-    from aseer.instance.launch import Launch
     from aseer.instance.messages import FromInstance, Report
     from aseer.kv.pool import KvPool
+    from aseer.node.machine import Launch
     from aseer.runtime.claims import Claim
     from aseer.runtime.loop_thread import LoopThread
     from aseer.runtime.mailbox import Mailbox

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aseer.errors import EngineError, InstanceLostError, InstanceStartError
 from aseer.instance.base import InstanceSpec
 from aseer.instance.messages import (
-    PROTOCOL_VERSION,
     AbortChunks,
     Answer,
     Ask,
@@ -32,6 +31,7 @@ from aseer.instance.messages import (
 from aseer.runtime.process import InstanceProcess, describe_exit
 from aseer.runtime.restarts import RestartBudget
 from aseer.runtime.slot import Slot
+from aseer.transport.base import PROTOCOL_VERSION
 from aseer.watch import WakingClock
 
 if TYPE_CHECKING:
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
     from aseer.config import EngineConfig
     from aseer.dgds.messages import DraftingSpec
-    from aseer.instance.launch import Launch
     from aseer.instance.messages import Question
     from aseer.kv.pool import KvPool
     from aseer.node.leftovers import Leftovers
+    from aseer.node.machine import Launch
     from aseer.transport.base import Router
     from aseer.types import ChunkId, InstanceId, InstanceInfo
 

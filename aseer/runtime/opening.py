@@ -15,7 +15,7 @@ from aseer.runtime.serving import Folders, serve
 
 if TYPE_CHECKING:
     from aseer.config import EngineConfig
-    from aseer.instance.launch import Launch
+    from aseer.node.machine import Launch
     from aseer.runtime.host import Host
 
 # What a thread needs to end beyond the two deadlines of its instances: removing files.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import msgspec
 from aseer.errors import InstanceStartError, describe
 from aseer.node.children import Child
 from aseer.node.interpreter import this_interpreter
+from aseer.node.logs import cause_from_log
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from aseer.node.leftovers import Leftovers
 
 _LOG_TAIL_LINES = 15
-# What vLLM says after the real cause, and what follows from a death rather than causing
-# it.
-_NOT_A_CAUSE = (
-    "Engine core initialization failed",
-    "EngineDeadError",
-    "died unexpectedly",
-)
-_ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)): ?(.*)")
-
 
 #: What an instance process runs, and the module's arguments.
 MODULE: tuple[str, ...] = ("aseer.instance.main",)
@@ -105,16 +96,6 @@ class InstanceProcess:
     def cause(self) -> str | None:
         """The error its log gives for its death, if it gives one."""
         return cause_from_log(self._child.log.text())
-
-
-def cause_from_log(text: str) -> str | None:
-    """The last error in a log that is a cause and not a consequence."""
-    cause = None
-    for line in text.splitlines():
-        match = _ERROR_LINE.search(line)
-        if match and not any(text in line for text in _NOT_A_CAUSE):
-            cause = f"{match[1]}: {match[2]}".rstrip(": ")
-    return cause
 
 
 def describe_exit(status: int) -> str:

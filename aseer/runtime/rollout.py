@@ -8,30 +8,25 @@ code.
 Responses come from the engine's thread through a mailbox. Groups go the other way
 (`aseer.runtime.group_source`). A rollout has one life: it is read to its end, or left
 before. Leaving the `async with` block leaves the rollout, and waits until the engines
-have stopped its work. A bare `for` loop that ends by a break, an exception or cancellation
-leaves the rollout as well, because the iterator that only the loop held is gone then.
-If something else holds that iterator (a variable, a debugger), the engine cannot know
-that the loop is over; the `async with` form does not depend on it.
+have stopped its work. A bare `for` loop that ends by a break, an exception or
+cancellation leaves the rollout as well, because the iterator that only the loop held is
+gone then. If something else holds that iterator (a variable, a debugger), the engine
+cannot know that the loop is over; the `async with` form does not depend on it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
-from aseer.errors import ConfigError, EngineClosedError
 from aseer.runtime.mailbox import MailboxClosed
 from aseer.runtime.steps import drive, drive_blocking, spared
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aseer.config import EngineConfig, PolicyName
-    from aseer.groups import Groups
     from aseer.report import Progress, RolloutReport
-    from aseer.runtime.engine import Engine
     from aseer.runtime.work import Work
     from aseer.types import Response
 
@@ -264,42 +259,3 @@ class SyncRollout:
             group = self._work.complete_group(self._next())
             if group is not None:
                 return group
-
-
-async def rollout(
-    groups: Groups,
-    *,
-    engine: Engine | None = None,
-    config: EngineConfig | None = None,
-    policy: PolicyName | None = None,
-    chunk_size: int | None = None,
-) -> AsyncIterator[Response]:
-    """Sample every group's responses on the engine that is open here; see
-    `Engine.rollout`.
-
-    Args:
-        groups: see `Engine.rollout`.
-        engine: the engine to use; None = the one whose context this code runs in.
-        config: settings of an engine that is opened for this call alone.
-        policy: replaces the engine's policy.
-        chunk_size: replaces the engine's chunk size; 0 = requests are not divided.
-    Raises:
-        ConfigError: both `engine` and `config` are given.
-        EngineClosedError: neither is given and no engine is open here.
-    """
-    from aseer.runtime.engine import Engine, current_engine
-
-    if engine is not None and config is not None:
-        raise ConfigError("give engine= or config=, not both")
-    async with AsyncExitStack() as own:
-        if config is not None:
-            engine = await own.enter_async_context(Engine(config))
-        engine = engine or current_engine.get()
-        if engine is None:
-            raise EngineClosedError(
-                "no engine is open here; call this inside `async with "
-                "aseer.Engine(...)`, or give engine= or config="
-            )
-        responses = engine.rollout(groups, policy=policy, chunk_size=chunk_size)
-        async for response in responses:
-            yield response

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from aseer.config import EngineConfig
-    from aseer.instance.launch import Launch
+    from aseer.node.machine import Launch
     from aseer.runtime.loop_thread import LoopThread
 
 _log = logging.getLogger("aseer")

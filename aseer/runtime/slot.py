@@ -11,8 +11,8 @@ from aseer.types import ChunkId, InstanceId
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from aseer.instance.launch import Launch
     from aseer.instance.messages import Answer, Report
+    from aseer.node.machine import Launch
     from aseer.runtime.process import InstanceProcess
     from aseer.types import ChunkId, InstanceInfo
     from aseer.watch import WakingClock

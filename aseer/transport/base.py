@@ -36,6 +36,9 @@ _log = logging.getLogger("aseer")
 In = TypeVar("In")
 In_co = TypeVar("In_co", covariant=True)
 
+# Of the messages between the controller and its instances (`instance/messages.py`), and
+# of how they are packed.
+PROTOCOL_VERSION = 4
 # An instance may be sent a chunk for each request that it can run, and an abort for
 # each of those, before any is read. Engines run a thousand requests at once by default,
 # and are seldom told to run ten times as many.

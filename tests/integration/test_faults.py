@@ -11,7 +11,13 @@ import pytest
 
 import aseer
 from aseer.core.columns import columns_of
-from aseer.instance.messages import PROTOCOL_VERSION, TO_INSTANCE, Answer, Hello, Report
+from aseer.instance.messages import (
+    TO_INSTANCE,
+    Answer,
+    Hello,
+    Report,
+)
+from aseer.transport.base import PROTOCOL_VERSION
 from aseer.transport.zeromq import connect_dealer
 from aseer.types import ChunkId, ChunkProgress, InstanceLoad
 from tests.integration.sims import config_of, content, groups_of

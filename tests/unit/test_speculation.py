@@ -8,7 +8,8 @@ import pytest
 
 import aseer
 from aseer.errors import ConfigError
-from aseer.instance.launch import Machine, plan_instances
+from aseer.node.machine import Machine
+from aseer.runtime.launch import plan_instances
 from aseer.types import DRAFTING_SHARES, DraftCounts
 
 MACHINE = Machine(

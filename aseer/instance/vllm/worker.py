@@ -22,7 +22,7 @@ from aseer.dgds.messages import DraftingSpec
 from aseer.dgds.proposer import GroupDrafter
 from aseer.dgds.replica import Replica
 from aseer.dgds.steptime import StepTimeModel
-from aseer.instance.launch import EXECUTOR
+from aseer.instance.vllm import EXECUTOR
 from aseer.instance.vllm.executor import send_drafts_along
 from aseer.instance.vllm.kvgroups import describe_groups
 from aseer.weights.files import OpenIndex

@@ -17,8 +17,8 @@ from aseer.cli.findings import Check, Finding
 from aseer.cli.main import build_parser
 from aseer.compat.check import Report
 from aseer.errors import ConfigError
-from aseer.instance.launch import Machine
 from aseer.models.traits import traits_of
+from aseer.node.machine import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

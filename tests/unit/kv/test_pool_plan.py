@@ -9,10 +9,10 @@ import pytest
 
 from aseer.config import EngineConfig, KvPoolConfig
 from aseer.errors import ConfigError
-from aseer.instance.launch import Launch
 from aseer.kv.messages import Counts
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.kv.settings import PoolPlan
+from aseer.node.machine import Launch
 from aseer.runtime.instances import InstancePool
 
 

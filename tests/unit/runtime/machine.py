@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aseer.config import EngineConfig
 from aseer.errors import InstanceStartError, describe
-from aseer.instance.launch import Launch
 from aseer.instance.main import Instance
 from aseer.instance.messages import (
     FROM_INSTANCE,
-    PROTOCOL_VERSION,
     TO_INSTANCE,
     Failed,
     Hello,
@@ -27,7 +25,9 @@ from aseer.instance.messages import (
     Run,
 )
 from aseer.instance.sim import SimBackend
+from aseer.node.machine import Launch
 from aseer.runtime.instances import InstancePool
+from aseer.transport.base import PROTOCOL_VERSION
 from aseer.transport.memory import MemoryRouter
 from aseer.types import Chunk, ChunkId, GroupId, InstanceId, RequestId
 from aseer.weights.checks import ModelSpec, TensorSpec

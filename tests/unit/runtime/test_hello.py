@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 import aseer
-from aseer.instance.launch import Launch
-from aseer.instance.messages import PROTOCOL_VERSION, Hello
+from aseer.instance.messages import (
+    Hello,
+)
+from aseer.node.machine import Launch
 from aseer.runtime.instances import InstancePool
+from aseer.transport.base import PROTOCOL_VERSION
 from tests.unit.builders import info_of
 
 

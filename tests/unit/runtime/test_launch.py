@@ -8,14 +8,9 @@ import pytest
 
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError
-from aseer.instance.launch import (
-    Machine,
-    fast_cpu_dtype,
-    free_memory_bytes,
-    plan_instances,
-    visible_gpus,
-)
 from aseer.models.traits import ModelTraits, traits_of
+from aseer.node.machine import Machine, fast_cpu_dtype, free_memory_bytes, visible_gpus
+from aseer.runtime.launch import plan_instances
 
 GIB = 1 << 30
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from aseer.node.children import Log
-from aseer.runtime.process import cause_from_log, describe_exit
+from aseer.node.logs import Log, cause_from_log
+from aseer.runtime.process import describe_exit
 
 LOG = """\
 (EngineCore pid=7) ERROR 11-21 22:00:00 [core.py:1] Traceback (most recent call last):
@@ -51,6 +51,6 @@ def test_of_a_long_log_the_end_is_read(tmp_path, monkeypatch):
     path = tmp_path / "log"
     path.write_bytes(b"before" + b"x" * 100 + b"end")
     assert Log(path, 6).text() == "x" * 100 + "end"
-    monkeypatch.setattr("aseer.node.children._LOG_BYTES", 5)
+    monkeypatch.setattr("aseer.node.logs._LOG_BYTES", 5)
     assert Log(path, 6).text() == "xxend"
     assert Log(path, path.stat().st_size).text() == ""

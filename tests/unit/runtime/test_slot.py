@@ -9,8 +9,8 @@ import pytest
 
 from aseer.core.columns import columns_of
 from aseer.errors import EngineError, InstanceLostError
-from aseer.instance.launch import Launch
 from aseer.instance.messages import Answer, Report
+from aseer.node.machine import Launch
 from aseer.runtime.slot import Slot
 from aseer.types import ChunkId, InstanceLoad
 from aseer.watch import WakingClock

@@ -21,11 +21,9 @@ import pytest
 import aseer
 from aseer.core.columns import Columns
 from aseer.instance.base import InstanceSpec
-from aseer.instance.launch import Launch
 from aseer.instance.main import Instance
 from aseer.instance.messages import (
     FROM_INSTANCE,
-    PROTOCOL_VERSION,
     TO_INSTANCE,
     AbortChunks,
     Answer,
@@ -37,8 +35,10 @@ from aseer.instance.messages import (
     Stop,
 )
 from aseer.instance.sim import SimBackend
+from aseer.node.machine import Launch
 from aseer.runtime.instances import InstancePool
 from aseer.runtime.recorder import Recorder
+from aseer.transport.base import PROTOCOL_VERSION
 from aseer.transport.memory import MemoryRouter
 from aseer.types import (
     Chunk,
