@@ -196,7 +196,7 @@ lmcache.v1.distributed.storage_manager  _L1_WRITE_TAG
   StorageManager._l1_managers_by_id StorageManager.delete_l1_keys
 lmcache.v1.mp_observability.config  add_observability_args
   parse_args_to_observability_config
-lmcache.v1.multiprocess.cache_control.errors  CacheControlError
+lmcache.v1.multiprocess.cache_control.errors  CacheControlError NotFound
 lmcache.v1.multiprocess.cache_control.key_resolver  resolve_object_keys
 lmcache.v1.multiprocess.cache_control.prefetch_service  PrefetchService.submit
   PrefetchService.status

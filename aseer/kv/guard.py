@@ -24,7 +24,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from aseer.node.logs import cause_from_log
+from aseer.node.logs import Log, cause_from_log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -284,11 +284,7 @@ class WorkerGuard:
 
 def pool_cause(log: Path | None) -> str:
     """What a pool server's log gives as its last error, to be added to another's."""
-    try:
-        text = log.read_text(errors="replace") if log else ""
-    except OSError:
-        return ""
-    cause = cause_from_log(text)
+    cause = cause_from_log(Log(log, 0).text()) if log else None
     return f"; the KV pool's log ({log}) says: {cause}" if cause else ""
 
 

@@ -29,7 +29,7 @@ import shutil
 import signal
 import sys
 import threading
-import zlib
+import time
 from array import array
 from contextlib import suppress
 from pathlib import Path
@@ -48,7 +48,7 @@ from lmcache.v1.mp_observability.config import (
     add_observability_args,
     parse_args_to_observability_config,
 )
-from lmcache.v1.multiprocess.cache_control.errors import CacheControlError
+from lmcache.v1.multiprocess.cache_control.errors import CacheControlError, NotFound
 from lmcache.v1.multiprocess.cache_control.key_resolver import resolve_object_keys
 from lmcache.v1.multiprocess.cache_control.prefetch_service import PrefetchService
 from lmcache.v1.multiprocess.config import (
@@ -61,15 +61,16 @@ from lmcache.v1.multiprocess.modules.engine_driven_transfer import (
 )
 from lmcache.v1.multiprocess.server import run_cache_server
 
+from aseer.kv.disk import CheckedAdapter
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
 from aseer.kv.pickles import refuse_in_server
+from aseer.kv.prefetches import Prefetches
 from aseer.kv.settings import SHM_PREFIX, WATERMARK, version_of
 from aseer.node.leftovers import hold
 from aseer.node.lifeline import Lifeline, end_group, watch
 
 _log = logging.getLogger("aseer.kv")
 
-_MAX_PREFETCHES = 4  # at once
 _FREE_ROUNDS = 8  # polls; what is being read, or written to disk, cannot go yet
 
 
@@ -165,57 +166,6 @@ class Ledger(L1ManagerListener, L2AdapterListener):  # type: ignore[misc]  # unt
     def on_l2_keys_accessed(self, keys: list[Any]) -> None: ...
 
 
-class CheckedAdapter(native.NativeConnectorL2Adapter):  # type: ignore[misc]  # too
-    """A disk tier that finds what it reads back changed to be missing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._sums: dict[Any, int] = {}  # of what is on the disk, or on its way there
-        self._storing: dict[int, list[Any]] = {}
-        self._loading: dict[int, tuple[list[Any], list[Any]]] = {}
-        super().__init__(*args, **kwargs)
-
-    def submit_store_task(self, keys: list[Any], objects: list[Any]) -> Any:
-        self._sums.update(
-            (key, zlib.crc32(memory.byte_array))
-            for key, memory in zip(keys, objects, strict=True)
-        )
-        task: int = super().submit_store_task(keys, objects)
-        self._storing[task] = keys
-        return task
-
-    def pop_completed_store_tasks(self) -> Any:
-        done = super().pop_completed_store_tasks()
-        for task, result in done.items():
-            keys = self._storing.pop(task)
-            if not result.is_successful():
-                self._forget(keys)
-        return done
-
-    def delete(self, keys: list[Any]) -> None:
-        super().delete(keys)
-        self._forget(keys)
-
-    def _forget(self, keys: list[Any]) -> None:
-        for key in keys:
-            self._sums.pop(key, None)
-
-    def submit_load_task(self, keys: list[Any], objects: list[Any]) -> Any:
-        task = super().submit_load_task(keys, objects)
-        self._loading[task] = (keys, objects)
-        return task
-
-    def query_load_result(self, task_id: Any) -> Any:
-        found = super().query_load_result(task_id)
-        if found is None:
-            return None
-        keys, objects = self._loading.pop(task_id)
-        for i, (key, memory) in enumerate(zip(keys, objects, strict=True)):
-            if found.test(i) and zlib.crc32(memory.byte_array) != self._sums.get(key):
-                _log.warning("the disk gave back other bytes for %s", key)
-                found.clear(i)
-        return found
-
-
 def discard_unfilled_memory() -> None:
     """Make LMCache discard, not publish, what a forgotten worker had reserved."""
     upstream = EngineDrivenTransferModule._release_entry
@@ -260,7 +210,7 @@ class PoolServer:
         self._storage.register_l2_listener(self._ledger)
         self._to_free: dict[Any, int] = {}
         self._prefetcher = PrefetchService(self._engine)
-        self._prefetching: dict[str, int] = {}  # what DRAM had already
+        self._prefetches = Prefetches()
         self._num_prefetched = 0
 
     def counts(self) -> Counts:
@@ -305,13 +255,10 @@ class PoolServer:
 
     def _prefetch(self, wanted: list[Prefetch]) -> None:
         """Begin to load what is on disk only, and see what was loaded."""
-        for job, num_there in list(self._prefetching.items()):
-            found = self._prefetcher.status(job).get("found_keys")
-            if found is not None:
-                del self._prefetching[job]
-                self._num_prefetched += max(0, found - num_there)
+        now = time.monotonic()
+        self._num_prefetched += self._prefetches.settle(self._num_found, now)
         for what in wanted:
-            if len(self._prefetching) >= _MAX_PREFETCHES:
+            if not self._prefetches.has_room:
                 break
             with suppress(ValueError, CacheControlError):
                 in_dram, on_disk = self._ledger.held(set(self._keys_of(what)))
@@ -326,7 +273,14 @@ class PoolServer:
                         source_tier=Tier.L2,
                         target_tier=Tier.L1,
                     )
-                    self._prefetching[str(job["request_id"])] = len(in_dram)
+                    self._prefetches.begin(str(job["request_id"]), len(in_dram), now)
+
+    def _num_found(self, job: str) -> int | None:
+        try:
+            found = self._prefetcher.status(job).get("found_keys")
+        except NotFound as error:
+            raise KeyError(job) from error
+        return None if found is None else int(found)
 
     def _num_room(self) -> int:
         """Chunks that DRAM takes before it drops others, which are as much wanted."""

@@ -69,6 +69,7 @@ PURE = (
     "transport.link",
     "kv.frees",
     "kv.messages",
+    "kv.prefetches",
     "kv.settings",
     "kv.sharing",
     "dgds.log",
