@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
-from aseer.errors import ProtocolError, describe
+from aseer.errors import AseerError, ProtocolError, describe
 from aseer.watch import WakingClock
 
 if TYPE_CHECKING:
@@ -60,10 +60,29 @@ _COMPLAINT_INTERVAL_S = 10.0
 Sent = Literal["sent", "full", "gone"]
 
 
+# What is sent: a message, or one that was received as bytes and is passed on unread.
+Message = msgspec.Struct | msgspec.Raw
+
+
+class ConnectionLost(AseerError):
+    """A connection brings nothing any more, or cannot be had now; a new one may."""
+
+
+class HandshakeFailed(ConnectionLost):
+    """The other end broke the handshake off, as it does for a wrong key.
+
+    It may also have ended just then; if the next handshakes fail, too, it is the key.
+    """
+
+
+class ConnectionRefused(AseerError):
+    """The other end does not talk with us, and will not the next time."""
+
+
 class Router(Protocol[In_co]):
     """The controller's end: many peers, told apart by identity."""
 
-    def send(self, peer: bytes, message: msgspec.Struct) -> None:
+    def send(self, peer: bytes, message: Message) -> None:
         """Queue a message; never waits or fails. A peer that is gone loses it."""
         ...
 
@@ -92,7 +111,7 @@ class Router(Protocol[In_co]):
 class Dealer(Protocol[In_co]):
     """An instance's end: one peer, the controller."""
 
-    async def send(self, message: msgspec.Struct) -> None:
+    async def send(self, message: Message) -> None:
         """Send a message; waits while the controller is not reading.
 
         Raises:
@@ -101,7 +120,12 @@ class Dealer(Protocol[In_co]):
         ...
 
     async def receive(self) -> In_co:
-        """The next message. One task only may wait here, and never under a timeout."""
+        """The next message. One task only may wait here, and never under a timeout.
+
+        Raises:
+            ConnectionLost: there will be none, on a connection that is not made again.
+            ConnectionRefused: nor on another.
+        """
         ...
 
 
@@ -142,7 +166,7 @@ class Reader(Generic[In]):
         self._num_untold = 0
 
 
-def encode(encoder: msgspec.msgpack.Encoder, message: msgspec.Struct) -> bytes:
+def encode(encoder: msgspec.msgpack.Encoder, message: Message) -> bytes:
     """A message's bytes.
 
     Raises:
@@ -199,7 +223,7 @@ class QueueingRouter(ABC, Generic[In]):
     async def _receive(self) -> list[bytes]:
         """The next message: its sender and its frames."""
 
-    def send(self, peer: bytes, message: msgspec.Struct) -> None:
+    def send(self, peer: bytes, message: Message) -> None:
         """See `Router`."""
         queue = self._queues.get(peer)
         if queue is None:

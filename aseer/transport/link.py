@@ -4,24 +4,26 @@ Two ends share a session. Every frame says which it is of, the number of its mes
 the number of the last message that its sender has taken:
 
     frames       [session, number, acknowledged: 3 x u64, little-endian] [payload]
-    number 0     no message: HELLO, WELCOME, or only what is acknowledged
+    number 0     no message: a word, or only what is acknowledged
 
 A message is kept until it is acknowledged. Nothing is resent while a connection stands:
 one that loses nothing needs no more, and resending by a clock makes a slow connection
-slower. Each new connection begins with a HELLO, from the end that made it, and a
-WELCOME; both say what was taken, and both ends go on behind that.
+slower. Each new connection begins with a word of the end that made it, NEW until its
+first answer and HELLO from then on, and a WELCOME; both say what was taken, and both
+ends go on behind that. So an end that knows no such session creates it for NEW, and
+answers HELLO with CLOSED: its messages cannot be followed any more.
 
 What always holds, whatever is lost, doubled, late or overtaken: what is taken is the
 beginning of what was put, in order, each once. What is put is taken once connections
-stand long enough; an end whose link `is_broken` should make a new one. Pure: whoever
-has the link has the socket and the clock.
+stand long enough; an end whose link `is_broken` should make a new one, or asks the
+other end for one (AGAIN). Pure: whoever has the link has the socket and the clock.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from aseer.errors import AseerError, ProtocolError
 
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _HEADER = struct.Struct("<QQQ")
+_NEW = b"N"
 _HELLO = b"H"
 _WELCOME = b"W"
+_AGAIN = b"A"
+_CLOSED = b"X"  # and behind it, why
 # Of messages that are not acknowledged: half a minute of a large node's reports, which
 # is as long as a node may be away.
 MAX_BYTES = 64 << 20
@@ -40,6 +45,41 @@ WINDOW_BYTES = 8 << 20
 
 class LinkFull(AseerError):
     """The other end has been away for too long; its session is over."""
+
+
+class SessionOver(AseerError):
+    """The other end has closed the session; `reason` is what it says of it."""
+
+    def __init__(self, reason: bytes) -> None:
+        super().__init__("the other end has closed the session")
+        self.reason = reason
+
+
+def opening_of(frames: Sequence[bytes]) -> tuple[int, Literal["new", "again", ""]]:
+    """The session that frames are of, and whether they begin it, or a connection.
+
+    Raises:
+        ProtocolError: they are no frames of a link.
+    """
+    _check(frames)
+    session, number, _ = _HEADER.unpack(frames[0])
+    if number or frames[1] not in (_NEW, _HELLO):
+        return session, ""
+    return session, "new" if frames[1] == _NEW else "again"
+
+
+def closing(session: int, reason: bytes) -> list[bytes]:
+    """What tells the other end that a session is over, whether known here or not."""
+    return [_HEADER.pack(session, 0, 0), _CLOSED + reason]
+
+
+def _check(frames: Sequence[bytes]) -> None:
+    if len(frames) != 2 or len(frames[0]) != _HEADER.size:
+        sizes = [len(frame) for frame in frames]
+        raise ProtocolError(
+            f"frames of {sizes} bytes are no message of a link: it has two, of "
+            f"which the first has {_HEADER.size}"
+        )
 
 
 class Link:
@@ -69,10 +109,16 @@ class Link:
         self._num_bytes = 0
         self._num_bytes_sent = 0  # of what is not acknowledged
         self._owes_welcome = False
+        self._was_welcomed = False
         self._owes_ack = False
         self._is_open = False
         self.is_broken = False
         """A message is missing: nothing arrives any more until there is a new hello."""
+
+    @property
+    def session(self) -> int:
+        """The number that both ends know the session by."""
+        return self._session
 
     @property
     def is_open(self) -> bool:
@@ -103,11 +149,15 @@ class Link:
     def hello(self) -> list[bytes]:
         """What goes first over a new connection; nothing else does until the answer."""
         self._is_open = self.is_broken = self._owes_welcome = False
-        return self._frames(0, _HELLO)
+        return self._frames(0, _HELLO if self._was_welcomed else _NEW)
 
     def close(self) -> None:
         """The connection is gone: keep everything for the next."""
         self._is_open = self._owes_welcome = False
+
+    def beat(self) -> None:
+        """Have the next `pump` send something, so that the other end hears of us."""
+        self._owes_ack = True
 
     def pump(self, send: Callable[[list[bytes]], bool]) -> None:
         """Send what there is to send, as far as `send` takes it, which it says."""
@@ -124,7 +174,7 @@ class Link:
             self._unacknowledged.append(self._unsent.popleft())
             self._num_bytes_sent += len(payload) + _HEADER.size
         if self._owes_ack:
-            send(self._frames(0, b""))
+            send(self._frames(0, _AGAIN if self.is_broken else b""))
 
     def take(self, frames: Sequence[bytes]) -> bytes | None:
         """What came; the next message, if it is that. Call `pump` soon after.
@@ -132,12 +182,16 @@ class Link:
         Raises:
             ProtocolError: the frames are not of this session; the connection is of no
                 use.
+            SessionOver: the other end has closed the session.
         """
         number, acknowledged, payload = self._read(frames)
         self._drop_acknowledged(acknowledged)
         if not number:
-            if payload:
-                self._begin(is_hello=payload == _HELLO)
+            if payload == _AGAIN:
+                self.is_broken = True
+            elif payload:
+                self._was_welcomed |= payload == _WELCOME
+                self._begin(is_hello=payload != _WELCOME)
             return None
         self._owes_ack = True  # of one that came twice, too: its sender may not know
         if number != self._num_taken + 1:
@@ -147,12 +201,7 @@ class Link:
         return payload
 
     def _read(self, frames: Sequence[bytes]) -> tuple[int, int, bytes]:
-        if len(frames) != 2 or len(frames[0]) != _HEADER.size:
-            sizes = [len(frame) for frame in frames]
-            raise ProtocolError(
-                f"frames of {sizes} bytes are no message of a link: it has two, of "
-                f"which the first has {_HEADER.size}"
-            )
+        _check(frames)
         session, number, acknowledged = _HEADER.unpack(frames[0])
         if session != self._session:
             raise ProtocolError(
@@ -163,7 +212,9 @@ class Link:
                 f"message {acknowledged} was acknowledged, of {self._num_put}: the "
                 "other end goes on with a session that this end does not know"
             )
-        if not number and frames[1] not in (b"", _HELLO, _WELCOME):
+        if not number and frames[1][:1] == _CLOSED:
+            raise SessionOver(frames[1][1:])
+        if not number and frames[1] not in (b"", _NEW, _HELLO, _WELCOME, _AGAIN):
             raise ProtocolError(f"{frames[1][:20]!r} is no word between links")
         return number, acknowledged, frames[1]
 

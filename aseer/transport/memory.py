@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from random import Random
 
-    from aseer.transport.base import Sent
+    from aseer.transport.base import Message, Sent
 
 In = TypeVar("In")
 T = TypeVar("T")
@@ -188,7 +188,7 @@ class MemoryDealer(Generic[In]):
     def num_unread(self) -> int:
         return self._inbox.qsize()
 
-    async def send(self, message: msgspec.Struct) -> None:
+    async def send(self, message: Message) -> None:
         """See `Dealer`."""
         await self.send_frames([encode(self._encoder, message)])
 

@@ -28,7 +28,7 @@ from aseer.transport.base import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aseer.transport.base import Sent
+    from aseer.transport.base import Message, Sent
 
 In = TypeVar("In")
 
@@ -94,7 +94,7 @@ class ZmqDealer(Generic[In]):
         self._reader = Reader(decoder)
         self._encoder = msgspec.msgpack.Encoder()
 
-    async def send(self, message: msgspec.Struct) -> None:
+    async def send(self, message: Message) -> None:
         """See `Dealer`."""
         await self._socket.send(encode(self._encoder, message))
 
@@ -121,7 +121,7 @@ async def bind_router(
         socket.set(zmq.ROUTER_MANDATORY, 1)  # say who is full, and who is gone
         # A peer whose connection was closed on it comes back under its name.
         socket.set(zmq.ROUTER_HANDOVER, 1)
-        _set_bounds(socket)
+        set_bounds(socket)
         try:
             socket.bind(endpoint)
             yield ZmqRouter(socket, decoder, max_queued)
@@ -141,7 +141,7 @@ async def connect_dealer(
     with zmq.asyncio.Context() as context:
         socket = context.socket(zmq.DEALER)
         socket.set(zmq.IDENTITY, identity)
-        _set_bounds(socket)
+        set_bounds(socket)
         try:
             socket.connect(endpoint)
             yield ZmqDealer(socket, decoder)
@@ -149,7 +149,8 @@ async def connect_dealer(
             socket.close(linger=linger_ms)
 
 
-def _set_bounds(socket: zmq.asyncio.Socket) -> None:
+def set_bounds(socket: zmq.asyncio.Socket) -> None:
+    """Bound what a socket keeps, and what it takes."""
     socket.set(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.set(zmq.RCVHWM, HIGH_WATER_MARK)
     socket.set(zmq.MAXMSGSIZE, _MAX_FRAME_BYTES)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aseer.instance.messages import FROM_INSTANCE, TO_INSTANCE
+from aseer.transport.keys import derive_keys
+from aseer.transport.tcp import bind_tcp, connect_tcp
 from aseer.transport.zeromq import bind_router, connect_dealer, make_socket_dir
 from tests.unit.transport.contract import MAX_QUEUED, Contract
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
     from aseer.instance.messages import FromInstance, ToInstance
     from aseer.transport.zeromq import ZmqDealer, ZmqRouter
+
+
+KEYS = derive_keys(b"of these tests alone")
 
 
 class ZmqEnds:
@@ -55,3 +60,20 @@ class TestZeroMq(Contract):
                 yield ZmqEnds(router, endpoint)
         finally:
             shutil.rmtree(folder)
+
+
+class TcpEnds(ZmqEnds):
+    """The same, over TCP and encrypted."""
+
+    @asynccontextmanager
+    async def connect(self, identity: bytes) -> AsyncIterator[ZmqDealer[ToInstance]]:
+        async with connect_tcp(self._endpoint, identity, TO_INSTANCE, KEYS) as dealer:
+            yield dealer
+
+
+class TestTcp(Contract):
+    @pytest.fixture
+    async def ends(self) -> AsyncIterator[TcpEnds]:
+        async with bind_tcp("tcp://127.0.0.1:*", FROM_INSTANCE, KEYS) as router:
+            router._max_queued = MAX_QUEUED
+            yield TcpEnds(router, router.endpoint)

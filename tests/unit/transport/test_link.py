@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from aseer.errors import ProtocolError
-from aseer.transport.link import Link, LinkFull
+from aseer.transport.link import Link, LinkFull, SessionOver, closing, opening_of
 
 HEADER = 24
 
@@ -154,3 +154,50 @@ def test_what_is_not_of_the_session_is_refused(frames: list[bytes], why: str) ->
     with pytest.raises(ProtocolError, match=why):
         link.take(frames)
     assert link.take([struct.pack("<QQQ", 7, 1, 0), b"x"]) == b"x"
+
+
+def test_only_a_session_that_was_never_answered_may_be_new() -> None:
+    client, server = Link(7), Link(7)
+    client.put(b"x")
+    assert opening_of(client.hello()) == (7, "new")
+    assert opening_of(client.hello()) == (7, "new")
+    server.take(client.hello())
+    carry(server, client)
+    (message,) = sent_by(client)
+    assert opening_of(message) == (7, "")
+    assert opening_of(client.hello()) == (7, "again")
+    with pytest.raises(ProtocolError, match="no message of a link"):
+        opening_of([b"", b""])
+
+
+def test_an_end_that_misses_a_message_asks_for_a_new_connection(
+    ends: tuple[Link, Link],
+) -> None:
+    client, server = ends
+    client.put(b"0")
+    client.put(b"1")
+    _, second = sent_by(client)
+    server.take(second)
+    carry(server, client)
+    assert client.is_broken
+    server.take(client.hello())
+    carry(server, client)
+    assert carry(client, server) == [b"0", b"1"]
+    assert not client.is_broken
+    assert not server.is_broken
+
+
+def test_a_beat_is_heard_and_brings_nothing(ends: tuple[Link, Link]) -> None:
+    client, server = ends
+    client.beat()
+    assert [server.take(frames) for frames in sent_by(client)] == [None]
+    assert sent_by(client) == []
+
+
+def test_a_session_that_is_over_is_told_of_with_its_reason(
+    ends: tuple[Link, Link],
+) -> None:
+    client, _ = ends
+    with pytest.raises(SessionOver) as over:
+        client.take(closing(7, b"that was all"))
+    assert over.value.reason == b"that was all"
