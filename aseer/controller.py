@@ -6,7 +6,7 @@ no I/O), so the engine and the simulator drive the same one, and a log of its ca
 replays.
 
     add_groups, cancel ---------+
-    instance_up, instance_down -+--> Controller --> Dispatch, Abort, Finished
+    instance_up, _down, _left --+--> Controller --> Dispatch, Abort, Finished
     progress -------------------+
 
 Every call returns the commands it causes, in order. Invariants: I1 (one `Finished` a
@@ -159,6 +159,18 @@ class Controller:
         self._forget_finished()
         return self._lose_instance(instance_id, now, why) + self.schedule(now)
 
+    def instance_left(
+        self, instance_id: InstanceId, now: float, why: str
+    ) -> list[Command]:
+        """An instance is gone with its node, for nothing that ran there.
+
+        Its requests go on elsewhere at once, with the tokens they have, however often
+        that happens to them.
+        """
+        self._forget_finished()
+        lost = self._lose_instance(instance_id, now, why, is_blameless=True)
+        return lost + self.schedule(now)
+
     def progress(
         self, report: Columns | Iterable[ChunkProgress], now: float
     ) -> list[Command]:
@@ -309,7 +321,12 @@ class Controller:
             self.scheduler.check_integrity(instance_id, chunks)
 
     def _lose_instance(
-        self, instance_id: InstanceId, now: float, why: str
+        self,
+        instance_id: InstanceId,
+        now: float,
+        why: str,
+        *,
+        is_blameless: bool = False,
     ) -> list[Command]:
         if instance_id not in self.running:
             return []
@@ -320,15 +337,17 @@ class Controller:
         owners = ((c, self.buffer.chunk_owner(c)) for c in chunks)
         lost = [(chunk_id, r) for chunk_id, r in owners if r is not None]
         lost.sort(key=lambda each: each[1].num_generated, reverse=True)
-        suspects = self._quarantine.lose(r for _, r in lost)
+        suspects = [] if is_blameless else self._quarantine.lose(r for _, r in lost)
         blamed: dict[GroupId, int] = {}
         for chunk_id, request in lost:
             num_before = request.num_generated
             is_suspect = request in suspects
-            outcome = self.buffer.lose_chunk(
-                chunk_id, now, why, is_blamed=not suspects or suspects == [request]
-            )
+            is_blamed = not (is_blameless or suspects) or suspects == [request]
+            outcome = self.buffer.lose_chunk(chunk_id, now, why, is_blamed=is_blamed)
             self.counters.num_output_tokens += request.num_generated - num_before
+            if outcome == "waiting" and is_blameless:
+                self._enqueue(request)
+                continue
             if outcome == "waiting":
                 self._quarantine.hold(request, was_on_trial=is_suspect)
                 continue

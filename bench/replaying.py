@@ -17,8 +17,8 @@ from aseer.data import trace
 from aseer.data.trace import Trace, TraceGroup
 from aseer.errors import ConfigError
 from aseer.models import smollm2, tiny
+from aseer.node import process
 from aseer.node.machine import fast_cpu_dtype
-from aseer.runtime import process
 
 if TYPE_CHECKING:
     import argparse

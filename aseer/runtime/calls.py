@@ -75,6 +75,12 @@ class _InstanceDown(msgspec.Struct, tag=True):
     why: str
 
 
+class _InstanceLeft(msgspec.Struct, tag=True):
+    instance_id: InstanceId
+    now: float
+    why: str
+
+
 class _Progress(msgspec.Struct, tag=True):
     report: Columns
     now: float
@@ -112,6 +118,7 @@ _Call = (
     _AddGroups
     | _InstanceUp
     | _InstanceDown
+    | _InstanceLeft
     | _Progress
     | _CancelGroup
     | _CancelAll
@@ -175,6 +182,13 @@ class LoggedController(Controller):
     ) -> list[Command]:
         call = _InstanceDown(instance_id, now, why)
         make = super().instance_down
+        return self._log(call, lambda: make(instance_id, now, why))
+
+    def instance_left(
+        self, instance_id: InstanceId, now: float, why: str
+    ) -> list[Command]:
+        call = _InstanceLeft(instance_id, now, why)
+        make = super().instance_left
         return self._log(call, lambda: make(instance_id, now, why))
 
     def progress(
@@ -276,6 +290,8 @@ def _make(
             return controller.instance_up(info, now)
         case _InstanceDown(instance_id, now, why):
             return controller.instance_down(instance_id, now, why)
+        case _InstanceLeft(instance_id, now, why):
+            return controller.instance_left(instance_id, now, why)
         case _Progress(report, now):
             return controller.progress(report, now)
         case _CancelGroup(group_id, now):

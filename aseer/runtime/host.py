@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from aseer.context import LengthPriors
 from aseer.errors import EngineError
+from aseer.node.local import LocalNode
 from aseer.runtime.activity import Activity, Call
 from aseer.runtime.call_log import CallLog
 from aseer.runtime.claims import Claims
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from aseer.dgds.server import DraftServer
     from aseer.instance.messages import FromInstance, Report
     from aseer.kv.pool import KvPool
+    from aseer.node.interpreter import Interpreter
     from aseer.node.machine import Launch
     from aseer.runtime.claims import Claim
     from aseer.runtime.loop_thread import LoopThread
@@ -72,6 +74,7 @@ class Host:
         thread: LoopThread,
         router: Router[FromInstance],
         endpoint: str,
+        interpreter: Interpreter | None,
         draft_server: DraftServer | None,
         kv_pool: KvPool | None,
     ) -> None:
@@ -97,10 +100,7 @@ class Host:
         self._pool = InstancePool(
             config,
             launches,
-            router,
-            endpoint,
-            folders.leftovers,
-            folders.logs,
+            LocalNode(router, endpoint, folders.leftovers, folders.logs, interpreter),
             self,
             draft_server.spec if draft_server else None,
             kv_pool,
@@ -324,6 +324,12 @@ class Host:
         self.infos.pop(instance_id, None)
         self.weights.instance_down(instance_id, why)
         self._tell_session(lambda s: s.instance_down(instance_id, why))
+
+    def instance_left(self, instance_id: InstanceId, why: str) -> None:
+        """See `PoolOwner`."""
+        self.infos.pop(instance_id, None)
+        self.weights.instance_down(instance_id, why)
+        self._tell_session(lambda s: s.instance_left(instance_id, why))
 
     def instances_exhausted(self, why: str) -> None:
         """See `PoolOwner`."""

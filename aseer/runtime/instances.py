@@ -3,7 +3,10 @@
 Their owner hears of three things, in order and on the event loop: an instance is up, it
 reported, it is down. A process that exits, that is silent for `heartbeat_timeout_s`, or
 that has work but makes no token for `stall_timeout_s` is down; it is killed with its
-whole process group and started again, as often as `RestartBudget` allows.
+whole process group and started again, as often as its node's `RestartBudget` allows.
+
+Instances run on nodes: this machine, and others that come and go. What ran on a node
+that is gone is down, for no fault of its own (`instance_left`), and not started again.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ import logging
 import random
 import secrets
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
 
 from aseer.errors import EngineError, InstanceLostError, InstanceStartError
 from aseer.instance.base import InstanceSpec
@@ -28,22 +34,22 @@ from aseer.instance.messages import (
     Run,
     Stop,
 )
-from aseer.runtime.process import InstanceProcess, describe_exit
+from aseer.node.process import describe_exit
+from aseer.runtime.causes import death, start_error
 from aseer.runtime.restarts import RestartBudget
 from aseer.runtime.slot import Slot
 from aseer.transport.base import PROTOCOL_VERSION
 from aseer.watch import WakingClock
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterable
 
     from aseer.config import EngineConfig
     from aseer.dgds.messages import DraftingSpec
     from aseer.instance.messages import Question
     from aseer.kv.pool import KvPool
-    from aseer.node.leftovers import Leftovers
+    from aseer.node.base import Node, Process
     from aseer.node.machine import Launch
-    from aseer.transport.base import Router
     from aseer.types import ChunkId, InstanceId, InstanceInfo
 
 _log = logging.getLogger("aseer")
@@ -72,6 +78,9 @@ class PoolOwner(Protocol):
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """It is gone, with all that ran there."""
 
+    def instance_left(self, instance_id: InstanceId, why: str) -> None:
+        """It is gone with its node; nothing that ran there is to blame."""
+
     def instances_exhausted(self, why: str) -> None:
         """None is up, and none will come back."""
 
@@ -83,19 +92,19 @@ class InstancePool:
         self,
         config: EngineConfig,
         launches: list[Launch],
-        router: Router[FromInstance],
-        endpoint: str,
-        leftovers: Leftovers,
-        log_dir: Path,
+        node: Node,
         owner: PoolOwner,
         drafting: DraftingSpec | None = None,
         kv_pool: KvPool | None = None,
     ) -> None:
+        """Prepare; nothing is started yet.
+
+        Args:
+            launches: of this machine's instances. node: this machine.
+            kv_pool: of this machine.
+        """
         self._config = config
-        self._router = router
-        self._endpoint = endpoint
-        self._leftovers = leftovers
-        self._log_dir = log_dir
+        self._node = node
         self._owner = owner
         self._drafting = drafting
         self._kv_pool = kv_pool
@@ -103,20 +112,30 @@ class InstancePool:
         silence_s = config.heartbeat_timeout_s / _LOOKS_A_HEARTBEAT
         self._watch_interval_s = min(_WATCH_INTERVAL_S, silence_s)
         self._clock = WakingClock(2 * self._watch_interval_s)
-        self._slots = [Slot(launch, log_dir, self._clock) for launch in launches]
+        self._slots: dict[InstanceId, Slot] = {}
+        self._num_restarts: dict[InstanceId, int] = {}
         self._by_identity: dict[bytes, Slot] = {}
-        self._restarts = RestartBudget(config.max_restarts)
         self._forgiven = asyncio.Event()
         seed = secrets.randbits(31) if config.seed is None else config.seed
         self._seeds = random.Random(seed)
         self._num_asked = 0
         self._may_start = asyncio.Event()
         self._may_start.set()
+        self._last_died_on = RestartBudget(config.max_restarts)
+        self._own = self._add(node, launches, self._last_died_on)
+        self._num_launched = len(launches)  # ids are never used again
         self.weights: str | None = None  # index of what a new instance must load first
+
+    def _add(
+        self, node: Node, launches: Iterable[Launch], restarts: RestartBudget
+    ) -> list[Slot]:
+        slots = [Slot(launch, node, restarts, self._clock) for launch in launches]
+        self._slots |= {slot.instance_id: slot for slot in slots}
+        return slots
 
     def num_restarts(self, instance_id: InstanceId) -> int:
         """Times the instance was started again."""
-        return max(0, self._slots[instance_id].incarnation - 1)
+        return self._num_restarts.get(instance_id, 0)
 
     def run_chunk(self, instance_id: InstanceId, message: Run) -> None:
         """Send an instance a chunk."""
@@ -124,22 +143,22 @@ class InstancePool:
         if not slot.running:
             slot.last_progress = self._clock.read()
         slot.running.add(message.chunk.chunk_id)
-        self._router.send(slot.identity, message)
+        slot.send(message)
 
     def abort_chunks(self, instance_id: InstanceId, chunk_ids: list[ChunkId]) -> None:
         """Ask an instance to end chunks."""
-        self._router.send(self._slots[instance_id].identity, AbortChunks(chunk_ids))
+        self._slots[instance_id].send(AbortChunks(chunk_ids))
 
     def abort_all(self) -> None:
         """Ask every instance to end what it runs, whoever it is for."""
-        for slot in self._slots:
+        for slot in self._slots.values():
             if slot.running:
-                self._router.send(slot.identity, AbortChunks(list(slot.running)))
+                slot.send(AbortChunks(list(slot.running)))
 
     @property
     def is_idle(self) -> bool:
         """Whether no instance runs a chunk."""
-        return not any(slot.running for slot in self._slots)
+        return not any(slot.running for slot in self._slots.values())
 
     def ask(
         self, instance_id: InstanceId, what: Question, **arguments: Any
@@ -161,40 +180,76 @@ class InstancePool:
         slot.asked[ask_id] = asked
         if len(slot.asked) == 1:
             slot.last_answer = self._clock.read()
-        self._router.send(slot.identity, Ask(ask_id, what, arguments))
+        slot.send(Ask(ask_id, what, arguments))
         return asked
 
     def forgive(self, num_deaths: int) -> None:
         """A request is blamed for so many deaths, the last of which just happened."""
-        if self._restarts.forgive(num_deaths):
+        if self._last_died_on.forgive(num_deaths):
             self._forgiven.set()
 
     async def start(self) -> None:
-        """Start every instance, in parallel, and wait until all are up.
+        """Start this machine's instances, in parallel, and wait until all are up.
 
         Raises:
             InstanceStartError: one did not come up; the others are ended first.
         """
         async with asyncio.TaskGroup() as tasks:
-            for slot in self._slots:
+            for slot in self._own:
                 tasks.create_task(self._bring_up(slot))
 
     async def supervise(self) -> None:
-        """Watch the instances, and start dead ones again, until cancelled."""
+        """Watch the instances, and start this machine's dead ones again, until
+        cancelled.
+        """
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch())
-            for slot in self._slots:
+            for slot in self._own:
                 tasks.create_task(self._keep_up(slot))
+
+    async def attend(self, node: Node, launches: list[Launch]) -> None:
+        """Start instances on another node, and keep them up until it is gone.
+
+        Raises:
+            InstanceStartError: one did not come up, before the node was gone.
+        """
+        num = self._num_launched
+        self._num_launched += len(launches)
+        slots = self._add(
+            node,
+            [replace(launch, instance_id=num + i) for i, launch in enumerate(launches)],
+            RestartBudget(self._config.max_restarts),
+        )
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for slot in slots:
+                    tasks.create_task(self._attend(slot))
+        finally:
+            await self._end_all(slots, 0)
+            for slot in slots:
+                del self._slots[slot.instance_id]
+
+    async def _attend(self, slot: Slot) -> None:
+        try:
+            await self._bring_up(slot)
+        except InstanceStartError:
+            if slot.node.lost_because is None:
+                raise
+        else:
+            await self._keep_up(slot)
 
     async def stop(self, grace_s: float) -> None:
         """End every instance: ask those that are up, wait up to `grace_s`, kill.
 
         Supervision must have ended. May be called again.
         """
+        await self._end_all(list(self._slots.values()), grace_s)
+
+    async def _end_all(self, slots: list[Slot], grace_s: float) -> None:
         async with asyncio.TaskGroup() as tasks:
-            for slot in self._slots:
+            for slot in slots:
                 if slot.up.is_set() and grace_s:
-                    self._router.send(slot.identity, Stop())
+                    slot.send(Stop())
                     tasks.create_task(self._end(slot, grace_s))
                 else:
                     tasks.create_task(self._end(slot, 0))
@@ -219,7 +274,7 @@ class InstancePool:
 
     def kill_busy(self, why: str) -> None:
         """Kill the instances that run chunks; they are started again like any other."""
-        for slot in self._slots:
+        for slot in self._slots.values():
             if slot.running:
                 slot.kill(why)
 
@@ -236,7 +291,7 @@ class InstancePool:
                 self._on_hello(slot, protocol, info)
             case Report():
                 if slot.count(message):
-                    self._restarts.worked()
+                    slot.restarts.worked()
                 if slot.up.is_set():
                     self._owner.instance_report(slot.instance_id, message)
             case Answer():
@@ -326,72 +381,55 @@ class InstancePool:
         what = f"was not ready after start_timeout_s={timeout_s:g}"
         if not dead.cancelled():
             what = describe_exit(dead.result())
-        raise self._start_error(slot, process, what)
+        pool = self._pool_of(slot)
+        beside = pool.cause(slot.instance_id) if pool else ""
+        raise start_error(slot, process, what, beside)
 
     def _forget(self, slot: Slot, why: str) -> None:
         """An incarnation is over: nothing is sent to it, or heard of it, any more."""
         slot.is_gone(why)
-        self._router.forget(slot.identity)
+        slot.node.forget(slot.identity)
         self._by_identity.pop(slot.identity, None)
 
-    async def _spawn(self, slot: Slot) -> InstanceProcess:
+    def _pool_of(self, slot: Slot) -> KvPool | None:
+        """The KV pool that an instance has a share in: that of its machine."""
+        return self._kv_pool if slot.node is self._node else None
+
+    def _drafting_on(self, node: Node) -> DraftingSpec | None:
+        if self._drafting is None or node is self._node:
+            return self._drafting
+        return msgspec.structs.replace(self._drafting, endpoint=node.drafts)
+
+    async def _spawn(self, slot: Slot) -> Process:
+        if slot.incarnation:
+            self._num_restarts[slot.instance_id] = slot.incarnation
         slot.begin_incarnation()
         self._by_identity[slot.identity] = slot
-        launch = slot.launch
+        launch, node = slot.launch, slot.node
         args: dict[str, Any] = dict(launch.engine_args)
         if launch.backend == "vllm":
             args["seed"] = self._seeds.getrandbits(31)
-        if self._kv_pool is not None:
-            args |= self._kv_pool.engine_args(slot.instance_id)
+        if (pool := self._pool_of(slot)) is not None:
+            args |= pool.engine_args(slot.instance_id)
         spec = InstanceSpec(
-            endpoint=self._endpoint,
+            endpoint=node.endpoint,
             identity=slot.identity.decode(),
             instance_id=slot.instance_id,
             backend=launch.backend,
             report_interval_s=self._config.report_interval_s,
             engine_args=args,
             cores=launch.cores,
-            drafting=self._drafting,
+            drafting=self._drafting_on(node),
             kv_namespace=self._kv_namespace,
         )
-        # vLLM leaves its sockets lying where it makes them: in a folder that we remove.
-        left = self._leftovers
-        env = {"VLLM_RPC_BASE_PATH": str(left.run_dir), **launch.env}
         try:
-            slot.process = await InstanceProcess.start(
-                spec, env, slot.log_path, left, launch.interpreter
+            slot.process = await node.start(
+                slot.identity, slot.name, msgspec.json.encode(spec), launch.env
             )
         except InstanceStartError as error:
             self._forget(slot, str(error))
             raise
         return slot.process
-
-    def _start_error(
-        self, slot: Slot, process: InstanceProcess, what: str
-    ) -> InstanceStartError:
-        own = self._own_cause(slot, process) or slot.killed_because or process.cause()
-        cause = f"; cause: {own}" if own else ""
-        if own and "LMCache" in own and self._kv_pool is not None:
-            # A server that fails in a call logs why, and does not answer.
-            cause += self._kv_pool.cause(slot.instance_id)
-        return InstanceStartError(
-            f"instance {slot.instance_id} ({slot.launch.share}) {what}{cause}\n"
-            f"last lines of its log:\n{process.log_tail()}"
-        )
-
-    def _own_cause(self, slot: Slot, process: InstanceProcess) -> str | None:
-        """What the instance said of its end, from its log if it only points there."""
-        own = slot.failure
-        if own is not None and "root cause" in own:
-            own = process.cause() or own
-        return own
-
-    def _death(self, slot: Slot, process: InstanceProcess, status: int) -> str:
-        """Why an instance is gone, and where to read on."""
-        own = self._own_cause(slot, process)
-        why = own or slot.killed_because or describe_exit(status)
-        hint = "" if self._config.log_dir else "; EngineConfig.log_dir keeps it"
-        return f"{why} (its log: {slot.log_path}{hint})"
 
     async def _keep_up(self, slot: Slot) -> None:
         """Wait for the process's death, again and again."""
@@ -400,9 +438,15 @@ class InstancePool:
             assert process is not None
             status = await process.wait()
             await process.end(0)  # the rest of its process group
-            why = self._death(slot, process, status)
+            if (gone := slot.node.lost_because) is not None:
+                self._forget(slot, gone)
+                self._owner.instance_left(slot.instance_id, gone)
+                return
+            hint = "" if self._config.log_dir else "; EngineConfig.log_dir keeps it"
+            why = death(slot, process, status, hint)
             self._forget(slot, why)
             _log.warning("instance %d is lost: %s", slot.instance_id, why)
+            self._last_died_on = slot.restarts
             self._owner.instance_down(slot.instance_id, why)
             if not await self._restart(slot, why):
                 return
@@ -411,7 +455,7 @@ class InstancePool:
         """Start a dead instance again; False once no instance can be any more."""
         while True:
             await self._may_start.wait()
-            if not (slot.is_replaced or self._restarts.spend()):
+            if not (slot.is_replaced or slot.restarts.spend()):
                 if not await self._wait_for_forgiveness(slot, why):
                     return False
                 continue
@@ -419,6 +463,8 @@ class InstancePool:
             try:
                 await self._bring_up(slot)
             except InstanceStartError as error:
+                if slot.node.lost_because is not None:
+                    return False
                 why = str(error)
                 _log.warning("%s", error)
                 await asyncio.sleep(_RETRY_PAUSE_S)
@@ -429,7 +475,7 @@ class InstancePool:
         """Wait until a restart can be paid for; False if it never will be."""
         slot.given_up = True
         limit = f"max_restarts={self._config.max_restarts}"
-        if all(s.given_up for s in self._slots):
+        if all(s.given_up for s in self._slots.values()):
             self._forgiven.set()
             self._owner.instances_exhausted(
                 f"every instance is lost and {limit} are used up; the last one: {why}"
@@ -440,30 +486,17 @@ class InstancePool:
         )
         self._forgiven.clear()
         await self._forgiven.wait()
-        if all(s.given_up for s in self._slots):
+        if all(s.given_up for s in self._slots.values()):
             return False
         slot.given_up = False
         return True
 
     async def _watch(self) -> None:
         """Kill what is silent or stuck; its death is then handled like any other."""
-        config = self._config
         while True:
             await asyncio.sleep(self._watch_interval_s)
             now = self._clock.read()
-            for slot in self._slots:
-                if not slot.up.is_set():
-                    continue
-                silent = now - slot.last_heard
-                stuck = now - slot.last_progress if slot.running else 0.0
-                mute = now - slot.last_answer if slot.asked else 0.0
-                since = slot.unreachable_since
-                gone = 0.0 if since is None else now - since
-                if silent > config.heartbeat_timeout_s:
-                    slot.kill(f"it was silent for {silent:.0f} s")
-                elif stuck > config.stall_timeout_s:
-                    slot.kill(f"it made no token for {stuck:.0f} s")
-                elif mute > config.start_timeout_s:
-                    slot.kill(f"it left a question unanswered for {mute:.0f} s")
-                elif gone > self._watch_interval_s:  # and not for being dead
-                    slot.kill("its connection broke, and what was sent to it is lost")
+            for slot in self._slots.values():
+                why = slot.why_dead(now, self._config, self._watch_interval_s)
+                if why:
+                    slot.kill(why)

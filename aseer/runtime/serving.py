@@ -75,6 +75,7 @@ async def serve(
         started: gets the host once every instance is up, or why none is.
     """
     try:
+        interpreter = launches[0].interpreter
         pool_plan = plan_kv_pool(config, launches)
         kv_pool = None
         if pool_plan is not None:
@@ -84,7 +85,7 @@ async def serve(
                 len(launches),
                 folders.logs,
                 folders.leftovers,
-                launches[0].interpreter,
+                interpreter,
             )
         draft_server = make_draft_server(config, folders.run)
         endpoint = f"ipc://{folders.run}/ctrl"
@@ -97,6 +98,7 @@ async def serve(
                     thread=thread,
                     router=router,
                     endpoint=endpoint,
+                    interpreter=interpreter,
                     draft_server=draft_server,
                     kv_pool=kv_pool,
                 )

@@ -315,6 +315,14 @@ class Session:
         self._recorder.instance_down(instance_id, self._now())
         self._do(self._controller.instance_down(instance_id, self._now(), why))
 
+    def instance_left(self, instance_id: InstanceId, why: str) -> None:
+        """Its chunks' requests go on elsewhere; they are not to blame."""
+        if self._failure is not None:
+            self._end_if_over()
+            return
+        self._recorder.instance_down(instance_id, self._now())
+        self._do(self._controller.instance_left(instance_id, self._now(), why))
+
     def exhausted(self, why: str) -> None:
         """Nothing can run any more."""
         self._fatal = why

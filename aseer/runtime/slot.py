@@ -9,27 +9,32 @@ from aseer.errors import EngineError, InstanceLostError
 from aseer.types import ChunkId, InstanceId
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from aseer.config import EngineConfig
     from aseer.instance.messages import Answer, Report
+    from aseer.node.base import Node, Process
     from aseer.node.machine import Launch
-    from aseer.runtime.process import InstanceProcess
-    from aseer.types import ChunkId, InstanceInfo
+    from aseer.runtime.restarts import RestartBudget
+    from aseer.transport.base import Message
+    from aseer.types import InstanceInfo
     from aseer.watch import WakingClock
 
 
 class Slot:
     """A place for an instance, over all its incarnations."""
 
-    def __init__(self, launch: Launch, log_dir: Path, clock: WakingClock) -> None:
+    def __init__(
+        self, launch: Launch, node: Node, restarts: RestartBudget, clock: WakingClock
+    ) -> None:
         self.launch = launch
+        self.node = node
+        self.restarts = restarts  # of all instances of the node
         self._clock = clock
         self.instance_id = InstanceId(launch.instance_id)
-        self.log_path = log_dir / f"instance-{launch.instance_id}.log"
+        self.name = f"instance-{launch.instance_id}"
         self.incarnation = 0
         self.given_up = False
         self.is_replaced = False  # killed for a weight update: no restart is spent
-        self.process: InstanceProcess | None = None
+        self.process: Process | None = None
         self.asked: dict[int, asyncio.Future[Any]] = {}
         self._reset()
 
@@ -45,6 +50,38 @@ class Slot:
         self.unreachable_since: float | None = None  # something sent to it was lost
         now = self._clock.read()
         self.last_heard = self.last_progress = self.last_answer = now
+
+    @property
+    def log(self) -> str:
+        """Where its log is."""
+        return self.node.log_of(self.name)
+
+    def send(self, message: Message) -> None:
+        """Send a message to the process that has the place now."""
+        self.node.send(self.identity, message)
+
+    def why_dead(self, now: float, config: EngineConfig, patience_s: float) -> str:
+        """Why it is to be taken for dead at this moment; empty if it is not.
+
+        Args:
+            patience_s: for one whose connection broke, so that its end is seen first.
+        """
+        if not self.up.is_set():
+            return ""
+        silent = now - self.last_heard
+        stuck = now - self.last_progress if self.running else 0.0
+        mute = now - self.last_answer if self.asked else 0.0
+        since = self.unreachable_since
+        gone = 0.0 if since is None else now - since
+        if silent > config.heartbeat_timeout_s:
+            return f"it was silent for {silent:.0f} s"
+        if stuck > config.stall_timeout_s:
+            return f"it made no token for {stuck:.0f} s"
+        if mute > config.start_timeout_s:
+            return f"it left a question unanswered for {mute:.0f} s"
+        if gone > patience_s:
+            return "its connection broke, and what was sent to it is lost"
+        return ""
 
     def kill(self, why: str) -> None:
         """Kill the process, if there is one; its death is handled like any other."""

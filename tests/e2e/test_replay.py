@@ -14,7 +14,7 @@ import torch
 import aseer
 from aseer.data import trace
 from aseer.data.trace import Trace, TraceGroup
-from aseer.runtime import process
+from aseer.node import process
 from tests.e2e.tiny import tiny_config
 
 if TYPE_CHECKING:

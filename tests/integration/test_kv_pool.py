@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from aseer.instance.vllm.stats import Stats
 from aseer.kv.pool import KvPool
 from aseer.kv.settings import CONNECTOR, SHM_PREFIX, Memory, plan_pool
 from aseer.node.leftovers import Leftovers
-from aseer.runtime.process import InstanceProcess
+from aseer.node.process import InstanceProcess
 from aseer.transport.zeromq import make_socket_dir
 from aseer.types import InstanceId, InstanceInfo
 
@@ -191,9 +192,9 @@ def test_no_two_runs_find_each_others_kv(monkeypatch):
     namespaces = []
     start = InstanceProcess.start
 
-    async def noting(spec, *args):
-        namespaces.append(spec.kv_namespace)
-        return await start(spec, *args)
+    async def noting(name, line, *args):
+        namespaces.append(json.loads(line)["kv_namespace"])
+        return await start(name, line, *args)
 
     monkeypatch.setattr(InstanceProcess, "start", noting)
     for _ in range(2):

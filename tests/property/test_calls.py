@@ -108,5 +108,6 @@ def test_an_engines_late_words_are_logged_too() -> None:
     controller = LoggedController(made, log.write)
     controller.progress([report_of(99, [1], end="stop")], 1.0)
     controller.instance_down(InstanceId(3), 2.0, "never was up")
+    controller.instance_left(InstanceId(3), 2.0, "nor its node")
     log.seek(0)
-    assert replay(log).num_calls == 2
+    assert replay(log).num_calls == 3

@@ -126,14 +126,16 @@ class ControllerMachine(RuleBasedStateMachine):
             self.alive[info.instance_id] = info
             self.do(self.controller.instance_up(info, self.tick()))
 
-    @rule(i=st.integers(0, NUM_INSTANCES - 1))
-    def instance_dies(self, i: int) -> None:
+    @rule(i=st.integers(0, NUM_INSTANCES - 1), is_blameless=st.booleans())
+    def instance_dies(self, i: int, is_blameless: bool) -> None:
         self.alive.pop(InstanceId(i), None)
         for chunk_id, running in list(self.running.items()):
             if running.chunk.instance_id == i:
                 del self.running[chunk_id]
                 self.old.append(report_of(chunk_id, [0], end="stop"))
-        self.do(self.controller.instance_down(InstanceId(i), self.tick(), "it died"))
+        controller = self.controller
+        gone = controller.instance_left if is_blameless else controller.instance_down
+        self.do(gone(InstanceId(i), self.tick(), "it died"))
 
     @rule(
         picks=st.lists(

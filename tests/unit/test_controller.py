@@ -276,6 +276,19 @@ def test_without_instances_requests_wait_and_go_on_when_one_is_back() -> None:
     controller.check_integrity()
 
 
+def test_requests_whose_node_is_gone_go_on_at_once_however_often_that_happens() -> None:
+    controller = with_instances(100, max_request_retries=0)
+    (first, *_) = chunks_in(controller.add_groups([task_of(num_requests=3)], 0.0))
+    controller.progress([report_of(first.chunk_id, [1, 2])], 0.5)
+    for _ in range(3):
+        assert controller.instance_left(A, 1.0, "its node is gone") == []
+        assert controller.instance_left(A, 1.0, "again") == []
+        chunks = chunks_in(controller.instance_up(info_of(0), 2.0))
+        lengths = {c.request_id: len(c.generated) // 4 for c in chunks}
+        assert lengths == {"g/0": 2, "g/1": 0, "g/2": 0}
+    controller.check_integrity()
+
+
 def test_tokens_that_a_request_has_to_make_again_are_counted_once() -> None:
     controller = with_instances(100)
     task = task_of(num_requests=1, undivided_because="presence_penalty")

@@ -34,9 +34,7 @@ class Sim:
         self.prepare: Callable[[Machine], None] = lambda machine: None
         self.is_up = threading.Event()
         monkeypatch.setattr("aseer.runtime.serving.bind_router", self._router)
-        monkeypatch.setattr(
-            "aseer.runtime.instances.InstanceProcess.start", self._start
-        )
+        monkeypatch.setattr("aseer.node.local.InstanceProcess.start", self._start)
 
     @asynccontextmanager
     async def _router(self, *where: object) -> AsyncIterator[MemoryRouter[Any]]:

@@ -13,8 +13,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
+
 from aseer.config import EngineConfig
 from aseer.errors import InstanceStartError, describe
+from aseer.instance.base import InstanceSpec
 from aseer.instance.main import Instance
 from aseer.instance.messages import (
     FROM_INSTANCE,
@@ -25,6 +28,7 @@ from aseer.instance.messages import (
     Run,
 )
 from aseer.instance.sim import SimBackend
+from aseer.node.local import LocalNode
 from aseer.node.machine import Launch
 from aseer.runtime.instances import InstancePool
 from aseer.transport.base import PROTOCOL_VERSION
@@ -37,9 +41,9 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from aseer.instance.base import InstanceSpec
     from aseer.instance.messages import FromInstance
     from aseer.node.leftovers import Leftovers
+    from aseer.transport.base import Router
     from aseer.types import InstanceInfo
 
 SIGKILL = -9
@@ -169,13 +173,15 @@ class Machine:
 
     async def start(
         self,
-        spec: InstanceSpec,
+        name: str,
+        line: bytes,
         env: dict[str, str],
         log_path: Path,
         leftovers: Leftovers,
         interpreter: object = None,
     ) -> Process:
-        del env, log_path, leftovers, interpreter
+        del name, env, log_path, leftovers, interpreter
+        spec = msgspec.json.decode(line, type=InstanceSpec)
         if self.num_refused_starts:
             self.num_refused_starts -= 1
             raise InstanceStartError("no room for a process")
@@ -239,6 +245,10 @@ class Owner:
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         self.infos.pop(instance_id)
         self.told.append(("down", instance_id, why))
+
+    def instance_left(self, instance_id: InstanceId, why: str) -> None:
+        self.infos.pop(instance_id)
+        self.told.append(("left", instance_id, why))
 
     def instances_exhausted(self, why: str) -> None:
         self.told.append(("exhausted", why))
@@ -312,12 +322,16 @@ async def machine_of(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Machine]:
     quick(monkeypatch)
     async with asyncio.TaskGroup() as tasks:
         machine = Machine(tasks)
-        monkeypatch.setattr(
-            "aseer.runtime.instances.InstanceProcess.start", machine.start
-        )
+        monkeypatch.setattr("aseer.node.local.InstanceProcess.start", machine.start)
         yield machine
         for process in machine.processes.values():
             process.kill()
+
+
+def node_of(router: Router[FromInstance]) -> LocalNode:
+    """This machine, but for its files."""
+    leftovers = cast("Leftovers", NoLeftovers())
+    return LocalNode(router, "nowhere", leftovers, Path("/nowhere"))
 
 
 class Running:
@@ -329,10 +343,7 @@ class Running:
         self.pool = InstancePool(
             config,
             launches_of(config, **engine_args),
-            machine.router,
-            "nowhere",
-            cast("Leftovers", NoLeftovers()),
-            Path("/nowhere"),
+            node_of(machine.router),
             self.owner,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +12,11 @@ from aseer.instance.messages import (
     Hello,
 )
 from aseer.node.machine import Launch
+from aseer.runtime.causes import start_error
 from aseer.runtime.instances import InstancePool
 from aseer.transport.base import PROTOCOL_VERSION
 from tests.unit.builders import info_of
+from tests.unit.runtime.machine import node_of
 
 
 @pytest.mark.parametrize(
@@ -36,8 +37,8 @@ def test_an_instance_whose_hello_is_wrong_is_killed(hello: Hello, why: str) -> N
     launch = Launch(instance_id=0, backend="sim", engine_args={}, env={}, share="all")
     config = aseer.EngineConfig(model="sim", device="sim")
     nothing: Any = None
-    pool = InstancePool(config, [launch], nothing, "", nothing, Path(), nothing)
-    (slot,) = pool._slots
+    pool = InstancePool(config, [launch], node_of(nothing), nothing)
+    (slot,) = pool._own
     pool._by_identity[slot.identity] = slot
     kills: list[int] = []
     slot.process = SimpleNamespace(kill=lambda: kills.append(1))  # type: ignore[assignment]
@@ -45,7 +46,5 @@ def test_an_instance_whose_hello_is_wrong_is_killed(hello: Hello, why: str) -> N
     assert (slot.killed_because or "").startswith(why)
     assert bool(kills) == bool(why)
     process: Any = SimpleNamespace(cause=lambda: "a signal", log_tail=lambda: "")
-    assert f"cause: {why or 'a signal'}" in str(
-        pool._start_error(slot, process, "died")
-    )
+    assert f"cause: {why or 'a signal'}" in str(start_error(slot, process, "died"))
     assert slot.said_hello.is_set() == (not why)

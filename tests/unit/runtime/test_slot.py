@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +11,7 @@ from aseer.core.columns import columns_of
 from aseer.errors import EngineError, InstanceLostError
 from aseer.instance.messages import Answer, Report
 from aseer.node.machine import Launch
+from aseer.runtime.restarts import RestartBudget
 from aseer.runtime.slot import Slot
 from aseer.types import ChunkId, InstanceLoad
 from aseer.watch import WakingClock
@@ -22,7 +23,8 @@ def slot() -> Slot:
     launch = Launch(
         instance_id=0, backend="sim", engine_args={}, env={}, share="a test"
     )
-    return Slot(launch, Path(), WakingClock())
+    nowhere: Any = None
+    return Slot(launch, nowhere, RestartBudget(0), WakingClock())
 
 
 async def test_an_answer_that_nobody_waits_for_changes_nothing(slot: Slot) -> None:

@@ -12,7 +12,6 @@ import gc
 import logging
 import random
 from array import array
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -53,6 +52,7 @@ from aseer.types import (
     RequestId,
 )
 from tests.unit.builders import controller_of, info_of, task_of
+from tests.unit.runtime.machine import node_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,6 +221,9 @@ class Owner:
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         raise AssertionError(why)
 
+    def instance_left(self, instance_id: InstanceId, why: str) -> None:
+        raise AssertionError(why)
+
     def instances_exhausted(self, why: str) -> None:
         raise AssertionError(why)
 
@@ -232,9 +235,8 @@ async def shower_a_pool() -> None:
     owner = Owner(controller)
     launch = Launch(instance_id=0, backend="sim", engine_args={}, env={}, share="all")
     config = aseer.EngineConfig(model="sim", device="sim")
-    any_: Any = None
-    pool = InstancePool(config, [launch], router, "", any_, Path(), owner)
-    (slot,) = pool._slots
+    pool = InstancePool(config, [launch], node_of(router), owner)
+    (slot,) = pool._own
     pool._by_identity[slot.identity] = slot
     slot.up.set()
     owner.recorder.instance_up(info_of(), InstanceLoad())

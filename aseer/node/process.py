@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from aseer.errors import InstanceStartError, describe
 from aseer.node.children import Child
 from aseer.node.interpreter import this_interpreter
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from aseer.instance.base import InstanceSpec
     from aseer.node.interpreter import Interpreter
     from aseer.node.leftovers import Leftovers
 
@@ -39,7 +36,8 @@ class InstanceProcess:
     @classmethod
     async def start(
         cls,
-        spec: InstanceSpec,
+        name: str,
+        line: bytes,
         env: Mapping[str, str],
         log_path: Path,
         leftovers: Leftovers,
@@ -48,6 +46,7 @@ class InstanceProcess:
         """Start the process and hand it its spec.
 
         Args:
+            name: of the instance. line: its spec, in JSON.
             interpreter: that it runs on; None = the one of this process.
         Raises:
             InstanceStartError: the system has no room for it; nothing of it remains.
@@ -61,15 +60,15 @@ class InstanceProcess:
                 leftovers,
             )
             try:
-                child.tell(msgspec.json.encode(spec) + b"\n")
+                child.tell(line + b"\n")
             except BaseException:
                 await child.end()
                 raise
         except OSError as error:
             raise InstanceStartError(
-                f"the process of instance {spec.instance_id} cannot be started: "
-                f"{describe(error)}; look at the limits on processes, memory and open "
-                f"files, and whether {log_path} can be written"
+                f"the process of {name} cannot be started: {describe(error)}; look at "
+                "the limits on processes, memory and open files, and whether "
+                f"{log_path} can be written"
             ) from error
         return cls(child)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aseer.node.logs import Log, cause_from_log
-from aseer.runtime.process import describe_exit
+from aseer.node.process import describe_exit
 
 LOG = """\
 (EngineCore pid=7) ERROR 11-21 22:00:00 [core.py:1] Traceback (most recent call last):

@@ -1,0 +1,86 @@
+"""The contract of a node: a machine that instances run on, this one or another.
+
+A node starts processes, carries messages to and from them, and ends them. What they are
+and what is said to them is its owner's to know. All processes of a node end with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aseer.transport.base import Message
+
+
+class Process(Protocol):
+    """A process on a node."""
+
+    async def wait(self) -> int:
+        """Wait for its end; the exit status, negative for a signal."""
+        ...
+
+    async def end(self, grace_s: float) -> None:
+        """Give it `grace_s` to exit, then kill it; either way nothing of it remains.
+
+        May be called again.
+        """
+        ...
+
+    def kill(self) -> None:
+        """Kill it with all it has started; `wait` tells when."""
+        ...
+
+    async def note_shared_memory(self) -> None:
+        """Remember what it has mapped, in case it cannot remove that."""
+        ...
+
+    def log_tail(self) -> str:
+        """The last lines of its log; of another machine's, once it has ended."""
+        ...
+
+    def cause(self) -> str | None:
+        """The error its log gives for its death, if it gives one and it is over."""
+        ...
+
+
+class Node(Protocol):
+    """A machine that instances run on.
+
+    Attributes:
+        endpoint: that its processes connect to.
+        drafts: of its draft server.
+        lost_because: why it is gone, with all that ran there; None while it is not.
+    """
+
+    endpoint: str
+    drafts: str
+    lost_because: str | None
+
+    def send(self, peer: bytes, message: Message) -> None:
+        """See `Router.send`."""
+        ...
+
+    def forget(self, peer: bytes) -> None:
+        """See `Router.forget`."""
+        ...
+
+    async def start(
+        self, peer: bytes, name: str, line: bytes, env: Mapping[str, str]
+    ) -> Process:
+        """Start an instance's process and tell it what it is.
+
+        Args:
+            peer: under which it will speak; unlike any other's, also of earlier ones.
+            name: of its log.
+            line: of its standard input.
+            env: added to the node's own environment.
+        Raises:
+            InstanceStartError: the node has no room for it; nothing of it remains.
+        """
+        ...
+
+    def log_of(self, name: str) -> str:
+        """Where a process's log is, in words."""
+        ...

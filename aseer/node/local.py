@@ -1,0 +1,73 @@
+"""This machine, as a node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aseer.node.process import InstanceProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from aseer.node.interpreter import Interpreter
+    from aseer.node.leftovers import Leftovers
+    from aseer.transport.base import Message, Router
+
+
+class LocalNode:
+    """See `Node`; processes are children of this one."""
+
+    def __init__(
+        self,
+        router: Router[Any],
+        endpoint: str,
+        leftovers: Leftovers,
+        log_dir: Path,
+        interpreter: Interpreter | None = None,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            router: bound to `endpoint`.
+            leftovers: of the engine that the node belongs to.
+            interpreter: that instances run on; None = the one of this process.
+        """
+        self._router = router
+        self._leftovers = leftovers
+        self._log_dir = log_dir
+        self._interpreter = interpreter
+        self.endpoint = endpoint
+        self.drafts = f"ipc://{leftovers.run_dir}/dgds"
+        self.lost_because: str | None = None
+
+    def send(self, peer: bytes, message: Message) -> None:
+        """See `Node`."""
+        self._router.send(peer, message)
+
+    def forget(self, peer: bytes) -> None:
+        """See `Node`."""
+        self._router.forget(peer)
+
+    async def start(
+        self, peer: bytes, name: str, line: bytes, env: Mapping[str, str]
+    ) -> InstanceProcess:
+        """See `Node`."""
+        del peer  # the line says it
+        # vLLM leaves its sockets lying where it makes them: in a folder that we remove.
+        ours = {"VLLM_RPC_BASE_PATH": str(self._leftovers.run_dir)}
+        return await InstanceProcess.start(
+            name,
+            line,
+            {**ours, **env},
+            self._path_of(name),
+            self._leftovers,
+            self._interpreter,
+        )
+
+    def log_of(self, name: str) -> str:
+        """See `Node`."""
+        return str(self._path_of(name))
+
+    def _path_of(self, name: str) -> Path:
+        return self._log_dir / f"{name}.log"
