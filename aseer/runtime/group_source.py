@@ -229,7 +229,7 @@ class GroupSource:
 
 
 class OpenSource(GroupSource):
-    """Groups that are handed over one at a time, as they come."""
+    """Groups that are handed over one at a time, as they come; none is remembered."""
 
     def __init__(self, resolver: GroupResolver) -> None:
         """Start with none."""
@@ -247,6 +247,9 @@ class OpenSource(GroupSource):
         """
         return self._resolver.prepare(group)
 
+    def check_known(self, group_id: str) -> None:
+        """Whoever hands groups over names only their own."""
+
     def add(self, task: Task) -> None:
         """Hand a group over, whose id no other of this rollout has."""
-        self._offer([self._count(task)])
+        self._offer([task])

@@ -45,7 +45,7 @@ ROOMS = (
     # What runs in the user's.
     ("runtime",),
     ("",),  # aseer itself: the names that are public
-    ("sim", "integrations"),
+    ("sim", "integrations", "server"),
     ("cli",),
     ("__main__",),
 )
@@ -82,6 +82,7 @@ PURE = (
     "weights.names",
     "weights.checks",
     "weights.update",
+    "server.wire",
     "runtime.activity",
     "runtime.calls",
     "runtime.restarts",
@@ -110,6 +111,7 @@ HOMES = {
     "vllm": ("aseer.instance.vllm", "aseer.dgds", "aseer.kv", "aseer.cli"),
     "lmcache": ("aseer.kv",),
     "matplotlib": ("aseer.plot",),
+    "aiohttp": ("aseer.server", "aseer.cli.serve"),
 }
 # Slow to import or not always there: `import aseer` must work without.
 HEAVY = ("vllm", "lmcache", "torch", "transformers", "matplotlib", "tokenizers", "gguf")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aseer.errors import ConfigError, RolloutError
 from aseer.groups import Group, GroupResolver
-from aseer.runtime.group_source import GroupSource
+from aseer.runtime.group_source import GroupSource, OpenSource
 from aseer.sampling import SamplingParams
-from aseer.types import InstanceId, InstanceInfo
+from aseer.types import GroupId, InstanceId, InstanceInfo
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -366,3 +367,17 @@ async def test_a_pump_whose_loop_is_gone_is_no_hindrance() -> None:
     assert (session.taken, session.is_closed) == (["a"], True)
     source.stop()
     await source.wait_stopped()
+
+
+def test_a_source_without_an_end_does_not_grow():
+    resolver = GroupResolver(INFO, Tokenizer(), SamplingParams(max_tokens=5))  # type: ignore[arg-type]
+    source, session = OpenSource(resolver), Session()
+    source.begin(session)
+    for i in range(300):
+        task = source.prepare(Group([1, 2], 1))
+        source.add(replace(task, group_id=GroupId(f"desk-{i}")))
+        source.check_known(f"desk-{i}")
+        source.yielded()
+    assert len(session.taken) == 300
+    held = [value for value in vars(source).values() if isinstance(value, dict | list)]
+    assert sum(map(len, held)) == 0
