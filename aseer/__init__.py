@@ -37,6 +37,7 @@ from aseer.runtime.rollout import Rollout, SyncRollout
 from aseer.sampling import SamplingParams
 from aseer.types import RequestMetrics, Response
 from aseer.version import __version__
+from aseer.weights.target import WeightTarget
 
 __all__ = [
     "AseerError",
@@ -64,6 +65,7 @@ __all__ = [
     "SamplingParams",
     "SpeculationConfig",
     "SyncRollout",
+    "WeightTarget",
     "WeightUpdateError",
     "WeightUpdateReport",
     "__version__",

@@ -34,6 +34,7 @@ SECTIONS = {
         "Rollout",
         "SyncRollout",
         "Desk",
+        "WeightTarget",
     ],
     "What goes in": ["Group", "SamplingParams"],
     "What comes out": [
@@ -81,7 +82,7 @@ IN_WORDS = {
     "HasProgress": "what has a `progress()`, such as a `Rollout` or a `SyncRollout`",
 }
 # Made by the engine: what their constructors take is nobody's business.
-NOT_MADE_BY_USERS = ("Rollout", "SyncRollout", "Desk")
+NOT_MADE_BY_USERS = ("Rollout", "SyncRollout", "Desk", "WeightTarget")
 HEAD = """# API reference
 
 Every public name of `aseer`, and of its modules what is of use to you. Token ids are

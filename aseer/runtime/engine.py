@@ -26,10 +26,9 @@ from aseer.runtime.group_source import GroupSource, OpenSource
 from aseer.runtime.launch import plan_instances
 from aseer.runtime.opening import Opening
 from aseer.runtime.rollout import Rollout, SyncRollout
-from aseer.runtime.steps import drive, drive_blocking, result_of
-from aseer.runtime.weight_update import update_steps
+from aseer.runtime.steps import result_of
+from aseer.runtime.takes_weights import TakesWeights
 from aseer.runtime.work import Work
-from aseer.weights.sending import check_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,19 +37,16 @@ if TYPE_CHECKING:
 
     from aseer.config import PolicyName
     from aseer.groups import Group, Groups
-    from aseer.report import WeightUpdateReport
     from aseer.runtime.host import Host
     from aseer.runtime.loop_thread import LoopThread
-    from aseer.runtime.weights import Pause
     from aseer.types import InstanceInfo
-    from aseer.weights.sending import WeightSource
 
 current_engine: contextvars.ContextVar[Engine | None] = contextvars.ContextVar(
     "aseer_engine", default=None
 )
 
 
-class Engine:
+class Engine(TakesWeights):
     """vLLM instances on this machine, ready to run rollouts.
 
     Use it as a context manager, `async with` in asyncio code or `with` anywhere else;
@@ -231,60 +227,6 @@ class Engine:
         source = OpenSource(self._resolver(chosen))
         return Desk(self._work(source, chosen, chunk_size), source, join_s)
 
-    async def update_weights(
-        self,
-        source: WeightSource,
-        *,
-        version: int | None = None,
-        pause: Pause | None = None,
-    ) -> WeightUpdateReport:
-        """Give every instance new weights, or none of them.
-
-        Names, shapes, dtypes and values are checked against the checkpoint that the
-        engine was started from before anything changes. Tensors are written once into
-        memory that all instances share; they stay there for instances that must be
-        started again. Nothing made with the old weights is read after: prefix caches
-        are emptied, and drafts dropped as `SpeculationConfig` says.
-
-        Args:
-            source: a checkpoint's directory (safetensors; it must stay as it is while
-                the engine uses it), a `state_dict`, an `nn.Module`, or an iterable or
-                async iterable of (name, tensor), which is taken in the calling thread
-                and never held as a whole. Names are those of the checkpoint, with or
-                without what DDP, FSDP and torch.compile put before them; of the two of
-                a tied embedding and output layer one is enough. DTensors are gathered,
-                adapters of a `peft.PeftModel` are merged in copies of its layers.
-            version: the number that responses carry from then on, greater than the
-                current one; None = the current one plus 1.
-            pause: what to do about a rollout in progress: "wait" for its end, or
-                "abort" it, so that its unfinished responses come as `aborted`. None = a
-                rollout in progress is an error.
-        Raises:
-            WeightUpdateError: every instance has the weights it had before.
-            RolloutInProgressError: a rollout is in progress, and `pause` is None.
-            EngineClosedError: the engine is not open.
-        """
-        thread, host = self._open()
-        check_source(source, awaits=True)
-        asker = asyncio.current_task()
-        return await drive(update_steps(thread, host, source, version, pause, asker))
-
-    def update_weights_sync(
-        self,
-        source: WeightSource,
-        *,
-        version: int | None = None,
-        pause: Pause | None = None,
-    ) -> WeightUpdateReport:
-        """As `update_weights`, for code without an event loop.
-
-        Raises:
-            WeightUpdateError: as for `update_weights`; also for an async iterable.
-        """
-        thread, host = self._open()
-        check_source(source, awaits=False)
-        return drive_blocking(update_steps(thread, host, source, version, pause, None))
-
     async def abort_rollout(self) -> None:
         """End the rollout in progress early, whoever reads it, if there is one.
 
@@ -332,11 +274,6 @@ class Engine:
         """
         thread, host = self._open()
         await result_of(thread, thread.submit(host.wake))
-
-    @property
-    def weight_version(self) -> int:
-        """The version of the weights that every instance has; 0 = the checkpoint's."""
-        return self._open()[1].weights.version
 
     @property
     def instances(self) -> list[InstanceInfo]:

@@ -17,20 +17,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from aseer.context import LengthPriors
-from aseer.errors import EngineError
+from aseer.errors import EngineError, WeightUpdateError
 from aseer.node.local import LocalNode
 from aseer.runtime.activity import Activity, Call
 from aseer.runtime.call_log import CallLog
 from aseer.runtime.claims import Claims
 from aseer.runtime.instances import InstancePool
+from aseer.runtime.open_update import OpenUpdates
 from aseer.runtime.session import Session
 from aseer.runtime.sleep import Sleep
 from aseer.runtime.weights import NO_INSTANCE, WeightKeeper
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
 from aseer.watch import wait_awake
+from aseer.weights.files import no_place
+from aseer.weights.target import read_sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from aseer.runtime.weights import Pause, Plan, SwitchTimes
     from aseer.transport.base import Router
     from aseer.types import Response
+    from aseer.weights.target import Sent, WeightTarget
 
 _log = logging.getLogger("aseer")
 # A pool server that is asked to end is given this long before it is killed: it only has
@@ -91,6 +96,7 @@ class Host:
         self.kv_pool = kv_pool
         self.folders = folders
         self.weights = WeightKeeper(folders.weights)
+        self._open_updates = OpenUpdates(self.weights)
         self.infos: dict[InstanceId, InstanceInfo] = {}
         #: Limits of the instance that came up last (all start with the same settings).
         self.limits: InstanceInfo
@@ -248,6 +254,34 @@ class Host:
         finally:
             plan.claim.release()
         return times
+
+    async def open_weight_update(
+        self, version: int | None, pause: Pause | None, timeout_s: float, asker: object
+    ) -> WeightTarget:
+        """As `begin_weight_update`, for senders in other processes."""
+        plan = await self.begin_weight_update(version, pause, asker)
+        try:
+            return self._open_updates.begin(plan, timeout_s)
+        except OSError as error:
+            self.weights.abandon(plan)
+            raise no_place(error) from error
+
+    async def finish_open_update(
+        self, target: WeightTarget
+    ) -> tuple[Sent, SwitchTimes]:
+        """See `Engine.finish_update`."""
+        plan = self._open_updates.take(target, "was finished already")
+        try:
+            sent = read_sent(plan.directory)
+        except BaseException:
+            self.weights.abandon(plan)
+            raise
+        return sent, await self.switch_weights(plan)
+
+    def abandon_open_update(self, target: WeightTarget) -> None:
+        """See `Engine.abandon_update`; one that is over stays so."""
+        with suppress(WeightUpdateError):
+            self.weights.abandon(self._open_updates.take(target, "was abandoned"))
 
     async def sleep(self, level: int, asker: object) -> None:
         """See `Engine.sleep`."""

@@ -1,32 +1,35 @@
 """A weight update from its caller's side: begin, send, switch.
 
 The sender runs in the thread that asked for the update, since a sharded trainer's
-iterator may have collectives in it that belong to that thread; the rest happens on the
-engine's thread.
+iterator may have collectives in it that belong to that thread, or in another process
+altogether (`aseer.weights.target`); the rest happens on the engine's thread.
 """
 
 from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aseer.config import check_pause
-from aseer.errors import WeightUpdateError
+from aseer.errors import ConfigError, WeightUpdateError
 from aseer.report import WeightUpdateReport
 from aseer.runtime.steps import Either
 from aseer.weights.sending import send, send_async
+from aseer.weights.target import WeightTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
     from concurrent.futures import Future
 
     from aseer.runtime.host import Host
     from aseer.runtime.loop_thread import LoopThread
     from aseer.runtime.steps import Step
-    from aseer.runtime.weights import Pause, Plan, SwitchTimes
+    from aseer.runtime.weights import Pause, SwitchTimes
     from aseer.weights.files import Index
     from aseer.weights.sending import WeightSource
+
+T = TypeVar("T")
 
 
 def update_steps(
@@ -44,13 +47,11 @@ def update_steps(
     cannot be left.
     """
     check_pause(pause)
-    beginning = thread.submit(partial(host.begin_weight_update, version, pause, asker))
-    try:
-        plan: Plan = yield beginning
-    except BaseException:
-        beginning.add_done_callback(partial(_abandon, thread, host))
-        thread.cancel(beginning)
-        raise
+    plan = yield from _begun(
+        thread,
+        thread.submit(partial(host.begin_weight_update, version, pause, asker)),
+        host.weights.abandon,
+    )
     try:
         started = time.monotonic()
         index: Index = yield Either(
@@ -64,8 +65,50 @@ def update_steps(
             raise thread.closed_error() from error  # where it wrote to is gone
         raise
     times: SwitchTimes = yield thread.submit(lambda: host.switch_weights(plan))
+    return _report(plan.version, index, send_s, times)
+
+
+def begin_steps(
+    thread: LoopThread,
+    host: Host,
+    version: int | None,
+    pause: Pause | None,
+    timeout_s: float,
+    asker: object,
+) -> Generator[Step, Any, WeightTarget]:
+    """The steps of `Engine.begin_update`."""
+    check_pause(pause)
+    if isinstance(timeout_s, bool) or not 0 < timeout_s < float("inf"):
+        raise ConfigError(
+            f"timeout_s={timeout_s!r} is not allowed; give seconds greater than 0"
+        )
+    begin = partial(host.open_weight_update, version, pause, timeout_s, asker)
+    return (yield from _begun(thread, thread.submit(begin), host.abandon_open_update))
+
+
+def finish_steps(
+    thread: LoopThread, host: Host, target: WeightTarget
+) -> Generator[Step, Any, WeightUpdateReport]:
+    """The steps of `Engine.finish_update`; a switch goes on if nobody waits for it."""
+    check_target(target)
+    sent, times = yield thread.submit(lambda: host.finish_open_update(target))
+    return _report(target.version, sent.index, sent.send_s, times)
+
+
+def check_target(target: object) -> None:
+    """Raise a ConfigError for what no `begin_update` made."""
+    if not isinstance(target, WeightTarget):
+        raise ConfigError(
+            "a weight update is ended with the WeightTarget that Engine.begin_update "
+            f"made, not with a {type(target).__name__}"
+        )
+
+
+def _report(
+    version: int, index: Index, send_s: float, times: SwitchTimes
+) -> WeightUpdateReport:
     return WeightUpdateReport(
-        version=plan.version,
+        version=version,
         num_tensors=len(index.tensors),
         num_bytes=index.num_bytes,
         send_s=send_s,
@@ -74,8 +117,22 @@ def update_steps(
     )
 
 
-def _abandon(thread: LoopThread, host: Host, beginning: Future[Plan]) -> None:
-    """Give an update up whose caller was interrupted while it began."""
+def _begun(
+    thread: LoopThread, beginning: Future[T], abandon: Callable[[T], object]
+) -> Generator[Step, Any, T]:
+    """What was begun; given up if its caller was interrupted while it began."""
+    try:
+        begun: T = yield beginning
+    except BaseException:
+        beginning.add_done_callback(partial(_give_up, thread, abandon))
+        thread.cancel(beginning)
+        raise
+    return begun
+
+
+def _give_up(
+    thread: LoopThread, abandon: Callable[[T], object], beginning: Future[T]
+) -> None:
     if beginning.exception() is None:
-        plan = beginning.result()
-        thread.post(lambda: host.weights.abandon(plan))
+        begun = beginning.result()
+        thread.post(lambda: abandon(begun))

@@ -20,7 +20,7 @@ import msgspec
 from aseer.errors import EngineError, InstanceLostError, WeightUpdateError, describe
 from aseer.node.cleanup import SHARED_MEMORY
 from aseer.weights.checks import ModelSpec
-from aseer.weights.files import INDEX
+from aseer.weights.files import INDEX, make_directory
 from aseer.weights.update import (
     Commit,
     Decide,
@@ -95,7 +95,8 @@ class WeightKeeper:
         """Plan the next update; `abandon` or the end of `switch` gives the claim back.
 
         Raises:
-            WeightUpdateError: the version is not a later one.
+            WeightUpdateError: the version is not a later one, or there is no place for
+                new weights.
             EngineError: no instance can say what it takes.
         """
         wanted = self.version + 1 if version is None else version
@@ -113,6 +114,7 @@ class WeightKeeper:
         model = self._model = self._model or await _describe(pool, sorted(instances))
         self._num_plans += 1
         directory = self._directory / f"{wanted}-{self._num_plans}"
+        make_directory(directory)
         return Plan(wanted, directory, model, claim)
 
     def abandon(self, plan: Plan) -> None:

@@ -81,7 +81,7 @@ class Index(msgspec.Struct, frozen=True):
 
 
 def make_directory(directory: Path) -> None:
-    """Make an update's directory.
+    """Make an update's directory, which belongs to this user alone.
 
     Raises:
         WeightUpdateError: it cannot be made.

@@ -29,7 +29,6 @@ from aseer.weights.files import (
     INDEX,
     Index,
     index_checkpoint,
-    make_directory,
     map_tensors,
 )
 from aseer.weights.writer import (
@@ -88,7 +87,7 @@ def send(source: WeightSource, model: ModelSpec, directory: Path) -> Index:
 
     Args:
         source: that `check_source` took.
-        directory: made here, for the index and the tensors.
+        directory: there already, for the index and the tensors.
     Raises:
         WeightUpdateError: a tensor is not what the model takes, or there is no room.
     """
@@ -180,7 +179,6 @@ def _check_checkpoint(
         for key, tensor in taken.items()
         for name in model.names_of(key)
     ]
-    make_directory(directory)
     index = Index(index.files, tensors)
     index.write(directory / INDEX)
     yield index

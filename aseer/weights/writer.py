@@ -17,7 +17,6 @@ from aseer.weights.files import (
     Index,
     Tensor,
     dtype_name,
-    make_directory,
     map_tensors,
     no_place,
     torch_dtype,
@@ -39,7 +38,7 @@ class TensorWriter:
     """Writes an update's tensors, as a context manager; `finish` ends it."""
 
     def __init__(self, model: ModelSpec, directory: Path) -> None:
-        """`directory`, made at the entry, is for the index and the tensors."""
+        """`directory` is there already, for the index and the tensors."""
         self._model = model
         self._check = WeightCheck(model)
         self._directory = directory
@@ -50,7 +49,6 @@ class TensorWriter:
         self._offset = 0
 
     def __enter__(self) -> Self:
-        make_directory(self._directory)
         try:
             self._file = self._path.open("xb", buffering=0)
         except OSError as error:

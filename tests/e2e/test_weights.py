@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +196,36 @@ def test_killed_instances_come_back_with_the_new_weights(engine, expected, train
         os.kill(pid, signal.SIGKILL)
     until(lambda: len({i.pid for i in engine.instances} - victims) == 2)
     assert_same(roll(engine), expected)
+
+
+SENDER = """
+import pickle, sys
+from safetensors.torch import load_file
+target = pickle.load(open(sys.argv[1], "rb"))
+target.send(iter(load_file(sys.argv[2]).items()))
+assert "vllm" not in sys.modules
+"""
+
+
+def test_another_process_sends_what_a_fresh_engine_has(
+    engine, expected, checkpoint, tmp_path
+):
+    engine.update_weights_sync(state_dict_of(tiny_model()))
+    old, version = roll(engine), engine.weight_version
+    target = engine.begin_update_sync(version=version + 10)
+    (tmp_path / "target").write_bytes(pickle.dumps(target))
+    weights = checkpoint / "model.safetensors"
+    command = [sys.executable, "-c", SENDER, tmp_path / "target", weights]
+    subprocess.run(command, check=True, timeout=200)
+    report = engine.finish_update_sync(target)
+    assert engine.weight_version == report.version == version + 10
+    assert report.num_tensors == len(state_dict_of(checkpoint))
+    assert_same(roll(engine), expected)
+    target = engine.begin_update_sync()
+    engine.abandon_update_sync(target)
+    assert_same(roll(engine), expected)
+    engine.update_weights_sync(state_dict_of(tiny_model()))
+    assert_same(roll(engine), old)
 
 
 def make_tied(directory: Path, seed: int, *, twice: bool) -> Path:

@@ -36,7 +36,7 @@ def sim(monkeypatch: pytest.MonkeyPatch) -> Sim:
 
     monkeypatch.setattr("aseer.runtime.weight_update.send_async", send)
     monkeypatch.setattr(
-        "aseer.runtime.engine.check_source", lambda *args, **kwargs: None
+        "aseer.runtime.takes_weights.check_source", lambda *args, **kwargs: None
     )
     return sim
 

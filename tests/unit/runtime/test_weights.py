@@ -58,12 +58,10 @@ class Updates:
         assert claim is not None
         try:
             infos = self.run.owner.infos
-            plan = await self.keeper.begin(self.run.pool, infos, version, claim)
+            return await self.keeper.begin(self.run.pool, infos, version, claim)
         except BaseException:
             claim.release()
             raise
-        plan.directory.mkdir(parents=True)  # the sender's part
-        return plan
 
     async def switch(self, plan: Plan) -> SwitchTimes:
         try:
@@ -331,3 +329,11 @@ async def test_the_weights_folder_is_where_it_is_told_or_in_shared_memory(
     assert weights_dir_of(config_of(), run_dir) == tmp_path / "aseer-x"
     monkeypatch.setattr("aseer.runtime.weights.SHARED_MEMORY", tmp_path / "none")
     assert weights_dir_of(config_of(), run_dir) == run_dir / "weights"
+
+
+async def test_a_place_that_cannot_be_made_is_said(monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    async with updates(monkeypatch, tmp_path / "file", num_instances=1) as up:
+        with pytest.raises(WeightUpdateError, match=r"no place for .*weights_dir"):
+            await up.begin()
+        assert up.claims.activity is Activity.IDLE

@@ -14,7 +14,7 @@ from aseer.weights.files import (
     map_tensors,
     read_index,
 )
-from aseer.weights.sending import send
+from tests.unit.weights.made import send
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -12,7 +12,8 @@ import pytest
 
 from aseer.errors import WeightUpdateError
 from aseer.weights.files import describe_checkpoint, map_tensors
-from aseer.weights.sending import check_source, send
+from aseer.weights.sending import check_source
+from tests.unit.weights.made import send
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
