@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import aseer
 from aseer.instance.base import InstanceSpec
 from aseer.instance.vllm.backend import AsyncLLM, VllmBackend
 from aseer.instance.vllm.speculation import keep_schedule
 from aseer.instance.vllm.worker import WorkerExtension
 from aseer.models.tiny import make_tiny
+from aseer.types import Chunk, ChunkId, GroupId, InstanceId, RequestId
+from tests.unit.builders import info_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,3 +137,52 @@ def test_our_drafts_stay_as_long_as_they_are_on_a_vllm_that_pads_unknown_ones() 
     assert config_class("custom_class").speculative_config.schedule == [(1, 1, 8)]
     assert config_class("suffix").speculative_config.schedule is None
     keep_schedule(SimpleNamespace())  # a vLLM that drops nothing
+
+
+async def test_tokens_that_end_a_response_are_told_with_its_end(tmp_path: Path) -> None:
+    """If they were told before, a controller that loses the engine would go on."""
+    from transformers import AutoTokenizer
+
+    make_tiny(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    told: list[list[int]] = []
+    at_abort: list[list[int]] = []
+
+    class Engine:
+        errored = False
+
+        async def generate(self, *args: object) -> Any:
+            for token in (20, 21, 22):
+                logprobs = SimpleNamespace(logprobs=[-1.0], start_indices=[0])
+                output = SimpleNamespace(
+                    token_ids=[token], logprobs=logprobs, finish_reason=None
+                )
+                yield SimpleNamespace(outputs=[output], num_cached_tokens=None)
+
+        async def abort(self, request_id: str) -> None:
+            at_abort.extend(told)
+
+    def emit(*, tokens: Any = (), **others: object) -> None:
+        told.append(list(tokens))
+
+    backend = VllmBackend(spec_of(tmp_path))
+    backend._llm = Engine()  # type: ignore[assignment]
+    backend._tokenizer = tokenizer
+    backend._info = info_of()
+    sampling = aseer.SamplingParams(stop=tokenizer.decode([21])).to_dict()
+    chunk = Chunk(
+        chunk_id=ChunkId(1),
+        request_id=RequestId("g/0"),
+        group_id=GroupId("g"),
+        instance_id=InstanceId(0),
+        prompt=array("i", [5, 6]).tobytes(),
+        generated=b"",
+        max_tokens=9,
+        min_tokens=0,
+        sampling=sampling,
+        seed=None,
+        num_reserved_blocks=1,
+    )
+    end = await backend.run(chunk, emit)
+    assert (end.reason, told) == ("stop", [[20], [21]])
+    assert at_abort == [[20]]

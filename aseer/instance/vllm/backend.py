@@ -197,9 +197,12 @@ class VllmBackend:
                 kept, hit = text.add(tokens, stopped)
                 tokens, logprobs = tokens[:kept], logprobs[:kept]
             new_text = text.take(stopped or hit is not None) if text else ""
-            emit(tokens=tokens, logprobs=logprobs, text=new_text)
             if hit is not None:
                 await self._engine.abort(request_id)
+            # From here to the chunk's end nothing waits: tokens that end a response are
+            # never reported without saying so, as a resume would go on behind them.
+            emit(tokens=tokens, logprobs=logprobs, text=new_text)
+            if hit is not None:
                 return ChunkEnd(reason="stop", stop_reason=hit)
             if done.finish_reason is not None:
                 return _end(done, text)
