@@ -31,9 +31,10 @@ from aseer.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from aseer.core.columns import Columns
+    from aseer.types import Past
 
 __all__ = ["News", "Outcome", "Request", "RequestBuffer", "Taken", "aborted_responses"]
 
@@ -133,9 +134,14 @@ class RequestBuffer:
         """Tells the request whose chunk runs under an id; None if it is over."""
         return self._chunks.get
 
-    def add_group(self, task: Task, now: float) -> list[Request]:
-        """Split a group into its requests, all WAITING; the first is the probe.
+    def add_group(
+        self, task: Task, now: float, past: Mapping[int, Past] | None = None
+    ) -> list[Request]:
+        """Split a group into its requests, WAITING; the first is the probe.
 
+        Args:
+            past: what requests had in an earlier run, by index; such requests go on
+                from there, or are finished already.
         Raises:
             ValueError: the group was added before.
         """
@@ -144,9 +150,11 @@ class RequestBuffer:
         requests = [
             Request(task, i, now, self._outputs) for i in range(task.num_requests)
         ]
+        for index, had in (past or {}).items():
+            requests[index].restore(had, now)
         self._groups[task.group_id] = requests
         self._requests.update((r.request_id, r) for r in requests)
-        self.num_unfinished += len(requests)
+        self.num_unfinished += sum(not r.state.is_finished for r in requests)
         self._num_requests += len(requests)
         return requests
 
@@ -163,7 +171,7 @@ class RequestBuffer:
         if was_taken:
             self._finished_groups.add(group_id)
         else:
-            self.num_unfinished -= len(requests)
+            self.num_unfinished -= sum(not r.state.is_finished for r in requests)
             self._num_requests -= len(requests)
 
     def start_chunk(self, assignment: Assignment, now: float) -> Chunk:

@@ -222,6 +222,8 @@ class EngineConfig:
             sockets, which is removed when the engine closes.
         logs_calls: whether every rollout's decisions are written to `log_dir`, one file
             each, as large as what is generated; `aseer replay-log` makes them again.
+        journal_dir: where `Engine.rollout(journal=...)` keeps journals, a file each; it
+            is made when it is needed. Files there are the user's to remove.
         weights_dir: where `update_weights` puts tensors for the engines, as large as
             the model, twice that during an update; None = shared memory (/dev/shm).
     """
@@ -258,6 +260,7 @@ class EngineConfig:
     python: Path | str | None = None
     log_dir: Path | str | None = None
     logs_calls: bool = False
+    journal_dir: Path | str | None = None
     weights_dir: Path | str | None = None
 
     def __post_init__(self) -> None:
@@ -315,6 +318,7 @@ class EngineConfig:
             raise refusal("logs_calls", self.logs_calls, "True or False")
         if self.logs_calls and self.log_dir is None:
             raise refusal("log_dir", None, "a directory, since logs_calls is True")
+        check_directory(self, "journal_dir")
         check_directory(self, "weights_dir")
 
 

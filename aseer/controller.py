@@ -33,12 +33,13 @@ from aseer.scheduler import Scheduler
 from aseer.types import Chunk, GroupId, InstanceId, RequestState, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from aseer.config import PolicyName
     from aseer.core.outputs import Outputs
-    from aseer.types import ChunkProgress, InstanceInfo
+    from aseer.types import ChunkProgress, InstanceInfo, Past
 
+    Pasts = Mapping[GroupId, Mapping[int, Past]]
 
 __all__ = ["Abort", "Blame", "Command", "Controller", "Dispatch", "Finished"]
 
@@ -111,9 +112,14 @@ class Controller:
         waiting = map(self.buffer.__getitem__, self.scheduler.upcoming(num_groups))
         return [request for request in waiting if request.num_generated]
 
-    def add_groups(self, tasks: Iterable[Task], now: float) -> list[Command]:
+    def add_groups(
+        self, tasks: Iterable[Task], now: float, past: Pasts | None = None
+    ) -> list[Command]:
         """Take validated groups, and decide once all their probes are known.
 
+        Args:
+            past: what requests had in an earlier run of the rollout; what is finished
+                is not run again, and the rest goes on from there.
         Raises:
             ValueError: an id is taken already, or two are the same; then no group was
                 taken.
@@ -125,16 +131,19 @@ class Controller:
                 raise ValueError(f"group {task.group_id!r} is in this rollout already")
             ids.add(task.group_id)
         self._forget_finished()
+        commands: list[Command] = []
         try:
             for task in tasks:
-                self._add_group(task, now)
+                had = past.get(task.group_id) if past else None
+                commands += self._add_group(task, now, had)
         except BaseException:  # of a policy's own
             for task in tasks:
                 self.scheduler.remove_group(task.group_id)
                 self._forget(task.group_id, was_taken=False)
+            self._just_finished.clear()
             raise
         self.counters.num_groups += len(tasks)
-        return self.schedule(now)
+        return commands + self.schedule(now)
 
     def instance_up(self, info: InstanceInfo, now: float) -> list[Command]:
         """An instance can take work; its caches are empty.
@@ -377,7 +386,9 @@ class Controller:
                 commands.append(Abort(chunk.instance_id, chunk.chunk_id))
         return commands
 
-    def _add_group(self, task: Task, now: float) -> None:
+    def _add_group(
+        self, task: Task, now: float, past: Mapping[int, Past] | None
+    ) -> list[Command]:
         group_id = task.group_id
         self.context.add_group(
             group_id, task.max_tokens, task.num_requests, task.length_prior
@@ -387,8 +398,16 @@ class Controller:
         self._unfinished_in_group[group_id] = task.num_requests
         if self._to_cancel is not None:
             self._to_cancel.append(group_id)
-        for request in self.buffer.add_group(task, now):
-            self._enqueue(request)
+        finished: list[Command] = []
+        for request in self.buffer.add_group(task, now, past):
+            if request.state.is_finished:
+                self.counters.num_replayed += 1
+                self.counters.num_replayed_tokens += request.num_generated
+                finished += self._finish(request)
+            else:
+                self.counters.num_resumed_tokens += request.num_generated
+                self._enqueue(request)
+        return finished
 
     def _enqueue(self, request: Request) -> None:
         task = request.group
@@ -448,8 +467,9 @@ class Controller:
             self.counters.num_groups_finished += 1
             self._just_finished.append(group_id)
         response = request.to_response(self._weight_version)
+        held_text = request.held_text
         request.drop_output()
-        return [Finished(response)]
+        return [Finished(response, held_text)]
 
     def _forget_finished(self) -> None:
         """Forget groups that finished in the last call.

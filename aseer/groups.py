@@ -141,6 +141,10 @@ class GroupResolver:
         group_id = GroupId("") if group.group_id is None else GroupId(group.group_id)
         return self._resolve(group, group_id)
 
+    def has_made(self, group_id: GroupId) -> bool:
+        """Whether the id was made here, and not given."""
+        return self._ids[group_id]
+
     def resolve_all(self, groups: Iterable[Group]) -> list[Task]:
         """All groups as tasks, or none: if one is refused, no id is taken.
 

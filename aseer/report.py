@@ -170,7 +170,7 @@ class Completions:
         self._times.append(metrics.finished_at_s)
         self._group_ids.append(response.group_id)
         self._indices.append(response.index)
-        places = metrics.instances
+        places = [] if response.replayed else metrics.instances
         self._instances.append(places[-1] if places else self._NOWHERE)
         self._lengths.append(len(response.token_ids))
         self._reasons.append(self._REASONS.index(response.finish_reason))
@@ -265,6 +265,9 @@ class RolloutReport:
         num_recomputed_tokens: tokens whose KV was computed again.
         num_cached_tokens: tokens whose KV a chunk found when it started.
         num_preemptions: requests the engines dropped from KV and restarted.
+        num_replayed: responses that came out of a journal. num_resumed_tokens: tokens
+            that a journal had of other responses. Neither is in `num_output_tokens`.
+        journal_error: why the journal went off; None = it did not, or there is none.
         speculation: None if the engines do not speculate.
         kv: None without a KV pool.
     """
@@ -290,6 +293,9 @@ class RolloutReport:
     idle_fraction: float
     weight_version: int
     instances: list[InstanceReport]
+    num_replayed: int = 0
+    num_resumed_tokens: int = 0
+    journal_error: str | None = None
     speculation: SpeculationReport | None = None
     kv: KvReport | None = None
     completions: list[Completion] = field(default_factory=list)

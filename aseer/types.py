@@ -385,6 +385,10 @@ class InstanceLoad:
 class RequestMetrics:
     """What one request went through.
 
+    Of a response that a journal had, what it went through in the run that finished it,
+    but for `finished_at_s`, which is of this rollout; of one that a journal had a part
+    of, what it went through in this rollout.
+
     Attributes:
         queue_s: time spent waiting for a place. run_s: time spent in chunks.
         finished_at_s: since the rollout's start.
@@ -421,6 +425,7 @@ class Response:
             the model's length), `aborted` (cancelled), `error`.
         stop_reason: the token id or string that stopped it; None if nothing did.
         weight_version: of the weights every token was sampled with.
+        replayed: it was finished in an earlier run, and came out of a journal.
     """
 
     group_id: str
@@ -435,10 +440,51 @@ class Response:
     metrics: RequestMetrics
     metadata: Any = None
     error: str | None = None
+    replayed: bool = False
 
     @property
     def request_id(self) -> str:
         return request_id_of(GroupId(self.group_id), self.index)
+
+
+class GroupKey(NamedTuple):
+    """What tells a group from others in every run of its rollout.
+
+    Attributes:
+        group_id: that the user gave; empty = the group is told by its content alone.
+        prompt, settings: digests of what decides how its responses are sampled.
+        occurrence: groups of the same content, and without an id, that came before.
+    """
+
+    group_id: str
+    prompt: bytes
+    settings: bytes
+    num_requests: int
+    occurrence: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """What a request had generated when an earlier run of its rollout broke off.
+
+    Attributes:
+        tokens: int32 as bytes; logprobs: float32 as bytes, one a token; text: UTF-8.
+        held_text: text that counts only if nothing follows; see `ChunkEnd`.
+        finish_reason: None = the request is not finished, and goes on.
+        metrics: of a finished request.
+    """
+
+    tokens: bytes
+    logprobs: bytes
+    text: bytes
+    held_text: str = ""
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: int | str | None = None
+    metrics: RequestMetrics | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) // 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -453,6 +499,7 @@ class Task:
         known_lengths: lengths of the members if known beforehand (oracle policies
             only).
         length_prior: the longest response to the prompt in an earlier rollout.
+        key: by which a journal knows the group; None without a journal.
     """
 
     group_id: GroupId
@@ -466,4 +513,5 @@ class Task:
     undivided_because: str | None = None
     known_lengths: Sequence[int] | None = None
     length_prior: int | None = None
+    key: GroupKey | None = None
     metadata: Any = None

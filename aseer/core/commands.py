@@ -22,9 +22,14 @@ class Abort(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A request is over; the user gets this."""
+    """A request is over; the user gets this.
+
+    Attributes:
+        held_text: the end of the response's text that no report brought.
+    """
 
     response: Response
+    held_text: str = ""
 
 
 class Blame(NamedTuple):

@@ -24,6 +24,11 @@ class Counters:
         self.num_cached_tokens = 0
         self.num_retries = 0
         self.num_finished = 0
+        # Of responses that a journal had, and of tokens in them; and of tokens of
+        # requests that went on from there.
+        self.num_replayed = 0
+        self.num_replayed_tokens = 0
+        self.num_resumed_tokens = 0
         self.num_groups = 0
         self.num_groups_finished = 0
         # Chunks on another instance than the one before, by what they computed when

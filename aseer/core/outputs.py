@@ -14,8 +14,12 @@ from aseer.core._native import Outputs as _Outputs
 
 if TYPE_CHECKING:
     from aseer.core.columns import Columns
+    from aseer.types import Past
 
 __all__ = ["Outputs"]
+
+_RESTORED = (1 << 63) - 1  # the id of no other chunk
+_ZERO = bytes(4)
 
 
 class Outputs(_Outputs):
@@ -34,6 +38,24 @@ class Outputs(_Outputs):
             report.text,
             [place for place, _ in report.ends],
         )
+
+    def restore(self, request: int, past: Past) -> None:
+        """Give a request that has nothing what it had in an earlier run."""
+        num = array("i", [past.num_tokens]).tobytes()
+        num_text = array("i", [len(past.text)]).tobytes()
+        self.begin(_RESTORED, request, past.num_tokens)
+        self.take(
+            array("q", [_RESTORED]).tobytes(),
+            _ZERO,
+            num,
+            past.tokens,
+            past.logprobs,
+            _ZERO,
+            num_text,
+            past.text,
+            [],
+        )
+        self.end(_RESTORED)
 
     def token_ids(self, request: int) -> list[int]:
         """A request's tokens as numbers."""

@@ -14,6 +14,7 @@ A move the table does not allow raises `InvalidTransition` with the request's st
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
@@ -31,7 +32,7 @@ from aseer.types import (
 )
 
 if TYPE_CHECKING:
-    from aseer.types import FinishReason
+    from aseer.types import FinishReason, Past
 
 _S = RequestState
 _MOVES = {
@@ -47,6 +48,7 @@ class Request:
     Attributes:
         chunk: that runs; None between two.
         is_broken: a report of the chunk was refused.
+        is_replayed: it was finished in an earlier run of the rollout.
         cached_by_chunk: `num_cached_tokens` of the chunk; None until it is reported.
     """
 
@@ -64,9 +66,11 @@ class Request:
         "index",
         "instances",
         "is_broken",
+        "is_replayed",
         "num_cached_tokens",
         "num_recomputed_tokens",
         "num_retries",
+        "past_metrics",
         "queue_s",
         "request_id",
         "run_s",
@@ -92,6 +96,8 @@ class Request:
         self.held_text = ""
         self.chunk: Chunk | None = None
         self.is_broken = False
+        self.is_replayed = False
+        self.past_metrics: RequestMetrics | None = None
         self.cached_by_chunk: int | None = None
         self.cancelled = False
         self.stop_reason: int | str | None = None
@@ -129,6 +135,26 @@ class Request:
     def remaining(self) -> int:
         """The most it may still generate."""
         return self.group.max_tokens - self.num_generated
+
+    def restore(self, past: Past, now: float) -> None:
+        """Go on from what it had in an earlier run, or be finished as it was there.
+
+        What cannot be gone on with starts over.
+        """
+        is_finished = past.finish_reason is not None
+        is_partial = self.group.undivided_because is None and (
+            past.num_tokens < self.group.max_tokens
+        )
+        if not (is_finished or is_partial):
+            return
+        self._outputs.restore(self._handle, past)
+        self.held_text = past.held_text
+        if past.finish_reason is not None:
+            self.is_replayed = True
+            self.state = RequestState(past.finish_reason)
+            self.stop_reason = past.stop_reason
+            self.past_metrics = past.metrics
+            self.finished_at = now
 
     def begin(self, chunk: Chunk) -> None:
         """Its next chunk runs, and will report."""
@@ -196,9 +222,12 @@ class Request:
             metrics=self._metrics(),
             metadata=self.group.metadata,
             error=self.error,
+            replayed=self.is_replayed,
         )
 
     def _metrics(self) -> RequestMetrics:
+        if self.past_metrics is not None:
+            return replace(self.past_metrics, finished_at_s=self.finished_at)
         places = self.instances
         return RequestMetrics(
             queue_s=self.queue_s,

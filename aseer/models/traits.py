@@ -99,6 +99,14 @@ def read_traits(model: Path | str, revision: str | None = None) -> ModelTraits |
     Returns:
         None where its settings are not to be had.
     """
+    settings = read_settings(model, revision)
+    return None if settings is None else traits_of(settings)
+
+
+def read_settings(
+    model: Path | str, revision: str | None = None
+) -> dict[str, Any] | None:
+    """What a model's `config.json` says; None where it is not to be had."""
     try:
         path = Path(model) / "config.json"
         if not path.is_file():
@@ -114,7 +122,7 @@ def read_traits(model: Path | str, revision: str | None = None) -> ModelTraits |
         settings = json.loads(path.read_text("utf-8"))
     except (ImportError, OSError, ValueError):  # not there, or not of this form
         return None
-    return traits_of(settings) if isinstance(settings, dict) else None
+    return settings if isinstance(settings, dict) else None
 
 
 def _kinds_of(text: Mapping[str, Any], model_type: str) -> set[LayerKind]:

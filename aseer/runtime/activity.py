@@ -1,9 +1,10 @@
 """What an engine is doing, and what it answers to a call meanwhile: one pure table.
 
-               rollout                       over
-        IDLE ----------> ROLLING_OUT ---------------------> IDLE
-         |                    | its user left, or gave up waiting
-         |                    +----> LEFT --- engines stopped ---> IDLE
+            rollout             its journal is read                over
+        IDLE ----------> BEGINNING ------------> ROLLING_OUT ---------------> IDLE
+         |                                            | its user left, or
+         |                                            | gave up waiting
+         |                                            +----> LEFT ----------> IDLE
          |  update                     done, or refused
          +-------------> UPDATING -------------------------> IDLE
          |  sleep                            wake
@@ -29,6 +30,7 @@ class Activity(StrEnum):
     """What the engine is doing."""
 
     IDLE = "idle"
+    BEGINNING = "beginning a rollout"
     ROLLING_OUT = "rolling out"
     LEFT = "ending a rollout that was left"
     UPDATING = "updating its weights"
@@ -69,7 +71,7 @@ class Verdict(StrEnum):
 
 #: What the engine does once a call has taken it. ABORT never takes it.
 TAKEN: Mapping[Call, Activity] = {
-    Call.ROLLOUT: Activity.ROLLING_OUT,
+    Call.ROLLOUT: Activity.BEGINNING,
     Call.UPDATE: Activity.UPDATING,
     Call.UPDATE_AFTER: Activity.UPDATING,
     Call.UPDATE_INSTEAD: Activity.UPDATING,
@@ -85,6 +87,7 @@ def decide(activity: Activity, call: Call) -> Verdict:
 
 _OTHERWISE: Mapping[Activity, Verdict] = {
     Activity.IDLE: Verdict.TAKE,
+    Activity.BEGINNING: Verdict.WAIT,
     Activity.ROLLING_OUT: Verdict.BUSY,
     Activity.LEFT: Verdict.END,
     Activity.UPDATING: Verdict.WAIT,
@@ -95,6 +98,7 @@ _OTHERWISE: Mapping[Activity, Verdict] = {
 }
 _TABLE: Mapping[Activity, Mapping[Call, Verdict]] = {
     Activity.IDLE: {Call.WAKE: Verdict.DONE, Call.ABORT: Verdict.DONE},
+    Activity.BEGINNING: {Call.WAKE: Verdict.DONE},
     Activity.ROLLING_OUT: {
         Call.UPDATE_AFTER: Verdict.WAIT,
         Call.UPDATE_INSTEAD: Verdict.ABORT,

@@ -19,7 +19,7 @@ import zlib
 from array import array
 
 # At run time, too: msgspec resolves the annotations.
-from collections.abc import Callable, Iterable  # noqa: TC003
+from collections.abc import Callable, Iterable, Mapping  # noqa: TC003
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +30,14 @@ from aseer.controller import Controller
 from aseer.core.columns import Columns, columns_of
 from aseer.core.commands import Abort, Blame, Command, Dispatch
 from aseer.errors import ConfigError
-from aseer.types import ChunkProgress, GroupId, InstanceId, InstanceInfo, Task
+from aseer.types import (
+    ChunkProgress,
+    GroupId,
+    InstanceId,
+    InstanceInfo,
+    Past,
+    Task,
+)
 
 if TYPE_CHECKING:
     from typing import BinaryIO
@@ -61,6 +68,7 @@ class _Header(msgspec.Struct):
 class _AddGroups(msgspec.Struct, tag=True):
     tasks: list[Task]
     now: float
+    past: dict[GroupId, dict[int, Past]] = {}
 
 
 class _InstanceUp(msgspec.Struct, tag=True):
@@ -166,11 +174,17 @@ class LoggedController(Controller):
         self._is_within = False
         write(_frame(_Header(FORMAT, settings)))
 
-    def add_groups(self, tasks: Iterable[Task], now: float) -> list[Command]:
+    def add_groups(
+        self,
+        tasks: Iterable[Task],
+        now: float,
+        past: Mapping[GroupId, Mapping[int, Past]] | None = None,
+    ) -> list[Command]:
         tasks = list(tasks)
         plain = [replace(task, metadata=None) for task in tasks]
+        had = {group_id: dict(each) for group_id, each in (past or {}).items()}
         make = super().add_groups
-        return self._log(_AddGroups(plain, now), lambda: make(tasks, now))
+        return self._log(_AddGroups(plain, now, had), lambda: make(tasks, now, past))
 
     def instance_up(self, info: InstanceInfo, now: float) -> list[Command]:
         call = _InstanceUp(info, self.residency.pool_of(info.instance_id), now)
@@ -283,8 +297,8 @@ def _make(
     controller: Controller, call: _Call, pools: dict[InstanceId, int]
 ) -> list[Command]:
     match call:
-        case _AddGroups(tasks, now):
-            return controller.add_groups(tasks, now)
+        case _AddGroups(tasks, now, past):
+            return controller.add_groups(tasks, now, past)
         case _InstanceUp(info, pool, now):
             pools[info.instance_id] = pool
             return controller.instance_up(info, now)

@@ -111,8 +111,11 @@ class Claims:
                     raise self._closed()
 
     def set_rollout(self, rollout: InTheWay) -> None:
-        """The rollout that the call which just took the engine began."""
+        """The rollout that the call which has the engine began."""
         self._rollout = rollout
+        if self._activity is Activity.BEGINNING:
+            self._activity = Activity.ROLLING_OUT
+            self._wake()
 
     def close(self, error: Callable[[], EngineError]) -> None:
         """Refuse every call from here on, those that wait included.

@@ -23,6 +23,7 @@ from aseer.node.interpreter import interpreter_at
 from aseer.node.machine import this_machine
 from aseer.runtime.desk import JOIN_S, Desk
 from aseer.runtime.group_source import GroupSource, OpenSource
+from aseer.runtime.journal import journal_path
 from aseer.runtime.launch import plan_instances
 from aseer.runtime.opening import Opening
 from aseer.runtime.rollout import Rollout, SyncRollout
@@ -151,6 +152,7 @@ class Engine(TakesWeights):
         *,
         policy: PolicyName | None = None,
         chunk_size: int | None = None,
+        journal: str | None = None,
     ) -> Rollout:
         """Sample every group's responses.
 
@@ -172,13 +174,17 @@ class Engine(TakesWeights):
             policy: replaces the engine's policy for this rollout.
             chunk_size: replaces the engine's chunk size for this rollout; 0 = requests
                 are not divided. The engine's own decided whether there is a KV pool.
+            journal: name of the rollout in `EngineConfig.journal_dir`. Everything is
+                written there, so that the same rollout, begun again under this name
+                after this process has died, yields what was finished at once and goes
+                on with the rest. The groups and the model must be the same; what other
+                weights generated is generated anew.
         Raises:
-            ConfigError: a group of the list cannot run.
+            ConfigError: a group of the list cannot run; when the rollout begins, that
+                its journal is another rollout's or cannot be used.
             EngineClosedError: the engine is not open.
         """
-        chosen = None if policy is None else check_policy(policy)
-        source = self._source(groups, chosen)
-        return Rollout(self._work(source, chosen, chunk_size))
+        return Rollout(self._work_on(groups, policy, chunk_size, journal))
 
     def rollout_sync(
         self,
@@ -186,6 +192,7 @@ class Engine(TakesWeights):
         *,
         policy: PolicyName | None = None,
         chunk_size: int | None = None,
+        journal: str | None = None,
     ) -> SyncRollout:
         """As `rollout`, for code without an event loop: iterate it with `for`.
 
@@ -197,9 +204,7 @@ class Engine(TakesWeights):
                 "rollout_sync takes a list or an iterator of groups; an async iterator "
                 "needs `async for` over Engine.rollout"
             )
-        chosen = None if policy is None else check_policy(policy)
-        source = self._source(groups, chosen)
-        return SyncRollout(self._work(source, chosen, chunk_size))
+        return SyncRollout(self._work_on(groups, policy, chunk_size, journal))
 
     def open_rollout(
         self,
@@ -307,12 +312,30 @@ class Engine(TakesWeights):
             needs_lengths=(policy or config.policy) == "longest-first",
         )
 
-    def _source(self, groups: Groups, policy: PolicyName | None) -> GroupSource:
-        limit = self.config.max_pending_requests
-        return GroupSource(self._resolver(policy), groups, limit)
+    def _work_on(
+        self,
+        groups: Groups,
+        policy: PolicyName | None,
+        chunk_size: int | None,
+        journal: str | None,
+    ) -> Work:
+        config = self.config
+        chosen = None if policy is None else check_policy(policy)
+        path = None if journal is None else journal_path(config.journal_dir, journal)
+        source = GroupSource(
+            self._resolver(chosen),
+            groups,
+            config.max_pending_requests,
+            has_journal=path is not None,
+        )
+        return self._work(source, chosen, chunk_size, path)
 
     def _work(
-        self, source: GroupSource, policy: PolicyName | None, chunk_size: int | None
+        self,
+        source: GroupSource,
+        policy: PolicyName | None,
+        chunk_size: int | None,
+        journal: Path | None = None,
     ) -> Work:
         """What a rollout is made of, in any form."""
         thread, host = self._open()
@@ -324,4 +347,5 @@ class Engine(TakesWeights):
             source=source,
             policy=config.policy if policy is None else policy,
             chunk_size=check_chunk_size(size),
+            journal=journal,
         )

@@ -10,21 +10,84 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aseer.kv.sharing import PromptSharing, num_alike
-from aseer.types import GroupId, RequestId
+from aseer.types import GroupId, RequestId, request_id_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from aseer.context import LengthPriors
     from aseer.controller import Controller
     from aseer.dgds.server import DraftServer
     from aseer.instance.messages import Report
     from aseer.kv.pool import KvPool
-    from aseer.types import InstanceInfo, Response, Task
+    from aseer.runtime.recorder import Recorder
+    from aseer.types import InstanceInfo, Past, Response, Task
 
 # Requests whose KV is fetched from the disk ahead, for each instance: the one that is
 # next and one more, as a fetch takes about as long as a chunk's first steps.
 _PREFETCHES_PER_INSTANCE = 2
+
+
+class Followers:
+    """All that follow one rollout, as far as the engine has them."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        *,
+        weight_version: int,
+        rollout_id: int,
+        draft_server: DraftServer | None,
+        kv_pool: KvPool | None,
+        priors: LengthPriors | None,
+    ) -> None:
+        self._controller = controller
+        self._priors = priors
+        self._drafts: DraftFeed | None = None
+        self._kv: KvUpkeep | None = None
+        if draft_server is not None:
+            draft_server.set_weight_version(weight_version)
+            self._drafts = DraftFeed(draft_server, controller, rollout_id)
+        if kv_pool is not None:
+            controller.use_pool(kv_pool.granularity, kv_pool.server_of)
+            self._kv = KvUpkeep(kv_pool, controller, weight_version)
+
+    def prepared(self, tasks: list[Task]) -> list[Task]:
+        """Groups with what is known of them before they come."""
+        return tasks if self._priors is None else with_priors(self._priors, tasks)
+
+    def added(
+        self, tasks: list[Task], past: Mapping[GroupId, Mapping[int, Past]]
+    ) -> None:
+        """The controller has groups, and what they had in an earlier run."""
+        if self._kv is not None:
+            self._kv.groups_added(tasks)
+        if self._drafts is not None:
+            self._drafts.restored(past)
+
+    def take(self, report: Report) -> None:
+        """An instance's report, before the controller takes it."""
+        if self._drafts is not None:
+            self._drafts.take(report)
+
+    def progressed(self, recorder: Recorder) -> None:
+        """The rollout's sums were made anew, a few times a second."""
+        if self._kv is not None:
+            self._controller.set_move_price(recorder.kv_counts.move_price)
+            info = recorder.any_instance()
+            assert info is not None
+            self._kv.prefetch(info)
+
+    def finished(self, response: Response, info: InstanceInfo | None) -> None:
+        """A request is over; see `KvUpkeep.finished`."""
+        group_id = GroupId(response.group_id)
+        if self._kv is not None:
+            self._kv.finished(response, info)
+        if self._controller.is_group_finished(group_id):
+            if self._drafts is not None:
+                self._drafts.group_finished(group_id)
+            if self._priors is not None:
+                learn_length(self._priors, self._controller, group_id)
 
 
 class DraftFeed:
@@ -51,6 +114,16 @@ class DraftFeed:
                 len(request.chunk.generated) // 4 + start,
                 tokens,
             )
+
+    def restored(self, past: Mapping[GroupId, Mapping[int, Past]]) -> None:
+        """Let siblings draft from what requests had in an earlier run."""
+        for group_id, requests in past.items():
+            if self._controller.is_group_finished(group_id):
+                continue
+            group = self._prefix + group_id
+            for index, had in requests.items():
+                request = self._prefix + request_id_of(group_id, index)
+                self._server.update_cst(group, request, 0, had.tokens)
 
     def group_finished(self, group_id: GroupId) -> None:
         """Its requests need no more drafts."""

@@ -17,15 +17,17 @@ import time
 from collections import deque
 from collections.abc import AsyncIterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aseer.buffer import aborted_responses
 from aseer.errors import ConfigError, RolloutError, describe
 from aseer.groups import check_group_id, check_groups
+from aseer.journal.keys import KeyMaker
 
 if TYPE_CHECKING:
     from aseer.groups import Group, GroupResolver, Groups
-    from aseer.types import Response, Task
+    from aseer.types import GroupKey, Response, Task
 
 # Groups that one call to `pull` takes at most: encoding their prompts takes
 # milliseconds, in which no response is read.
@@ -45,6 +47,14 @@ class TakesGroups(Protocol):
         """Hand groups over; False if no more are taken."""
         ...
 
+    def check_group(self, key: GroupKey) -> None:
+        """See that a group fits the rollout's journal.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        ...
+
     def close_intake_soon(self) -> None:
         """No more groups will be offered; from any thread."""
         ...
@@ -54,14 +64,22 @@ class GroupSource:
     """Takes a rollout's groups from its user, and keeps account of them."""
 
     def __init__(
-        self, resolver: GroupResolver, groups: Groups, max_pending_requests: int
+        self,
+        resolver: GroupResolver,
+        groups: Groups,
+        max_pending_requests: int,
+        *,
+        has_journal: bool = False,
     ) -> None:
         """Check the groups of a list; take none from an iterator yet.
 
+        Args:
+            has_journal: groups get keys, by which a journal knows them.
         Raises:
             ConfigError: a group of a list that cannot run.
         """
         self._resolver = resolver
+        self._keys = KeyMaker() if has_journal else None
         self._max_pending = max_pending_requests
         self._session: TakesGroups | None = None
         self._source: Iterator[Group] | None = None
@@ -82,6 +100,13 @@ class GroupSource:
             self._source = groups
         else:
             self._ready = [self._count(task) for task in resolver.resolve_all(groups)]
+
+    @property
+    def keys(self) -> list[GroupKey] | None:
+        """Of all groups, where they came as a list that has not begun; else None."""
+        if self._source is not None or self._async_source is not None:
+            return None
+        return [task.key for task in self._ready if task.key is not None]
 
     def size_of(self, group_id: str) -> int:
         """Requests of a group that was taken."""
@@ -207,12 +232,18 @@ class GroupSource:
         return self._num_taken - self._num_yielded < self._max_pending
 
     def _resolve(self, group: Group) -> Task:
-        return self._count(self._resolver.resolve(group))
+        task = self._count(self._resolver.resolve(group))
+        if task.key is not None and self._session is not None:
+            self._session.check_group(task.key)
+        return task
 
     def _count(self, task: Task) -> Task:
         self._sizes[task.group_id] = task.num_requests
         self._num_taken += task.num_requests
-        return task
+        if self._keys is None:
+            return task
+        has_own_id = not self._resolver.has_made(task.group_id)
+        return replace(task, key=self._keys.key_of(task, has_own_id=has_own_id))
 
     def _offer(self, tasks: list[Task]) -> None:
         session = self._session

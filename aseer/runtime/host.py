@@ -18,6 +18,7 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aseer.context import LengthPriors
@@ -26,7 +27,9 @@ from aseer.node.local import LocalNode
 from aseer.runtime.activity import Activity, Call
 from aseer.runtime.call_log import CallLog
 from aseer.runtime.claims import Claims
+from aseer.runtime.identity import Identifier
 from aseer.runtime.instances import InstancePool
+from aseer.runtime.journal import Journal
 from aseer.runtime.open_update import OpenUpdates
 from aseer.runtime.session import Session
 from aseer.runtime.sleep import Sleep
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from aseer.node.interpreter import Interpreter
     from aseer.node.machine import Launch
     from aseer.runtime.claims import Claim
+    from aseer.runtime.journal import JournalPlan
     from aseer.runtime.loop_thread import LoopThread
     from aseer.runtime.mailbox import Mailbox
     from aseer.runtime.serving import Folders
@@ -93,6 +97,7 @@ class Host:
         self._exhausted: str | None = None
         self._session: Session | None = None
         self._next_chunk_id = 0
+        self._identifier = Identifier(config)
         self.kv_pool = kv_pool
         self.folders = folders
         self.weights = WeightKeeper(folders.weights)
@@ -173,17 +178,24 @@ class Host:
         policy: PolicyName,
         chunk_size: int,
         asker: object,
+        plan: JournalPlan | None = None,
     ) -> Session:
         """Begin a rollout; the engine is taken until the session is over.
 
         Raises:
+            ConfigError: its journal is another rollout's, or cannot be used.
             RolloutInProgressError: one is in progress.
             EngineError: the engine is asleep, or no instance is left.
         """
         self._check_alive()
         claim = await self._take(Call.ROLLOUT, asker)
+        journal = None
         try:
             self._check_alive()
+            if plan is not None:
+                journal = await self._open_journal(plan)
+                self._check_open()
+                self._check_alive()
             session = Session(
                 pool=self._pool,
                 mailbox=mailbox,
@@ -198,10 +210,13 @@ class Host:
                 kv_pool=self.kv_pool,
                 length_priors=self._length_priors,
                 call_log=self._new_call_log(),
+                journal=journal,
             )
             for instance_id, info in sorted(self.infos.items()):
                 session.instance_up(info, self._loads[instance_id])
         except BaseException:
+            if journal is not None:
+                journal.abandon()
             claim.release()
             raise
         self._session = session
@@ -314,6 +329,13 @@ class Host:
         claim = await self._claims.take(call, asker)
         assert claim is not None, call
         return claim
+
+    async def _open_journal(self, plan: JournalPlan) -> Journal:
+        info, version, index = self.limits, self.weights.version, self._pool.weights
+        identify = partial(self._identifier.identify, info, version, index)
+        journal = Journal(plan, identify, self._thread.post)
+        await journal.open()
+        return journal
 
     def _new_call_log(self) -> CallLog | None:
         """For the rollout that begins, if it keeps one; named by its first chunk."""

@@ -23,6 +23,7 @@ async def rollout(
     config: EngineConfig | None = None,
     policy: PolicyName | None = None,
     chunk_size: int | None = None,
+    journal: str | None = None,
 ) -> AsyncIterator[Response]:
     """Sample every group's responses on the engine that is open here; see
     `Engine.rollout`.
@@ -33,6 +34,7 @@ async def rollout(
         config: settings of an engine that is opened for this call alone.
         policy: replaces the engine's policy.
         chunk_size: replaces the engine's chunk size; 0 = requests are not divided.
+        journal: see `Engine.rollout`.
     Raises:
         ConfigError: both `engine` and `config` are given.
         EngineClosedError: neither is given and no engine is open here.
@@ -48,6 +50,8 @@ async def rollout(
                 "no engine is open here; call this inside `async with "
                 "aseer.Engine(...)`, or give engine= or config="
             )
-        responses = engine.rollout(groups, policy=policy, chunk_size=chunk_size)
+        responses = engine.rollout(
+            groups, policy=policy, chunk_size=chunk_size, journal=journal
+        )
         async for response in responses:
             yield response

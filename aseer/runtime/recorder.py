@@ -247,7 +247,8 @@ class Recorder:
             return None
         mean = self._finished_tokens / counters.num_finished
         expected = mean * self._controller.num_unfinished
-        under_way = counters.num_output_tokens - self._finished_tokens
+        had = counters.num_replayed_tokens + counters.num_resumed_tokens
+        under_way = had + counters.num_output_tokens - self._finished_tokens
         return (expected - under_way) / throughput if expected > under_way else None
 
     def report(self, now: float, num_restarts: Sequence[int]) -> RolloutReport:
@@ -287,6 +288,8 @@ class Recorder:
                     sorted(self._instances.items()), num_restarts, strict=True
                 )
             ],
+            num_replayed=counters.num_replayed,
+            num_resumed_tokens=counters.num_resumed_tokens,
             speculation=self._speculation_sum,
             kv=self._kv(now),
             completions=self._completions.rows(),

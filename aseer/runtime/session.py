@@ -16,6 +16,7 @@ import asyncio
 import logging
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -37,26 +38,31 @@ from aseer.errors import (
 )
 from aseer.instance.messages import Run
 from aseer.runtime.calls import LoggedController, Settings
-from aseer.runtime.followers import DraftFeed, KvUpkeep, learn_length, with_priors
+from aseer.runtime.followers import Followers
 from aseer.runtime.recorder import Recorder
-from aseer.types import GroupId
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator, Sequence
 
     from aseer.config import PolicyName
     from aseer.context import LengthPriors
+    from aseer.core.columns import Columns
     from aseer.dgds.server import DraftServer
     from aseer.instance.messages import Report
     from aseer.kv.pool import KvPool
     from aseer.report import Progress, RolloutReport
     from aseer.runtime.call_log import CallLog
     from aseer.runtime.instances import InstancePool
+    from aseer.runtime.journal import Journal
     from aseer.runtime.mailbox import Mailbox
     from aseer.types import (
+        ChunkId,
+        GroupId,
+        GroupKey,
         InstanceId,
         InstanceInfo,
         InstanceLoad,
+        Past,
         Response,
         Task,
     )
@@ -86,6 +92,7 @@ class Session:
         kv_pool: KvPool | None = None,
         length_priors: LengthPriors | None = None,
         call_log: CallLog | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self._pool = pool
         self._weight_version = weight_version
@@ -106,15 +113,15 @@ class Session:
         self._recorder = Recorder(
             self._controller, policy, chunk_size, weight_version, kv_pool
         )
-        self._priors = length_priors
-        self._drafts: DraftFeed | None = None
-        self._kv: KvUpkeep | None = None
-        if draft_server is not None:
-            draft_server.set_weight_version(weight_version)
-            self._drafts = DraftFeed(draft_server, self._controller, first_chunk_id)
-        if kv_pool is not None:
-            self._controller.use_pool(kv_pool.granularity, kv_pool.server_of)
-            self._kv = KvUpkeep(kv_pool, self._controller, weight_version)
+        self._followers = Followers(
+            self._controller,
+            weight_version=weight_version,
+            rollout_id=first_chunk_id,
+            draft_server=draft_server,
+            kv_pool=kv_pool,
+            priors=length_priors,
+        )
+        self._journal = journal
         self._started_at = time.monotonic()
         self._post = post
         self._intake_lock = threading.RLock()  # an iterator's end may come in between
@@ -122,6 +129,7 @@ class Session:
         self._num_offered = 0
         self._cancelled_early: set[GroupId] = set()
         self._left = False
+        self._ends_early = False
         self._failure: Exception | None = None
         self._fatal: str | None = None
         self._num_errors = 0
@@ -132,6 +140,8 @@ class Session:
         self.progress: Progress = self._recorder.progress(0.0, intake_open=True)
         if call_log is not None:
             self.over.add_done_callback(lambda _: call_log.close())
+        if journal is not None:
+            self.over.add_done_callback(lambda _: journal.abandon())
 
     @property
     def next_chunk_id(self) -> int:
@@ -170,24 +180,50 @@ class Session:
             self._num_offered -= 1
         return False
 
+    def check_group(self, key: GroupKey) -> None:
+        """See that a group fits the rollout's journal; from any thread.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self._journal is not None:
+            self._journal.check_group(key)
+
     def _add_offered(self, tasks: list[Task]) -> None:
+        if self._journal is None:
+            parts = iter([tasks])
+        else:
+            parts = self._journal.in_parts(tasks)
+        self._add_parts(parts)
+
+    def _add_parts(self, parts: Iterator[list[Task]]) -> None:
+        """Add what was offered, a part in each turn of the loop."""
         with self._intake_lock:
             self._num_offered -= 1
-        self._add(tasks)
+        part = next(parts, None)
+        if part is None:
+            self._end_if_over()
+            return
+        if self._journal is not None:
+            with self._intake_lock:
+                self._num_offered += 1
+            self._post(lambda: self.guarded(lambda: self._add_parts(parts)))
+        self._add(part)
 
     def _add(self, tasks: list[Task]) -> None:
         if self._left or self._failure is not None:
             self._end_if_over()
             return
-        if self._priors is not None:
-            tasks = with_priors(self._priors, tasks)
-        commands = self._controller.add_groups(tasks, self._now())
-        if self._kv is not None:
-            self._kv.groups_added(tasks)
+        tasks = self._followers.prepared(tasks)
+        past: dict[GroupId, dict[int, Past]] = {}
+        if self._journal is not None:
+            tasks, past = self._journal.add_groups(tasks)
+        commands = self._controller.add_groups(tasks, self._now(), past)
+        self._followers.added(tasks, past)
         self._do(commands)
         if self._fatal is not None:
             self._do(self._controller.fail_all(self._now(), self._fatal))
-        elif not self._intake_open:  # aborted between the offer and now
+        elif self._ends_early:  # since the offer
             self._cancel_some()
         for task in tasks:
             if task.group_id in self._cancelled_early:
@@ -233,6 +269,7 @@ class Session:
         self._end_all()
 
     def _end_all(self) -> None:
+        self._ends_early = True
         self._stop_intake()
         if self._failure is None and not self.over.done():
             self.guarded(self._cancel_some)
@@ -293,18 +330,14 @@ class Session:
             self._end_if_over()
             return
         now = self._now()
-        if self._drafts is not None:
-            self._drafts.take(report)
+        self._followers.take(report)
         commands = self._controller.progress(report.chunks, now)
         self._recorder.count_tokens(instance_id)
-        self._do(commands)
+        self._do(commands, report=report.chunks)
         self._recorder.sample(instance_id, report.load, now)
         progress = self._recorder.progress(now, intake_open=self._intake_open)
-        if self._kv is not None and progress is not self.progress:
-            self._controller.set_move_price(self._recorder.kv_counts.move_price)
-            info = self._recorder.any_instance()
-            assert info is not None
-            self._kv.prefetch(info)
+        if progress is not self.progress:
+            self._followers.progressed(self._recorder)
         self.progress = progress
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
@@ -313,7 +346,10 @@ class Session:
             self._end_if_over()
             return
         self._recorder.instance_down(instance_id, self._now())
-        self._do(self._controller.instance_down(instance_id, self._now(), why))
+        running = self._controller.running.on(instance_id)
+        lost = [r.chunk.chunk_id for r in running if r.chunk is not None]
+        commands = self._controller.instance_down(instance_id, self._now(), why)
+        self._do(commands, lost=lost)
 
     def instance_left(self, instance_id: InstanceId, why: str) -> None:
         """Its chunks' requests go on elsewhere; they are not to blame."""
@@ -335,7 +371,15 @@ class Session:
     def _now(self) -> float:
         return time.monotonic() - self._started_at
 
-    def _do(self, commands: Iterable[Command]) -> None:
+    def _do(
+        self,
+        commands: Sequence[Command],
+        *,
+        report: Columns | None = None,
+        lost: Sequence[ChunkId] = (),
+    ) -> None:
+        if self._journal is not None:
+            self._journal.record(commands, report=report, lost=lost)
         for command in commands:
             match command:
                 case Dispatch(chunk):
@@ -351,19 +395,18 @@ class Session:
 
     def _finish(self, response: Response) -> None:
         self._recorder.finished(response)
-        group_id = GroupId(response.group_id)
-        if self._kv is not None:
-            self._kv.finished(response, self._recorder.any_instance())
-        if self._controller.is_group_finished(group_id):
-            if self._drafts is not None:
-                self._drafts.group_finished(group_id)
-            if self._priors is not None:
-                learn_length(self._priors, self._controller, group_id)
+        self._followers.finished(response, self._recorder.any_instance())
         if response.finish_reason == "error":
             self._num_errors += 1
             self._first_error = (
                 self._first_error or f"{response.request_id}: {response.error}"
             )
+        if self._journal is None:
+            self._deliver(response)
+        else:
+            self._journal.after(lambda: self._deliver(response))
+
+    def _deliver(self, response: Response) -> None:
         if not self._left:
             self._mailbox.put(response)
 
@@ -371,18 +414,26 @@ class Session:
         if self._intake_open or self._num_offered or self.over.done():
             return
         if self._failure is not None:
-            if self._pool.is_idle:
+            if self._pool.is_idle and self._is_journal_closed():
                 self.over.set_result(None)
             return
-        if self._controller.num_unfinished:
+        if self._controller.num_unfinished or not self._is_journal_closed():
             return
         now = self._now()
         self.report = self._recorder.report(
             now, [self._pool.num_restarts(i) for i in self._recorder.instance_ids()]
         )
+        if self._journal is not None:
+            self.report = replace(self.report, journal_error=self._journal.error)
         self.progress = self._recorder.progress(now, intake_open=False, is_over=True)
         self.over.set_result(None)
         self._mailbox.close(self._error())
+
+    def _is_journal_closed(self) -> bool:
+        """Whether nothing is left to be written; if not, the end comes again then."""
+        return self._journal is None or self._journal.close(
+            lambda: self.guarded(self._end_if_over)
+        )
 
     def _error(self) -> Exception | None:
         if self._fatal is not None:

@@ -11,12 +11,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import AseerError, RolloutClosedError
+from aseer.runtime.journal import JournalPlan
 from aseer.runtime.mailbox import Mailbox
 from aseer.types import GroupId, Response
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from concurrent.futures import Future
+    from pathlib import Path
 
     from aseer.config import PolicyName
     from aseer.report import Progress, RolloutReport
@@ -42,10 +44,14 @@ class Work:
         source: GroupSource,
         policy: PolicyName,
         chunk_size: int,
+        journal: Path | None = None,
     ) -> None:
         self._thread = thread
         self._host = host
         self._how = (policy, chunk_size)
+        self._journal = (
+            None if journal is None else JournalPlan(path=journal, keys=source.keys)
+        )
         self._lock = threading.RLock()
         self._opening: Future[Session] | None = None
         self._cancelled_early: set[str] = set()
@@ -83,8 +89,9 @@ class Work:
             opening = self._opening
             if opening is None or _failed(opening):
                 host, mailbox, how = self._host, self.mailbox, self._how
+                journal = self._journal
                 self._opening = opening = self._thread.submit(
-                    lambda: host.open_session(mailbox, *how, asker)
+                    lambda: host.open_session(mailbox, *how, asker, journal)
                 )
             return opening
 

@@ -100,6 +100,18 @@ async def test_the_quick_start_runs_as_many_groups_as_it_says(
     assert most == 16
 
 
+async def test_a_step_that_is_come_to_again_is_replayed(
+    names, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = [b for b in blocks_of("docs/training.md") if "journal=" in b]
+    names |= {"model": "sim", "step": 17}
+    for _ in range(2):
+        await run(block, names)
+    assert names["rollout"].report.num_replayed == 24
+    assert (tmp_path / "runs/journals/step-17.journal").exists()
+
+
 async def test_a_trainers_processes_get_their_own_groups(names) -> None:
     (block,) = [b for b in blocks_of("docs/training.md") if "def roll_out" in b]
     await run(block.partition("\n\nif __name__")[0], names)

@@ -215,7 +215,9 @@ class ControllerMachine(RuleBasedStateMachine):
         if hasattr(self, "controller"):
             kept = sum(r.num_generated for r in self.controller.buffer.requests())
             kept += sum(len(r.token_ids) for r in self.responses.values())
-            assert self.controller.counters.num_output_tokens == kept
+            counters = self.controller.counters
+            had = counters.num_replayed_tokens + counters.num_resumed_tokens
+            assert counters.num_output_tokens + had == kept
 
     @invariant()
     def the_longest_running_is_known(self) -> None:
@@ -262,6 +264,10 @@ class ControllerMachine(RuleBasedStateMachine):
         counters = self.controller.counters
         assert counters.num_finished == len(wanted)
         assert counters.num_groups_finished == len(self.tasks)
+        self.check_counts_of_chunks()
+
+    def check_counts_of_chunks(self) -> None:
+        counters = self.controller.counters
         metrics = [r.metrics for r in self.responses.values()]
         assert counters.num_chunks == sum(m.num_chunks for m in metrics)
         assert counters.num_migrations == sum(m.num_migrations for m in metrics)

@@ -15,6 +15,7 @@ from aseer.runtime.claims import Claims
 TABLE = """
                 ROLLOUT  UPDATE  UPDATE_AFTER  UPDATE_INSTEAD  SLEEP   WAKE    ABORT
 IDLE            TAKE     TAKE    TAKE          TAKE            TAKE    DONE    DONE
+BEGINNING       WAIT     WAIT    WAIT          WAIT            WAIT    DONE    WAIT
 ROLLING_OUT     BUSY     BUSY    WAIT          ABORT           BUSY    DONE    ABORT
 LEFT            END      END     END           END             END     DONE    END
 UPDATING        WAIT     WAIT    WAIT          WAIT            WAIT    DONE    DONE
@@ -71,6 +72,31 @@ async def rolling_out(*, left_by: object = None) -> tuple[Claims, Rollout]:
     rollout.over.append(claim)
     claims.set_rollout(rollout)
     return claims, rollout
+
+
+async def test_a_rollout_that_begins_is_waited_for_and_then_in_the_way() -> None:
+    claims = Claims()
+    claim = await claims.take(Call.ROLLOUT)
+    async with asyncio.TaskGroup() as tasks:
+        abort = tasks.create_task(claims.take(Call.ABORT))
+        await settled()
+        assert not abort.done()
+        rollout = Rollout(claims)
+        rollout.over.append(claim)
+        claims.set_rollout(rollout)
+    assert rollout.ended == ["abort"]
+    assert claims.activity is Activity.IDLE
+
+
+async def test_a_rollout_that_did_not_begin_gives_the_engine_back() -> None:
+    claims = Claims()
+    claim = await claims.take(Call.ROLLOUT)
+    assert claim is not None
+    async with asyncio.TaskGroup() as tasks:
+        other = tasks.create_task(claims.take(Call.ROLLOUT))
+        await settled()
+        claim.release()
+    assert other.result() is not None
 
 
 async def settled() -> None:

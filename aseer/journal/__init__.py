@@ -1,0 +1,1 @@
+"""A rollout's journal: what its requests have generated, kept beyond the trainer."""

@@ -1,0 +1,59 @@
+"""What an engine samples with, as a journal knows it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from aseer.journal.history import Weights
+from aseer.weights.fingerprint import (
+    describe_model,
+    fingerprint_of_model,
+    fingerprint_of_update,
+)
+
+if TYPE_CHECKING:
+    from aseer.config import EngineConfig
+    from aseer.types import InstanceInfo
+
+
+class Identity(NamedTuple):
+    """What samples: what a journal is compared with.
+
+    Attributes:
+        model: what tells models apart, by name; values in words.
+        repeats: whether engines that start draw the same random numbers as before.
+    """
+
+    model: dict[str, str]
+    weights: Weights
+    repeats: bool
+
+
+class Identifier:
+    """Knows an engine's identity; what is slow to find out is found out once."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._known: tuple[str | None, str] | None = None
+
+    def identify(self, info: InstanceInfo, version: int, index: str | None) -> Identity:
+        """The engine's identity, as long as it has these weights.
+
+        Reads all bytes of an update's weights the first time: some seconds for 10 GB on
+        one core, in up to eight threads.
+
+        Args:
+            version: of the weights.
+            index: path of the update's index; None = the checkpoint's own weights.
+        """
+        if self._known is None or self._known[0] != index:
+            if index is None:
+                found = fingerprint_of_model(self._config)
+            else:
+                found = fingerprint_of_update(index)
+            self._known = (index, found)
+        return Identity(
+            model=describe_model(self._config, info),
+            weights=Weights(version, self._known[1]),
+            repeats=self._config.seed is not None,
+        )
