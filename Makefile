@@ -8,13 +8,14 @@ ARGS ?=
 CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo grpo test test-quick coverage lint format bench bench-smoke clean
+.PHONY: help setup demo grpo test test-quick test-v2 coverage lint format bench bench-smoke clean
 
 help:
 	@echo "make demo        roll out 64 requests on two vLLM engines on this CPU"
 	@echo "make grpo        train a small model by GRPO on this CPU, from nothing"
 	@echo "make test        all tests that need no GPU, real engines included (minutes)"
 	@echo "make test-quick  unit and property tests (under a minute)"
+	@echo "make test-v2     the GPUs' model runner, interpreted on this CPU (minutes)"
 	@echo "make coverage    those, and what of aseer/ they do not run (minutes)"
 	@echo "make lint        ruff, mypy, clang-format, codespell; changes nothing"
 	@echo "make format      let ruff and clang-format change what they can"
@@ -36,10 +37,14 @@ grpo: setup
 	@$(BIN)/python examples/grpo/train.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow and not v2" $(ARGS)
 
 test-quick: setup
 	$(BIN)/python -m pytest tests/unit tests/property $(ARGS)
+
+test-v2: setup
+	@$(PYTHON) scripts/bootstrap.py --v2
+	$(BIN)/python -m pytest -m v2 tests/e2e/test_v2.py tests/e2e/test_v2_drafts.py $(ARGS)
 
 coverage: setup
 	$(BIN)/python -m pytest tests/unit tests/property --cov --cov-report=term $(ARGS)

@@ -52,8 +52,10 @@ class SpeculationConfig:
 
     Whatever is drafted, the distribution of the samples stays the same: each engine
     tests its sampler for drafts when it starts, and an engine whose test fails says so
-    and does not speculate. Requests with a seed are not repeatable with speculation,
-    since the random numbers that a step takes depend on what was drafted.
+    and does not speculate. On vLLM's model runner V1 requests with a seed are not
+    repeatable with speculation: the random numbers that a step takes depend on what was
+    drafted. On GPUs "dgds" is on V2 where vLLM can (docs/drafts-on-v2.md); the log says
+    where it is not, and what that costs.
 
     Attributes:
         method: "dgds" drafts from what the whole group has generated so far, on every

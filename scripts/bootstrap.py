@@ -1,5 +1,10 @@
 """Make .venv what the demo and the tests need; do nothing, at once, if it already is.
 
+    python3 scripts/bootstrap.py [--v2]
+
+With --v2, .venv-v2 as well: a folder with Triton, by which an engine runs the model
+runner of GPUs on this CPU (tests/e2e/v2/README.md).
+
 Run with any Python 3; uses the standard library only. Packages come from whatever
 index pip is configured with, in the versions of requirements/cpu.lock. That torch is a
 CPU build is checked, never assumed.
@@ -31,8 +36,12 @@ VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "aseer-setup.json"
 LOG = VENV / "aseer-setup.log"
 LOCK = ROOT / "requirements" / "cpu.lock"
+V2 = ROOT / ".venv-v2"
+V2_STAMP = V2 / "aseer-setup.json"
 
 TORCH = "2.13.0"
+# What torch's builds of that version for GPUs ask for.
+TRITON = "3.8.0"
 UV = "0.13.9"
 OLDEST, NEWEST = (3, 11), (3, 13)
 # What requirements/cpu.lock was made for and tested on.
@@ -326,8 +335,27 @@ def set_up() -> None:
     say(f"{VENV.name} is ready")
 
 
+def set_up_v2() -> None:
+    """Put Triton into a folder of its own, which only tests of V2 look into.
+
+    In .venv it would change what vLLM does on a CPU.
+    """
+    want = json.dumps({"triton": TRITON, "python": sys.version_info[:2]})
+    if V2_STAMP.is_file() and V2_STAMP.read_text() == want:
+        return
+    shutil.rmtree(V2, ignore_errors=True)
+    say(f"putting Triton {TRITON} into {V2.name}; it takes 1 GB")
+    arguments = ["install", "--no-deps", "--no-compile", "--progress-bar", "off"]
+    must(pip(*arguments, "--target", str(V2), f"triton=={TRITON}"), "installing Triton")
+    V2_STAMP.write_text(want)
+    say(f"{V2.name} is ready")
+
+
 def main() -> int:
     """Set up under a lock, so that a second run waits for the first."""
+    if set(sys.argv[1:]) - {"--v2"}:
+        print(f"usage: {sys.argv[0]} [--v2]", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = os.open(ROOT, os.O_RDONLY)
     try:
@@ -337,6 +365,8 @@ def main() -> int:
             say("another set-up is running; waiting for it")
             fcntl.flock(folder, fcntl.LOCK_EX)
         set_up()
+        if "--v2" in sys.argv[1:]:
+            set_up_v2()
     except SetupError as error:
         print(f"set-up failed: {error}", file=sys.stderr)
         return 1

@@ -107,7 +107,7 @@ FACTS = (
         (((0, 26), "scheduler_config.async_scheduling = False"),),
     ),
     Fact(
-        "model runner V2 takes no drafter of ours, so drafts by group run on V1",
+        "model runner V2 takes no drafter of ours, so ours is put in for `ngram_gpu`",
         "speculation",
         _VLLM,
         "",
@@ -118,6 +118,48 @@ FACTS = (
             (
                 (0, 33),
                 'if speculative_config.method in ("suffix", "custom_class"):',
+            ),
+        ),
+    ),
+    Fact(
+        "V2's scheduler, ahead of the device, takes what was not verified for rejected",
+        "speculation on GPUs",
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        r"num_rejected = ",
+        (((0, 26), "num_rejected = num_draft_tokens - num_accepted"),),
+    ),
+    Fact(
+        "V2 draws a token with noise of the request's seed and the token's place alone",
+        "speculation on GPUs",
+        "vllm.v1.worker.gpu.sample.gumbel",
+        "gumbel_block_argmax",
+        r"seed = ",
+        (
+            (
+                (0, 26),
+                "seed = tl.load(seeds_ptr + req_state_idx, mask=is_valid_req, other=0)",
+            ),
+        ),
+    ),
+    Fact(
+        "asynchronous scheduling is for drafters on the device, `ngram_gpu` among them",
+        "speculation on GPUs",
+        "vllm.config.speculative",
+        "",
+        r"^NgramGPUTypes = ",
+        (((0, 26), 'NgramGPUTypes = Literal["ngram_gpu"]'),),
+    ),
+    Fact(
+        "V2 captures whole graphs for each number of drafts in the schedule, none too",
+        "speculation on GPUs",
+        "vllm.v1.worker.gpu.cudagraph_utils",
+        "CudaGraphManager._init_candidates",
+        r"uses_dynamic_speculative_decoding",
+        (
+            (
+                (0, 26),
+                "and speculative_config.uses_dynamic_speculative_decoding()",
             ),
         ),
     ),

@@ -125,6 +125,37 @@ vllm.v1.spec_decode.metadata  SpecDecodeMetadata.make_dummy(draft_token_ids,devi
 vllm.v1.core.sched.output  SchedulerOutput.total_num_scheduled_tokens
   SchedulerOutput.scheduled_spec_decode_tokens
 """
+_DRAFTS_V2 = """
+vllm.config.vllm  VllmConfig.use_v2_model_runner? VllmConfig.additional_config
+vllm.v1.worker.gpu.spec_decode  init_speculator(vllm_config,device)?
+vllm.v1.worker.gpu.spec_decode.ngram.speculator  NgramGPUSpeculator?
+vllm.v1.worker.gpu.spec_decode.rejection_sampler  RejectionSampler.__call__(logits)?
+vllm.v1.worker.gpu.model_runner
+  GPUModelRunner.execute_model(scheduler_output,dummy_run)
+  GPUModelRunner.sample_tokens(grammar_output) GPUModelRunner.req_states
+  GPUModelRunner.speculator GPUModelRunner.sampler GPUModelRunner.rejection_sampler
+  GPUModelRunner.max_num_reqs GPUModelRunner.max_model_len
+  GPUModelRunner.num_speculative_steps GPUModelRunner.device
+vllm.v1.worker.gpu.states  RequestState.req_id_to_index RequestState.draft_tokens
+  RequestState.prefill_len
+vllm.v1.worker.gpu.async_utils  AsyncOutput.copy_event AsyncOutput.sampled_token_ids
+  AsyncOutput.num_sampled_tokens_np AsyncOutput.model_runner_output
+vllm.v1.worker.gpu.input_batch  InputBatch.cu_num_logits InputBatch.logits_indices
+  InputBatch.make_dummy(num_reqs,num_tokens,input_buffers)
+  InputBatch.expanded_local_pos? InputBatch.seq_lens_cpu_upper_bound?
+  InputBuffers.__init__(max_num_reqs,max_num_tokens,device)
+  get_num_sampled_and_rejected?
+vllm.v1.worker.gpu.sample.sampler  Sampler.__call__(logits,input_batch)
+  Sampler.add_request(req_idx,sampling_params) Sampler.apply_staged_writes
+  Sampler.sampling_states Sampler.req_states
+vllm.v1.worker.gpu.sample.output  SamplerOutput.num_sampled SamplerOutput.num_rejected?
+vllm.v1.core.sched.output  SchedulerOutput.finished_req_ids
+  SchedulerOutput.preempted_req_ids SchedulerOutput.num_scheduled_tokens
+  NewRequestData.prefill_token_ids NewRequestData.sampling_params
+  GrammarOutput.grammar_bitmask GrammarOutput.structured_output_request_ids
+  GrammarOutput.num_acceptable_drafts?
+vllm.utils.torch_utils  async_tensor_h2d?
+"""
 _POOL_VLLM = """
 vllm.distributed.kv_transfer.kv_connector.v1.base  KVConnectorRole.WORKER
   KVConnectorRole.SCHEDULER KVConnectorBase_V1.register_kv_caches
@@ -218,6 +249,7 @@ _TABLES = (
     (_WEIGHTS, "Engine.update_weights", "instance/vllm/worker.py"),
     (_CPU, "engines on CPUs", "instance/vllm/worker.py"),
     (_DRAFTS, "speculation", "dgds/, instance/vllm/speculation.py"),
+    (_DRAFTS_V2, "speculation on GPUs", "dgds/speculator.py, dgds/ahead.py"),
     (_POOL_VLLM, "the KV pool", "kv/connector.py"),
     (_POOL_LMCACHE, "the KV pool", "kv/connector.py, kv/guard.py"),
     (_SERVER, "the KV pool", "kv/server.py"),

@@ -21,6 +21,9 @@ from aseer.config import SpeculationConfig
 EXTRA_ARGS_KEY = "aseer"
 """Key of the entry in vLLM's `extra_args` that tells a drafter which request it has."""
 
+ADDITIONAL_CONFIG_KEY = "aseer_drafts"
+"""Key of the entry in vLLM's `additional_config` by which V2 gets our speculator."""
+
 
 class DraftingSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine's drafter is told at its start.

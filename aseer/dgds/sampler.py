@@ -11,8 +11,10 @@ that function is replaced.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
 
 _VOCAB_SIZE = 24
 _MAX_DRAFT_TOKENS = 3
-_ROWS_OF_EACH = 64  # rows of a batch with the same settings and draft length
+ROWS_OF_EACH = 64  # rows of a batch with the same settings and draft length
 _NUM_BATCHES = 16
+# Where each draw takes long, fewer must do: a wrong sampler is mostly wrong by much.
+_MAX_TEST_S = 20.0
 _MIN_EXPECTED = 5.0
 # About one right sampler in ten thousand fails.
 _MIN_P_VALUE = 1e-6
@@ -63,13 +67,17 @@ class Verdict(NamedTuple):
     fault: str
 
 
-class _Drawn(NamedTuple):
+class Drawn(NamedTuple):
     """A token of `TESTED[which]`, after `position` accepted drafts."""
 
     which: int
     position: int
     token: int
     logprob: float
+
+
+# From [num_logits, vocab_size] logits, and drafts for all but the last of them.
+Draw: TypeAlias = "Callable[[NDArray[np.float32], list[int]], Iterator[Drawn]]"
 
 
 def expand_batch_to_tokens(
@@ -117,15 +125,18 @@ def _expands_rightly(function: Callable[..., torch.Tensor], device: Any) -> bool
 
 
 def test_sampler(sampler: Any, device: torch.device) -> Verdict:
-    """Draw thousands of tokens through a sampler and compare.
+    """Test model runner V1's `RejectionSampler`, or one that is called like it."""
+    return test_draws(functools.partial(_draw, sampler, device))
+
+
+def test_draws(draw: Draw) -> Verdict:
+    """Draw thousands of tokens and compare, or as many as time allows.
 
     Rows of all settings and draft lengths share a batch. Given that all drafts before
     it were accepted, the token at position j is a sample of the j-th distribution: a
     G-test for each setting and position. Its logprob is that distribution's.
-
-    Args:
-        sampler: vLLM's `RejectionSampler`, or one that is called like it.
     """
+    since = time.monotonic()
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (_MAX_DRAFT_TOKENS + 1, _VOCAB_SIZE)).astype(np.float32)
     # Drafts that are likely to be accepted, and a last one that is not.
@@ -134,10 +145,12 @@ def test_sampler(sampler: Any, device: torch.device) -> Verdict:
     shape = (len(TESTED), _MAX_DRAFT_TOKENS + 1, _VOCAB_SIZE)
     counts, said = np.zeros(shape, np.int64), np.zeros(shape)
     try:
-        for _ in range(_NUM_BATCHES):
-            for drawn in _draw(sampler, logits, drafts, device):
-                counts[drawn.which, drawn.position, drawn.token] += 1
-                said[drawn.which, drawn.position, drawn.token] = drawn.logprob
+        batches = (draw(logits, drafts) for _ in range(_NUM_BATCHES))
+        for drawn in itertools.chain.from_iterable(batches):
+            counts[drawn.which, drawn.position, drawn.token] += 1
+            said[drawn.which, drawn.position, drawn.token] = drawn.logprob
+            if time.monotonic() - since > _MAX_TEST_S:
+                break
     except Exception as error:  # a sampler that is broken, or called differently
         return Verdict(False, 0.0, int(counts.sum()), f"it fails: {error!r}")
     num_draws = int(counts.sum())
@@ -161,11 +174,11 @@ def test_sampler(sampler: Any, device: torch.device) -> Verdict:
 
 
 def _draw(
-    sampler: Any, logits: NDArray[np.float32], drafts: list[int], device: Any
-) -> Iterator[_Drawn]:
+    sampler: Any, device: Any, logits: NDArray[np.float32], drafts: list[int]
+) -> Iterator[Drawn]:
     """Draw one batch; yields the tokens that count."""
     lengths = range(_MAX_DRAFT_TOKENS + 1)
-    kinds = list(itertools.product(range(len(TESTED)), lengths)) * _ROWS_OF_EACH
+    kinds = list(itertools.product(range(len(TESTED)), lengths)) * ROWS_OF_EACH
     metadata = _draft_metadata([drafts[:length] for _, length in kinds], device)
     rows = np.concatenate([logits[: length + 1] for _, length in kinds])
     output = sampler(
@@ -180,7 +193,7 @@ def _draw(
         kinds, output.sampled_token_ids.tolist(), logprobs, strict=True
     ):
         for position in range(length + 1):
-            yield _Drawn(which, position, tokens[position], scores[position])
+            yield Drawn(which, position, tokens[position], scores[position])
             if position < length and tokens[position] != drafts[position]:
                 break
 

@@ -129,10 +129,6 @@ def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
     for i in range(num):
         devices = ",".join(machine.gpus[i * per : (i + 1) * per])
         env = dict.fromkeys(GPU_VARIABLES, devices)
-        if check_speculation(config.speculation).method == "ngram":
-            # On V2, vLLM's default, its sampler for drafts cannot be tested, and an
-            # engine that refuses to speculate has to start a second time.
-            env["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         launches.append(_launch(config, i, args, env, f"GPU {devices}"))
     return launches
 

@@ -28,6 +28,7 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -38,15 +39,20 @@ from aseer.dgds.messages import EXTRA_ARGS_KEY
 from aseer.errors import EngineError, describe
 from aseer.instance.base import EngineDied
 from aseer.instance.vllm.caches import empty_caches
+from aseer.instance.vllm.limits import (
+    are_mixed,
+    kv_world_size,
+    num_lookahead_tokens,
+)
 from aseer.instance.vllm.speculation import (
     Speculation,
     draft_identity,
-    ends_with_chunk,
     keep_schedule,
     unpadded,
 )
 from aseer.instance.vllm.stats import Stats
 from aseer.instance.vllm.text import SETTINGS, Text
+from aseer.instance.vllm.v2 import PRICE_OF_V1, engine_args_for_v2, why_not_v2
 from aseer.kv.settings import cache_salt
 from aseer.types import ChunkEnd, InstanceId, InstanceInfo, KvGroup
 from aseer.weights.files import describe_checkpoint, dtype_name
@@ -89,12 +95,18 @@ class VllmBackend:
             args.setdefault("stream_interval", STREAM_INTERVAL)
         if _HAS_RETENTION_INTERVAL:
             args.setdefault("prefix_cache_retention_interval", None)
+        given, on_v2 = dict(args), False
         if self._spec.drafting is not None:
-            args["speculative_config"] = unpadded(args["speculative_config"])
-            keep_schedule(VllmConfig)
+            reason = why_not_v2(args, device=current_platform.device_type)
+            on_v2 = self._plan_drafts(args, reason)
         self._llm = llm = self._make_engine(args)
+        if on_v2 and not llm.vllm_config.use_v2_model_runner:
+            await asyncio.to_thread(llm.shutdown)
+            args = given
+            on_v2 = self._plan_drafts(args, "vLLM chose it, and says why above")
+            self._llm = llm = self._make_engine(args)
         if llm.vllm_config.speculative_config is not None:
-            self._speculation = Speculation(llm, self._spec.drafting)
+            self._speculation = Speculation(llm, self._spec.drafting, on_v2=on_v2)
             await self._speculation.start()
             if self._speculation.drafts_on:
                 _log.warning(
@@ -124,7 +136,7 @@ class VllmBackend:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=config.model_config.max_model_len,
             vocab_size=config.model_config.get_vocab_size(),
-            num_lookahead_tokens=_num_lookahead_tokens(config),
+            num_lookahead_tokens=num_lookahead_tokens(config),
             shares_prompts=caches_prefixes,
             keeps_kv=caches_prefixes,
             model=config.model_config.model,
@@ -132,10 +144,31 @@ class VllmBackend:
             device=config.device_config.device_type,
             engine_version=f"{name} {version}",
             pid=os.getpid(),
-            kv_groups=tuple(groups) if _are_mixed(groups) else (),
-            kv_world_size=_kv_world_size(config),
+            kv_groups=tuple(groups) if are_mixed(groups) else (),
+            kv_world_size=kv_world_size(config),
         )
         return self._info
+
+    def _plan_drafts(self, args: dict[str, Any], why_not: str) -> bool:
+        """Set in `args` how the engine drafts; whether that is on model runner V2.
+
+        Args:
+            why_not: the reason why it cannot be; empty = it can.
+        """
+        assert self._spec.drafting is not None
+        if not why_not:
+            settings = self._spec.drafting.settings
+            args |= engine_args_for_v2(
+                args,
+                max_draft_tokens=settings.max_draft_tokens,
+                tail_draft_tokens=settings.tail_draft_tokens,
+            )
+            return True
+        if not current_platform.is_cpu():
+            _log.warning("%s", PRICE_OF_V1.format(reason=why_not))
+        args["speculative_config"] = unpadded(args["speculative_config"])
+        keep_schedule(VllmConfig)
+        return False
 
     def _make_engine(self, args: dict[str, Any]) -> AsyncLLM:
         return AsyncLLM.from_engine_args(
@@ -356,33 +389,3 @@ def _end(done: Any, text: Text | None) -> ChunkEnd:
     return ChunkEnd(
         reason="error", error=f"vLLM ended it with {reason!r}", held_text=held
     )
-
-
-def _are_mixed(groups: list[KvGroup]) -> bool:
-    """Whether there is more to say of the groups than one block size."""
-    return len(groups) != 1 or groups[0] != KvGroup(groups[0].block_size)
-
-
-def _kv_world_size(config: Any) -> int:
-    """Pieces of a token's KV, as LMCache's keys count them.
-
-    Every rank of a tensor-parallel group has all of a latent (MLA), which is stored
-    once; other KV is split by heads.
-    """
-    parallel = config.parallel_config
-    if not config.model_config.use_mla:
-        return int(parallel.world_size)
-    num_stages = parallel.world_size // parallel.tensor_parallel_size
-    return int(num_stages * getattr(parallel, "decode_context_parallel_size", 1))
-
-
-def _num_lookahead_tokens(config: Any) -> int:
-    """KV slots one step may write past a request's last token.
-
-    Our own drafts end where the chunk does.
-    """
-    speculative = config.speculative_config
-    drafts = 0
-    if speculative is not None and not ends_with_chunk(speculative):
-        drafts = speculative.num_speculative_tokens
-    return int(drafts) + bool(config.scheduler_config.async_scheduling)

@@ -96,10 +96,17 @@ def ends_with_chunk(config: Any) -> bool:
 class Speculation:
     """An engine's speculation: its start, and what it has done."""
 
-    def __init__(self, llm: Any, drafting: DraftingSpec | None) -> None:
-        """Prepare; `drafting` is for our own drafter, None for one of vLLM's."""
+    def __init__(
+        self, llm: Any, drafting: DraftingSpec | None, *, on_v2: bool = False
+    ) -> None:
+        """Prepare; `drafting` is for our own drafter, None for one of vLLM's.
+
+        Args:
+            on_v2: whether it is on model runner V2, which counts for itself.
+        """
         self._llm = llm
         self._drafting = drafting
+        self._counts_itself = on_v2
         self._counts = DraftCounts()
         self._times_at_start = DraftCounts()
         self.is_refused = False
@@ -153,15 +160,20 @@ class Speculation:
                 continue
             asked_at = time.monotonic()
             times = await self._times() - self._times_at_start
-            self._counts = replace(
-                self._counts,
-                step_s=times.step_s,
-                draft_s=times.draft_s,
-                share_buckets=times.share_buckets,
-            )
+            if self._counts_itself:
+                self._counts = times
+            else:
+                self._counts = replace(
+                    self._counts,
+                    step_s=times.step_s,
+                    draft_s=times.draft_s,
+                    share_buckets=times.share_buckets,
+                )
 
     def record(self, stats: Any) -> None:
         """Take vLLM's statistics of a step's drafts (its SpecDecodingStats)."""
+        if self._counts_itself:
+            return
         self._counts += DraftCounts(
             num_drafts=stats.num_drafts,
             drafted=_per_position(stats, "num_draft_tokens_per_pos"),
@@ -169,9 +181,9 @@ class Speculation:
         )
 
     async def _times(self) -> DraftCounts:
-        """Of the steps since the worker's start, and of nothing else."""
-        step_s, draft_s, buckets = (await self._call("aseer_drafting_times"))[0]
-        return DraftCounts(step_s=step_s, draft_s=draft_s, share_buckets=tuple(buckets))
+        """Of the steps since the worker's start, as its first rank counts them."""
+        counts = (await self._call("aseer_drafting_times"))[0]
+        return msgspec.convert(counts, DraftCounts)
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         results: list[Any] = await self._llm.collective_rpc(method, args=args)

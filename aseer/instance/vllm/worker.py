@@ -25,6 +25,13 @@ from aseer.dgds.steptime import StepTimeModel
 from aseer.instance.vllm import EXECUTOR
 from aseer.instance.vllm.executor import send_drafts_along
 from aseer.instance.vllm.kvgroups import describe_groups
+from aseer.instance.vllm.v2 import (
+    is_v2,
+    offer,
+    refuse_drafts,
+    start_drafting,
+    verify_drafts,
+)
 from aseer.weights.files import OpenIndex
 
 if TYPE_CHECKING:
@@ -33,6 +40,8 @@ if TYPE_CHECKING:
     from aseer.types import KvGroup
 
 _log = logging.getLogger("aseer.instance")
+_TIMES = ("step_s", "draft_s", "share_buckets")
+_DRAFTS = ("num_drafts", "drafted", "accepted")
 _POLL_S = 0.1  # longer than a step's pause, far shorter than a trainer's
 
 
@@ -169,6 +178,7 @@ def take_undrafted_steps_as_plain(runner: Any) -> None:
 # vLLM imports this in a worker, before the worker's queues and model runner are made.
 poll_less()
 spare_generators()
+offer()
 
 
 class WorkerExtension:
@@ -225,6 +235,8 @@ class WorkerExtension:
         runner = self.model_runner
         if getattr(runner, "rejection_sampler", None) is None:
             return {"is_right": True, "fault": "", "was_mended": False}
+        if is_v2(runner):
+            return {**verify_drafts(runner)._asdict(), "was_mended": False}
         was_mended = False
         if isinstance(getattr(runner, "drafter", None), GroupDrafter):
             runner.rejection_sampler = DraftVerifier(runner.sampler)
@@ -236,12 +248,12 @@ class WorkerExtension:
     def aseer_refuse_drafts(self) -> bool:
         """Draft nothing, whatever drafter vLLM has; whether that can be had.
 
-        Model runner V2 has a speculator instead of a drafter. It drafts on the device,
-        for steps that are launched already.
+        Model runner V2's own speculators draft on the device, for steps that are
+        launched already.
         """
         runner = self.model_runner
-        if not hasattr(runner, "drafter"):
-            return getattr(runner, "speculator", None) is None
+        if is_v2(runner):
+            return refuse_drafts(runner)
 
         def propose(*args: Any, **kwargs: Any) -> list[list[int]]:
             return [[] for _ in runner.input_batch.req_ids]
@@ -252,13 +264,8 @@ class WorkerExtension:
     def aseer_start_drafting(self, spec: dict[str, Any]) -> None:
         """Join the drafter to the runner and the draft server."""
         runner = self.model_runner
-        # vLLM drafts token 0 for all when one request nears the model's length; our
-        # drafts end in time by themselves.
-        if hasattr(runner, "effective_drafter_max_model_len"):
-            runner.effective_drafter_max_model_len += runner.num_spec_tokens
-        if self.vllm_config.parallel_config.distributed_executor_backend == EXECUTOR:
-            send_drafts_along(runner)
-        take_undrafted_steps_as_plain(runner)
+        if not is_v2(runner):
+            self._prepare_v1(runner)
         if self.rank != 0:
             return
         drafting = msgspec.convert(spec, DraftingSpec)
@@ -267,17 +274,34 @@ class WorkerExtension:
         replica = Replica(ttl_s=settings.group_ttl_s)
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         budget = CappedBudget(make_budget(settings, model), vocab_size)
-        runner.aseer_clock = runner.drafter.start(
-            runner, replica, budget, model, settings.probe_weight
-        )
+        parts = (replica, budget, model, settings.probe_weight)
+        if is_v2(runner):
+            runner.aseer_clock = start_drafting(runner, *parts)
+        else:
+            runner.aseer_clock = runner.drafter.start(runner, *parts)
         identity = f"drafter-{os.getpid()}".encode()
         runner.aseer_client = DraftClient(
             replica, drafting.endpoint, identity, drafting.fetch_interval_s
         )
 
-    def aseer_drafting_times(self) -> tuple[float, float, list[int]]:
-        """Of `DraftCounts`: `step_s`, `draft_s` and `share_buckets` since the start."""
+    def _prepare_v1(self, runner: Any) -> None:
+        # vLLM drafts token 0 for all when one request nears the model's length; our
+        # drafts end in time by themselves.
+        if hasattr(runner, "effective_drafter_max_model_len"):
+            runner.effective_drafter_max_model_len += runner.num_spec_tokens
+        if self.vllm_config.parallel_config.distributed_executor_backend == EXECUTOR:
+            send_drafts_along(runner)
+        take_undrafted_steps_as_plain(runner)
+
+    def aseer_drafting_times(self) -> dict[str, Any]:
+        """Fields of `DraftCounts` since the start: its times.
+
+        On model runner V2 its drafts as well, since vLLM counts placeholders there.
+        """
         clock = getattr(self.model_runner, "aseer_clock", None)
         if clock is None:
-            return 0.0, 0.0, []
-        return clock.step_s, clock.draft_s, clock.share_buckets
+            return {}
+        counts = {name: getattr(clock, name) for name in _TIMES}
+        if is_v2(self.model_runner):
+            counts |= {name: getattr(clock, name) for name in _DRAFTS}
+        return counts

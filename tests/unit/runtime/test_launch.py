@@ -139,11 +139,11 @@ def test_how_long_engines_may_take_is_ours_to_say_and_not_vllms():
             assert 7 * 24 * 3600 < limit_s < 2**31 / 1000
 
 
-def test_drafts_of_vllms_own_run_where_their_sampler_can_be_tested():
+@pytest.mark.parametrize("method", ["off", "ngram", "dgds"])
+def test_gpus_have_the_model_runner_that_vllm_has_for_them(method):
     found = machine(gpus=("0",))
-    (launch,) = plan_instances(EngineConfig(model="m", speculation="ngram"), found)
-    assert launch.env["VLLM_USE_V2_MODEL_RUNNER"] == "0"
-    (launch,) = plan_instances(EngineConfig(model="m"), found)
+    config = EngineConfig(model="m", speculation=method)
+    (launch,) = plan_instances(config, found)
     assert "VLLM_USE_V2_MODEL_RUNNER" not in launch.env
 
 
