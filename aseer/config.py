@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 -- annotations are resolved at run time, too
 from typing import Any, Literal, get_args
 
+from aseer.inputs.addresses import check_address
 from aseer.inputs.engine_args import check_engine_args, has_drafter
 from aseer.inputs.fields import (
     check_directory,
@@ -155,8 +156,9 @@ class EngineConfig:
         model: a Hugging Face model name or a directory, as vLLM takes it. Relative
             paths, here and in other fields, are resolved when the settings are made.
         tokenizer: name or directory; None = the model's.
-        num_instances: vLLM engines to start; None = one for every `gpus_per_instance`
-            of the GPUs, or on a CPU one a core, at most 2.
+        num_instances: vLLM engines to start on this machine; None = one for every
+            `gpus_per_instance` of the GPUs, or on a CPU one a core, at most 2. 0 = none
+            here, only on the nodes that join (`listen`, `min_nodes`).
         gpus: ids of the GPUs to use, as CUDA_VISIBLE_DEVICES names them, whatever the
             trainer itself may see; None = those that are visible.
         gpus_per_instance: GPUs of one engine (tensor parallel); unused on a CPU.
@@ -208,9 +210,9 @@ class EngineConfig:
         stall_timeout_s: an engine that has work but makes no token for so many seconds
             is killed.
         shutdown_timeout_s: seconds for an orderly end; what is left then is killed.
-        max_restarts: how often dead instances are started again, all of them together,
-            over the engine's life. Restarts that a single request has cost are given
-            back.
+        max_restarts: how often dead instances are started again, all of a host's
+            together, over the engine's life. Restarts that a single request has cost
+            are given back.
         max_request_retries: how many instances may die of a request; if one more does,
             the request ends as an error.
         engine_args: further arguments of vLLM's AsyncEngineArgs, as plain data. Those
@@ -226,6 +228,18 @@ class EngineConfig:
             each, as large as what is generated; `aseer replay-log` makes them again.
         journal_dir: where `Engine.rollout(journal=...)` keeps journals, a file each; it
             is made when it is needed. Files there are the user's to remove.
+        listen: address at which nodes on other hosts may join this engine, such as
+            "tcp://0.0.0.0:5557"; None = this machine alone. Connections are encrypted,
+            with a key that all hosts share; without a key only an address of this
+            machine is allowed. See docs/cluster.md.
+        min_nodes: nodes of other hosts that must be up before the engine is open; more
+            may join at any time.
+        node_timeout_s: a node of which nothing is heard for so many seconds is lost,
+            and its work goes on elsewhere.
+        key_file: path of the file with the key; None = what ASEER_KEY or ASEER_KEY_FILE
+            in the environment say, or ~/.config/aseer/key.
+        controller_file: a file that is written while the engine listens, with its
+            address, for `aseer node --controller-file`; None = none.
         weights_dir: where `update_weights` puts tensors for the engines, as large as
             the model, twice that during an update; None = shared memory (/dev/shm).
     """
@@ -263,6 +277,11 @@ class EngineConfig:
     log_dir: Path | str | None = None
     logs_calls: bool = False
     journal_dir: Path | str | None = None
+    listen: str | None = None
+    min_nodes: int = 0
+    node_timeout_s: float = 30.0
+    key_file: Path | str | None = None
+    controller_file: Path | str | None = None
     weights_dir: Path | str | None = None
 
     def __post_init__(self) -> None:
@@ -273,7 +292,9 @@ class EngineConfig:
         if not dtype or not can_be_sent(dtype):
             raise refusal("dtype", self.dtype, 'a name, such as "bfloat16"')
         set_field(self, "dtype", dtype)
-        for name in ("num_instances", "max_model_len", "max_num_seqs"):
+        least = 1 if self.listen is None else 0
+        check_int(self, "num_instances", least, optional=True)
+        for name in ("max_model_len", "max_num_seqs"):
             check_int(self, name, 1, optional=True)
         check_int(self, "kv_cache_bytes", 1, INT64_MAX, optional=True)
         check_int(self, "seed", 0, INT64_MAX, optional=True)
@@ -322,6 +343,21 @@ class EngineConfig:
             raise refusal("log_dir", None, "a directory, since logs_calls is True")
         check_directory(self, "journal_dir")
         check_directory(self, "weights_dir")
+        self._check_cluster()
+
+    def _check_cluster(self) -> None:
+        check_int(self, "min_nodes", 0)
+        check_seconds(self, "node_timeout_s")
+        check_directory(self, "key_file", "a file's path")
+        check_directory(self, "controller_file", "a file's path")
+        if self.listen is not None:
+            check_address("listen", self.listen)
+        elif self.min_nodes:
+            raise refusal("listen", None, "an address, since min_nodes is above 0")
+        elif self.controller_file is not None:
+            raise refusal("listen", None, "an address, since controller_file is given")
+        if self.num_instances == 0 and not self.min_nodes:
+            raise refusal("min_nodes", 0, "one >= 1, since num_instances is 0")
 
 
 def check_policy(policy: object) -> PolicyName:

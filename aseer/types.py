@@ -83,6 +83,7 @@ class InstanceInfo:
             blocks out of the same `num_kv_blocks`. Empty = one group that keeps every
             token in blocks of `block_size`.
         kv_world_size: pieces that a token's KV is split into, as a KV pool counts them.
+        node: name of the host that it runs on; "" = the controller's.
     """
 
     instance_id: InstanceId
@@ -101,6 +102,7 @@ class InstanceInfo:
     pid: int = 0
     kv_groups: tuple[KvGroup, ...] = ()
     kv_world_size: int = 1
+    node: str = ""
 
     def blocks_for(self, num_tokens: int) -> int:
         """KV blocks that `num_tokens` tokens of one request occupy at most."""

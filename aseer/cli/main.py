@@ -13,7 +13,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from aseer.cli import demo, doctor, key, record, replay_log, serve, simulate
+from aseer.cli import demo, doctor, key, node, record, replay_log, serve, simulate
 from aseer.errors import AseerError
 from aseer.version import __version__
 
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_parser(subparsers, common)
     doctor.add_parser(subparsers, common)
     key.add_parser(subparsers, common)
+    node.add_parser(subparsers, common)
     record.add_parser(subparsers, common)
     replay_log.add_parser(subparsers, common)
     serve.add_parser(subparsers, common)

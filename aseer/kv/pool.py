@@ -20,6 +20,7 @@ from aseer.kv.messages import Counts, Free, Prefetch
 from aseer.kv.process import ServerProcess, sum_counts
 from aseer.kv.room import node_memory
 from aseer.kv.settings import cache_salt, plan_pool, transfer_config
+from aseer.types import NO_POOL
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,7 +114,12 @@ class KvPool:
                 tasks.create_task(server.end(grace_s))
 
     def server_of(self, instance_id: int) -> int:
-        """Index of an instance's server; instances of one find each other's KV."""
+        """Index of an instance's server; instances of one find each other's KV.
+
+        An instance on another host has none, but for a connector of the user's own.
+        """
+        if self._servers and instance_id >= self._num_instances:
+            return NO_POOL
         return instance_id * len(self._servers) // self._num_instances
 
     def engine_args(self, instance_id: int) -> dict[str, Any]:
@@ -201,7 +207,7 @@ def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | Non
     Raises:
         ConfigError: one was asked for that cannot be had.
     """
-    if launches[0].backend != "vllm":
+    if not launches or launches[0].backend != "vllm":
         return None
     interpreter = launches[0].interpreter
     packages = interpreter.packages if interpreter else installed_packages()

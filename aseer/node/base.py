@@ -49,11 +49,13 @@ class Node(Protocol):
     """A machine that instances run on.
 
     Attributes:
+        name: that users know it by; "" = this machine.
         endpoint: that its processes connect to.
         drafts: of its draft server.
         lost_because: why it is gone, with all that ran there; None while it is not.
     """
 
+    name: str
     endpoint: str
     drafts: str
     lost_because: str | None

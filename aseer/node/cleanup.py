@@ -27,6 +27,12 @@ def shared_memory_of(group: int) -> set[Path]:
     return {path for path in _entries(SHARED_MEMORY) if _inode(path) in mapped}
 
 
+def weights_dir_for(run_dir: Path) -> Path:
+    """Where weights for engines go by default: memory, if it can be shared as files."""
+    shared = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
+    return SHARED_MEMORY / run_dir.name if shared else run_dir / "weights"
+
+
 def signal_group(group: int) -> None:
     """Send SIGKILL to every process of a group; wait for none."""
     with suppress(OSError):  # there is none, or none of ours

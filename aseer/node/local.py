@@ -37,6 +37,7 @@ class LocalNode:
         self._leftovers = leftovers
         self._log_dir = log_dir
         self._interpreter = interpreter
+        self.name = ""
         self.endpoint = endpoint
         self.drafts = f"ipc://{leftovers.run_dir}/dgds"
         self.lost_because: str | None = None

@@ -21,6 +21,7 @@ from aseer.inputs.tokenizer import HuggingFaceTokenizer
 from aseer.models.traits import read_traits
 from aseer.node.interpreter import interpreter_at
 from aseer.node.machine import this_machine
+from aseer.runtime.cluster import listening, reachable
 from aseer.runtime.desk import JOIN_S, Desk
 from aseer.runtime.group_source import GroupSource, OpenSource
 from aseer.runtime.journal import journal_path
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from aseer.config import PolicyName
     from aseer.groups import Group, Groups
+    from aseer.node.machine import Launch
     from aseer.runtime.host import Host
     from aseer.runtime.loop_thread import LoopThread
     from aseer.types import InstanceInfo
@@ -76,12 +78,13 @@ class Engine(TakesWeights):
         is_real = config.device != "sim"
         revision = config.engine_args.get("revision")
         traits = read_traits(config.model, revision) if is_real else None
-        self._launches = plan_instances(
-            config, this_machine(python.packages), traits, python
-        )
-        if self._launches[0].backend == "vllm":
-            check_vllm(python.packages)
-        self._opening = Opening(config, self._launches)
+        self._launches: list[Launch] = []
+        if config.num_instances != 0:
+            machine = this_machine(python.packages)
+            self._launches = plan_instances(config, machine, traits, python)
+            if self._launches[0].backend == "vllm":
+                check_vllm(python.packages)
+        self._opening = Opening(config, self._launches, listening(config, traits))
         self._tokenizer = HuggingFaceTokenizer(config)
         self._tokens: list[contextvars.Token[Engine | None]] = []
 
@@ -286,8 +289,14 @@ class Engine(TakesWeights):
         return [info for _, info in sorted(self._open()[1].infos.items())]
 
     @property
+    def address(self) -> str | None:
+        """Where nodes on other hosts can join; None if they cannot."""
+        cluster = self._open()[1].cluster
+        return None if cluster is None else reachable(cluster.address)
+
+    @property
     def log_paths(self) -> list[Path]:
-        """Paths of the instances' log files."""
+        """Paths of the log files of this machine's instances."""
         return self._open()[1].log_paths
 
     @property

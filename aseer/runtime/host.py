@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aseer.context import LengthPriors
-from aseer.errors import EngineError, WeightUpdateError
+from aseer.errors import EngineError, WeightUpdateError, describe
 from aseer.node.local import LocalNode
 from aseer.runtime.activity import Activity, Call
 from aseer.runtime.call_log import CallLog
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from aseer.node.interpreter import Interpreter
     from aseer.node.machine import Launch
     from aseer.runtime.claims import Claim
+    from aseer.runtime.cluster import Cluster
     from aseer.runtime.journal import JournalPlan
     from aseer.runtime.loop_thread import LoopThread
     from aseer.runtime.mailbox import Mailbox
@@ -86,6 +87,7 @@ class Host:
         interpreter: Interpreter | None,
         draft_server: DraftServer | None,
         kv_pool: KvPool | None,
+        cluster: Cluster | None = None,
     ) -> None:
         self._config = config
         self._thread = thread
@@ -99,6 +101,7 @@ class Host:
         self._next_chunk_id = 0
         self._identifier = Identifier(config)
         self.kv_pool = kv_pool
+        self.cluster = cluster
         self.folders = folders
         self.weights = WeightKeeper(folders.weights)
         self._open_updates = OpenUpdates(self.weights)
@@ -132,12 +135,17 @@ class Host:
                         self._pool.on_message, self._pool.on_lost, self._pool.on_gone
                     )
                 )
+                cluster = self.cluster
+                joining = cluster and tasks.create_task(cluster.talk(self._pool))
                 working = tasks.create_task(self._work(started))
                 await stop.wait()
                 await self._close_rollout()
                 working.cancel()
                 await asyncio.wait([working])
                 await self._pool.stop(self._config.shutdown_timeout_s)
+                if cluster and joining:
+                    await cluster.dismiss("the engine was closed")
+                    joining.cancel()
                 talking.cancel()
         except BaseException as error:
             self._thread.failure = error
@@ -145,6 +153,8 @@ class Host:
         finally:
             self._claims.close(self._thread.closed_error)
             self.weights.give_up("the engine was closed")
+            if self.cluster is not None:
+                self.cluster.lose_all("the engine was closed")
             await self._pool.stop(0)
             if self.kv_pool is not None:
                 await self.kv_pool.stop(_POOL_GRACE_S)
@@ -154,13 +164,21 @@ class Host:
                 self._session.set_over()
 
     async def _work(self, started: Future[Host]) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            if self.kv_pool is not None:
-                await self.kv_pool.start()
-                tasks.create_task(self.kv_pool.supervise())
-            await self._pool.start()
-            started.set_result(self)
-            await self._pool.supervise()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                if self.kv_pool is not None:
+                    await self.kv_pool.start()
+                    tasks.create_task(self.kv_pool.supervise())
+                await self._pool.start()
+                tasks.create_task(self._pool.supervise())
+                if self.cluster is not None:
+                    tasks.create_task(self.cluster.work())
+                    await self.cluster.wait_for(self._config.min_nodes)
+                started.set_result(self)
+        except Exception as error:
+            if self.cluster is not None:
+                await self.cluster.dismiss(f"the engine failed: {describe(error)}")
+            raise
 
     async def _close_rollout(self) -> None:
         """Refuse new work, and let the instances stop what a rollout still runs."""
@@ -367,6 +385,7 @@ class Host:
         self.weights.instance_up(info.instance_id)
         self.infos[info.instance_id] = self.limits = info
         self._loads[info.instance_id] = InstanceLoad()
+        self._exhausted = None  # of a node that came late
         self._sleep.instance_up(info.instance_id)
         self._tell_session(lambda s: s.instance_up(info, InstanceLoad()))
 

@@ -35,7 +35,9 @@ from aseer.instance.messages import (
     Stop,
 )
 from aseer.node.process import describe_exit
+from aseer.node.remote import RemoteNode
 from aseer.runtime.causes import death, start_error
+from aseer.runtime.remote_weights import once_there
 from aseer.runtime.restarts import RestartBudget
 from aseer.runtime.slot import Slot
 from aseer.transport.base import PROTOCOL_VERSION
@@ -119,6 +121,8 @@ class InstancePool:
         seed = secrets.randbits(31) if config.seed is None else config.seed
         self._seeds = random.Random(seed)
         self._num_asked = 0
+        self._may_grow = config.listen is not None
+        self._exhausted_at: float | None = None
         self._may_start = asyncio.Event()
         self._may_start.set()
         self._last_died_on = RestartBudget(config.max_restarts)
@@ -155,6 +159,11 @@ class InstancePool:
             if slot.running:
                 slot.send(AbortChunks(list(slot.running)))
 
+    def is_up(self, node: Node) -> bool:
+        """Whether all instances of a node take work."""
+        slots = [slot for slot in self._slots.values() if slot.node is node]
+        return bool(slots) and all(slot.up.is_set() for slot in slots)
+
     @property
     def is_idle(self) -> bool:
         """Whether no instance runs a chunk."""
@@ -182,6 +191,32 @@ class InstancePool:
             slot.last_answer = self._clock.read()
         slot.send(Ask(ask_id, what, arguments))
         return asked
+
+    def prepare_weights(
+        self, instance_id: InstanceId, index: str
+    ) -> asyncio.Future[Any]:
+        """Have an instance open new weights, once its node has them; as `ask`.
+
+        Args:
+            index: path of an `Index`, on this machine.
+        """
+        slot = self._slots[instance_id]
+        if not isinstance(slot.node, RemoteNode):
+            return self.ask(instance_id, "prepare_weights", index=index)
+        incarnation = slot.identity
+
+        def ask(there: str) -> asyncio.Future[Any]:
+            if slot.identity != incarnation:  # it loads the current weights by itself
+                raise InstanceLostError(f"instance {instance_id} was started again")
+            return self.ask(instance_id, "prepare_weights", index=there)
+
+        return once_there(slot.node, index, ask)
+
+    def drop_weights(self, index: str) -> None:
+        """No instance will load those weights any more."""
+        for node in {slot.node for slot in self._slots.values()}:
+            if isinstance(node, RemoteNode):
+                node.drop(index)
 
     def forgive(self, num_deaths: int) -> None:
         """A request is blamed for so many deaths, the last of which just happened."""
@@ -224,10 +259,17 @@ class InstancePool:
             async with asyncio.TaskGroup() as tasks:
                 for slot in slots:
                     tasks.create_task(self._attend(slot))
-        finally:
+        except asyncio.CancelledError:
+            raise  # `stop` ends them, with all others
+        except BaseException:
             await self._end_all(slots, 0)
-            for slot in slots:
-                del self._slots[slot.instance_id]
+            self._drop(slots)
+            raise
+        self._drop(slots)
+
+    def _drop(self, slots: list[Slot]) -> None:
+        for slot in slots:
+            del self._slots[slot.instance_id]
 
     async def _attend(self, slot: Slot) -> None:
         try:
@@ -324,7 +366,7 @@ class InstancePool:
             return
         if slot.said_hello.is_set():
             return
-        slot.info = info
+        slot.info = replace(info, node=slot.node.name)
         slot.said_hello.set()
 
     async def _get_ready(self, slot: Slot) -> None:
@@ -337,7 +379,7 @@ class InstancePool:
                 if loaded is None:
                     slot.is_replaced = True  # it cannot go back, and is not at fault
                     raise EngineError("the weights it had just loaded were taken back")
-                await self.ask(slot.instance_id, "prepare_weights", index=loaded)
+                await self.prepare_weights(slot.instance_id, loaded)
                 await self.ask(slot.instance_id, "commit_weights")
             except EngineError as error:
                 if loaded == self.weights:
@@ -475,7 +517,7 @@ class InstancePool:
         """Wait until a restart can be paid for; False if it never will be."""
         slot.given_up = True
         limit = f"max_restarts={self._config.max_restarts}"
-        if all(s.given_up for s in self._slots.values()):
+        if self._is_exhausted and not self._may_grow:
             self._forgiven.set()
             self._owner.instances_exhausted(
                 f"every instance is lost and {limit} are used up; the last one: {why}"
@@ -486,10 +528,31 @@ class InstancePool:
         )
         self._forgiven.clear()
         await self._forgiven.wait()
-        if all(s.given_up for s in self._slots.values()):
+        if self._is_exhausted and not self._may_grow:
             return False
         slot.given_up = False
         return True
+
+    @property
+    def _is_exhausted(self) -> bool:
+        """Whether no instance will be up again, unless a node joins."""
+        return all(slot.given_up for slot in self._slots.values())
+
+    def _watch_for_nodes(self, now: float) -> None:
+        """Tell when no instance is left, and no node has come for as long as one may
+        take.
+        """
+        if not self._is_exhausted:
+            self._exhausted_at = None
+        elif self._exhausted_at is None:
+            self._exhausted_at = now
+            _log.warning("no instance is left; waiting for a node to join")
+        elif now - self._exhausted_at > self._config.start_timeout_s:
+            self._exhausted_at = float("inf")  # it is told once
+            limit = f"start_timeout_s={self._config.start_timeout_s:g}"
+            self._owner.instances_exhausted(
+                f"every instance is lost, and no node has joined for {limit}"
+            )
 
     async def _watch(self) -> None:
         """Kill what is silent or stuck; its death is then handled like any other."""
@@ -500,3 +563,5 @@ class InstancePool:
                 why = slot.why_dead(now, self._config, self._watch_interval_s)
                 if why:
                     slot.kill(why)
+            if self._may_grow:
+                self._watch_for_nodes(now)

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import weakref
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from aseer.config import EngineConfig
     from aseer.node.machine import Launch
     from aseer.runtime.host import Host
+    from aseer.runtime.serving import Listening
 
 # What a thread needs to end beyond the two deadlines of its instances: removing files.
 _JOIN_MARGIN_S = 10.0
@@ -25,8 +27,15 @@ _JOIN_MARGIN_S = 10.0
 class Opening:
     """Opens an engine and closes it, again and again; from any thread."""
 
-    def __init__(self, config: EngineConfig, launches: list[Launch]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        launches: list[Launch],
+        listening: Listening = nullcontext,
+    ) -> None:
+        """`listening` gives the nodes of other hosts, if any may join."""
         self._config = config
+        self._listening = listening
         self._launches = launches
         self._thread: LoopThread | None = None
         self._started: Future[Host] = Future()
@@ -46,9 +55,9 @@ class Opening:
         started: Future[Host] = Future()
         started.set_running_or_notify_cancel()  # whoever waits cannot cancel the start
         self._started = started
-        config, launches = self._config, self._launches
+        args = (self._config, self._launches, folders, thread, started)
         try:
-            thread.start(partial(serve, config, launches, folders, thread, started))
+            thread.start(partial(serve, *args, listening=self._listening))
         except EngineError:
             folders.leftovers.remove()
             raise

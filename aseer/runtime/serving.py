@@ -19,11 +19,16 @@ from aseer.runtime.weights import weights_dir_of
 from aseer.transport.zeromq import bind_router, make_socket_dir
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
+    from contextlib import AbstractAsyncContextManager
 
     from aseer.config import EngineConfig
     from aseer.node.machine import Launch
+    from aseer.runtime.cluster import Cluster
     from aseer.runtime.loop_thread import LoopThread
+
+    Listening = Callable[[], AbstractAsyncContextManager[Cluster | None]]
 
 _log = logging.getLogger("aseer")
 
@@ -67,15 +72,17 @@ async def serve(
     thread: LoopThread,
     started: Future[Host],
     stop: asyncio.Event,
+    listening: Listening = nullcontext,
 ) -> None:
     """Run an engine until `stop` is set; whatever happens, nothing of it remains.
 
     Args:
         thread: that this runs on.
         started: gets the host once every instance is up, or why none is.
+        listening: gives the nodes of other hosts, if any may join.
     """
     try:
-        interpreter = launches[0].interpreter
+        interpreter = launches[0].interpreter if launches else None
         pool_plan = plan_kv_pool(config, launches)
         kv_pool = None
         if pool_plan is not None:
@@ -90,7 +97,10 @@ async def serve(
         draft_server = make_draft_server(config, folders.run)
         endpoint = f"ipc://{folders.run}/ctrl"
         with draft_server or nullcontext():
-            async with bind_router(endpoint, FROM_INSTANCE) as router:
+            async with (
+                bind_router(endpoint, FROM_INSTANCE) as router,
+                listening() as cluster,
+            ):
                 host = Host(
                     config=config,
                     launches=launches,
@@ -101,6 +111,7 @@ async def serve(
                     interpreter=interpreter,
                     draft_server=draft_server,
                     kv_pool=kv_pool,
+                    cluster=cluster,
                 )
                 await host.run(stop, started)
     except BaseException as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import msgspec
 
 from aseer.errors import EngineError, InstanceLostError, WeightUpdateError, describe
-from aseer.node.cleanup import SHARED_MEMORY
+from aseer.node.cleanup import weights_dir_for
 from aseer.weights.checks import ModelSpec
 from aseer.weights.files import INDEX, make_directory
 from aseer.weights.update import (
@@ -54,8 +53,7 @@ def weights_dir_of(config: EngineConfig, run_dir: Path) -> Path:
     """Where tensors for the engines go: memory, if it can be shared as files."""
     if config.weights_dir is not None:
         return Path(config.weights_dir).resolve() / run_dir.name
-    shared = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
-    return SHARED_MEMORY / run_dir.name if shared else run_dir / "weights"
+    return weights_dir_for(run_dir)
 
 
 class Plan(NamedTuple):
@@ -139,11 +137,13 @@ class WeightKeeper:
                 raise WeightUpdateError(f"{why}; the engine stays at {self.version}")
             self.version = plan.version
             if old is not None:
+                pool.drop_weights(old)
                 shutil.rmtree(Path(old).parent, ignore_errors=True)
             return times
         finally:
             self._switch = None
             if self.version != plan.version:
+                pool.drop_weights(new)
                 shutil.rmtree(plan.directory, ignore_errors=True)
 
     def instance_up(self, instance_id: InstanceId) -> None:
@@ -200,7 +200,7 @@ class _Switch:
         update, pool = self.update, self._pool
         match command:
             case Prepare(i):
-                asked = pool.ask(i, "prepare_weights", index=self._new)
+                asked = pool.prepare_weights(i, self._new)
                 asked.add_done_callback(self._teller(update.prepared, i))
             case Commit(i):
                 asked = pool.ask(i, "commit_weights")

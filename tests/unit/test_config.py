@@ -29,6 +29,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": None}, "a model name or a directory"),
     ({"num_instances": 0}, "an int >= 1, or None for the default"),
     ({"num_instances": True}, "an int >= 1"),
+    ({"min_nodes": -1}, "an int >= 0"),
+    ({"listen": "head:5557"}, "tcp://HOST:PORT"),
+    ({"node_timeout_s": 0}, "a number of seconds above 0"),
     ({"max_model_len": 0}, "an int >= 1, or None"),
     ({"max_num_seqs": "many"}, "an int >= 1, or None"),
     ({"kv_cache_bytes": 1.5e9}, "an int >= 1, or None"),
@@ -175,6 +178,17 @@ def test_every_argument_that_is_refused_is_one_of_vllms() -> None:
     text = (Path(source.origin).parent / "engine" / "arg_utils.py").read_text()
     for name in (*_OWN, *_REFUSED, *_DRAFTER):
         assert re.search(rf"^    {name}: ", text, re.MULTILINE), name
+
+
+def test_an_engine_without_instances_of_its_own_waits_for_a_node() -> None:
+    listen = "tcp://127.0.0.1:5557"
+    config = EngineConfig(model="m", num_instances=0, listen=listen, min_nodes=1)
+    assert config.num_instances == 0
+    with pytest.raises(ConfigError, match=r"min_nodes=0 .*since num_instances is 0"):
+        EngineConfig(model="m", num_instances=0, listen=listen)
+    for setting in ({"min_nodes": 1}, {"controller_file": "run.json"}):
+        with pytest.raises(ConfigError, match=r"listen=None is not allowed"):
+            EngineConfig(model="m", **setting)
 
 
 def test_numbers_may_be_numpys_and_are_kept_as_plain_data() -> None:

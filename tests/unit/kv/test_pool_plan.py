@@ -13,7 +13,8 @@ from aseer.kv.messages import Counts
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.kv.settings import PoolPlan
 from aseer.node.machine import Launch
-from aseer.runtime.instances import InstancePool
+from aseer.runtime.causes import start_error
+from aseer.types import NO_POOL
 
 
 def plan_of(num_servers: int) -> PoolPlan:
@@ -59,15 +60,20 @@ def test_a_servers_last_error_is_told_with_an_engines(tmp_path):
     [("ConnectionError: Cannot reach the LMCache MP server", True), ("OSError", False)],
 )
 def test_a_start_that_fails_at_the_pool_gives_the_pools_own_cause(own, is_told):
-    pool = object.__new__(InstancePool)
-    pool._kv_pool = SimpleNamespace(cause=lambda instance_id: "; the pool's word")
     launch = SimpleNamespace(share="GPU 0")
     slot = SimpleNamespace(
         failure=own, killed_because=None, instance_id=0, launch=launch
     )
     process = SimpleNamespace(cause=lambda: None, log_tail=lambda: "")
-    text = str(pool._start_error(slot, process, "exited with status 1"))
-    assert (f"cause: {own}; the pool's word" in text) == is_told
+    told = start_error(slot, process, "exited with status 1", "; the pool's word")
+    assert (f"cause: {own}; the pool's word" in str(told)) == is_told
+
+
+def test_instances_of_other_hosts_have_no_share_in_the_pool():
+    pool = KvPool(plan_of(2), EngineConfig(model="m"), 4, Path(), None)
+    assert [pool.server_of(i) for i in range(6)] == [0, 0, 1, 1, NO_POOL, NO_POOL]
+    external = KvPool(plan_of(0), EngineConfig(model="m"), 4, Path(), None)
+    assert external.server_of(5) == 0
 
 
 def test_a_pool_of_another_connector_is_one_for_all_engines_and_starts_nothing():

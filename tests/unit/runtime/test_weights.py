@@ -325,9 +325,9 @@ async def test_the_weights_folder_is_where_it_is_told_or_in_shared_memory(
     run_dir = Path("/tmp/aseer-x")
     config = config_of(weights_dir=str(tmp_path))
     assert weights_dir_of(config, run_dir) == tmp_path / "aseer-x"
-    monkeypatch.setattr("aseer.runtime.weights.SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("aseer.node.cleanup.SHARED_MEMORY", tmp_path)
     assert weights_dir_of(config_of(), run_dir) == tmp_path / "aseer-x"
-    monkeypatch.setattr("aseer.runtime.weights.SHARED_MEMORY", tmp_path / "none")
+    monkeypatch.setattr("aseer.node.cleanup.SHARED_MEMORY", tmp_path / "none")
     assert weights_dir_of(config_of(), run_dir) == run_dir / "weights"
 
 

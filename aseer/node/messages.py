@@ -1,0 +1,229 @@
+"""What a controller and a node on another host say to each other.
+
+    controller                                     node
+                               <----------------   Join, first of all
+    Welcome                    ---------------->
+    StartProcess, KillProcess, ---------------->
+    NoteMemory, EndProcess
+    FetchFiles, DropFiles      ---------------->   weights, for its instances
+                               <----------------   GetBlock, some for each file
+    Block                      ---------------->   one a GetBlock
+                               <----------------   Fetched, one a FetchFiles
+                               <----------------   Ended, one a StartProcess
+    ToPeer, ForgetPeer         ---------------->   to an instance's process
+                               <----------------   FromPeer, PeerGone, PeerLost
+                               <----------------   Leave, once it is told to end
+
+They travel in a session (`aseer.transport.sessions`): each comes once, in order. A
+process is known by the name under which it speaks, unlike any other's. A session that
+the controller closes ends with a `Goodbye`; without one the node may come back.
+"""
+
+from __future__ import annotations
+
+# Runtime imports: msgspec resolves the annotations.
+from collections.abc import Mapping
+
+import msgspec
+
+from aseer.node.machine import Machine
+
+
+class Versions(msgspec.Struct, tag="join", frozen=True):
+    """The part of `Join` that all releases have."""
+
+    protocol: int
+    version: str
+    name: str
+
+
+class Join(msgspec.Struct, tag="join", frozen=True):
+    """What a node is.
+
+    Attributes:
+        protocol, version: of the messages, and of aseer.
+        name: that users know it by.
+        machine: what there is to share.
+        packages: versions of what its engines import.
+        num_instances: engines that it is to run; None = by its GPUs or cores.
+        endpoint: that its instances connect to. drafts: of their draft server.
+        log_dir: where their logs are. weights_dir: where it keeps weights for them.
+    """
+
+    protocol: int
+    version: str
+    name: str
+    machine: Machine
+    packages: dict[str, str]
+    num_instances: int | None
+    endpoint: str
+    drafts: str
+    log_dir: str
+    weights_dir: str
+
+
+class Welcome(msgspec.Struct, tag="welcome", frozen=True):
+    """The node is taken, until nothing is heard of it for `lease_s`, at either end."""
+
+    lease_s: float
+
+
+class StartProcess(msgspec.Struct, tag="start", frozen=True):
+    """See `Node.start`."""
+
+    peer: bytes
+    name: str
+    line: bytes
+    env: Mapping[str, str]
+
+
+class KillProcess(msgspec.Struct, tag="kill", frozen=True):
+    """See `Process.kill`."""
+
+    peer: bytes
+
+
+class NoteMemory(msgspec.Struct, tag="note", frozen=True):
+    """See `Process.note_shared_memory`."""
+
+    peer: bytes
+
+
+class EndProcess(msgspec.Struct, tag="end", frozen=True):
+    """See `Process.end`."""
+
+    peer: bytes
+    grace_s: float
+
+
+class Ended(msgspec.Struct, tag="ended", frozen=True):
+    """A process is over, and nothing of it remains.
+
+    Attributes:
+        status: see `Process.wait`; 1 if it could not even be started.
+        log_tail, cause: see `Process`.
+    """
+
+    peer: bytes
+    status: int
+    log_tail: str = ""
+    cause: str | None = None
+
+
+class ToPeer(msgspec.Struct, tag="to", frozen=True):
+    """A message for a process."""
+
+    peer: bytes
+    message: msgspec.Raw
+
+
+class ForgetPeer(msgspec.Struct, tag="forget", frozen=True):
+    """See `Router.forget`."""
+
+    peer: bytes
+
+
+class FromPeer(msgspec.Struct, tag="from", frozen=True):
+    """A message of a process."""
+
+    peer: bytes
+    message: msgspec.Raw
+
+
+class PeerGone(msgspec.Struct, tag="gone", frozen=True):
+    """What was sent to a process is lost (`on_gone` of `Router.run`)."""
+
+    peer: bytes
+
+
+class PeerLost(msgspec.Struct, tag="lost", frozen=True):
+    """A process reads nothing, or speaks nonsense (`on_lost` of `Router.run`)."""
+
+    peer: bytes
+    why: str
+
+
+class FetchFiles(msgspec.Struct, tag="fetch", frozen=True):
+    """Fetch files to a folder of the weights' directory, by their numbers.
+
+    Attributes:
+        sizes: of the files, in bytes.
+        index_name, index: a file that is put beside them.
+    """
+
+    folder: str
+    sizes: list[int]
+    index_name: str
+    index: bytes
+
+
+class GetBlock(msgspec.Struct, tag="get", frozen=True):
+    """Ask for a part of a file."""
+
+    folder: str
+    file: int
+    offset: int
+    size: int
+
+
+class Block(msgspec.Struct, tag="block", frozen=True):
+    """It, or why it cannot be had."""
+
+    folder: str
+    file: int
+    offset: int
+    data: bytes = b""
+    error: str = ""
+
+
+class Fetched(msgspec.Struct, tag="fetched", frozen=True):
+    """All files of a folder are there, or with an `error` none is."""
+
+    folder: str
+    error: str = ""
+
+
+class DropFiles(msgspec.Struct, tag="drop", frozen=True):
+    """Remove a folder."""
+
+    folder: str
+
+
+class Leave(msgspec.Struct, tag="leave", frozen=True):
+    """The node is about to end: its work is to go on elsewhere."""
+
+    why: str
+
+
+class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
+    """Why the controller closed the session: the node ends, too.
+
+    Attributes:
+        is_refusal: it was never taken, or could not do its work.
+    """
+
+    why: str
+    is_refusal: bool = False
+
+
+ToNode = (
+    Welcome
+    | StartProcess
+    | KillProcess
+    | NoteMemory
+    | EndProcess
+    | ToPeer
+    | ForgetPeer
+    | FetchFiles
+    | Block
+    | DropFiles
+)
+FromNode = Join | Ended | FromPeer | PeerGone | PeerLost | GetBlock | Fetched | Leave
+
+TO_NODE: msgspec.msgpack.Decoder[ToNode] = msgspec.msgpack.Decoder(ToNode)
+FROM_NODE: msgspec.msgpack.Decoder[FromNode] = msgspec.msgpack.Decoder(FromNode)
+VERSIONS: msgspec.msgpack.Decoder[Versions] = msgspec.msgpack.Decoder(Versions)
+GOODBYE: msgspec.msgpack.Decoder[Goodbye] = msgspec.msgpack.Decoder(Goodbye)
+ANY: msgspec.msgpack.Decoder[msgspec.Raw] = msgspec.msgpack.Decoder(msgspec.Raw)
+"""Of messages that are passed on unread."""
+encode = msgspec.msgpack.Encoder().encode

@@ -1,0 +1,307 @@
+"""Nodes on other hosts: taken when they come, put to work, let go.
+
+A node says what it is; its instances are planned as this machine's are, from the same
+settings and what the node has. One that is of another release, or cannot run what the
+settings ask for, is refused in words that it prints. Nodes come and go while rollouts
+run; what ran on one that is gone goes on elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+from contextlib import asynccontextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from aseer.compat.versions import check_vllm
+from aseer.errors import AseerError, ConfigError, EngineError, describe, root_of
+from aseer.instance.messages import FROM_INSTANCE
+from aseer.node.children import in_thread
+from aseer.node.fetching import read_block
+from aseer.node.interpreter import Interpreter
+from aseer.node.messages import (
+    FROM_NODE,
+    VERSIONS,
+    Block,
+    GetBlock,
+    Goodbye,
+    Join,
+    Leave,
+    Welcome,
+    encode,
+)
+from aseer.node.remote import RemoteNode
+from aseer.runtime.launch import plan_instances
+from aseer.transport.base import PROTOCOL_VERSION, Reader
+from aseer.transport.keys import find_keys
+from aseer.transport.sessions import FRAME, Sessions
+from aseer.transport.tcp import bind_tcp, check_key_is_there
+from aseer.version import __version__
+from aseer.watch import WakingClock
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from aseer.config import EngineConfig
+    from aseer.models.traits import ModelTraits
+    from aseer.node.machine import Launch
+    from aseer.runtime.instances import InstancePool
+    from aseer.runtime.serving import Listening
+    from aseer.transport.keys import Keys
+    from aseer.transport.sessions import Frame
+    from aseer.transport.tcp import TcpRouter
+
+_log = logging.getLogger("aseer")
+
+_LOOK_INTERVAL_S = 0.5
+# Between two lines of the log that say how many nodes are still waited for.
+_TELL_INTERVAL_S = 30.0
+# For last words to leave.
+_GOODBYE_S = 0.5
+
+
+class Cluster:
+    """The nodes of an engine, beside its own machine."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        traits: ModelTraits | None,
+        router: TcpRouter[Frame],
+    ) -> None:
+        self._config = config
+        self._traits = traits
+        self._sessions = Sessions(router, timeout_s=config.node_timeout_s)
+        self._reader = Reader(FROM_INSTANCE)
+        self._pool: InstancePool
+        self._nodes: dict[int, RemoteNode] = {}
+        self._joined: asyncio.Queue[tuple[int, RemoteNode, list[Launch]]]
+        self._joined = asyncio.Queue()
+        self._wanted: asyncio.Queue[tuple[RemoteNode, GetBlock]] = asyncio.Queue()
+        self._failure: AseerError | None = None
+        self._refusal = ""
+        self.address = router.endpoint
+
+    @property
+    def nodes(self) -> list[RemoteNode]:
+        """Those that are there."""
+        return list(self._nodes.values())
+
+    async def talk(self, pool: InstancePool) -> None:
+        """Carry messages, and the files that nodes fetch, until cancelled."""
+        self._pool = pool
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._sessions.run(self._on_message, self._on_over))
+            tasks.create_task(self._send_blocks())
+
+    async def _send_blocks(self) -> None:
+        while True:
+            node, wanted = await self._wanted.get()
+            path = node.path_of(wanted)
+            if path is None:
+                continue
+            block = Block(wanted.folder, wanted.file, wanted.offset)
+            try:
+                data = await in_thread(read_block, path, wanted.offset, wanted.size)
+                block = msgspec.structs.replace(block, data=data)
+            except OSError as error:
+                block = msgspec.structs.replace(block, error=describe(error))
+            node.say(block)
+
+    async def work(self) -> None:
+        """Put nodes to work as they come, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                tasks.create_task(self._attend(*await self._joined.get()))
+
+    async def wait_for(self, num_nodes: int) -> None:
+        """Wait until so many nodes have instances that are up.
+
+        Raises:
+            InstanceStartError: an instance of one did not come up.
+            EngineError: too few came within `start_timeout_s`.
+        """
+        clock, next_line_s = WakingClock(2 * _LOOK_INTERVAL_S), 0.0
+        timeout_s = self._config.start_timeout_s
+        while True:
+            num = sum(self._pool.is_up(node) for node in self.nodes)
+            if num >= num_nodes:
+                return
+            if self._failure is not None:
+                raise self._failure
+            what = (
+                f"{num} of min_nodes={num_nodes} nodes are up ({len(self.nodes)} have "
+                f"joined); on each host run `aseer node --controller "
+                f"{reachable(self.address)}`{self._refusal}"
+            )
+            if clock.read() > timeout_s:
+                raise EngineError(f"after start_timeout_s={timeout_s:g} {what}")
+            if clock.read() >= next_line_s:
+                _log.warning("%s", what)
+                next_line_s += _TELL_INTERVAL_S
+            await asyncio.sleep(_LOOK_INTERVAL_S)
+
+    async def dismiss(self, why: str) -> None:
+        """Tell all nodes that the engine is over, and take no more."""
+        for session in list(self._nodes):
+            self._close(session, Goodbye(why))
+        await asyncio.sleep(_GOODBYE_S if self._nodes else 0)
+        self.lose_all(why)
+
+    def lose_all(self, why: str) -> None:
+        """Nothing is heard of any node any more."""
+        for node in self.nodes:
+            node.lose(why)
+        self._nodes.clear()
+
+    async def _attend(
+        self, session: int, node: RemoteNode, launches: list[Launch]
+    ) -> None:
+        why = "the engine has ended"
+        try:
+            await self._pool.attend(node, launches)
+        except* AseerError as group:
+            error = root_of(group)
+            assert isinstance(error, AseerError)
+            why = str(error)
+            _log.error("node %s is not used: %s", node.name, why)
+            self._failure = self._failure or error
+            self._close(session, Goodbye(why, is_refusal=True))
+            self._nodes.pop(session, None)
+            node.lose(why)
+
+    def _on_message(self, session: int, data: bytes) -> None:
+        node = self._nodes.get(session)
+        if node is None:
+            self._join(session, data)
+            return
+        message = FROM_NODE.decode(data)
+        if isinstance(message, Leave):
+            _log.info("node %s leaves", node.name)
+            self._close(session, Goodbye(message.why))
+            del self._nodes[session]
+            node.lose(message.why)
+        elif isinstance(message, GetBlock):
+            self._wanted.put_nowait((node, message))
+        else:
+            pool = self._pool
+            node.take(message, self._on_peer, pool.on_lost, pool.on_gone)
+
+    def _on_peer(self, peer: bytes, data: msgspec.Raw) -> None:
+        message = self._reader.read([bytes(data)], peer)
+        if message is not None:
+            self._pool.on_message(peer, message)
+
+    def _on_over(self, session: int, why: str) -> None:
+        node = self._nodes.pop(session, None)
+        if node is not None:
+            _log.warning("node %s is lost: %s", node.name, why)
+            node.lose(why)
+
+    def _join(self, session: int, data: bytes) -> None:
+        try:
+            node, launches = self._take(session, data)
+        except Exception as error:
+            why = f"the controller refuses this node: {describe(error)}"
+            if isinstance(error, AseerError):
+                why = f"the controller refuses this node: {error}"
+            _log.error("a node was refused: %s", why)
+            self._refusal = f"; one was refused: {why}"
+            self._close(session, Goodbye(why, is_refusal=True))
+            return
+        self._nodes[session] = node
+        self._sessions.put(session, encode(Welcome(self._config.node_timeout_s)))
+        self._joined.put_nowait((session, node, launches))
+        num = len(launches)
+        _log.info("node %s has joined, with %d instance(s)", node.name, num)
+
+    def _take(self, session: int, data: bytes) -> tuple[RemoteNode, list[Launch]]:
+        """A node that wants to join, and what it is to run.
+
+        Raises:
+            ConfigError: it is of another release, or has not what it needs.
+        """
+        theirs = VERSIONS.decode(data)
+        if (theirs.protocol, theirs.version) != (PROTOCOL_VERSION, __version__):
+            raise ConfigError(
+                f"node {theirs.name} runs aseer {theirs.version} (protocol "
+                f"{theirs.protocol}), and the controller runs {__version__} (protocol "
+                f"{PROTOCOL_VERSION}); install the same on both"
+            )
+        join = FROM_NODE.decode(data)
+        assert isinstance(join, Join)
+        node = RemoteNode(join, lambda message: self._sessions.put(session, message))
+        settings = replace(self._config, gpus=None, num_instances=join.num_instances)
+        interpreter = Interpreter(f"node {join.name}", join.packages, False)
+        launches = plan_instances(settings, join.machine, self._traits, interpreter)
+        if launches[0].backend == "vllm":
+            check_vllm(join.packages)
+        return node, [
+            replace(each, share=f"{each.share} of node {join.name}", interpreter=None)
+            for each in launches
+        ]
+
+    def _close(self, session: int, goodbye: Goodbye) -> None:
+        self._sessions.close(session, encode(goodbye))
+
+
+def reachable(address: str) -> str:
+    """An address that is listened at, as others reach it."""
+    host, _, port = address.rpartition(":")
+    if host in ("tcp://0.0.0.0", "tcp://[::]"):
+        return f"tcp://{socket.gethostname()}:{port}"
+    return address
+
+
+def listening(config: EngineConfig, traits: ModelTraits | None) -> Listening:
+    """What gives an engine's nodes, while it is open.
+
+    Raises:
+        ConfigError: the address needs a key, or the key cannot be used.
+    """
+    if config.listen is None:
+        return nullcontext
+    keys = find_keys(None if config.key_file is None else str(config.key_file))
+    check_key_is_there("listen", config.listen, keys)
+    return partial(_listen, config, config.listen, traits, keys)
+
+
+@asynccontextmanager
+async def _listen(
+    config: EngineConfig, address: str, traits: ModelTraits | None, keys: Keys | None
+) -> AsyncIterator[Cluster]:
+    """Listen for nodes; the file that tells them where goes at the end.
+
+    Raises:
+        EngineError: the address cannot be had.
+        ConfigError: the file cannot be written.
+    """
+    async with bind_tcp(address, FRAME, keys) as router:
+        cluster = Cluster(config, traits, router)
+        path = None if config.controller_file is None else Path(config.controller_file)
+        if path is not None:
+            _write(path, reachable(cluster.address))
+        try:
+            yield cluster
+        finally:
+            if path is not None:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _write(path: Path, address: str) -> None:
+    """Put the file there as a whole: others may be looking for it."""
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        new.write_text(json.dumps({"address": address}) + "\n")
+        new.replace(path)
+    except OSError as error:
+        raise ConfigError(f"controller_file cannot be written: {error}") from error

@@ -1,0 +1,111 @@
+"""Hosts on one machine: each with a network, /dev/shm and processes of its own.
+
+Their links meet at a bridge in a namespace of its own, so that the machine's network is
+not touched. Needs the right to make namespaces (root, or CAP_SYS_ADMIN).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_TOOLS = ("unshare", "nsenter", "setpriv", "ip")
+_NAMESPACES = ("--net", "--mount", "--uts", "--pid")
+
+
+class Namespace:
+    """Namespaces that are there as long as a process sleeps in them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        script = (
+            f"hostname {name} && ip link set lo up && "
+            "mount -t tmpfs -o size=1g,mode=1777 tmpfs /dev/shm && "
+            "echo ready && exec sleep infinity >/dev/null"
+        )
+        flags = ("--fork", "--kill-child", "--mount-proc", "--propagation", "private")
+        self._holder = subprocess.Popen(
+            ["unshare", *_NAMESPACES, *flags, "sh", "-c", script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self._holder.stdout is not None
+        is_ready = self._holder.stdout.readline() == b"ready\n"
+        if not is_ready:
+            _, error = self._holder.communicate()
+            pytest.skip(f"no namespaces are to be had here: {error.decode()[:200]}")
+        children = f"/proc/{self._holder.pid}/task/{self._holder.pid}/children"
+        with open(children) as file:
+            self._pid = int(file.read())
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """Of a command that is to run there, and to end with whoever started it."""
+        enter = ("nsenter", "-t", str(self._pid), *_NAMESPACES, f"--wd={os.getcwd()}")
+        return (*enter, "setpriv", "--pdeathsig", "KILL", "--")
+
+    def run(self, command: str) -> None:
+        """Run a command there to its end, as words."""
+        inside = ("nsenter", "-t", str(self._pid), *_NAMESPACES)
+        subprocess.run([*inside, *command.split()], check=True)
+
+    def kill(self) -> None:
+        """As if the power went: every process there is gone."""
+        self._holder.kill()
+        self._holder.communicate()
+
+
+class Hosts:
+    """Hosts number 1 and up, each at 10.77.0.NUMBER."""
+
+    def __init__(self, switch: Namespace, hosts: list[Namespace]) -> None:
+        self._switch = switch
+        self._hosts = hosts
+
+    def __getitem__(self, number: int) -> Namespace:
+        return self._hosts[number - 1]
+
+    def cut(self, number: int) -> None:
+        """What a host sends, and what is sent to it, is gone, and nobody is told."""
+        self._switch.run(f"ip link set h{number} down")
+
+    def heal(self, number: int) -> None:
+        """Its link works again."""
+        self._switch.run(f"ip link set h{number} up")
+
+
+@contextmanager
+def hosts(num: int) -> Iterator[Hosts]:
+    """So many hosts; all that runs there is gone at the end.
+
+    Skips the test where they are not to be had.
+    """
+    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"hosts need {', '.join(missing)}")
+    with ExitStack() as stack:
+        made = []
+        for name in ("switch", *(f"node{i + 1}" for i in range(num))):
+            made.append(Namespace(name))
+            stack.callback(made[-1].kill)
+        switch, *rest = made
+        switch.run("ip link add br0 type bridge forward_delay 0 mcast_snooping 0")
+        switch.run("ip link set br0 up")
+        for i, host in enumerate(rest, 1):
+            # Named from outside: a process's id is another one inside.
+            add = f"ip link add eth0 type veth peer name h{i} netns {switch._pid}"
+            enter = ("nsenter", "-t", str(host._pid), "--net")
+            subprocess.run([*enter, *add.split()], check=True)
+            switch.run(f"ip link set h{i} master br0 up")
+            host.run(f"ip addr add 10.77.0.{i}/24 dev eth0")
+            host.run("ip link set eth0 up")
+        yield Hosts(switch, rest)

@@ -1,0 +1,282 @@
+"""Nodes join, leave, die and are cut off in the middle of work: nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+import aseer
+from tests.integration.nodes import NodeProcess, Nodes, nodes_in
+from tests.integration.proxy import proxy_to
+from tests.integration.sims import config_of, content, groups_of
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.timeout(120)
+
+LONG = {"ignore_eos": True, "max_tokens": 600}
+SHAPES = {"w": (1000, 1000), "v": (3,)}
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    with nodes_in(tmp_path) as nodes:
+        yield nodes
+
+
+def weights() -> dict[str, Any]:
+    return {name: torch.rand(shape) for name, shape in SHAPES.items()}
+
+
+async def reference(groups: list[aseer.Group]) -> dict[str, object]:
+    async with aseer.Engine(config_of(chunk_size=0)) as engine:
+        return content([r async for r in engine.rollout(groups)])
+
+
+async def rolled_out(
+    engine: aseer.Engine,
+    groups: list[aseer.Group],
+    in_the_middle: Callable[[], object] = lambda: None,
+) -> tuple[list[aseer.Response], aseer.RolloutReport]:
+    """A rollout; something happens with the first response, while others run."""
+    early = groups_of(100, n=1, max_tokens=2)[99:]
+    rollout = engine.rollout([*groups, *early])
+    responses = []
+    async for response in rollout:
+        if response.group_id == "g99":
+            in_the_middle()
+        else:
+            responses.append(response)
+    assert rollout.report is not None
+    return responses, rollout.report
+
+
+def nodes_of(responses: list[aseer.Response], names: dict[int, str]) -> set[str]:
+    return {names[i] for r in responses for i in r.metrics.instances}
+
+
+def names_in(engine: aseer.Engine) -> dict[int, str]:
+    return {info.instance_id: info.node for info in engine.instances}
+
+
+async def test_nodes_run_what_one_machine_would_and_end_with_the_engine(nodes):
+    groups = groups_of(8, **LONG)
+    started = [nodes.start("one"), nodes.start("two", num_instances=1)]
+    config = nodes.config(min_nodes=2, num_instances=1)
+    async with aseer.Engine(config) as engine:
+        names = names_in(engine)
+        assert sorted(names.values()) == ["", "one", "one", "two"]
+        assert engine.address == nodes.address
+        responses, report = await rolled_out(engine, groups)
+    assert nodes_of(responses, names) == {"", "one", "two"}
+    assert report.num_retries == 0
+    assert [await node.wait() for node in started] == [0, 0]
+    assert all("the engine was closed" in node.said for node in started)
+    assert content(responses) == await reference(groups)
+
+
+async def test_a_node_that_is_killed_costs_no_response(nodes):
+    groups = groups_of(8, **LONG)
+    victim, _ = nodes.start("one"), nodes.start("two")
+    config = nodes.config(min_nodes=2, node_timeout_s=2.0, max_request_retries=0)
+    async with aseer.Engine(config) as engine:
+        below = psutil.Process(victim.pid).children(recursive=True)
+        assert len(below) == 2
+        responses, report = await rolled_out(engine, groups, victim.kill)
+        assert report.num_retries > 0
+        assert set(names_in(engine).values()) == {"two"}
+        await until(lambda: not any(process.is_running() for process in below))
+    assert content(responses) == await reference(groups)
+
+
+async def test_a_node_that_joins_in_the_middle_gets_the_weights_and_then_work(nodes):
+    groups = groups_of(24, **LONG)
+    nodes.start("one")
+    config = nodes.config(engine_args={"weights": SHAPES, "step_s": 0.004})
+    async with aseer.Engine(config) as engine:
+        before, _ = await rolled_out(engine, groups[:2])
+        for new in (weights(), current := weights()):
+            await engine.update_weights(new)
+        late: list[NodeProcess] = []
+        responses, _ = await rolled_out(
+            engine, groups, lambda: late.append(nodes.start("two"))
+        )
+        names = names_in(engine)
+        again, _ = await rolled_out(engine, groups)
+    assert nodes_of(responses, names) == {"one", "two"}
+    assert {r.weight_version for r in responses} == {2}
+    assert content(again) == content(responses)
+    assert content(before) != content(responses[: len(before)])
+    local = config_of(engine_args={"weights": SHAPES})
+    async with aseer.Engine(local) as engine:
+        await engine.update_weights(current)
+        there, _ = await rolled_out(engine, groups)
+    assert content(there) == content(responses)
+
+
+async def test_a_node_that_is_told_to_end_leaves_in_order(nodes):
+    groups = groups_of(8, **LONG)
+    leaver, _ = nodes.start("one"), nodes.start("two")
+    async with aseer.Engine(nodes.config(min_nodes=2)) as engine:
+        responses, _ = await rolled_out(
+            engine, groups, lambda: leaver.signal(signal.SIGTERM)
+        )
+        assert await leaver.wait() == 0
+        assert set(names_in(engine).values()) == {"two"}
+    assert "told to end" in leaver.said
+    assert content(responses) == await reference(groups)
+
+
+async def test_a_short_cut_costs_nothing_and_a_long_one_only_time(nodes):
+    groups = groups_of(8, **LONG)
+    async with proxy_to(nodes.port) as proxy:
+        nodes.start("near")
+        far = nodes.start("far", where=("--controller", proxy.endpoint))
+        config = nodes.config(min_nodes=2, node_timeout_s=4.0)
+        async with aseer.Engine(config) as engine:
+            loop = asyncio.get_running_loop()
+
+            def cut_for(cut_s: float) -> None:
+                proxy.cut()
+                loop.call_later(cut_s, proxy.heal)
+
+            short, report = await rolled_out(engine, groups, lambda: cut_for(0.5))
+            assert report.num_retries == 0
+            long, report = await rolled_out(engine, groups, lambda: cut_for(9.0))
+            assert report.num_retries > 0
+            await until(lambda: "near" in names_in(engine).values())
+            await until(lambda: "far" in names_in(engine).values())
+            after, report = await rolled_out(engine, groups)
+            assert nodes_of(after, names_in(engine)) == {"near", "far"}
+        assert await far.wait() == 0
+    assert content(short) == content(long) == content(after)
+    assert content(after) == await reference(groups)
+
+
+async def test_when_the_last_node_is_gone_requests_wait_for_another(nodes):
+    groups = groups_of(4, **LONG)
+    first = nodes.start("one")
+    async with aseer.Engine(nodes.config(node_timeout_s=2.0)) as engine:
+
+        def exchange() -> None:
+            first.kill()
+            nodes.start("two")
+
+        responses, _ = await rolled_out(engine, groups, exchange)
+        assert set(names_in(engine).values()) == {"two"}
+    assert content(responses) == await reference(groups)
+
+
+async def test_if_no_other_comes_the_requests_end_as_errors(nodes):
+    first = nodes.start("one", num_instances=1)
+    config = nodes.config(node_timeout_s=1.0, start_timeout_s=15.0)
+    async with aseer.Engine(config) as engine:
+        engine._host._pool._config = nodes.config(start_timeout_s=1.0)
+        with pytest.raises(aseer.InstanceLostError, match="no node has joined"):
+            await rolled_out(engine, groups_of(4, **LONG), first.kill)
+        with pytest.raises(aseer.EngineError, match="no node has joined"):
+            await rolled_out(engine, groups_of(1))
+        engine._host._pool._config = config
+        nodes.start("two", num_instances=1)
+        await until(lambda: engine.instances)
+        responses, _ = await rolled_out(engine, groups_of(1))
+        assert len(responses) == 4
+
+
+async def test_a_killed_instance_of_a_node_is_started_again_there(nodes):
+    groups = groups_of(8, **LONG)
+    nodes.start("one")
+    async with aseer.Engine(nodes.config()) as engine:
+        victim = engine.instances[0].pid
+        responses, report = await rolled_out(
+            engine, groups, lambda: os.kill(victim, signal.SIGKILL)
+        )
+        assert report.num_retries > 0
+        await until(lambda: len(engine.instances) == 2)
+        assert victim not in [info.pid for info in engine.instances]
+        assert {info.node for info in engine.instances} == {"one"}
+    assert content(responses) == await reference(groups)
+
+
+async def test_why_a_nodes_instance_did_not_start_is_told_at_both_ends(nodes):
+    node = nodes.start("one")
+    config = nodes.config(engine_args={"fail_at_start": "no such model: foo"})
+    with pytest.raises(aseer.InstanceStartError) as error:
+        async with aseer.Engine(config):
+            pass
+    told = str(error.value)
+    assert "of node one" in told
+    assert "RuntimeError: no such model: foo" in told
+    assert "Traceback" in told, "the log's last lines"
+    assert await node.wait() == 2
+    assert "no such model: foo" in node.said
+
+
+async def test_why_a_nodes_instance_died_is_told_with_the_place_of_its_log(nodes):
+    nodes.start("one", num_instances=1)
+    config = nodes.config(max_restarts=0, engine_args={"die_after_tokens": 300})
+    async with aseer.Engine(config) as engine:
+        engine._host._pool._config = nodes.config(start_timeout_s=1.0, max_restarts=0)
+        with pytest.raises(aseer.InstanceLostError, match="no node has joined"):
+            await rolled_out(engine, groups_of(4, **LONG))
+
+
+async def test_a_node_with_another_key_ends_with_words_that_help(nodes):
+    stranger = nodes.start("stranger", key="a key of somebody else")
+    nodes.start("one")
+    async with aseer.Engine(nodes.config()) as engine:
+        assert await stranger.wait() == 2
+        assert set(names_in(engine).values()) == {"one"}
+    assert "different keys" in stranger.said
+    assert "`aseer key`" in stranger.said
+
+
+async def test_a_node_without_a_controller_gives_up_with_a_status_to_try_again(nodes):
+    node = nodes.start("one", "--death-timeout", "1")
+    assert await node.wait() == 75
+    assert f"there is no controller at {nodes.address}" in node.said
+
+
+async def test_a_controller_without_enough_nodes_says_what_to_run(nodes):
+    config = nodes.config(start_timeout_s=1.0)
+    with pytest.raises(aseer.EngineError) as error:
+        async with aseer.Engine(config):
+            pass
+    assert "0 of min_nodes=1 nodes are up" in str(error.value)
+    assert f"aseer node --controller {nodes.address}" in str(error.value)
+
+
+async def test_nodes_outlive_a_trainer_that_is_killed_and_serve_the_next(nodes):
+    groups = groups_of(4, **LONG)
+    node = nodes.start("one")
+    trainer = nodes.start_trainer(node_timeout_s=2.0)
+    assert trainer.stdout is not None
+    loop = asyncio.get_running_loop()
+    assert await loop.run_in_executor(None, trainer.stdout.readline) == b"open\n"
+    below = psutil.Process(node.pid).children(recursive=True)
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    await until(lambda: not any(process.is_running() for process in below))
+    async with aseer.Engine(nodes.config()) as engine:
+        responses, _ = await rolled_out(engine, groups)
+    assert await node.wait() == 0
+    assert content(responses) == await reference(groups)
+
+
+async def test_the_controllers_file_tells_nodes_where_it_is(nodes, tmp_path):
+    path = tmp_path / "controller.json"
+    node = nodes.start("one", where=("--controller-file", str(path)))
+    async with aseer.Engine(nodes.config(controller_file=path)) as engine:
+        assert len(engine.instances) == 2
+    assert await node.wait() == 0
+    assert not path.exists()
