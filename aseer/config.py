@@ -44,6 +44,7 @@ POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 SpeculationMethod = Literal["off", "dgds", "suffix", "ngram"]
 KvPoolMode = Literal["auto", "off", "lmcache", "external"]
+WakeTags = tuple[Literal["weights"]] | tuple[Literal["kv_cache"]] | None
 BudgetPolicy = Literal["adaptive", "fixed", "paper"]
 
 
@@ -422,6 +423,26 @@ def check_sleep_level(level: object) -> int:
     if number not in (1, 2):
         raise refusal("level", level, "1, which keeps the weights, or 2")
     return number
+
+
+def check_wake_tags(tags: object) -> WakeTags:
+    """What is to wake: weights, KV caches, or None for all there is.
+
+    Raises:
+        ConfigError: it is none of that.
+    """
+    if tags is None:
+        return None
+    named = {tags} if isinstance(tags, str) else set()
+    if isinstance(tags, list | tuple | set | frozenset):
+        named = {str(tag) for tag in tags}
+    if named == {"weights"}:
+        return ("weights",)
+    if named == {"kv_cache"}:
+        return ("kv_cache",)
+    if named != {"weights", "kv_cache"}:
+        raise refusal("tags", tags, "['weights'], ['kv_cache'], both, or None for all")
+    return None
 
 
 def check_chunk_size(chunk_size: object) -> int:

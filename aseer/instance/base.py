@@ -104,8 +104,8 @@ class Backend(Protocol):
         """Release the device's memory; see `Engine.sleep`."""
         ...
 
-    async def wake(self) -> None:
-        """Take the memory back."""
+    async def wake(self, tags: list[str] | None = None) -> None:
+        """Take the memory back, or of the kinds named; see `Engine.wake`."""
         ...
 
     async def close(self) -> None:

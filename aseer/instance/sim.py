@@ -73,7 +73,7 @@ class SimBackend:
         self._cached: dict[bytes, int] = {}
         self._prepared: int | None = None
         self._weights = 0
-        self._is_asleep = False
+        self._sleeping: set[str] = set()
 
     async def start(self) -> InstanceInfo:
         """See `Backend`."""
@@ -97,7 +97,7 @@ class SimBackend:
 
     async def run(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
         """See `Backend`."""
-        assert not self._is_asleep, "wake it first"
+        assert not self._sleeping, "wake it first"
         self._num_waiting += 1
         async with self._slots:
             self._num_waiting -= 1
@@ -181,6 +181,7 @@ class SimBackend:
         """See `Backend`."""
         self._fault("commit")
         assert self._prepared is not None, "prepare first"
+        assert "weights" not in self._sleeping, "wake them first"
         self._weights, self._prepared = self._prepared, None
         self._cached.clear()
 
@@ -190,12 +191,12 @@ class SimBackend:
 
     async def sleep(self, level: int) -> None:
         """See `Backend`."""
-        self._is_asleep = True
+        self._sleeping = {"weights", "kv_cache"}
 
-    async def wake(self) -> None:
+    async def wake(self, tags: list[str] | None = None) -> None:
         """See `Backend`."""
-        assert self._is_asleep, "nobody told it to sleep"
-        self._is_asleep = False
+        assert self._sleeping, "nobody told it to sleep"
+        self._sleeping -= {"weights", "kv_cache"} if tags is None else set(tags)
 
     def _fault(self, step: str) -> None:
         identity, at, how = self._args["weights_fault"] or ("", "", "")

@@ -9,6 +9,9 @@
          +-------------> UPDATING -------------------------> IDLE
          |  sleep                            wake
          +-------------> FALLING_ASLEEP -> ASLEEP -> WAKING -> IDLE
+                                             | wake of       ^
+                                             | weights alone | wake of the rest
+                                             +----> HALF_AWAKE <-> UPDATING
 
         CLOSING, from anywhere, is the end.
 
@@ -37,6 +40,7 @@ class Activity(StrEnum):
     FALLING_ASLEEP = "falling asleep"
     ASLEEP = "asleep"
     WAKING = "waking"
+    HALF_AWAKE = "awake but for its KV cache"
     CLOSING = "closing"
 
 
@@ -94,6 +98,7 @@ _OTHERWISE: Mapping[Activity, Verdict] = {
     Activity.FALLING_ASLEEP: Verdict.WAIT,
     Activity.ASLEEP: Verdict.SLEEPS,
     Activity.WAKING: Verdict.WAIT,
+    Activity.HALF_AWAKE: Verdict.TAKE,
     Activity.CLOSING: Verdict.CLOSED,
 }
 _TABLE: Mapping[Activity, Mapping[Call, Verdict]] = {
@@ -114,5 +119,10 @@ _TABLE: Mapping[Activity, Mapping[Call, Verdict]] = {
         Call.ABORT: Verdict.DONE,
     },
     Activity.WAKING: {Call.ABORT: Verdict.DONE},
+    Activity.HALF_AWAKE: {
+        Call.ROLLOUT: Verdict.SLEEPS,
+        Call.SLEEP: Verdict.SLEEPS,
+        Call.ABORT: Verdict.DONE,
+    },
     Activity.CLOSING: {},
 }

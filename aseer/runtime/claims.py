@@ -40,8 +40,10 @@ class InTheWay(Protocol):
 class Claim:
     """The engine, as long as one call has it."""
 
-    def __init__(self, claims: Claims) -> None:
+    def __init__(self, claims: Claims, after: Activity) -> None:
         self._claims = claims
+        self.after = after
+        """What the engine does once this call has given it back."""
 
     def become(self, activity: Activity) -> None:
         """Go on to something else, without letting anybody in between."""
@@ -81,7 +83,10 @@ class Claims:
         while True:
             match decide(self._seen_by(asker), call):
                 case Verdict.TAKE:
-                    self._holder = claim = Claim(self)
+                    was = self._activity
+                    is_half = was is Activity.HALF_AWAKE and call is not Call.WAKE
+                    claim = Claim(self, was if is_half else Activity.IDLE)
+                    self._holder = claim
                     self._do(claim, TAKEN[call])
                     return claim
                 case Verdict.DONE:
@@ -105,7 +110,8 @@ class Claims:
                         f"{_ADVICE.get(call.name, _ADVICE_OTHERWISE)}"
                     )
                 case Verdict.SLEEPS:
-                    raise EngineError("the engine is asleep; wake() it first")
+                    what = self._activity
+                    raise EngineError(f"the engine is {what}; wake() it first")
                 case Verdict.CLOSED:
                     assert self._closed is not None
                     raise self._closed()
@@ -144,7 +150,7 @@ class Claims:
     def _release(self, claim: Claim) -> None:
         if self._holder is claim:
             self._holder = self._rollout = None
-            self._activity = Activity.IDLE
+            self._activity = claim.after
             self._wake()
 
     async def _change(self) -> None:

@@ -13,6 +13,7 @@ from aseer.config import (
     check_chunk_size,
     check_policy,
     check_sleep_level,
+    check_wake_tags,
     is_speculating,
 )
 from aseer.errors import ConfigError
@@ -33,7 +34,7 @@ from aseer.runtime.takes_weights import TakesWeights
 from aseer.runtime.work import Work
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -274,14 +275,24 @@ class Engine(TakesWeights):
         asker = asyncio.current_task()
         await result_of(thread, thread.submit(lambda: host.sleep(level, asker)))
 
-    async def wake(self) -> None:
+    async def wake(self, tags: Sequence[str] | None = None) -> None:
         """Take back the memory that `sleep` released; an engine that is awake stays so.
 
+        A trainer on the same GPUs that needs memory while it sends new weights wakes
+        ["weights"], calls `update_weights`, frees what it has, and wakes ["kv_cache"].
+        In between there are weight updates and no rollouts, and no instance that died
+        is started again.
+
+        Args:
+            tags: what to take back: "weights", "kv_cache"; None = all.
         Raises:
-            EngineError: no instance could wake.
+            ConfigError: there is no such tag.
+            EngineError: no instance could wake, or weights are asleep and only
+                "kv_cache" is named.
         """
+        checked = check_wake_tags(tags)
         thread, host = self._open()
-        await result_of(thread, thread.submit(host.wake))
+        await result_of(thread, thread.submit(lambda: host.wake(checked)))
 
     @property
     def instances(self) -> list[InstanceInfo]:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    from aseer.config import EngineConfig, PolicyName
+    from aseer.config import EngineConfig, PolicyName, WakeTags
     from aseer.dgds.server import DraftServer
     from aseer.instance.messages import FromInstance, Report
     from aseer.kv.pool import KvPool
@@ -332,15 +332,27 @@ class Host:
             raise
         claim.become(Activity.ASLEEP)
 
-    async def wake(self) -> None:
+    async def wake(self, tags: WakeTags) -> None:
         """See `Engine.wake`."""
         claim = await self._claims.take(Call.WAKE)
-        if claim is not None:
-            try:
-                await self._sleep.end(self.infos)
-                self._check_open()
-            finally:
-                claim.release()
+        if claim is None:
+            return
+        if tags == ("kv_cache",) and not self._sleep.has_weights:
+            claim.become(Activity.ASLEEP)
+            raise EngineError(
+                "the weights are asleep: wake them first, with wake(['weights']), or "
+                "all at once, with wake()"
+            )
+        try:
+            await self._sleep.end(self.infos, tags)
+            self._check_open()
+        except BaseException:
+            claim.release()
+            raise
+        if self._sleep.has_weights:
+            claim.become(Activity.HALF_AWAKE)
+        else:
+            claim.release()
 
     async def _take(self, call: Call, asker: object) -> Claim:
         """Take the engine for a call that is never answered with "nothing to do"."""

@@ -13,6 +13,7 @@ from aseer.errors import EngineError, InstanceLostError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from aseer.config import WakeTags
     from aseer.runtime.instances import InstancePool
     from aseer.types import InstanceId
 
@@ -29,6 +30,8 @@ class Sleep:
         self._pool = pool
         self._level: int | None = None  # from the moment that the first is told
         self._told: set[InstanceId] = set()  # to sleep, and not to wake since
+        self.has_weights = False
+        """Whether weights are awake, and KV caches are not."""
 
     async def begin(self, instances: Iterable[InstanceId], level: int) -> None:
         """See `Engine.sleep`. An instance that dies meanwhile needs no sleep.
@@ -36,7 +39,7 @@ class Sleep:
         Raises:
             EngineError: an instance cannot; the others were woken.
         """
-        self._level = level
+        self._level, self.has_weights = level, False
         self._pool.hold_starts()  # what starts would take what is released
         try:
             asked = {i: self._ask_to_sleep(i, level) for i in instances}
@@ -47,30 +50,52 @@ class Sleep:
                 await self.end(())
             raise
 
-    async def end(self, instances: Iterable[InstanceId]) -> None:
+    async def end(self, instances: Iterable[InstanceId], tags: WakeTags = None) -> None:
         """See `Engine.wake`; an instance that died or cannot is started again.
+
+        While only weights are awake nothing is started, since it would take the memory
+        of a KV cache.
 
         Raises:
             EngineError: no instance could.
         """
-        self._level = None  # what comes up from here on stays awake
-        waking, self._told = sorted(self._told.union(instances)), set()
+        waking = sorted(self._told.union(instances))
+        self.has_weights = tags == ("weights",)
+        if not self.has_weights:
+            self._stay_awake()
         try:
-            asked = {i: self._pool.ask(i, "wake") for i in waking}
+            asked = {i: self._ask_to_wake(i, tags) for i in waking}
             for instance_id, answer in asked.items():
                 # Also if nobody waits any more: one that cannot wake is of no use.
                 answer.add_done_callback(partial(self._replace_failed, instance_id))
             failed = await _answers(asked)
-        finally:
+            if failed and all(answer.exception() for answer in asked.values()):
+                raise next(iter(failed.values()))
+        except BaseException:
+            self._stay_awake()
             self._pool.allow_starts()
-        if failed and all(answer.exception() for answer in asked.values()):
-            raise next(iter(failed.values()))
+            raise
+        if not self.has_weights:
+            self._pool.allow_starts()
+
+    def _stay_awake(self) -> None:
+        """From here on what comes up, and what was told to wake, sleeps no more."""
+        self._level, self._told, self.has_weights = None, set(), False
 
     def instance_up(self, instance_id: InstanceId) -> None:
         """It was starting when the others fell asleep: it follows them."""
         if self._level is not None:
-            asked = self._ask_to_sleep(instance_id, self._level)
-            asked.add_done_callback(partial(self._replace_failed, instance_id))
+            asked = [self._ask_to_sleep(instance_id, self._level)]
+            if self.has_weights:
+                asked.append(self._ask_to_wake(instance_id, ("weights",)))
+            for answer in asked:
+                answer.add_done_callback(partial(self._replace_failed, instance_id))
+
+    def _ask_to_wake(
+        self, instance_id: InstanceId, tags: WakeTags
+    ) -> asyncio.Future[object]:
+        arguments = {} if tags is None else {"tags": list(tags)}
+        return self._pool.ask(instance_id, "wake", **arguments)
 
     def _ask_to_sleep(
         self, instance_id: InstanceId, level: int

@@ -288,6 +288,26 @@ async def test_an_engine_that_sleeps_does_nothing_until_it_is_woken():
         assert await roll(engine) == before
 
 
+async def test_weights_are_updated_before_kv_caches_wake():
+    async with aseer.Engine(sims()) as engine:
+        before = await roll(engine)
+        await engine.sleep(level=2)
+        with pytest.raises(aseer.EngineError, match="wake them first"):
+            await engine.wake(["kv_cache"])
+        with pytest.raises(aseer.EngineError, match="the engine is asleep"):
+            await engine.update_weights(weights(1.0))
+        await engine.wake(["weights"])
+        with pytest.raises(aseer.EngineError, match="but for its KV cache"):
+            await roll(engine)
+        await engine.update_weights(weights(1.0))
+        await engine.update_weights(weights(2.0))
+        await engine.wake(["kv_cache"])
+        assert engine.weight_version == 2
+        assert await roll(engine) != before
+        with pytest.raises(aseer.ConfigError, match="tags"):
+            await engine.wake(["graphs"])
+
+
 async def test_what_dies_while_the_engine_sleeps_is_started_again_at_its_waking():
     async with aseer.Engine(sims()) as engine:
         before = await roll(engine)

@@ -318,9 +318,9 @@ class VllmBackend:
             )
         await self._engine.sleep(level)
 
-    async def wake(self) -> None:
+    async def wake(self, tags: list[str] | None = None) -> None:
         """See `Backend`."""
-        await self._engine.wake_up()
+        await self._engine.wake_up(tags)
 
     async def close(self) -> None:
         """See `Backend`."""

@@ -62,7 +62,6 @@ class Backend(SimBackend):
         self._identity = spec.identity
         self._prepared_name = ""
         self.weights = ""
-        self.is_asleep = False
 
     async def start(self) -> InstanceInfo:
         await self._machine.at(self._identity, "start")
@@ -87,11 +86,18 @@ class Backend(SimBackend):
     async def sleep(self, level: int) -> None:
         await self._machine.at(self._identity, "sleep")
         await super().sleep(level)
-        self.is_asleep = True
 
-    async def wake(self) -> None:
+    async def wake(self, tags: list[str] | None = None) -> None:
         await self._machine.at(self._identity, "wake")
-        self._is_asleep = self.is_asleep = False
+        self._sleeping -= {"weights", "kv_cache"} if tags is None else set(tags)
+
+    @property
+    def is_asleep(self) -> bool:
+        return bool(self._sleeping)
+
+    @property
+    def sleeping(self) -> set[str]:
+        return self._sleeping
 
 
 class Process:

@@ -22,6 +22,7 @@ UPDATING        WAIT     WAIT    WAIT          WAIT            WAIT    DONE    D
 FALLING_ASLEEP  WAIT     WAIT    WAIT          WAIT            WAIT    WAIT    DONE
 ASLEEP          SLEEPS   SLEEPS  SLEEPS        SLEEPS          DONE    TAKE    DONE
 WAKING          WAIT     WAIT    WAIT          WAIT            WAIT    WAIT    DONE
+HALF_AWAKE      SLEEPS   TAKE    TAKE          TAKE            SLEEPS  TAKE    DONE
 CLOSING         CLOSED   CLOSED  CLOSED        CLOSED          CLOSED  CLOSED  CLOSED
 """
 
@@ -237,3 +238,20 @@ async def test_closing_refuses_those_who_wait_and_those_who_come():
     claim.release()
     assert claims.activity is Activity.CLOSING
     await refused()
+
+
+async def test_an_update_of_a_half_awake_engine_leaves_it_half_awake() -> None:
+    claims = Claims()
+    claim = await claims.take(Call.SLEEP)
+    claim.become(Activity.ASLEEP)
+    claim = await claims.take(Call.WAKE)
+    claim.become(Activity.HALF_AWAKE)
+    with pytest.raises(EngineError, match="awake but for its KV cache; wake"):
+        await claims.take(Call.ROLLOUT)
+    update = await claims.take(Call.UPDATE)
+    assert claims.activity is Activity.UPDATING
+    update.release()
+    assert claims.activity is Activity.HALF_AWAKE
+    rest = await claims.take(Call.WAKE)
+    rest.release()
+    assert claims.activity is Activity.IDLE

@@ -219,3 +219,59 @@ async def test_a_wake_that_is_given_up_goes_on_and_replaces_who_cannot(
         go_on.set()
         await run.until(("down", 1), ("up", 1))
         assert asleep(run) == []
+
+
+def sleeping(run: Running) -> dict[str, set[str]]:
+    """What sleeps of each living instance."""
+    return {
+        identity: process.backend.sleeping
+        for identity, process in run.machine.processes.items()
+        if not process.has_ended
+    }
+
+
+async def test_weights_wake_alone_and_the_rest_later(monkeypatch) -> None:
+    async with sleepy(monkeypatch) as (run, sleep):
+        await sleep.begin(run.owner.infos, 1)
+        await sleep.end(run.owner.infos, ("weights",))
+        assert sleep.has_weights
+        assert sleeping(run) == {"0.1": {"kv_cache"}, "1.1": {"kv_cache"}}
+        await sleep.end(run.owner.infos, ("kv_cache",))
+        assert not sleep.has_weights
+        assert asleep(run) == []
+        assert await run.run_to_its_end(1) == "length"
+
+
+async def test_nothing_is_started_while_only_weights_are_awake(monkeypatch) -> None:
+    async with sleepy(monkeypatch) as (run, sleep):
+        await sleep.begin(run.owner.infos, 1)
+        await sleep.end(run.owner.infos, ("weights",))
+        run.process("1.1").kill()
+        await run.until(("down", 1))
+        assert "1.2" not in run.machine.processes
+        await sleep.end(run.owner.infos)
+        await run.until(("up", 1))
+        assert asleep(run) == []
+
+
+async def test_one_that_comes_up_has_what_the_others_have(monkeypatch) -> None:
+    async with sleepy(monkeypatch) as (run, sleep):
+        go_on = run.machine.hold("1.2", "start")
+        run.process("1.1").kill()
+        await run.machine.until_asked("1.2", "start")
+        await sleep.begin(run.owner.infos, 1)
+        await sleep.end(run.owner.infos, ("weights",))
+        go_on.set()
+        await run.machine.until(lambda: sleeping(run).get("1.2") == {"kv_cache"})
+        await sleep.end(run.owner.infos, ("kv_cache",))
+        assert asleep(run) == []
+
+
+async def test_if_no_weights_can_wake_instances_are_started_again(monkeypatch) -> None:
+    async with sleepy(monkeypatch) as (run, sleep):
+        await sleep.begin(run.owner.infos, 1)
+        run.machine.fail("*", "wake", RuntimeError("no memory"))
+        with pytest.raises(EngineError, match="no memory"):
+            await sleep.end(run.owner.infos, ("weights",))
+        assert not sleep.has_weights
+        await run.until(("up", 0), ("up", 1))
