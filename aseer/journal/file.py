@@ -113,6 +113,10 @@ class Writer:
             history = self._open()
         except Exception as error:
             self._release()
+            if isinstance(error, OSError):
+                words = f"the journal {self._path} cannot be used: {error}"
+                error, cause = ConfigError(words), error
+                error.__cause__ = cause
             self._tell(partial(self._on_open, error))
             return
         self._tell(partial(self._on_open, history))
@@ -131,12 +135,9 @@ class Writer:
 
     def _open(self) -> History:
         path = self._path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-            self._file = os.open(path, flags, 0o600)
-        except OSError as error:
-            raise ConfigError(f"the journal cannot be used: {error}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        self._file = os.open(path, flags, 0o600)
         self._kept = keep_from_forks(self._file)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from aseer.errors import ConfigError
+from aseer.errors import ConfigError, describe
 from aseer.inputs.fields import refusal
 from aseer.inputs.plain import as_text
 from aseer.journal.file import Writer
@@ -260,7 +260,11 @@ class Journal:
     def _write(self, records: list[Record]) -> None:
         if self._is_over or not records:
             return
-        data = encode(records)
+        try:
+            data = encode(records)
+        except (TypeError, ValueError) as error:  # no reason to end a rollout
+            self._go_off(describe(error))
+            return
         self._num_last = self._writer.write(data)
         self._waiting.append((self._num_last, len(data)))
         self._num_waiting_bytes += len(data)

@@ -194,6 +194,22 @@ async def test_a_journal_needs_a_directory_and_a_name(engine, tmp_path):
             engine.rollout(groups_of(1), journal=name)
 
 
+async def test_a_place_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "journals").write_text("no directory")
+    async with aseer.Engine(journaled(tmp_path)) as engine:
+        with pytest.raises(
+            aseer.ConfigError, match=r"s\.journal cannot be used: .*Err"
+        ):
+            async with engine.rollout(groups_of(1), journal="s"):
+                pass
+        (tmp_path / "journals").unlink()
+        (tmp_path / "journals/s.journal").mkdir(parents=True)
+        with pytest.raises(aseer.ConfigError, match="Is a directory"):
+            async with engine.rollout(groups_of(1), journal="s"):
+                pass
+        assert [r async for r in engine.rollout(groups_of(1), journal="t")]
+
+
 async def test_a_torn_end_is_cut_off_and_damage_is_set_aside(tmp_path, caplog):
     path = tmp_path / "journals" / "s.journal"
     async with aseer.Engine(journaled(tmp_path)) as engine:

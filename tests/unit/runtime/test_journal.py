@@ -189,6 +189,26 @@ async def test_a_disk_that_is_too_slow_is_given_up(monkeypatch, caplog) -> None:
     rolling.session.set_over()
 
 
+async def test_what_cannot_be_written_ends_the_journal_and_not_the_rollout(
+    monkeypatch, caplog
+) -> None:
+    rolling = await Journaled.begun()
+    rolling.offer_tasks(keyed("g"))
+    rolling.work()
+
+    def fails(records: object) -> bytes:
+        raise ValueError("surrogates not allowed")
+
+    monkeypatch.setattr("aseer.runtime.journal.encode", fails)
+    rolling.end_all()
+    assert len(rolling.seen()) == 2
+    assert "surrogates not allowed" in caplog.text
+    rolling.session.close_intake_soon()
+    rolling.work()
+    assert rolling.is_over
+    assert rolling.mailbox.error is None
+
+
 async def test_what_was_finished_comes_at_once_and_the_rest_goes_on() -> None:
     rolling = await Journaled.begun(await broken_off())
     rolling.offer_tasks(keyed("h"), keyed("g"))
