@@ -11,6 +11,7 @@ from aseer.inputs.addresses import check_address
 from aseer.inputs.engine_args import check_engine_args, has_drafter
 from aseer.inputs.fields import (
     check_directory,
+    check_host_and_port,
     check_int,
     check_seconds,
     gpu_ids,
@@ -229,6 +230,9 @@ class EngineConfig:
             each, as large as what is generated; `aseer replay-log` makes them again.
         journal_dir: where `Engine.rollout(journal=...)` keeps journals, a file each; it
             is made when it is needed. Files there are the user's to remove.
+        metrics_address: host and port, such as "127.0.0.1:9464", where Prometheus finds
+            the engine's figures (`/metrics`); None = nowhere. Port 0 is any that is
+            free: `Engine.metrics_url` has it.
         listen: address at which nodes on other hosts may join this engine, such as
             "tcp://0.0.0.0:5557"; None = this machine alone. Connections are encrypted,
             with a key that all hosts share; without a key only an address of this
@@ -278,6 +282,7 @@ class EngineConfig:
     log_dir: Path | str | None = None
     logs_calls: bool = False
     journal_dir: Path | str | None = None
+    metrics_address: str | None = None
     listen: str | None = None
     min_nodes: int = 0
     node_timeout_s: float = 30.0
@@ -344,6 +349,7 @@ class EngineConfig:
             raise refusal("log_dir", None, "a directory, since logs_calls is True")
         check_directory(self, "journal_dir")
         check_directory(self, "weights_dir")
+        check_host_and_port(self, "metrics_address", "127.0.0.1:9464")
         self._check_cluster()
 
     def _check_cluster(self) -> None:

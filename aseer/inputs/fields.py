@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # As good as for ever, and what clocks and timers of all kinds can count.
 _MAX_SECONDS = 1e9
+_MAX_PORT = 65_535
 
 
 def refusal(name: str, value: object, allowed: str) -> ConfigError:
@@ -102,6 +103,18 @@ def check_directory(config: object, name: str, what: str = "a directory") -> Non
     if not text or "\0" in text or not can_be_sent(text):
         raise refusal(name, given, f"{what}, in valid Unicode, or None")
     set_field(config, name, Path(text).absolute())
+
+
+def check_host_and_port(config: object, name: str, example: str) -> None:
+    """Keep where to listen, if it is given."""
+    given = getattr(config, name)
+    if given is None:
+        return
+    text = as_text(given) or ""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > _MAX_PORT:
+        raise refusal(name, given, f"a host and a port, such as {example!r}, or None")
+    set_field(config, name, text)
 
 
 def variable(name: object, value: object) -> tuple[str, str]:

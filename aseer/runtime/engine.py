@@ -27,6 +27,7 @@ from aseer.runtime.desk import JOIN_S, Desk
 from aseer.runtime.group_source import GroupSource, OpenSource
 from aseer.runtime.journal import journal_path
 from aseer.runtime.launch import plan_instances
+from aseer.runtime.metrics import check_metrics_library
 from aseer.runtime.opening import Opening
 from aseer.runtime.rollout import Rollout, SyncRollout
 from aseer.runtime.steps import result_of
@@ -74,6 +75,8 @@ class Engine(TakesWeights):
                 f"Engine takes an aseer.EngineConfig, not {type(config).__name__}; for "
                 "example Engine(EngineConfig(model=...))"
             )
+        if config.metrics_address is not None:
+            check_metrics_library()
         self.config = config
         python = interpreter_at(None if config.python is None else str(config.python))
         is_real = config.device != "sim"
@@ -309,6 +312,11 @@ class Engine(TakesWeights):
     def log_paths(self) -> list[Path]:
         """Paths of the log files of this machine's instances."""
         return self._open()[1].log_paths
+
+    @property
+    def metrics_url(self) -> str | None:
+        """Where the engine's figures are for Prometheus; None = nowhere."""
+        return self._open()[1].metrics_url
 
     @property
     def run_dir(self) -> Path:

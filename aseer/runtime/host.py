@@ -30,6 +30,7 @@ from aseer.runtime.claims import Claims
 from aseer.runtime.identity import Identifier
 from aseer.runtime.instances import InstancePool
 from aseer.runtime.journal import Journal
+from aseer.runtime.metrics import Figures
 from aseer.runtime.open_update import OpenUpdates
 from aseer.runtime.session import Session
 from aseer.runtime.sleep import Sleep
@@ -100,6 +101,8 @@ class Host:
         self._session: Session | None = None
         self._next_chunk_id = 0
         self._identifier = Identifier(config)
+        self._done = Figures()  # by rollouts that are over
+        self.metrics_url: str | None = None
         self.kv_pool = kv_pool
         self.cluster = cluster
         self.folders = folders
@@ -187,6 +190,19 @@ class Host:
         if session is not None and not session.over.done():
             session.engine_closes()
             await wait_awake(session.over, self._config.shutdown_timeout_s)
+
+    def figures(self) -> Figures:
+        """What there is to watch, at this moment."""
+        figures = Figures(
+            weight_version=self.weights.version,
+            loads={i: self._loads[i] for i in sorted(self.infos)},
+            restarts={i: self._pool.num_restarts(i) for i in sorted(self._loads)},
+            responses=self._done.responses.copy(),
+            counts=self._done.counts.copy(),
+        )
+        if self._session is not None:
+            self._session.count_into(figures)
+        return figures
 
     # Calls from users' threads
 
@@ -386,6 +402,7 @@ class Host:
 
     def _session_over(self, session: Session, claim: Claim) -> None:
         self._next_chunk_id = session.next_chunk_id
+        session.count_into(self._done)
         if self._session is session:
             self._session = None
         claim.release()

@@ -149,6 +149,11 @@ class Recorder:
         self._max_tokens = max(self._max_tokens, num_tokens)
         self._completions.add(response)
 
+    @property
+    def reasons(self) -> Counter[str]:
+        """Requests that are over, by how."""
+        return self._reasons
+
     def progress(
         self, now: float, *, intake_open: bool, is_over: bool = False
     ) -> Progress:

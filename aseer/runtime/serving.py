@@ -15,6 +15,7 @@ from aseer.instance.messages import FROM_INSTANCE
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.node.leftovers import Leftovers, sweep
 from aseer.runtime.host import Host
+from aseer.runtime.metrics import metrics_of
 from aseer.runtime.weights import weights_dir_of
 from aseer.transport.zeromq import bind_router, make_socket_dir
 
@@ -113,7 +114,9 @@ async def serve(
                     kv_pool=kv_pool,
                     cluster=cluster,
                 )
-                await host.run(stop, started)
+                with metrics_of(config.metrics_address, thread, host.figures) as url:
+                    host.metrics_url = url
+                    await host.run(stop, started)
     except BaseException as error:
         if not started.done():
             started.set_exception(root_of(error))

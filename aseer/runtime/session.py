@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from aseer.runtime.instances import InstancePool
     from aseer.runtime.journal import Journal
     from aseer.runtime.mailbox import Mailbox
+    from aseer.runtime.metrics import Figures
     from aseer.types import (
         ChunkId,
         GroupId,
@@ -162,6 +163,21 @@ class Session:
         """The rollout in a few words, for whoever wants the engine meanwhile."""
         num = self._controller.num_unfinished
         return f"with {num} unfinished requests" if num else "that waits for groups"
+
+    def count_into(self, figures: Figures) -> None:
+        """Add what the rollout has done so far."""
+        counters = self._controller.counters
+        figures.responses.update(self._recorder.reasons)
+        figures.counts.update(
+            aseer_rollouts=1,
+            aseer_replayed_responses=counters.num_replayed,
+            aseer_output_tokens=counters.num_reported_tokens,
+            aseer_chunks=counters.num_chunks,
+            aseer_migrations=counters.num_migrations,
+            aseer_recomputed_tokens=counters.num_recomputed_tokens,
+        )
+        figures.num_unfinished = self._controller.num_unfinished
+        figures.num_waiting = self._controller.num_waiting
 
     # From the user
 

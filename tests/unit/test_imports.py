@@ -117,10 +117,14 @@ HOMES = {
     "vllm": ("aseer.instance.vllm", "aseer.dgds", "aseer.kv", "aseer.cli"),
     "lmcache": ("aseer.kv",),
     "matplotlib": ("aseer.plot",),
+    "prometheus_client": ("aseer.runtime.metrics",),
     "aiohttp": ("aseer.server", "aseer.cli.serve"),
 }
 # Slow to import or not always there: `import aseer` must work without.
-HEAVY = ("vllm", "lmcache", "torch", "transformers", "matplotlib", "tokenizers", "gguf")
+HEAVY = (
+    *("vllm", "lmcache", "torch", "transformers", "matplotlib", "tokenizers", "gguf"),
+    "prometheus_client",
+)
 
 
 class Import(NamedTuple):
