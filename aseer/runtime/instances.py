@@ -38,7 +38,7 @@ from aseer.node.process import describe_exit
 from aseer.node.remote import RemoteNode
 from aseer.runtime.causes import death, start_error
 from aseer.runtime.remote_weights import once_there
-from aseer.runtime.restarts import RestartBudget
+from aseer.runtime.restarts import RestartBudget, lacks_device_memory
 from aseer.runtime.slot import Slot
 from aseer.transport.base import PROTOCOL_VERSION
 from aseer.watch import WakingClock
@@ -64,6 +64,10 @@ _NOTE_INTERVAL_S = 1.0
 # Before a start is tried again, so that a moment in which the system has no room for a
 # process does not use up all restarts.
 _RETRY_PAUSE_S = 1.0
+# A dead engine's device memory is free once all that had mapped it have noticed, a KV
+# pool after two minutes. For so long starts that lack memory cost no restart.
+_MEMORY_PATIENCE_S = 300.0
+_MEMORY_PAUSE_S = 10.0
 # Counts between two looks at a start; reading a busy machine's /proc takes some of it.
 _LONGEST_NOTE_S = 5.0
 
@@ -495,6 +499,7 @@ class InstancePool:
 
     async def _restart(self, slot: Slot, why: str) -> bool:
         """Start a dead instance again; False once no instance can be any more."""
+        patient_until = self._clock.read() + _MEMORY_PATIENCE_S
         while True:
             await self._may_start.wait()
             if not (slot.is_replaced or slot.restarts.spend()):
@@ -509,7 +514,11 @@ class InstancePool:
                     return False
                 why = str(error)
                 _log.warning("%s", error)
-                await asyncio.sleep(_RETRY_PAUSE_S)
+                if lacks_device_memory(why) and self._clock.read() < patient_until:
+                    slot.is_replaced = True  # the next start is free
+                    await asyncio.sleep(_MEMORY_PAUSE_S)
+                else:
+                    await asyncio.sleep(_RETRY_PAUSE_S)
                 continue
             return True
 

@@ -8,9 +8,25 @@ gets done, the engines are at fault, and the budget is to run out.
 
 from __future__ import annotations
 
+import re
+
+# What vLLM, torch and CUDA say where a device has too little memory left.
+_NO_MEMORY = re.compile(
+    r"out of memory|CUDA_ERROR_OUT_OF_MEMORY|Free memory on device .* is less than"
+    r"|No available memory for the cache blocks",
+    re.IGNORECASE,
+)
 # Deaths that are forgiven until a chunk ends well: what two requests cause that are
 # each ended at their fourth death, the default.
 MAX_FORGIVEN = 8
+
+
+def lacks_device_memory(why: str) -> bool:
+    """Whether a start failed for want of a device's memory, by what the engine said.
+
+    A dead engine's memory may be held for minutes by processes that had it mapped.
+    """
+    return _NO_MEMORY.search(why) is not None
 
 
 class RestartBudget:

@@ -172,6 +172,35 @@ async def test_a_start_that_fails_is_tried_again_while_restarts_are_left(
         assert run.pool.num_restarts(A) == 3
 
 
+NO_MEMORY = RuntimeError(
+    "Free memory on device cuda:0 (2.1/79.1 GiB) on startup is less than desired GPU "
+    "memory utilization (0.9, 71.2 GiB)."
+)
+
+
+async def test_a_start_that_lacks_device_memory_waits_and_costs_no_restart(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr("aseer.runtime.instances._MEMORY_PAUSE_S", 0.001)
+    async with running(monkeypatch, config_of(max_restarts=1)) as run:
+        for incarnation in range(2, 8):
+            run.machine.fail(f"0.{incarnation}", "start", NO_MEMORY)
+        run.process("0.1").kill()
+        await run.until(("down", 0), ("up", 0))
+        assert run.pool.num_restarts(A) == 7
+        assert run.owner.kinds() == [("down", 0), ("up", 0)]
+
+
+async def test_waiting_for_device_memory_has_an_end(monkeypatch) -> None:
+    monkeypatch.setattr("aseer.runtime.instances._MEMORY_PATIENCE_S", 0.0)
+    config = config_of(max_restarts=2, num_instances=1)
+    async with running(monkeypatch, config) as run:
+        run.machine.fail("*", "start", NO_MEMORY)
+        run.process("0.1").kill()
+        await run.machine.until(lambda: "exhausted" in str(run.owner.told))
+        assert run.pool.num_restarts(A) == 2
+
+
 async def test_questions_for_an_instance_that_is_starting_are_answered_at_once(
     monkeypatch,
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from aseer.runtime.restarts import MAX_FORGIVEN, RestartBudget
+import pytest
+
+from aseer.runtime.restarts import MAX_FORGIVEN, RestartBudget, lacks_device_memory
 
 
 def test_it_is_spent_once_each_and_then_there_is_none():
@@ -38,3 +40,18 @@ def test_more_is_never_given_back_than_was_there():
     assert budget.forgive(4)
     assert budget.num_left == 4, "the one that is not paid for yet"
     assert [budget.spend() for _ in range(5)] == [True] * 4 + [False]
+
+
+@pytest.mark.parametrize(
+    ("why", "lacks"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", True),
+        ("Free memory on device cuda:0 (2/79 GiB) on startup is less than", True),
+        ("ValueError: No available memory for the cache blocks. Try", True),
+        ("CUDA error: CUDA_ERROR_OUT_OF_MEMORY at cumem_allocator.cpp", True),
+        ("it died: no such model", False),
+        ("Free memory on device cuda:0 is 60 GiB", False),
+    ],
+)
+def test_starts_that_lack_device_memory_are_told_from_others(why, lacks):
+    assert lacks_device_memory(why) is lacks
