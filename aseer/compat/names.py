@@ -38,6 +38,7 @@ vllm.engine.arg_utils  AsyncEngineArgs EngineArgs.create_engine_config(usage_con
   EngineArgs.kv_cache_memory_bytes EngineArgs.kv_transfer_config EngineArgs.max_num_seqs
   EngineArgs.tensor_parallel_size EngineArgs.enforce_eager EngineArgs.stream_interval?
   EngineArgs.distributed_executor_backend EngineArgs.get_batch_defaults
+  EngineArgs.numa_bind EngineArgs.numa_bind_nodes
 vllm.usage.usage_lib  UsageContext.LLM_CLASS
 vllm.inputs.engine  tokens_input(prompt_token_ids,cache_salt)
 vllm.v1.engine.async_llm

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aseer.compat.versions import installed_vllm, is_cpu_build
+from aseer.compat.versions import installed_vllm, is_cpu_build, release_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +22,10 @@ _GIB = 1 << 30
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
+# The first release that goes without a binding which a container does not allow.
+_BINDS_SAFELY = (0, 32)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """What there is to share.
@@ -30,6 +35,8 @@ class Machine:
         cores: ids of the cores this process may run on.
         cpu_only: whether the installed vLLM is built for CPUs only.
         cpu_dtype: what its CPU computes fastest in.
+        numa_nodes: of each GPU by its number, where engines are to be bound to theirs;
+            empty = they are not.
     """
 
     gpus: tuple[str, ...]
@@ -37,6 +44,7 @@ class Machine:
     free_memory_bytes: int
     cpu_only: bool
     cpu_dtype: str
+    numa_nodes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +80,31 @@ def this_machine(packages: Mapping[str, str] | None = None) -> Machine:
         free_memory_bytes=free_memory_bytes(),
         cpu_only=found is not None and is_cpu_build(*found),
         cpu_dtype=fast_cpu_dtype(),
+        numa_nodes=numa_nodes_to_bind(found[1] if found else ""),
     )
+
+
+def numa_nodes_to_bind(
+    vllm: str,
+    proc: Path = Path("/proc"),
+    dev: Path = Path("/dev"),
+    sys: Path = Path("/sys"),
+) -> tuple[int, ...]:
+    """See `Machine.numa_nodes`. CUDA numbers equal devices in the order of their buses.
+
+    Args:
+        vllm: its version.
+    """
+    if not vllm or release_of(vllm) < _BINDS_SAFELY or not shutil.which("numactl"):
+        return ()
+    nodes = []
+    for gpu in sorted((proc / "driver/nvidia/gpus").glob("*")):
+        told = re.search(r"Device Minor:\s*(\d+)", _read(gpu / "information"))
+        if told is None or not (dev / f"nvidia{told[1]}").exists():
+            continue  # another container's
+        node = _read(sys / "bus/pci/devices" / gpu.name.lower() / "numa_node")
+        nodes.append(int(node) if node.isdigit() else -1)  # -1 = the kernel knows none
+    return tuple(nodes) if len(set(nodes)) > 1 and min(nodes) >= 0 else ()
 
 
 def fast_cpu_dtype(proc: Path = Path("/proc")) -> str:

@@ -129,8 +129,20 @@ def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
     for i in range(num):
         devices = ",".join(machine.gpus[i * per : (i + 1) * per])
         env = dict.fromkeys(GPU_VARIABLES, devices)
-        launches.append(_launch(config, i, args, env, f"GPU {devices}"))
+        bound = _numa_args(config, machine, machine.gpus[i * per : (i + 1) * per])
+        launches.append(_launch(config, i, args | bound, env, f"GPU {devices}"))
     return launches
+
+
+def _numa_args(
+    config: EngineConfig, machine: Machine, gpus: tuple[str, ...]
+) -> dict[str, Any]:
+    """What has vLLM keep an engine's processes, and their memory, near its GPUs."""
+    known = {str(gpu): node for gpu, node in enumerate(machine.numa_nodes)}
+    users = any(name.startswith("numa_bind") for name in config.engine_args)
+    if users or not known.keys() >= set(gpus):
+        return {}
+    return {"numa_bind": True, "numa_bind_nodes": [known[gpu] for gpu in gpus]}
 
 
 def _plan_cores(
