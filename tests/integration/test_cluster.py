@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
 import aseer
-from tests.integration.nodes import NodeProcess, Nodes, nodes_in
+from aseer.node.agent import NodeRefused, Offer, run_agent
+from aseer.node.interpreter import this_interpreter
+from aseer.node.machine import this_machine
+from aseer.transport.keys import derive_keys
+from tests.integration.nodes import KEY, NodeProcess, Nodes, nodes_in
 from tests.integration.proxy import proxy_to
 from tests.integration.sims import config_of, content, groups_of
 from tests.waiting import until
@@ -238,6 +243,44 @@ async def test_a_node_with_another_key_ends_with_words_that_help(nodes):
         assert set(names_in(engine).values()) == {"one"}
     assert "different keys" in stranger.said
     assert "`aseer key`" in stranger.said
+
+
+async def test_a_node_of_another_release_is_refused_with_both_versions(
+    nodes, monkeypatch
+):
+    nodes.start("one", num_instances=1)
+    async with aseer.Engine(nodes.config()):
+        monkeypatch.setattr("aseer.node.agent.__version__", "0.0.1")
+        python = this_interpreter()
+        offer = Offer(
+            controller=nodes.address,
+            keys=derive_keys(KEY.encode()),
+            name="older",
+            machine=this_machine(python.packages),
+            interpreter=python,
+            num_instances=1,
+            log_dir=None,
+            death_timeout_s=30.0,
+        )
+        with pytest.raises(NodeRefused) as refused:
+            await run_agent(offer, asyncio.Event())
+    told = str(refused.value)
+    assert "node older runs aseer 0.0.1" in told
+    assert f"the controller runs {aseer.__version__}" in told
+    assert "install the same on both" in told
+
+
+async def test_a_node_that_cannot_do_the_work_is_told_what_it_lacks(nodes, monkeypatch):
+    node = nodes.start("one", num_instances=3)
+    config = replace(nodes.config(start_timeout_s=6.0), device="cuda", engine_args={})
+    monkeypatch.setattr("aseer.runtime.engine.read_traits", lambda *_: None)
+    with pytest.raises(aseer.EngineError) as error:
+        async with aseer.Engine(config):
+            pass
+    assert await node.wait() == 2
+    assert "the controller refuses this node" in node.said
+    assert "3 instances of 1 GPUs need 3" in node.said
+    assert "one was refused" in str(error.value)
 
 
 async def test_a_node_without_a_controller_gives_up_with_a_status_to_try_again(nodes):
