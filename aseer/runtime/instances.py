@@ -13,16 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import secrets
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import msgspec
-
 from aseer.errors import EngineError, InstanceLostError, InstanceStartError
-from aseer.instance.base import InstanceSpec
 from aseer.instance.messages import (
     AbortChunks,
     Answer,
@@ -40,6 +35,7 @@ from aseer.runtime.causes import death, start_error
 from aseer.runtime.remote_weights import once_there
 from aseer.runtime.restarts import RestartBudget, lacks_device_memory
 from aseer.runtime.slot import Slot
+from aseer.runtime.specs import Specs
 from aseer.transport.base import PROTOCOL_VERSION
 from aseer.watch import WakingClock
 
@@ -110,11 +106,8 @@ class InstancePool:
             kv_pool: of this machine.
         """
         self._config = config
-        self._node = node
         self._owner = owner
-        self._drafting = drafting
-        self._kv_pool = kv_pool
-        self._kv_namespace = kv_pool.namespace if kv_pool else secrets.token_hex(4)
+        self._specs = Specs(config, node, drafting, kv_pool)
         silence_s = config.heartbeat_timeout_s / _LOOKS_A_HEARTBEAT
         self._watch_interval_s = min(_WATCH_INTERVAL_S, silence_s)
         self._clock = WakingClock(2 * self._watch_interval_s)
@@ -122,8 +115,6 @@ class InstancePool:
         self._num_restarts: dict[InstanceId, int] = {}
         self._by_identity: dict[bytes, Slot] = {}
         self._forgiven = asyncio.Event()
-        seed = secrets.randbits(31) if config.seed is None else config.seed
-        self._seeds = random.Random(seed)
         self._num_asked = 0
         self._may_grow = config.listen is not None
         self._exhausted_at: float | None = None
@@ -182,11 +173,11 @@ class InstancePool:
         instance died, or is down already. An instance that answers nothing for
         `start_timeout_s` is killed.
         """
-        slot = self._slots[instance_id]
+        slot = self._slots.get(instance_id)
         self._num_asked += 1
         ask_id = self._num_asked
         asked: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if not slot.said_hello.is_set():
+        if slot is None or not slot.said_hello.is_set():
             asked.set_exception(InstanceLostError(f"instance {instance_id} is down"))
             asked.exception()  # whoever asked may not wait for it
             return asked
@@ -204,8 +195,8 @@ class InstancePool:
         Args:
             index: path of an `Index`, on this machine.
         """
-        slot = self._slots[instance_id]
-        if not isinstance(slot.node, RemoteNode):
+        slot = self._slots.get(instance_id)
+        if slot is None or not isinstance(slot.node, RemoteNode):
             return self.ask(instance_id, "prepare_weights", index=index)
         incarnation = slot.identity
 
@@ -307,8 +298,9 @@ class InstancePool:
 
     def replace(self, instance_id: InstanceId, why: str) -> None:
         """Kill an instance for no fault of its own; it is started again for free."""
-        self._slots[instance_id].is_replaced = True
-        self._slots[instance_id].kill(why)
+        if (slot := self._slots.get(instance_id)) is not None:  # else it is gone
+            slot.is_replaced = True
+            slot.kill(why)
 
     def hold_starts(self) -> None:
         """Start no instance again until `allow_starts`."""
@@ -427,9 +419,7 @@ class InstancePool:
         what = f"was not ready after start_timeout_s={timeout_s:g}"
         if not dead.cancelled():
             what = describe_exit(dead.result())
-        pool = self._pool_of(slot)
-        beside = pool.cause(slot.instance_id) if pool else ""
-        raise start_error(slot, process, what, beside)
+        raise start_error(slot, process, what, self._specs.cause_beside(slot))
 
     def _forget(self, slot: Slot, why: str) -> None:
         """An incarnation is over: nothing is sent to it, or heard of it, any more."""
@@ -437,40 +427,15 @@ class InstancePool:
         slot.node.forget(slot.identity)
         self._by_identity.pop(slot.identity, None)
 
-    def _pool_of(self, slot: Slot) -> KvPool | None:
-        """The KV pool that an instance has a share in: that of its machine."""
-        return self._kv_pool if slot.node is self._node else None
-
-    def _drafting_on(self, node: Node) -> DraftingSpec | None:
-        if self._drafting is None or node is self._node:
-            return self._drafting
-        return msgspec.structs.replace(self._drafting, endpoint=node.drafts)
-
     async def _spawn(self, slot: Slot) -> Process:
         if slot.incarnation:
             self._num_restarts[slot.instance_id] = slot.incarnation
         slot.begin_incarnation()
         self._by_identity[slot.identity] = slot
-        launch, node = slot.launch, slot.node
-        args: dict[str, Any] = dict(launch.engine_args)
-        if launch.backend == "vllm":
-            args["seed"] = self._seeds.getrandbits(31)
-        if (pool := self._pool_of(slot)) is not None:
-            args |= pool.engine_args(slot.instance_id)
-        spec = InstanceSpec(
-            endpoint=node.endpoint,
-            identity=slot.identity.decode(),
-            instance_id=slot.instance_id,
-            backend=launch.backend,
-            report_interval_s=self._config.report_interval_s,
-            engine_args=args,
-            cores=launch.cores,
-            drafting=self._drafting_on(node),
-            kv_namespace=self._kv_namespace,
-        )
+        line = self._specs.line_for(slot)
         try:
-            slot.process = await node.start(
-                slot.identity, slot.name, msgspec.json.encode(spec), launch.env
+            slot.process = await slot.node.start(
+                slot.identity, slot.name, line, slot.launch.env
             )
         except InstanceStartError as error:
             self._forget(slot, str(error))

@@ -1,0 +1,72 @@
+"""What an instance's process is told of itself, by the node that it runs on."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aseer.instance.base import InstanceSpec
+
+if TYPE_CHECKING:
+    from aseer.config import EngineConfig
+    from aseer.dgds.messages import DraftingSpec
+    from aseer.kv.pool import KvPool
+    from aseer.node.base import Node
+    from aseer.runtime.slot import Slot
+
+
+class Specs:
+    """Makes the specs of one engine's instances."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        node: Node,
+        drafting: DraftingSpec | None,
+        kv_pool: KvPool | None,
+    ) -> None:
+        """`node` is this machine; the draft server and the KV pool are its own."""
+        self._config = config
+        self._node = node
+        self._drafting = drafting
+        self._kv_pool = kv_pool
+        self._kv_namespace = kv_pool.namespace if kv_pool else secrets.token_hex(4)
+        seed = secrets.randbits(31) if config.seed is None else config.seed
+        self._seeds = random.Random(seed)
+
+    def line_for(self, slot: Slot) -> bytes:
+        """The spec of the process that starts now, in JSON."""
+        launch, node = slot.launch, slot.node
+        args: dict[str, Any] = dict(launch.engine_args)
+        if launch.backend == "vllm":
+            args["seed"] = self._seeds.getrandbits(31)
+        if (pool := self._pool_of(node)) is not None:
+            args |= pool.engine_args(slot.instance_id)
+        spec = InstanceSpec(
+            endpoint=node.endpoint,
+            identity=slot.identity.decode(),
+            instance_id=slot.instance_id,
+            backend=launch.backend,
+            report_interval_s=self._config.report_interval_s,
+            engine_args=args,
+            cores=launch.cores,
+            drafting=self._drafting_on(node),
+            kv_namespace=self._kv_namespace,
+        )
+        return msgspec.json.encode(spec)
+
+    def cause_beside(self, slot: Slot) -> str:
+        """What its KV pool says of its last error, to be added to another."""
+        pool = self._pool_of(slot.node)
+        return "" if pool is None else pool.cause(slot.instance_id)
+
+    def _pool_of(self, node: Node) -> KvPool | None:
+        return self._kv_pool if node is self._node else None
+
+    def _drafting_on(self, node: Node) -> DraftingSpec | None:
+        if self._drafting is None or node is self._node:
+            return self._drafting
+        return msgspec.structs.replace(self._drafting, endpoint=node.drafts)

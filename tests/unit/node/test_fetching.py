@@ -1,0 +1,152 @@
+"""Files on their way to a node: whole and in their places, or not at all."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aseer.errors import EngineError
+from aseer.node import fetching
+from aseer.node.fetching import Fetching, read_block
+from aseer.node.machine import Machine
+from aseer.node.messages import (
+    TO_NODE,
+    Block,
+    DropFiles,
+    Ended,
+    Fetched,
+    FetchFiles,
+    GetBlock,
+    Join,
+)
+from aseer.node.remote import RemoteNode
+
+if TYPE_CHECKING:
+    import asyncio
+    from pathlib import Path
+
+JOIN = Join(
+    protocol=1,
+    version="1",
+    name="far",
+    machine=Machine(
+        gpus=(), cores=(0,), free_memory_bytes=1, cpu_only=True, cpu_dtype="float32"
+    ),
+    packages={},
+    num_instances=None,
+    endpoint="ipc:///nowhere",
+    drafts="ipc:///nowhere",
+    log_dir="/logs",
+    weights_dir="/weights",
+)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "BLOCK_BYTES", 10)
+
+
+def order_of(sizes: list[int]) -> FetchFiles:
+    return FetchFiles("1", sizes, "index.json", b"the index")
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [10], [1, 0, 25], [1000, 333]])
+def test_all_blocks_come_to_their_places_in_any_order(
+    tmp_path: Path, sizes: list[int]
+) -> None:
+    rng = random.Random(1)
+    files = [rng.randbytes(size) for size in sizes]
+    said: list[Any] = []
+    folder = tmp_path / "1"
+    coming = Fetching(order_of(sizes), folder, said.append)
+    while wanted := [m for m in said if isinstance(m, GetBlock)]:
+        assert len(wanted) <= 16
+        next_one = rng.choice(wanted)
+        said.remove(next_one)
+        place = slice(next_one.offset, next_one.offset + next_one.size)
+        data = files[next_one.file][place]
+        coming.take(Block("1", next_one.file, next_one.offset, data))
+    assert said == [Fetched("1")]
+    assert [(folder / str(i)).read_bytes() for i in range(len(sizes))] == files
+    assert (folder / "index.json").read_bytes() == b"the index"
+    coming.close()
+    assert not folder.exists()
+
+
+def test_what_cannot_be_read_there_or_written_here_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    coming = Fetching(order_of([25]), tmp_path / "1", said.append)
+    coming.take(Block("1", 0, 0, error="the file is gone"))
+    assert said[-1] == Fetched("1", "the file is gone")
+    assert list(tmp_path.iterdir()) == []
+    coming.take(Block("1", 0, 10, bytes(10)))
+    assert len(said) == 4, "three blocks were asked for"
+
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("aseer.node.fetching.os.posix_fallocate", no_room)
+    Fetching(order_of([25]), tmp_path / "2", said.append)
+    assert said[-1] == Fetched("1", "OSError: [Errno 28] No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_block_is_read_as_a_whole_or_not(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    assert read_block(str(path), 3, 4) == b"3456"
+    with pytest.raises(OSError, match="ends within a block"):
+        read_block(str(path), 8, 4)
+
+
+async def test_a_node_fetches_files_once_for_all_that_ask(tmp_path: Path) -> None:
+    said: list[Any] = []
+    node = RemoteNode(JOIN, lambda data: said.append(TO_NODE.decode(data)))
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+
+    def fetch(key: str) -> asyncio.Future[str]:
+        return node.fetch(key, [str(path)], lambda paths: repr(paths).encode())
+
+    first, second = fetch("a"), fetch("a")
+    assert said == [FetchFiles("1", [10], "index.json", b"['/weights/1/0']")]
+    assert node.path_of(GetBlock("1", 0, 0, 10)) == str(path)
+    assert node.path_of(GetBlock("1", 1, 0, 10)) is None
+    assert node.path_of(GetBlock("2", 0, 0, 10)) is None
+    nothing: Any = None
+    node.take(Fetched("1"), nothing, nothing, nothing)
+    assert await first == await second == "/weights/1/index.json"
+
+    other = fetch("b")
+    node.take(Fetched("2", "No space left"), nothing, nothing, nothing)
+    with pytest.raises(EngineError, match="did not come: No space left"):
+        await other
+    node.drop("b")
+    node.drop("b")
+    assert said[-1] == DropFiles("2")
+    path.unlink()
+    with pytest.raises(EngineError, match="No such file"):
+        await fetch("c")
+
+
+async def test_a_lost_nodes_processes_and_files_are_over() -> None:
+    said: list[bytes] = []
+    node = RemoteNode(JOIN, said.append)
+    process = await node.start(b"2.1", "instance-2", b"{}", {})
+    assert node.log_of("instance-2") == "/logs/instance-2.log on far"
+    coming = node.fetch("a", [], lambda paths: b"")
+    nothing: Any = None
+    node.take(Ended(b"9.9", 0), nothing, nothing, nothing)  # it has no such process
+    num_said = len(said)
+    node.lose("the cable")
+    assert await process.wait() == -9
+    await process.end(1.0)
+    assert node.lost_because == "its node far is gone: the cable"
+    with pytest.raises(EngineError, match="the cable"):
+        await coming
+    process.kill()
+    assert len(said) == num_said, "nothing is said to it any more"
