@@ -4,7 +4,7 @@ Two ends share a session. Every frame says which it is of, the number of its mes
 the number of the last message that its sender has taken:
 
     frames       [session, number, acknowledged: 3 x u64, little-endian] [payload]
-    number 0     no message: a word, or only what is acknowledged
+    number 0     no message, but a word
 
 A message is kept until it is acknowledged. Nothing is resent while a connection stands:
 one that loses nothing needs no more, and resending by a clock makes a slow connection
@@ -12,6 +12,9 @@ slower. Each new connection begins with a word of the end that made it, NEW unti
 first answer and HELLO from then on, and a WELCOME; both say what was taken, and both
 ends go on behind that. So an end that knows no such session creates it for NEW, and
 answers HELLO with CLOSED: its messages cannot be followed any more.
+
+Between messages an end says how many it has sent (SENT), at least once a heartbeat, so
+that the loss of the last one shows, too.
 
 What always holds, whatever is lost, doubled, late or overtaken: what is taken is the
 beginning of what was put, in order, each once. What is put is taken once connections
@@ -31,10 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _HEADER = struct.Struct("<QQQ")
+_NUMBER = struct.Struct("<Q")
 _NEW = b"N"
 _HELLO = b"H"
 _WELCOME = b"W"
 _AGAIN = b"A"
+_SENT = b"S"  # and behind it, the number of the last message that was sent
 _CLOSED = b"X"  # and behind it, why
 # Of messages that are not acknowledged: half a minute of a large node's reports, which
 # is as long as a node may be away.
@@ -174,7 +179,9 @@ class Link:
             self._unacknowledged.append(self._unsent.popleft())
             self._num_bytes_sent += len(payload) + _HEADER.size
         if self._owes_ack:
-            send(self._frames(0, _AGAIN if self.is_broken else b""))
+            num_sent = self._unsent[0][0] - 1 if self._unsent else self._num_put
+            sent = _SENT + _NUMBER.pack(num_sent)
+            send(self._frames(0, _AGAIN if self.is_broken else sent))
 
     def take(self, frames: Sequence[bytes]) -> bytes | None:
         """What came; the next message, if it is that. Call `pump` soon after.
@@ -189,7 +196,10 @@ class Link:
         if not number:
             if payload == _AGAIN:
                 self.is_broken = True
-            elif payload:
+            elif payload[:1] == _SENT:
+                if _NUMBER.unpack_from(payload, 1)[0] > self._num_taken:
+                    self.is_broken = self._owes_ack = True
+            else:
                 self._was_welcomed |= payload == _WELCOME
                 self._begin(is_hello=payload != _WELCOME)
             return None
@@ -214,7 +224,8 @@ class Link:
             )
         if not number and frames[1][:1] == _CLOSED:
             raise SessionOver(frames[1][1:])
-        if not number and frames[1] not in (b"", _NEW, _HELLO, _WELCOME, _AGAIN):
+        is_sent = frames[1][:1] == _SENT and len(frames[1]) == 1 + _NUMBER.size
+        if not (number or is_sent or frames[1] in (_NEW, _HELLO, _WELCOME, _AGAIN)):
             raise ProtocolError(f"{frames[1][:20]!r} is no word between links")
         return number, acknowledged, frames[1]
 

@@ -194,6 +194,24 @@ def test_a_beat_is_heard_and_brings_nothing(ends: tuple[Link, Link]) -> None:
     assert sent_by(client) == []
 
 
+def test_the_loss_of_the_last_message_shows_with_the_next_beat(
+    ends: tuple[Link, Link],
+) -> None:
+    client, server = ends
+    client.put(b"lost")
+    assert len(sent_by(client)) == 1
+    server.beat()
+    assert carry(server, client) == []
+    client.beat()
+    assert carry(client, server) == []
+    assert server.is_broken
+    assert carry(server, client) == []
+    assert client.is_broken, "and the end that connects is asked for a new connection"
+    server.take(client.hello())
+    carry(server, client)
+    assert carry(client, server) == [b"lost"]
+
+
 def test_a_session_that_is_over_is_told_of_with_its_reason(
     ends: tuple[Link, Link],
 ) -> None:
