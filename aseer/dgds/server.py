@@ -93,6 +93,20 @@ class DraftServer:
             self._told.append(self._token_log.forget_kept)
         self._weight_version = weight_version
 
+    def ask(self, message: ToServer, take: Callable[[ToClient], None]) -> None:
+        """Answer a client that has no way to the endpoint; like it, may be dropped.
+
+        Args:
+            take: called with the answer, if there is one, on the server's thread.
+        """
+
+        def answer() -> None:
+            said = self._answer(message, time.monotonic())
+            if said is not None:
+                take(said)
+
+        self._tell(answer)
+
     def _tell(self, what: Callable[[], None]) -> None:
         if len(self._told) < MAX_TOLD:
             self._told.append(what)

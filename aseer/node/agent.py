@@ -23,7 +23,9 @@ from aseer.node.messages import (
     ANY,
     GOODBYE,
     TO_NODE,
+    AskDrafts,
     Block,
+    Drafts,
     DropFiles,
     Ended,
     EndProcess,
@@ -116,8 +118,11 @@ async def run_agent(offer: Offer, leave: asyncio.Event) -> str:
                 local = LocalNode(
                     router, endpoint, leftovers, log_dir, offer.interpreter
                 )
-                service = _Service(offer, local, router, log_dir, weights_dir)
-                why = await service.run(leave)
+                async with bind_router(local.drafts, ANY) as drafts:
+                    service = _Service(
+                        offer, local, router, drafts, log_dir, weights_dir
+                    )
+                    why = await service.run(leave)
         except ExceptionGroup as group:
             raise root_of(group) from group
         finally:
@@ -134,6 +139,7 @@ class _Service:
         offer: Offer,
         local: LocalNode,
         router: Router[msgspec.Raw],
+        drafts: Router[msgspec.Raw],
         log_dir: Path,
         weights_dir: Path,
     ) -> None:
@@ -142,6 +148,7 @@ class _Service:
         self._fetches: dict[str, Fetching] = {}
         self._local = local
         self._router = router
+        self._drafts = drafts
         self._session = Session(
             lambda name: connect_tcp(offer.controller, name, FRAME, offer.keys),
             timeout_s=offer.death_timeout_s,
@@ -174,6 +181,7 @@ class _Service:
             carrying = self._tasks.create_task(
                 self._router.run(self._on_peer, self._on_peer_lost, self._on_peer_gone)
             )
+            relaying = self._tasks.create_task(self._drafts.run(self._on_client))
             talking = self._tasks.create_task(self._talk(leave))
             leaving = self._tasks.create_task(self._leave(leave))
             try:
@@ -191,6 +199,7 @@ class _Service:
                 for fetching in self._fetches.values():
                     fetching.close()
                 carrying.cancel()
+                relaying.cancel()
 
     async def _talk(self, leave: asyncio.Event) -> None:
         try:
@@ -260,6 +269,8 @@ class _Service:
                 self._router.send(peer, inner)
             case ForgetPeer(peer):
                 self._router.forget(peer)
+            case Drafts(client, inner):
+                self._drafts.send(client, inner)
             case KillProcess(peer) if peer in self._running:
                 self._running[peer].kill()
             case EndProcess(peer, grace_s) if peer in self._running:
@@ -291,6 +302,9 @@ class _Service:
         finally:
             del self._running[peer]
             running.over.set_result(None)
+
+    def _on_client(self, client: bytes, message: msgspec.Raw) -> None:
+        self._say(AskDrafts(client, message))
 
     def _on_peer(self, peer: bytes, message: msgspec.Raw) -> None:
         self._say(FromPeer(peer, message))

@@ -12,6 +12,8 @@
                                <----------------   Ended, one a StartProcess
     ToPeer, ForgetPeer         ---------------->   to an instance's process
                                <----------------   FromPeer, PeerGone, PeerLost
+                               <----------------   AskDrafts, of an engine's drafter
+    Drafts                     ---------------->
                                <----------------   Leave, once it is told to end
 
 They travel in a session (`aseer.transport.sessions`): each comes once, in order. A
@@ -189,6 +191,20 @@ class DropFiles(msgspec.Struct, tag="drop", frozen=True):
     folder: str
 
 
+class AskDrafts(msgspec.Struct, tag="ask_drafts", frozen=True):
+    """What a draft client says to the draft server (`aseer.dgds.messages`)."""
+
+    client: bytes
+    message: msgspec.Raw
+
+
+class Drafts(msgspec.Struct, tag="drafts", frozen=True):
+    """What the draft server answers it."""
+
+    client: bytes
+    message: msgspec.Raw
+
+
 class Leave(msgspec.Struct, tag="leave", frozen=True):
     """The node is about to end: its work is to go on elsewhere."""
 
@@ -217,8 +233,19 @@ ToNode = (
     | FetchFiles
     | Block
     | DropFiles
+    | Drafts
 )
-FromNode = Join | Ended | FromPeer | PeerGone | PeerLost | GetBlock | Fetched | Leave
+FromNode = (
+    Join
+    | Ended
+    | FromPeer
+    | PeerGone
+    | PeerLost
+    | GetBlock
+    | Fetched
+    | AskDrafts
+    | Leave
+)
 
 TO_NODE: msgspec.msgpack.Decoder[ToNode] = msgspec.msgpack.Decoder(ToNode)
 FROM_NODE: msgspec.msgpack.Decoder[FromNode] = msgspec.msgpack.Decoder(FromNode)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aseer.compat.versions import check_vllm
+from aseer.dgds.messages import TO_SERVER
 from aseer.errors import AseerError, ConfigError, EngineError, describe, root_of
 from aseer.instance.messages import FROM_INSTANCE
 from aseer.node.children import in_thread
@@ -30,7 +31,9 @@ from aseer.node.interpreter import Interpreter
 from aseer.node.messages import (
     FROM_NODE,
     VERSIONS,
+    AskDrafts,
     Block,
+    Drafts,
     GetBlock,
     Goodbye,
     Join,
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from aseer.config import EngineConfig
+    from aseer.dgds.messages import ToClient
+    from aseer.dgds.server import DraftServer
     from aseer.models.traits import ModelTraits
     from aseer.node.machine import Launch
     from aseer.runtime.instances import InstancePool
@@ -81,6 +86,8 @@ class Cluster:
         self._traits = traits
         self._sessions = Sessions(router, timeout_s=config.node_timeout_s)
         self._reader = Reader(FROM_INSTANCE)
+        self._drafters = Reader(TO_SERVER)
+        self._draft_server: DraftServer | None = None
         self._pool: InstancePool
         self._nodes: dict[int, RemoteNode] = {}
         self._joined: asyncio.Queue[tuple[int, RemoteNode, list[Launch]]]
@@ -95,9 +102,10 @@ class Cluster:
         """Those that are there."""
         return list(self._nodes.values())
 
-    async def talk(self, pool: InstancePool) -> None:
+    async def talk(self, pool: InstancePool, draft_server: DraftServer | None) -> None:
         """Carry messages, and the files that nodes fetch, until cancelled."""
         self._pool = pool
+        self._draft_server = draft_server
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._sessions.run(self._on_message, self._on_over))
             tasks.create_task(self._send_blocks())
@@ -191,9 +199,25 @@ class Cluster:
             node.lose(message.why)
         elif isinstance(message, GetBlock):
             self._wanted.put_nowait((node, message))
+        elif isinstance(message, AskDrafts):
+            self._ask_drafts(node, message)
         else:
             pool = self._pool
             node.take(message, self._on_peer, pool.on_lost, pool.on_gone)
+
+    def _ask_drafts(self, node: RemoteNode, asked: AskDrafts) -> None:
+        """Pass a drafter's question on; the answer comes on another thread."""
+        question = self._drafters.read([bytes(asked.message)], asked.client)
+        if self._draft_server is None or question is None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def take(answer: ToClient) -> None:
+            data = Drafts(asked.client, msgspec.Raw(encode(answer)))
+            with suppress(RuntimeError):  # the engine has ended, and its loop
+                loop.call_soon_threadsafe(node.say, data)
+
+        self._draft_server.ask(question, take)
 
     def _on_peer(self, peer: bytes, data: msgspec.Raw) -> None:
         message = self._reader.read([bytes(data)], peer)

@@ -139,7 +139,9 @@ class Host:
                     )
                 )
                 cluster = self.cluster
-                joining = cluster and tasks.create_task(cluster.talk(self._pool))
+                joining = cluster and tasks.create_task(
+                    cluster.talk(self._pool, self._draft_server)
+                )
                 working = tasks.create_task(self._work(started))
                 await stop.wait()
                 await self._close_rollout()

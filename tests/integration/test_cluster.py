@@ -8,10 +8,13 @@ import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 import pytest
 
 import aseer
+from aseer.dgds.client import DraftClient
+from aseer.dgds.replica import Replica, RequestKey
 from aseer.node.agent import NodeRefused, Offer, run_agent
 from aseer.node.interpreter import this_interpreter
 from aseer.node.machine import this_machine
@@ -323,3 +326,30 @@ async def test_the_controllers_file_tells_nodes_where_it_is(nodes, tmp_path):
         assert len(engine.instances) == 2
     assert await node.wait() == 0
     assert not path.exists()
+
+
+async def test_engines_of_a_node_learn_what_siblings_elsewhere_wrote(nodes):
+    """As vLLM's workers there would, by their draft clients."""
+    nodes.start("one", num_instances=1)
+    config = nodes.config(speculation="dgds")
+    async with aseer.Engine(config) as engine:
+        (node,) = engine._host.cluster.nodes
+        replica, key = Replica(ttl_s=600.0), RequestKey("g", "elsewhere")
+        client = DraftClient(replica, node.drafts, b"a drafter", 0.02)
+        try:
+            prompt, nothing = np.array([1, 2], np.int32), np.empty(0, np.int32)
+            replica.begin(RequestKey("g", "here"), prompt, nothing, 0.0)
+            server = engine._host._draft_server
+            for start, tokens in ((0, [7, 8]), (2, [9])):
+                new = np.array(tokens, np.int32).tobytes()
+                server.update_cst("g", "elsewhere", start, new)
+            await until(lambda: _text(replica, key) == [7, 8, 9])
+        finally:
+            await asyncio.to_thread(client.close)
+
+
+def _text(replica: Replica, key: RequestKey) -> list[int]:
+    try:
+        return replica.text(key).tolist()
+    except KeyError:
+        return []
