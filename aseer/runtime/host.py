@@ -198,6 +198,7 @@ class Host:
         figures = Figures(
             weight_version=self.weights.version,
             loads={i: self._loads[i] for i in sorted(self.infos)},
+            nodes=[info.node or "local" for info in self.infos.values()],
             restarts={i: self._pool.num_restarts(i) for i in sorted(self._loads)},
             responses=self._done.responses.copy(),
             counts=self._done.counts.copy(),

@@ -16,7 +16,7 @@ from aseer.errors import ConfigError
 from aseer.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from aseer.runtime.loop_thread import LoopThread
     from aseer.types import InstanceId, InstanceLoad
@@ -30,6 +30,7 @@ Kind = Literal["counter", "gauge"]
 #: `_total` behind.
 METRICS: tuple[tuple[str, Kind, str, str], ...] = (
     ("aseer_instances", "gauge", "", "Instances that are up."),
+    ("aseer_node_instances", "gauge", "node", "Of these, by host."),
     ("aseer_instance_running", "gauge", "instance", "Requests that its engine runs."),
     ("aseer_instance_waiting", "gauge", "instance", "Requests placed there that wait."),
     ("aseer_instance_kv_used_ratio", "gauge", "instance", "Share of KV blocks in use."),
@@ -52,7 +53,8 @@ class Figures:
     """An engine at one moment.
 
     Attributes:
-        loads: of the instances that are up.
+        loads: of the instances that are up. nodes: the names of the hosts that they run
+            on, this one's "local".
         restarts: of every instance.
         responses: by finish reason, over the engine's life, as `counts`.
         counts: by the names of counters without labels.
@@ -60,6 +62,7 @@ class Figures:
 
     weight_version: int = 0
     loads: Mapping[InstanceId, InstanceLoad] = field(default_factory=dict)
+    nodes: Sequence[str] = ()
     restarts: Mapping[InstanceId, int] = field(default_factory=dict)
     num_unfinished: int = 0
     num_waiting: int = 0
@@ -71,6 +74,7 @@ class Figures:
         loads = self.loads.items()
         named: dict[str, dict[str, float]] = {
             "aseer_instances": {"": len(self.loads)},
+            "aseer_node_instances": dict(Counter(self.nodes)),
             "aseer_instance_running": {str(i): x.num_running for i, x in loads},
             "aseer_instance_waiting": {str(i): x.num_waiting for i, x in loads},
             "aseer_instance_kv_used_ratio": {str(i): x.kv_used for i, x in loads},

@@ -38,6 +38,7 @@ async def test_figures_are_those_of_all_rollouts_and_the_one_in_progress():
         before = await asyncio.to_thread(scraped, url)
         assert before["aseer_info"] == {aseer.__version__: 1}
         assert before["aseer_instances"] == {"": 2}
+        assert before["aseer_node_instances"] == {"local": 2}
         assert before["aseer_output_tokens_total"] == {"": 0}
         reports = []
         for _ in range(2):
