@@ -12,7 +12,7 @@ Logprobs are those of the recorded tokens under the engine's own model.
 At another weight version, which a benchmark gives every run (KV and group drafts of
 others are not found then), vLLM's own suffix drafter forgets what it has seen, too.
 
-Needs vLLM's model runner V1 (`VLLM_USE_V2_MODEL_RUNNER=0` on GPUs).
+On vLLM's model runner V2 its own drafters cannot be replayed, ours can.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from aseer.data import trace
 from aseer.dgds.verifier import DraftVerifier
 from aseer.instance import main as instance
 from aseer.instance.vllm.backend import VllmBackend
+from aseer.instance.vllm.v2 import is_v2
 from aseer.instance.vllm.worker import WorkerExtension
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from aseer.data.trace import Trace
     from aseer.instance.base import Emit, InstanceSpec
@@ -137,6 +138,10 @@ class Recorded:
         wanted = start[:, None] + torch.arange(width, device=self._device)
         return self._tokens[wanted.minimum(last[:, None])], is_recorded.bool()
 
+    def by_slots(self, num_slots: int) -> RecordedSlots:
+        """What model runner V2 asks, which knows requests on the device by slots."""
+        return RecordedSlots(self._tokens, num_slots, self._find)
+
     def _find(self, request_id: str) -> _Place | None:
         try:
             return self._place_of[request_id]
@@ -146,15 +151,50 @@ class Recorded:
             return place
 
 
+class RecordedSlots:
+    """Which response each slot of model runner V2 emits."""
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        num_slots: int,
+        find: Callable[[str], _Place | None],
+    ) -> None:
+        self._tokens = tokens
+        self._find = find
+        # First and last token, and tokens of the prompt; -1 = it is sampled.
+        self._places = torch.full((num_slots, 3), -1, device=tokens.device)
+
+    def begin(self, slot: int, request_id: str) -> None:
+        """A request is in the slot from now on."""
+        place = self._find(request_id) or (-1, -1, -1)
+        self._places[slot] = torch.tensor(place, device=self._places.device)
+
+    def instead_of(
+        self, sampled: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens for what was sampled.
+
+        Args:
+            sampled: [num_logits]. slots: of what each was sampled for.
+            positions: of the text's last token before each.
+        """
+        first, last, num_prompt = self._places[slots].unbind(1)
+        wanted = (first + positions + 1 - num_prompt).minimum(last).clamp(min=0)
+        found = self._tokens[wanted].to(sampled.dtype)
+        return torch.where(first >= 0, found, sampled)
+
+
 class ReplayExtension(WorkerExtension):
     """The worker's extension, with replay."""
 
     def aseer_start_replay(self, path: str) -> None:
         """From now on requests of the trace emit its tokens."""
         runner = self.model_runner
-        if not hasattr(getattr(runner, "input_batch", None), "num_tokens_no_spec"):
-            raise RuntimeError("replay needs VLLM_USE_V2_MODEL_RUNNER=0")
         recorded = Recorded(trace.load(path), self.device)
+        if is_v2(runner):
+            self._replay_on_v2(runner, recorded.by_slots(runner.max_num_reqs))
+            return
         sample = runner.sampler.sample
         verify = rejection_sampler.rejection_sample
 
@@ -186,6 +226,39 @@ class ReplayExtension(WorkerExtension):
         if isinstance(verifier, DraftVerifier):
             ours: Any = verifier
             ours.sample_all = partial(replay_all, verifier.sample_all)
+
+    def _replay_on_v2(self, runner: Any, recorded: RecordedSlots) -> None:
+        from aseer.dgds.verifier_v2 import RowVerifier
+
+        verifier = runner.rejection_sampler
+        if verifier is not None and not isinstance(verifier, RowVerifier):
+            raise RuntimeError(
+                "on model runner V2 vLLM's own drafts cannot be replayed; set "
+                "VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+        add, sample = runner.add_requests, runner.sampler.sample
+
+        def add_requests(scheduler_output: Any) -> None:
+            add(scheduler_output)
+            for new in scheduler_output.scheduled_new_reqs:
+                slot = runner.req_states.req_id_to_index[new.req_id]
+                recorded.begin(slot, new.req_id)
+
+        def replay_sample(
+            logits: Any,
+            slots: Any,
+            idx_mapping: Any,
+            idx_mapping_np: Any,
+            positions: Any,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            mapped = (slots, idx_mapping, idx_mapping_np, positions)
+            sampled, processed = sample(logits, *mapped, *args, **kwargs)
+            return recorded.instead_of(sampled, slots, positions), processed
+
+        runner.add_requests = add_requests
+        runner.sampler.sample = replay_sample
 
     def aseer_forget_texts(self) -> None:
         """Let vLLM's suffix drafter begin anew."""
