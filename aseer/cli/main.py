@@ -13,7 +13,17 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from aseer.cli import demo, doctor, key, node, record, replay_log, serve, simulate
+from aseer.cli import (
+    demo,
+    doctor,
+    key,
+    node,
+    record,
+    replay_log,
+    serve,
+    simulate,
+    status,
+)
 from aseer.errors import AseerError
 from aseer.version import __version__
 
@@ -69,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     replay_log.add_parser(subparsers, common)
     serve.add_parser(subparsers, common)
     simulate.add_parser(subparsers, common)
+    status.add_parser(subparsers, common)
     return parser
 
 

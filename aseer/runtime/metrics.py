@@ -6,6 +6,8 @@ counted twice and nothing is counted for nobody. `METRICS` has every name.
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from aseer.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from aseer.runtime.loop_thread import LoopThread
     from aseer.types import InstanceId, InstanceLoad
@@ -89,16 +92,49 @@ class Figures:
         }
 
 
-def check_metrics_library() -> None:
-    """See that metrics can be served.
+Values = dict[str, dict[str, float]]
+"""By a sample's name, by its label's value."""
 
+
+def values_in(text: str) -> Values:
+    """What an engine answers, as numbers."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: Values = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            label = next(iter(sample.labels.values()), "")
+            found.setdefault(sample.name, {})[label] = sample.value
+    return found
+
+
+def note_url(path: Path, url: str) -> None:
+    """Add the address of the metrics to the file that tells where a controller is.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        facts = json.loads(path.read_text()) | {"metrics": url}
+        new.write_text(json.dumps(facts) + "\n")
+        new.replace(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"controller_file cannot be written: {error}") from error
+
+
+def check_metrics_library(who: str = "metrics_address") -> None:
+    """See that metrics can be served, and read.
+
+    Args:
+        who: needs them, for the error.
     Raises:
         ConfigError: the library for it is not installed.
     """
     if find_spec("prometheus_client") is None:
         raise ConfigError(
-            "metrics_address needs the package prometheus-client, which is not "
-            "installed: pip install 'aseer[metrics]', or leave metrics_address out"
+            f"{who} needs the package prometheus-client, which is not installed: "
+            "pip install 'aseer[metrics]'"
         )
 
 

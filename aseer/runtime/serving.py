@@ -15,7 +15,7 @@ from aseer.instance.messages import FROM_INSTANCE
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.node.leftovers import Leftovers, sweep
 from aseer.runtime.host import Host
-from aseer.runtime.metrics import metrics_of
+from aseer.runtime.metrics import metrics_of, note_url
 from aseer.runtime.weights import weights_dir_of
 from aseer.transport.zeromq import bind_router, make_socket_dir
 
@@ -116,6 +116,8 @@ async def serve(
                 )
                 with metrics_of(config.metrics_address, thread, host.figures) as url:
                     host.metrics_url = url
+                    if url is not None and config.controller_file is not None:
+                        note_url(Path(config.controller_file), url)
                     await host.run(stop, started)
     except BaseException as error:
         if not started.done():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import aseer
+from aseer.cli.main import main
 from aseer.runtime.metrics import METRICS
 from tests.integration.sims import config_of, groups_of
 
@@ -101,3 +102,36 @@ def test_the_page_lists_every_name():
         name + ("_total" if kind == "counter" else "") for name, kind, *_ in METRICS
     }
     assert listed == told | {"aseer_info"}
+
+
+async def test_status_shows_an_engines_instances_and_what_runs(tmp_path, capsys):
+    file = tmp_path / "controller"
+    config = config_of(
+        metrics_address="127.0.0.1:0",
+        listen="tcp://127.0.0.1:*",
+        controller_file=file,
+    )
+    long = {"ignore_eos": True, "max_tokens": 2000}
+    async with aseer.Engine(config) as engine, engine.rollout(groups_of(3, **long)):
+        await asyncio.sleep(0.3)
+        assert engine.metrics_url is not None
+        for where in (["--controller-file", str(file)], [engine.metrics_url]):
+            assert await asyncio.to_thread(main, ["status", *where]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            assert lines[0] == "instances: 2 (2 on local)"
+            assert lines[1] == "weights: version 0"
+            assert lines[2].startswith("rollout: 12 requests unfinished")
+            assert lines[4].split()[:2] == ["instance", "running"]
+            assert [line.split()[0] for line in lines[5:]] == ["0", "1"]
+
+
+def test_status_of_nothing_says_so(tmp_path, capsys):
+    assert main(["status", "127.0.0.1:1"]) == 1
+    told = capsys.readouterr().err
+    assert "no engine answers at http://127.0.0.1:1/metrics" in told
+    file = tmp_path / "controller"
+    assert main(["status", "--controller-file", str(file)]) == 1
+    assert "is no controller's file" in capsys.readouterr().err
+    file.write_text('{"address": "tcp://head:5557"}')
+    assert main(["status", "--controller-file", str(file)]) == 1
+    assert "give EngineConfig one" in capsys.readouterr().err
