@@ -144,7 +144,8 @@ def config_of(
             "load_format": args.load_format,
             **json.loads(args.engine_args),
         },
-        env={"VLLM_USE_V2_MODEL_RUNNER": "0"},
+        # On V2 vLLM has no suffix drafts; else each arm has what its users have.
+        env={"VLLM_USE_V2_MODEL_RUNNER": "0"} if kind.drafting == "suffix" else {},
     )
 
 

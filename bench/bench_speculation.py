@@ -21,6 +21,10 @@ are smaller than that and drafts gain more.
 Expected: over 1.5 with up to 4 requests an engine on a model whose step is mostly its
 weights, never below 0.99, and nothing with SmolLM2 at 16 and more, where a core spends
 on sampling from 49k tokens what a draft would save. Drafting takes under 1% of a step.
+
+On a GPU (untried) the arms are on the model runner that vLLM chooses, or on the named:
+
+    bench_speculation.py --device cuda --model DIR --arms v2-off v2-dgds v1-off v1-dgds
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 METHODS = ("off", "dgds", "suffix", "ngram")
+RUNNERS = {"v1": "0", "v2": "1"}  # of an arm's name, before a hyphen
 CONTROL = "control"  # an arm: like the first; what it "gains" is chance
 MAX_SIBLINGS = 8  # of a group, in a rollout
 Runs = dict[int, list[dict[str, float]]]  # of an arm, by batch size
@@ -53,14 +58,15 @@ def config_of(
     model: Path, arm: str, batch: int, recorded: Trace, args: argparse.Namespace
 ) -> aseer.EngineConfig:
     """Engines of one arm: a method's name, or a budget of our own method's."""
-    method = "off" if arm == CONTROL else arm
+    runner, _, method = arm.rpartition("-")
+    method = "off" if method == CONTROL else method
     speculation: Any = (
         method if method in METHODS else aseer.SpeculationConfig(budget=method)
     )
     longest = max(len(group.prompt) for group in recorded.groups)
     return aseer.EngineConfig(
         model=str(model),
-        device="cpu",
+        device=args.device,
         num_instances=args.engines,
         dtype=args.dtype,
         max_model_len=longest + recorded.max_tokens + 32,
@@ -69,6 +75,7 @@ def config_of(
         chunk_size=args.chunk_size,
         kv_pool="off",
         speculation=speculation,
+        env={"VLLM_USE_V2_MODEL_RUNNER": RUNNERS[runner]} if runner else {},
     )
 
 
@@ -221,6 +228,7 @@ def parse() -> argparse.Namespace:
     add("--model", default="smollm2", help="or small (random, its shape, 4096 tokens)")
     add("--layers", type=int, help="of small")
     add("--dtype", default="auto")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--temperature", type=float, help="default: the trace's")
     add("--engines", type=int, default=2)
     add("--kv-cache-bytes", type=int, default=1 << 30)
@@ -232,8 +240,10 @@ def parse() -> argparse.Namespace:
     if args.smoke:
         args.batches, args.repetitions, args.engines = [2], 1, 1
         args.model, args.groups = "tiny", None
-    if args.arms[0] != "off":
+    if args.arms[0].rpartition("-")[2] != "off":
         parser.error("the first arm is off: others are compared with it")
+    if unknown := {a.rpartition("-")[0] for a in args.arms} - {"", *RUNNERS}:
+        parser.error(f"arms begin with {', '.join(RUNNERS)} or nothing, not {unknown}")
     return args
 
 
