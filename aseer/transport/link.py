@@ -131,6 +131,11 @@ class Link:
         return self._is_open
 
     @property
+    def was_known(self) -> bool:
+        """Whether the other end has ever answered."""
+        return self._was_welcomed
+
+    @property
     def num_waiting(self) -> int:
         """Messages that the other end has not acknowledged."""
         return len(self._unsent) + len(self._unacknowledged)

@@ -303,10 +303,10 @@ class Session:
                 await self._talk(on_message)
             except ConnectionLost as error:
                 self.trouble = str(error)
-                if isinstance(error, HandshakeFailed):
-                    num_failed_handshakes += 1
-                else:
-                    num_failed_handshakes = 0
+                # Once the other end has answered, the keys are right, and it is the
+                # network that breaks handshakes off.
+                is_key = isinstance(error, HandshakeFailed) and not self._link.was_known
+                num_failed_handshakes = num_failed_handshakes + 1 if is_key else 0
                 if num_failed_handshakes == _MAX_FAILED_HANDSHAKES:
                     raise ConnectionRefused(self.trouble) from error
             finally:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aseer.transport.base import ConnectionLost
+from aseer.transport.base import ConnectionLost, HandshakeFailed
 from aseer.transport.memory import Faults, MemoryRouter
 from aseer.transport.sessions import FRAME, Frame, Session, SessionLost, Sessions
 from tests.waiting import until
@@ -54,6 +54,7 @@ class Node:
         self.rng = rng
         self.faults: Faults | None = None
         self.is_cut = False
+        self.cut_error = ConnectionLost("the network is cut")
         self.came: list[bytes] = []
         self.dealer: MemoryDealer[Frame] | None = None
         self.session = Session(
@@ -63,7 +64,7 @@ class Node:
     @asynccontextmanager
     async def _connect(self, identity: bytes) -> AsyncIterator[Any]:
         if self.is_cut:
-            raise ConnectionLost("the network is cut")
+            raise self.cut_error
         with self._cluster.router.connect(identity, FRAME) as dealer:
             self.dealer = dealer
             dealer.up.faults = dealer.down.faults = self.faults
@@ -177,6 +178,27 @@ async def test_who_comes_back_to_a_session_that_is_over_is_told_so() -> None:
         assert (type(error).__name__, error.reason) == ("SessionOver", b"")
         assert cluster.came == {node.id: [b"hello"]}
         cluster.running.cancel()
+
+
+async def test_handshakes_that_fail_are_the_networks_once_the_key_was_right() -> None:
+    async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
+        cluster = Cluster(tasks)
+        node, stranger = (Node(cluster, random.Random(i)) for i in (1, 2))
+        node.session.put(b"hello")
+        running = tasks.create_task(node.run())
+        await until(lambda: node.session.is_acknowledged)
+        for each in (node, stranger):
+            each.cut_error = HandshakeFailed("the handshake was broken off")
+            each.cut()
+        outcome: Any = await _outcome(stranger)
+        assert type(outcome).__name__ == "ConnectionRefused"
+        before = node.session.num_connections
+        await until(lambda: node.session.num_connections > before + 5)
+        node.session.put(b"again")
+        node.is_cut = False
+        await until(lambda: cluster.came[node.id] == [b"hello", b"again"])
+        for task in (running, cluster.running):
+            task.cancel()
 
 
 async def test_the_reason_of_an_end_comes_with_it() -> None:
