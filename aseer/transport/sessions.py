@@ -53,6 +53,8 @@ _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 # A handshake that fails once may have met the end of the other side's process.
 _MAX_FAILED_HANDSHAKES = 3
+# Far more nodes than a cluster has: a peer that only makes sessions costs no more.
+MAX_SESSIONS = 10_000
 # Sent in one go before the connection is listened to again.
 _BURST = 64
 
@@ -158,11 +160,19 @@ class Sessions:
         return state is None or not state.link.num_waiting
 
     def _take(self, peer: bytes, frame: Frame) -> None:
-        frames = [frame.header, frame.payload]
+        try:
+            self._take_frames(peer, [frame.header, frame.payload])
+        except ProtocolError as error:
+            # Of somebody who has the key, and so one of ours gone wrong: a new
+            # connection puts it right.
+            _log.debug("a connection brought nonsense: %s", error)
+            self._on_peer_gone(peer)
+
+    def _take_frames(self, peer: bytes, frames: list[bytes]) -> None:
         session, opening = opening_of(frames)
         state = self._open.get(session)
         if state is None:
-            if opening != "new":
+            if opening != "new" or len(self._open) >= MAX_SESSIONS:
                 self._router.send(peer, Frame(*closing(session, b"")))
                 return
             state = self._open[session] = _Open(session, peer, self._clock)
@@ -258,7 +268,7 @@ class Session:
         Args:
             connect: makes a connection under an identity; raises `ConnectionLost` if
                 there is none to be had now.
-            timeout_s: see the attribute.
+            timeout_s: the session is over if nothing is heard for so long.
         """
         self._connect = connect
         self._heartbeat_s = min(heartbeat_s, timeout_s / _MISSED_HEARTBEATS)
@@ -267,11 +277,20 @@ class Session:
         self._changed = asyncio.Event()
         self._clock = WakingClock(2 * self._heartbeat_s)
         self._heard_at = self._clock.read()
-        self.timeout_s = timeout_s
-        """The session is over if nothing is heard for so long; may be changed."""
+        self._timeout_s = timeout_s
         self.num_connections = 0
         self.trouble = ""
         """Why the last connection ended, or none could be made."""
+
+    @property
+    def timeout_s(self) -> float:
+        """The session is over if nothing is heard for so long; it may be changed."""
+        return self._timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._heartbeat_s = min(self._heartbeat_s, timeout_s / _MISSED_HEARTBEATS)
 
     def put(self, message: bytes) -> None:
         """Send a message, now or when there is a connection.
@@ -322,7 +341,7 @@ class Session:
         while True:
             now = self._clock.read()
             silent_s = now - self._heard_at
-            if silent_s > self.timeout_s:
+            if silent_s > self._timeout_s:
                 raise SessionLost(
                     f"nothing was heard for {silent_s:.0f} s ({self.trouble})"
                 )
@@ -360,6 +379,8 @@ class Session:
 
     async def _send_all(self, dealer: Dealer[Frame]) -> None:
         await dealer.send(Frame(*self._link.hello()))
+        loop = asyncio.get_running_loop()
+        sent_at = loop.time()
         while True:
             self._changed.clear()
             frames: list[list[bytes]] = []
@@ -373,13 +394,17 @@ class Session:
             self._link.pump(take)
             for sent in frames:
                 await dealer.send(Frame(*sent))
+            if frames:
+                sent_at = loop.time()
             if len(frames) == _BURST:
                 continue
-            try:
-                async with asyncio.timeout(self._heartbeat_s):
+            # What is heard meanwhile does not put the beat off.
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(sent_at + self._heartbeat_s):
                     await self._changed.wait()
-            except TimeoutError:
+            if loop.time() >= sent_at + self._heartbeat_s:
                 self._link.beat()
+                sent_at = loop.time()
 
     async def _receive_all(
         self, dealer: Dealer[Frame], on_message: Callable[[bytes], None]
@@ -399,9 +424,9 @@ class Session:
 
     async def _watch(self) -> None:
         """Give a connection up that brings nothing, or does not come about."""
-        limit_s = _MISSED_HEARTBEATS * self._heartbeat_s
         while True:
             await asyncio.sleep(self._heartbeat_s / 2)
+            limit_s = _MISSED_HEARTBEATS * self._heartbeat_s
             now = self._clock.read()
             silent_s = now - max(self._heard_at, self._connected_at)
             if silent_s > limit_s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import struct
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -222,6 +223,55 @@ async def test_the_reason_of_an_end_comes_with_it() -> None:
         await until(lambda: leaver.id in cluster.over)
         assert cluster.over == {leaver.id: "it has other plans"}
         cluster.running.cancel()
+
+
+async def test_a_shorter_time_out_makes_both_ends_hear_of_each_other_more_often() -> (
+    None
+):
+    async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
+        cluster = Cluster(tasks, timeout_s=0.4)
+        node = Node(cluster, random.Random(1))
+        node.session._heartbeat_s = 2.0
+        node.session.timeout_s = 0.4
+        node.session.put(b"hello")
+        running = tasks.create_task(node.run())
+        await until(lambda: node.id in cluster.came)
+        await asyncio.sleep(1.5)
+        assert cluster.over == {}
+        assert node.session.num_connections == 1
+        for task in (cluster.running, running):
+            task.cancel()
+
+
+async def test_nonsense_of_one_that_has_the_key_costs_no_other_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("aseer.transport.sessions.MAX_SESSIONS", 50)
+    rng = random.Random(7)
+    async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
+        cluster = Cluster(tasks)
+        node = Node(cluster, rng)
+        node.session.put(b"hello")
+        running = tasks.create_task(node.run())
+        await until(lambda: node.id in cluster.came)
+        sessions = [node.id, *range(100)]
+        with cluster.router.connect(b"stranger", FRAME) as stranger:
+            for i in range(20_000):
+                numbers = [rng.choice([0, 1, 2, 2**64 - 1]) for _ in range(2)]
+                header = struct.pack("<QQQ", rng.choice(sessions), *numbers)
+                header = rng.choice([header, header, header, rng.randbytes(24), b"?"])
+                payload = rng.choice([b"", b"N", b"H", b"W", b"A", b"X", b"?", b"xyz"])
+                if header[:8] == node.id.to_bytes(8, "little") and payload in b"NHX":
+                    continue  # it could end a session whose number it knew
+                await stranger.send(Frame(header, payload))
+                if not i % 100:
+                    await asyncio.sleep(0)
+            assert len(cluster.sessions._open) <= 50
+        node.session.put(b"still here")
+        await until(lambda: cluster.came[node.id] == [b"hello", b"still here"])
+        assert node.id not in cluster.over
+        for task in (cluster.running, running):
+            task.cancel()
 
 
 async def _outcome(node: Node) -> BaseException | None:
