@@ -152,6 +152,7 @@ class Ahead:
         self.num_tokens = 0
         self.was_idle = True
         self._num_rows = 0
+        self._num_rows_before = 0  # of the step before, if all its rows decoded
         self._is_profile = False
         self._num_looked = 0  # rows that were looked at for it
         self._draft_s = 0.0
@@ -202,6 +203,8 @@ class Ahead:
             self._rows.add(request)
         if drafts:
             self._write(drafts)
+        is_plain = self.num_tokens == self._num_rows
+        self._num_rows_before = self._num_rows if is_plain else 0
         self.num_scheduled = {r: len(tokens) for r, tokens in drafts.items()}
         launched = trimmed(output, self.num_scheduled)
         self.num_tokens = launched.total_num_scheduled_tokens
@@ -292,7 +295,8 @@ class Ahead:
         """Learn how long the last step took, if both its ends are known.
 
         Steps that are waited for are known to be over. Of others it is known at which
-        pace they are launched, which is the device's: a step without speculation.
+        pace they are launched, which is the device's: a step without speculation. The
+        pace is that of the step before, which the launch of the next has to wait for.
         """
         if over_at and self._over_at:
             step_s = over_at - self._over_at
@@ -300,7 +304,7 @@ class Ahead:
                 self._drafting.observe(sampled, step_s)
         elif not over_at and not self._over_at:
             step_s = prepared_at - self._prepared_at
-            if self.num_tokens == self._num_rows:
+            if self.num_tokens == self._num_rows == self._num_rows_before:
                 num_context = int(self._rows.num_tokens[: len(sampled)].sum())
                 self._model.observe(
                     self._num_rows,

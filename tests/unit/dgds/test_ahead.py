@@ -291,6 +291,19 @@ def test_a_step_without_a_look_waits_for_nothing(engine):
     assert engine.text("a") == (LOOP * 4)[: len(LOOP) + 8], "all that was sampled"
 
 
+def test_steps_are_timed_where_those_before_were_alike(engine):
+    observed = []
+    engine.ahead._model.observe = lambda num, *args, **kwargs: observed.append(num)
+    engine.budget.limit = 0
+    engine.add("a", LOOP, max_tokens=40)
+    for _ in range(4):
+        engine.step()
+    engine.add("b", LOOP, max_tokens=40)  # its prompt shares a step with "a"
+    for _ in range(4):
+        engine.step()
+    assert observed == [1, 1, 2]
+
+
 def test_the_fate_of_drafts_is_learned_even_if_no_look_follows(engine):
     engine.add("a", LOOP, max_tokens=40)
     for _ in range(3):
