@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aseer
+from aseer.runtime.calls import replay
 from aseer.runtime.identity import Identifier
 from tests.integration.sims import config_of, content, groups_of
 
@@ -77,6 +78,22 @@ async def test_a_rollout_that_was_left_goes_on_where_it_was(tmp_path):
         replayed = sum(len(r.token_ids) for r in responses if r.replayed)
         done = report.num_output_tokens + report.num_resumed_tokens + replayed
         assert done == num_all
+
+
+async def test_decisions_of_a_rollout_that_goes_on_can_be_made_again(tmp_path):
+    config = journaled(tmp_path, log_dir=tmp_path, logs_calls=True, max_num_seqs=4)
+    async with aseer.Engine(config) as engine:
+        async with engine.rollout(groups_of(4, **LONG), journal="s") as rollout:
+            async for _ in rollout:
+                break
+        rollout = engine.rollout(groups_of(4, **LONG), journal="s")
+        assert len([r async for r in rollout]) == 16
+        assert rollout.report.num_replayed + rollout.report.num_resumed_tokens > 1
+    logs = sorted(tmp_path.glob("*.calls"))
+    assert len(logs) == 2
+    for path in logs:
+        with path.open("rb") as log:
+            assert replay(log).difference == ""
 
 
 async def test_groups_may_come_in_another_order_or_from_an_iterator(tmp_path):
