@@ -8,7 +8,7 @@ ARGS ?=
 CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo grpo test test-quick test-v2 coverage lint format bench bench-smoke clean
+.PHONY: help setup demo grpo test test-quick test-v2 test-trainers coverage lint format bench bench-smoke clean
 
 help:
 	@echo "make demo        roll out 64 requests on two vLLM engines on this CPU"
@@ -16,6 +16,7 @@ help:
 	@echo "make test        all tests that need no GPU, real engines included (minutes)"
 	@echo "make test-quick  unit and property tests (under a minute)"
 	@echo "make test-v2     the GPUs' model runner, interpreted on this CPU (minutes)"
+	@echo "make test-trainers  real trainers of others on this CPU (sets up 2 GB, half an hour)"
 	@echo "make coverage    those, and what of aseer/ they do not run (minutes)"
 	@echo "make lint        ruff, mypy, clang-format, codespell; changes nothing"
 	@echo "make format      let ruff and clang-format change what they can"
@@ -45,6 +46,11 @@ test-quick: setup
 test-v2: setup
 	@$(PYTHON) scripts/bootstrap.py --v2
 	$(BIN)/python -m pytest -m v2 tests/e2e/test_v2.py tests/e2e/test_v2_drafts.py $(ARGS)
+
+test-trainers: setup
+	@$(BIN)/python scripts/verl_env.py
+	ASEER_VERL_PYTHON=$(CURDIR)/.venv-verl/bin/python \
+	    $(BIN)/python -m pytest -m "e2e and slow" tests/e2e/test_verl.py $(ARGS)
 
 coverage: setup
 	$(BIN)/python -m pytest tests/unit tests/property --cov --cov-report=term $(ARGS)

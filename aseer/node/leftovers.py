@@ -8,7 +8,8 @@ that has it, whoever kills it.
 
     the engine closes             it removes all
     its controller dies           each of its processes removes all as it ends
-    all are killed at once        the next engine that starts on this machine does
+    all are killed at once        the next engine that starts on this machine does, or
+                                  a janitor, if one was started (`aseer.node.janitor`)
 """
 
 from __future__ import annotations
@@ -135,10 +136,16 @@ def sweep() -> list[Path]:
     removed = []
     for folder in {Path(tempfile.gettempdir()), Path("/tmp")}:
         for run_dir in folder.glob(f"{PREFIX}*"):
-            with suppress(OSError):  # another's, or gone meanwhile
-                if _remove_if_dead(run_dir):
-                    removed.append(run_dir)
+            if sweep_one(run_dir):
+                removed.append(run_dir)
     return removed
+
+
+def sweep_one(run_dir: Path) -> bool:
+    """Remove what an engine left, if all its processes are dead; whether it did."""
+    with suppress(OSError):  # another user's, or gone meanwhile
+        return _remove_if_dead(run_dir)
+    return False
 
 
 def _remove_if_dead(run_dir: Path) -> bool:

@@ -16,6 +16,7 @@ import select
 import signal
 import threading
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from aseer.node import leftovers
 from aseer.node.cleanup import remove_shared_memory, shared_memory_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 VARIABLE = "ASEER_LIFELINE"
 _POLL_S = 1.0  # where the kernel does not tell of a process's end
@@ -127,29 +128,36 @@ def end_group(lifeline: Lifeline) -> None:
     os.killpg(group, signal.SIGKILL)
 
 
+@contextmanager
+def opened(lifeline: Lifeline) -> Iterator[int | None]:
+    """The controller's process as a descriptor that is ready once it has ended; None if
+    the system has none, or the process has ended.
+    """
+    process: int | None = None
+    # Forbidden, not known to this Python, or gone.
+    with suppress(OSError, AttributeError):
+        process = os.pidfd_open(lifeline.pid)
+    try:
+        yield process
+    finally:
+        if process is not None:
+            os.close(process)
+
+
 def _wait(lifeline: Lifeline, pipe: int | None) -> None:
     """Return when the controller is gone."""
     poller = select.poll()
-    timeout_ms: float | None = None
-    process: int | None = None
-    try:
-        process = os.pidfd_open(lifeline.pid)
-        poller.register(process, select.POLLIN)
-    except ProcessLookupError:
-        return
-    except (OSError, AttributeError):  # forbidden, or not known to this Python
-        timeout_ms = 1000 * _POLL_S
-    if pipe is not None:
-        poller.register(pipe, select.POLLIN)
-    try:
+    with opened(lifeline) as process:
+        if process is not None:
+            poller.register(process, select.POLLIN)
+        if pipe is not None:
+            poller.register(pipe, select.POLLIN)
+        timeout_ms = None if process is not None else 1000 * _POLL_S
         # Asked after the process was opened: that one is then the controller.
         while lifeline.is_intact():
             for ready, _ in poller.poll(timeout_ms):
                 if ready == process or not os.read(ready, 4096):
                     return
-    finally:
-        if process is not None:
-            os.close(process)
 
 
 def _started_at(pid: int) -> int:

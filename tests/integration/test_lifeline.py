@@ -7,10 +7,12 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
 import aseer
 from aseer.node.forks import forget, keep_from_forks
+from aseer.node.janitor import start_janitor
 from aseer.node.leftovers import Leftovers, sweep
 from aseer.node.lifeline import Lifeline, _started_at, watch
 from aseer.transport.zeromq import make_socket_dir
@@ -44,6 +46,29 @@ def test_what_is_below_the_instances_ends_if_they_are_killed_with_the_trainer(he
     with trainer(helper=helper) as found:
         kill(found.process.pid, *found.instances)
         assert found.left_after(SOON_S) == []
+
+
+def test_a_janitor_removes_what_is_left_when_all_are_killed_at_once():
+    with trainer(helper="spawn", janitor=True) as dead:
+        pids = (dead.process.pid, *dead.instances, *dead.below)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)  # so that none outlives another
+        kill(*pids)
+        dead.process.wait()
+        assert dead.left_after(SOON_S) == []
+
+
+def test_a_janitor_ends_with_its_engine():
+    with aseer.Engine(config_of()) as engine:
+        start_janitor(engine.run_dir)
+        found = [p for p in psutil.process_iter(["cmdline"]) if is_janitor(p)]
+        assert found
+    psutil.wait_procs(found, timeout=SOON_S)
+    assert not any(p.is_running() for p in found)
+
+
+def is_janitor(process: psutil.Process) -> bool:
+    return "aseer.node.janitor" in (process.info["cmdline"] or ())
 
 
 def test_the_next_engine_removes_what_engines_left_that_were_killed_at_once():

@@ -8,11 +8,13 @@ import os
 import pickle
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import aseer
+from tests.integration.sims import groups_of
 from tests.integration.test_weights import roll, sims, until, weights
 
 torch = pytest.importorskip("torch")
@@ -142,15 +144,20 @@ async def test_an_update_is_ended_once_by_the_engine_that_began_it():
 
 
 async def test_it_makes_way_for_itself_as_an_update_in_one_call_does():
-    async with aseer.Engine(sims()) as engine:
-        responses = aiter(engine.rollout([aseer.Group([5, 6], n=2)]))
+    groups = groups_of(4, ignore_eos=True, max_tokens=2000)
+    groups += groups_of(5, n=1, max_tokens=1)[4:]
+    config = sims()
+    slow = config.engine_args | {"step_s": 0.01, "num_kv_blocks": 4096}
+    async with aseer.Engine(replace(config, engine_args=slow)) as engine:
+        responses = aiter(engine.rollout(groups))
+        await anext(responses)
         with pytest.raises(aseer.RolloutInProgressError, match="pause="):
-            await anext(responses)
             await engine.begin_update()
         target = await engine.begin_update(pause="abort")
         await target.send_async(weights(1.0))
         await engine.finish_update(target)
-        assert {r.weight_version async for r in responses} == {0}
+        rest = [r async for r in responses]
+        assert {(r.weight_version, r.finish_reason) for r in rest} == {(0, "aborted")}
 
 
 async def test_a_caller_that_is_cancelled_leaves_no_update_open():

@@ -28,10 +28,13 @@ SCRIPT = """
 import asyncio, os, time
 from pathlib import Path
 import aseer
+from aseer.node.janitor import start_janitor
 from tests.integration.sims import config_of
 
 async def main():
     async with aseer.Engine(config_of(engine_args={engine_args!r})) as engine:
+        if {janitor!r}:
+            start_janitor(engine.run_dir)
         weights = Path("/dev/shm", engine.run_dir.name)
         weights.mkdir()
         (weights / "0").write_bytes(bytes(4096))  # as an update leaves them there
@@ -85,16 +88,21 @@ def is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def trainer(*, forks: bool = False, **engine_args: object) -> Iterator[Trainer]:
+def trainer(
+    *, forks: bool = False, janitor: bool = False, **engine_args: object
+) -> Iterator[Trainer]:
     """A user's process; whatever of it is left at the end is killed.
 
     Args:
         forks: it has forked a process, which lives on.
+        janitor: it has started one.
         engine_args: of its simulated engines.
     """
     folder = Path(tempfile.mkdtemp())
     script = folder / "train.py"
-    script.write_text(SCRIPT.format(engine_args=engine_args, forks=forks))
+    script.write_text(
+        SCRIPT.format(engine_args=engine_args, forks=forks, janitor=janitor)
+    )
     with subprocess.Popen(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,

@@ -110,7 +110,12 @@ def test_every_release_has_one_row_and_the_first_and_the_newest_run_are_told() -
         ("0.5.5", "2.13.0", False, "LMCache 0.5.5 is installed"),
         ("0.6.0", "2.13.0", True, "LMCache 0.6.0 is installed"),
         ("0.5.6", "2.11.0", True, "with torch 2.12 or 2.13, and 2.11.0 is"),
-        ("0.5.6", "2.14.0+cu130", True, "built for one of these (0.30, 0.32)"),
+        (
+            "0.5.6",
+            "2.14.0+cu130",
+            True,
+            "built for one of these (0.27, 0.28, 0.30, 0.32)",
+        ),
         ("0.5.6", "2.14.0+cpu", False, None),
         ("0.5.6", "2.13.0+cu130", True, None),
         ("0.5.6", "2.12.1", True, None),
