@@ -82,7 +82,7 @@ async def test_all_arrives_once_and_in_order_over_cuts(keys: Keys | None) -> Non
     assert up == messages
     assert down == messages
     assert over == []
-    assert session.num_connections > 6
+    assert session.num_connections > 3  # a slow machine takes several cuts for one
 
 
 @pytest.mark.parametrize(
