@@ -94,7 +94,7 @@ class _Engine:
 V1 = SimpleNamespace(
     drafter=SimpleNamespace(propose=None), input_batch=SimpleNamespace(req_ids=["a"])
 )
-V2 = SimpleNamespace(speculator=object())
+V2 = SimpleNamespace(speculator=object(), req_states=None)
 
 
 @pytest.mark.parametrize(("runner", "num_starts"), [(V1, 1), (V2, 2)], ids=["V1", "V2"])
