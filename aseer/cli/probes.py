@@ -44,13 +44,16 @@ current_platform.import_kernels()
 if hasattr(current_platform, "register_triton_kernel_overrides"):
     current_platform.register_triton_kernel_overrides()
 from vllm.v1.sample.sampler import Sampler
-from aseer.dgds.sampler import mend, test_sampler
+from types import SimpleNamespace
+from aseer.dgds.sampler import test_sampler
 from aseer.dgds.verifier import DraftVerifier
+from aseer.instance.vllm import patches
 device = torch.device(current_platform.device_type)
 verifier = DraftVerifier(Sampler("processed_logprobs"))
 right, p_value, num_draws, fault = test_sampler(verifier, device)
+was_mended = bool(patches.apply("sampler", SimpleNamespace(device=device)))
 print(json.dumps({"is_right": bool(right), "num_draws": num_draws, "fault": fault,
-                  "was_mended": mend(device), "device": device.type}))
+                  "was_mended": was_mended, "device": device.type}))
 """
 KV_POOL = """
 import json, sys

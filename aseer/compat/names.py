@@ -247,13 +247,13 @@ _TABLES = (
     (_ENGINES, "engines", "instance/vllm/backend.py"),
     (_SLEEP, "Engine.sleep and wake", "instance/vllm/backend.py"),
     (_FIGURES, "figures in reports", "instance/vllm/stats.py"),
-    (_WEIGHTS, "Engine.update_weights", "instance/vllm/worker.py"),
-    (_CPU, "engines on CPUs", "instance/vllm/worker.py"),
+    (_WEIGHTS, "Engine.update_weights", "instance/vllm/worker.py, patches.py"),
+    (_CPU, "engines on CPUs", "instance/vllm/patches.py"),
     (_DRAFTS, "speculation", "dgds/, instance/vllm/speculation.py"),
     (_DRAFTS_V2, "speculation on GPUs", "dgds/speculator.py, dgds/ahead.py"),
     (_POOL_VLLM, "the KV pool", "kv/connector.py"),
     (_POOL_LMCACHE, "the KV pool", "kv/connector.py, kv/guard.py"),
-    (_SERVER, "the KV pool", "kv/server.py"),
+    (_SERVER, "the KV pool", "kv/server.py, patches.py, disk.py"),
 )
 _NAME = re.compile(r"([\w.]+)(?:\(([\w,]*)\))?(\?)?")
 

@@ -42,8 +42,8 @@ class GroupDrafter:
         model: StepTimeModel,
         probe_weight: float,
     ) -> StepClock:
-        """Draft from now on; returns what measures the steps."""
-        clock = StepClock(runner)
+        """Draft from now on; returns what is to time the runner's steps."""
+        clock = StepClock()
         self._drafting = Drafting(
             runner, replica, budget, model, clock, probe_weight, self._max_model_len
         )

@@ -1,12 +1,9 @@
-"""Tests of the samplers that verify drafts, and a repair of vLLM's own sampler.
+"""Tests of the samplers that verify drafts.
 
 A sampler is tested by drawing from it, on the engine's own kernels and device. For
 known logits, the tokens that are drawn must follow their distribution, whatever was
 drafted, and come with their logprobs. aseer's drafts are verified by `DraftVerifier`,
-the drafts of vLLM's own drafters by its RejectionSampler. On vLLM's CPU backend (at
-least up to 0.32) the function that spreads the settings of requests over their drafted
-tokens writes floats into a copy, so that logits are divided by uninitialised memory;
-that function is replaced.
+the drafts of vLLM's own drafters by its RejectionSampler.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -78,50 +74,6 @@ class Drawn(NamedTuple):
 
 # From [num_logits, vocab_size] logits, and drafts for all but the last of them.
 Draw: TypeAlias = "Callable[[NDArray[np.float32], list[int]], Iterator[Drawn]]"
-
-
-def expand_batch_to_tokens(
-    x: torch.Tensor,
-    cu_num_tokens: torch.Tensor,
-    num_tokens: int,
-    replace_from: float = 0,
-    replace_to: float = 0,
-) -> torch.Tensor:
-    """Repeat each request's value for each of its tokens; vLLM's function, mended.
-
-    Args:
-        x: [num_requests]. cu_num_tokens: [num_requests], running sums.
-        num_tokens: their last.
-        replace_from: this value becomes `replace_to`.
-    """
-    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-    values = x.masked_fill(x == replace_from, replace_to)
-    return values.repeat_interleave(counts, output_size=num_tokens)
-
-
-def mend(device: torch.device) -> bool:
-    """Replace vLLM's `expand_batch_to_tokens` in this process if it is wrong.
-
-    Returns:
-        Whether it was wrong.
-    """
-    if _expands_rightly(rejection_sampler.expand_batch_to_tokens, device):
-        return False
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
-    return True
-
-
-def _expands_rightly(function: Callable[..., torch.Tensor], device: Any) -> bool:
-    """Whether the function is right, by values that no left-over memory can hold."""
-    counts = torch.tensor([2, 0, 3, 1], device=device)
-    running = counts.cumsum(0).to(torch.int32)
-    for _ in range(4):
-        values = torch.rand(4, device=device) + 0.5
-        for x in (values, (values * 1e6).to(torch.int32)):
-            expected = x.repeat_interleave(counts)
-            if not torch.equal(function(x, running, 6), expected):
-                return False
-    return True
 
 
 def test_sampler(sampler: Any, device: torch.device) -> Verdict:

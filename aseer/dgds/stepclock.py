@@ -1,16 +1,21 @@
 """Measures an engine's steps, and what drafting takes of them.
 
-The clock wraps a method of vLLM's model runner. A step lasts until its drafts are made:
-from the end of the step before, or from its own beginning if the engine was idle.
+The clock wraps the method with which vLLM's model runner begins a step. A step lasts
+until its drafts are made: from the end of the step before, or from its own beginning if
+the engine was idle.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from bisect import bisect_left
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aseer.types import DRAFTING_SHARES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # An engine with more time than this between two steps had nothing to do.
 _MAX_IDLE_S = 0.02
@@ -19,7 +24,7 @@ _MAX_IDLE_S = 0.02
 class StepClock:
     """Measures the steps of a runner, and what was scheduled in them."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self) -> None:
         self.step_s = 0.0
         self.draft_s = 0.0
         self.share_buckets = [0] * (len(DRAFTING_SHARES) + 1)
@@ -28,10 +33,18 @@ class StepClock:
         self.was_idle = True  # before the step, which then began slowly
         self._started_at = 0.0
         self._ended_at = 0.0
-        self._execute = runner.execute_model
-        runner.execute_model = self._timed_execute
 
-    def _timed_execute(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def timed(self, execute: Callable[..., Any]) -> Callable[..., Any]:
+        """A runner's `execute_model` that begins a step of this clock's."""
+
+        @functools.wraps(execute)
+        def timed_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self._begin_step(scheduler_output)
+            return execute(scheduler_output, *args, **kwargs)
+
+        return timed_execute
+
+    def _begin_step(self, scheduler_output: Any) -> None:
         now = time.perf_counter()
         self.was_idle = now - self._ended_at > _MAX_IDLE_S
         self._started_at = now if self.was_idle else self._ended_at
@@ -42,7 +55,6 @@ class StepClock:
                 scheduler_output.scheduled_spec_decode_tokens.items()
             )
         }
-        return self._execute(scheduler_output, *args, **kwargs)
 
     def end_step(self, drafting_since: float) -> float:
         """Note that a step is over, drafting included; returns its seconds."""

@@ -35,8 +35,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.v1.request import RequestStatus
 
+from aseer.kv import patches
 from aseer.kv.guard import WorkerGuard, mark
-from aseer.kv.pickles import refuse_in_engine
 from aseer.kv.settings import POOL_LOG_KEY, TIMEOUT_KEY
 from aseer.types import LATENCY_BUCKETS_S
 
@@ -94,7 +94,7 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
     def __init__(
         self, vllm_config: Any, role: Any, kv_cache_config: Any = None
     ) -> None:
-        refuse_in_engine()
+        patches.apply("engine")
         super().__init__(vllm_config, role, kv_cache_config)
         self._stats = Stats()
         self._lookups: dict[str, float] = {}

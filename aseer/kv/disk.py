@@ -1,4 +1,7 @@
-"""The pool's disk tier, checked: bytes that come back changed count as missing."""
+"""The pool's disk tier: what is read back has the checksum of what was written.
+
+The checksums need not outlive the process: neither does the disk's directory.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import logging
 import zlib
 from typing import Any
 
-from lmcache.v1.distributed.l2_adapters import native_connector_l2_adapter as native
+from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import (
+    NativeConnectorL2Adapter,
+)
 
 _log = logging.getLogger("aseer.kv")
 
 
-class CheckedAdapter(native.NativeConnectorL2Adapter):  # type: ignore[misc]  # an Any to us
+class CheckedAdapter(NativeConnectorL2Adapter):  # type: ignore[misc]  # untyped
     """A disk tier that finds what it reads back changed to be missing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -6,15 +6,8 @@ input, which stays open: polls follow, and its end means that the server is to g
 that the controller is gone, however it died. Its memory and its disk directory go with
 it.
 
-Four things are done here that LMCache does not do:
-
-- A worker that dies in the middle of a store, or gives up on it, leaves memory reserved
-  that it never filled. LMCache publishes that memory under the worker's keys when it
-  forgets the worker, and other engines would read it. Here it is discarded.
-- What is read back from the disk is checked against the checksum it was written with,
-  which need not outlive the process: neither does the directory.
-- What nobody will ask for again is freed at once, by tokens or by weight version.
-- No pickle is loaded, whoever sends it (`aseer.kv.pickles`).
+Beyond what LMCache does, what nobody will ask for again is freed at once, by tokens or
+by weight version. What is changed of LMCache itself is in `aseer/kv/patches.py`.
 
 What will be asked for soon is loaded from the disk by LMCache's own prefetch.
 """
@@ -42,8 +35,6 @@ from lmcache.v1.distributed.config import (
     parse_args_to_config,
 )
 from lmcache.v1.distributed.internal_api import L1ManagerListener, L2AdapterListener
-from lmcache.v1.distributed.l2_adapters import native_connector_l2_adapter as native
-from lmcache.v1.distributed.storage_manager import _L1_WRITE_TAG
 from lmcache.v1.mp_observability.config import (
     add_observability_args,
     parse_args_to_observability_config,
@@ -56,14 +47,10 @@ from lmcache.v1.multiprocess.config import (
     add_p2p_args,
     parse_args_to_mp_server_config,
 )
-from lmcache.v1.multiprocess.modules.engine_driven_transfer import (
-    EngineDrivenTransferModule,
-)
 from lmcache.v1.multiprocess.server import run_cache_server
 
-from aseer.kv.disk import CheckedAdapter
+from aseer.kv import patches
 from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
-from aseer.kv.pickles import refuse_in_server
 from aseer.kv.prefetches import Prefetches
 from aseer.kv.settings import SHM_PREFIX, WATERMARK, version_of
 from aseer.node.leftovers import hold
@@ -166,28 +153,11 @@ class Ledger(L1ManagerListener, L2AdapterListener):  # type: ignore[misc]  # unt
     def on_l2_keys_accessed(self, keys: list[Any]) -> None: ...
 
 
-def discard_unfilled_memory() -> None:
-    """Make LMCache discard, not publish, what a forgotten worker had reserved."""
-    upstream = EngineDrivenTransferModule._release_entry
-
-    def release(self: Any, instance_id: int, entry: Any) -> None:
-        with self._pending_shm_lock:
-            pending = self._pending_shm_writes
-            mine = [pending.pop(k) for k in list(pending) if k[0] == instance_id]
-        for keys in mine:
-            for manager in self._ctx.storage_manager._l1_managers_by_id.values():
-                manager.finish_write_and_delete(keys, tag=_L1_WRITE_TAG)
-        upstream(self, instance_id, entry)
-
-    EngineDrivenTransferModule._release_entry = release
-
-
 class PoolServer:
     """LMCache's server in this process, and what is asked of it."""
 
     def __init__(self, spec: ServerSpec) -> None:
-        discard_unfilled_memory()
-        native.NativeConnectorL2Adapter = CheckedAdapter
+        patches.apply("server")
         parser = argparse.ArgumentParser()
         for add in (add_mp_server_args, add_p2p_args, add_storage_manager_args):
             add(parser)
@@ -321,7 +291,6 @@ def main() -> None:
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     reader = threading.Thread(target=_read, args=(lines, lifeline), daemon=True)
     reader.start()
-    refuse_in_server()
     server = PoolServer(spec)
     _say(answers, server.counts())
     while True:

@@ -148,14 +148,20 @@ def family_model(model_type: str, seed: int = 0) -> Path:
     return directory
 
 
-def make_family(directory: Path, model_type: str, seed: int = 0) -> None:
-    """Write the family's model with its tokenizer into a new directory."""
+def make_family(
+    directory: Path, model_type: str, seed: int = 0, **changes: Any
+) -> None:
+    """Write the family's model with its tokenizer into a new directory.
+
+    Args:
+        changes: of the family's settings.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its thread would outlive the test
-    settings = _COMMON | FAMILIES[model_type]
+    settings = _COMMON | FAMILIES[model_type] | changes
     config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _scale(model, seed)

@@ -49,15 +49,18 @@ current_platform.import_kernels()
 current_platform.register_triton_kernel_overrides()
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
-from aseer.dgds.sampler import mend, test_sampler
+from aseer.dgds.sampler import test_sampler
 from aseer.dgds.verifier import DraftVerifier
+from aseer.instance.vllm import patches
+from types import SimpleNamespace
 
 torch.set_num_threads(1)
 device = torch.device("cpu")
 plain = Sampler("processed_logprobs")
 upstream = test_sampler(RejectionSampler(plain), device)
 ours = test_sampler(DraftVerifier(plain), device)
-was_mended = mend(device)
+runner = SimpleNamespace(device=device)
+was_mended = bool(patches.apply("sampler", runner))
 mended = test_sampler(RejectionSampler(plain), device)
 sample_all = DraftVerifier.sample_all
 def most_likely(*args):
@@ -66,7 +69,8 @@ def most_likely(*args):
 DraftVerifier.sample_all = most_likely
 greedy = test_sampler(DraftVerifier(plain), device)
 raw = test_sampler(RejectionSampler(Sampler("raw_logprobs")), device)
-print(json.dumps([upstream, ours, was_mended, mended, mend(device), greedy, raw]))
+again = patches.apply("sampler", runner)
+print(json.dumps([upstream, ours, was_mended, mended, again, greedy, raw]))
 """
 
 
@@ -103,9 +107,11 @@ def test_samplers_are_told_from_wrong_ones():
 
 
 def test_drafts_come_with_a_steps_answer(monkeypatch):
-    from aseer.instance.vllm import executor
+    from aseer.instance.vllm import EXECUTOR, executor, patches
 
+    parallel = SimpleNamespace(distributed_executor_backend=EXECUTOR)
     runner = SimpleNamespace(
+        vllm_config=SimpleNamespace(parallel_config=parallel),
         sample_tokens=lambda grammar: SimpleNamespace(grammar=grammar),
         take_draft_token_ids=lambda: "drafts",
     )
@@ -117,7 +123,7 @@ def test_drafts_come_with_a_steps_answer(monkeypatch):
     one = object.__new__(executor.DraftingExecutor)
     one.sample_tokens(None)
     assert one.take_draft_token_ids() == "asked for"
-    executor.send_drafts_along(runner)
+    assert patches.send_drafts_along(runner)
     assert one.sample_tokens("a grammar").grammar == "a grammar"
     assert one.take_draft_token_ids() == "drafts"
     assert one.take_draft_token_ids() == "asked for"  # that answer is used up

@@ -138,24 +138,24 @@ os._exit(status)
 PICKLES = """
 import os, pickle, sys
 from pathlib import Path
-from aseer.kv.pickles import PickleRefused, refuse_in_server
+from aseer.kv import patches
 
 class Evil:
     def __reduce__(self):
         return Path.touch, (Path(sys.argv[1]),)
 
-refuse_in_server()
+patches.apply("server")
 for loads in (pickle.loads, pickle._loads):
     try:
         loads(pickle.dumps(Evil()))
-    except PickleRefused as error:
+    except patches.PickleRefused as error:
         print(error)
 """
 
 STORES = """
 from types import SimpleNamespace
 from lmcache.v1.distributed.internal_api import L2StoreResult
-from aseer.kv.server import CheckedAdapter, native
+from aseer.kv.disk import CheckedAdapter, NativeConnectorL2Adapter
 
 class Disk:
     def __init__(self):
@@ -166,8 +166,8 @@ class Disk:
     def pop_completed_store_tasks(self):
         return {1: L2StoreResult(True, 4), 2: L2StoreResult(False, 0)}
 
-native.NativeConnectorL2Adapter.submit_store_task = Disk.submit_store_task
-native.NativeConnectorL2Adapter.pop_completed_store_tasks = (
+NativeConnectorL2Adapter.submit_store_task = Disk.submit_store_task
+NativeConnectorL2Adapter.pop_completed_store_tasks = (
     Disk.pop_completed_store_tasks)
 CheckedAdapter.__bases__[0].__init__ = lambda self: Disk.__init__(self)
 CheckedAdapter.__del__ = lambda self: None

@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 import aseer
 from aseer.instance.base import InstanceSpec
 from aseer.instance.vllm.backend import AsyncLLM, VllmBackend
-from aseer.instance.vllm.speculation import keep_schedule
+from aseer.instance.vllm.patches import _keep_schedule
 from aseer.instance.vllm.worker import WorkerExtension
 from aseer.models.tiny import make_tiny
 from aseer.types import Chunk, ChunkId, GroupId, InstanceId, RequestId
@@ -81,7 +81,7 @@ class _Engine:
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> Any:
         if method == "aseer_check_sampler":
-            return [{"is_right": False, "fault": "it fails", "was_mended": False}]
+            return [{"is_right": False, "fault": "it fails"}]
         return [getattr(self._worker, method)(*args)]
 
     def get_tokenizer(self) -> Any:
@@ -133,10 +133,10 @@ class _Config:
 
 def test_our_drafts_stay_as_long_as_they_are_on_a_vllm_that_pads_unknown_ones() -> None:
     config_class = type("Config", (_Config,), dict(vars(_Config)))
-    keep_schedule(config_class)
+    assert _keep_schedule(config_class)
     assert config_class("custom_class").speculative_config.schedule == [(1, 1, 8)]
     assert config_class("suffix").speculative_config.schedule is None
-    keep_schedule(SimpleNamespace())  # a vLLM that drops nothing
+    assert not _keep_schedule(SimpleNamespace())  # a vLLM that drops nothing
 
 
 async def test_tokens_that_end_a_response_are_told_with_its_end(tmp_path: Path) -> None:

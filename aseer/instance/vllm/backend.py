@@ -1,7 +1,7 @@
 """A vLLM engine (AsyncLLM) behind the instance contract.
 
-vLLM is used through its public surface and is not patched. Three things are done here
-rather than by vLLM, because a chunk is a request of its own to it:
+What aseer changes in vLLM is in `patches.py`. Three things are done here rather than by
+vLLM, because a chunk is a request of its own to it:
 
 - Stop strings are matched, and text is decoded, by vLLM's own incremental detokenizer,
   primed with what earlier chunks generated, so that both see the response and not the
@@ -25,7 +25,6 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
-from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.platforms import current_platform
@@ -38,6 +37,7 @@ from aseer.compat.versions import installed_vllm
 from aseer.dgds.messages import EXTRA_ARGS_KEY
 from aseer.errors import EngineError, describe
 from aseer.instance.base import EngineDied
+from aseer.instance.vllm import patches
 from aseer.instance.vllm.caches import empty_caches
 from aseer.instance.vllm.limits import (
     are_mixed,
@@ -47,7 +47,6 @@ from aseer.instance.vllm.limits import (
 from aseer.instance.vllm.speculation import (
     Speculation,
     draft_identity,
-    keep_schedule,
     unpadded,
 )
 from aseer.instance.vllm.stats import Stats
@@ -167,7 +166,7 @@ class VllmBackend:
         if not current_platform.is_cpu():
             _log.warning("%s", PRICE_OF_V1.format(reason=why_not))
         args["speculative_config"] = unpadded(args["speculative_config"])
-        keep_schedule(VllmConfig)
+        patches.apply("configure")
         return False
 
     def _make_engine(self, args: dict[str, Any]) -> AsyncLLM:

@@ -2,12 +2,12 @@
 
 vLLM's engine asks for drafts by a call of its own after every step, whether there are
 any or not. On a CPU engine and worker share cores, and that call takes several percent
-of a short step. So a worker adds its drafts to what it answers anyway.
+of a short step. So a worker adds its drafts to what it answers anyway
+(`patches.send_drafts_along`).
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
@@ -29,17 +29,3 @@ class DraftingExecutor(MultiprocExecutor):  # type: ignore[misc]
         if hasattr(output, "aseer_drafts"):
             return output.aseer_drafts
         return super().take_draft_token_ids()
-
-
-def send_drafts_along(runner: Any) -> None:
-    """Have a worker's model runner add its drafts to every step's output."""
-    sample_tokens = runner.sample_tokens
-
-    @functools.wraps(sample_tokens)
-    def with_drafts(*args: Any, **kwargs: Any) -> Any:
-        output = sample_tokens(*args, **kwargs)
-        if output is not None:
-            output.aseer_drafts = runner.take_draft_token_ids()
-        return output
-
-    runner.sample_tokens = with_drafts

@@ -8,7 +8,6 @@ with and without drafts take, for the budget to start from.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from dataclasses import fields, replace
@@ -67,27 +66,6 @@ def unpadded(settings: dict[str, Any]) -> dict[str, Any]:
     return {_SCHEDULE: [(1, 1, settings["num_speculative_tokens"])], **settings}
 
 
-def keep_schedule(config_class: Any) -> None:
-    """Have vLLM keep the schedule of `unpadded` on model runner V1.
-
-    Needed from vLLM 0.33 on, which drops it there for drafters that it does not know to
-    follow one. Ours has the same number for every batch size: there is nothing to
-    follow.
-    """
-    name = "_maybe_disable_dynamic_sd_for_v1"
-    drop = getattr(config_class, name, None)
-    if drop is None:
-        return
-
-    @functools.wraps(drop)
-    def drop_others(config: Any) -> None:
-        speculative = config.speculative_config
-        if speculative is None or speculative.method != "custom_class":
-            drop(config)
-
-    setattr(config_class, name, drop_others)
-
-
 def ends_with_chunk(config: Any) -> bool:
     """Whether no drafted token's KV lies past its chunk's end; of vLLM's config."""
     return config.method == "custom_class" and bool(getattr(config, _SCHEDULE, None))
@@ -126,8 +104,6 @@ class Speculation:
     async def start(self) -> None:
         """Test the sampler; then begin to draft, or never."""
         for verdict in await self._call("aseer_check_sampler"):
-            if verdict["was_mended"]:
-                _log.info("vLLM's sampler for drafts is wrong in this version: mended")
             if not verdict["is_right"]:
                 self.is_refused = True
                 _log.warning(

@@ -51,6 +51,7 @@ class Engine:
         self.clock = self.drafter.start(
             self.runner, self.replica, self.budget, self.model, 2.0
         )
+        self.runner.execute_model = self.clock.timed(self.runner.execute_model)
 
     def add(
         self,

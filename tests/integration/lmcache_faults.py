@@ -1,0 +1,170 @@
+"""What is wrong with LMCache, shown by its own code with each of aseer's patches and
+without. Each run is a process of its own, which the patches change.
+
+    python -m tests.integration.lmcache_faults PATCH (with | without) FOLDER NAME
+
+prints whether the fault is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import time
+from array import array
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from aseer.kv import patches
+from aseer.kv.messages import Poll, Prefetch, ServerSpec
+from aseer.kv.settings import disk_adapter
+
+TOKENS = list(range(64 * 3))
+
+
+class Evil:
+    """Makes a file where it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._mark,)
+
+
+class Pool:
+    """A pool's server in this process, and what an engine would ask of it."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        from lmcache.v1.multiprocess.custom_types import (
+            IPCCacheServerKey,
+            RegisterEngineDrivenContextPayload,
+        )
+        from lmcache.v1.multiprocess.modules.engine_driven_transfer import (
+            EngineDrivenTransferModule,
+        )
+
+        from aseer.kv.server import PoolServer
+
+        args = (
+            "--host 127.0.0.1 --port 0 --l1-size-gb 0.02 --chunk-size 64 "
+            "--eviction-policy LRU --supported-transfer-mode engine_driven "
+            f"--shm-name {name} --no-l1-use-lazy --disable-observability"
+        ).split()
+        args += ["--l2-adapter", disk_adapter(folder, 64 << 20)]
+        self.spec = ServerSpec(shm_name=name, args=args)
+        self.server = PoolServer(self.spec)
+        modules = self.server._engine._modules
+        self.module = next(
+            m for m in modules if isinstance(m, EngineDrivenTransferModule)
+        )
+        self.key = IPCCacheServerKey(
+            model_name="m",
+            world_size=1,
+            worker_id=0,
+            token_ids=tuple(TOKENS),
+            start=0,
+            end=len(TOKENS),
+            request_id="r",
+            cache_salt="s-v1",
+            num_kv_readers=1,
+        )
+        self.module.register_kv_cache_engine_driven_context(
+            RegisterEngineDrivenContextPayload(
+                instance_id=1,
+                model_name="m",
+                world_size=1,
+                block_size=32,
+                num_layers=2,
+                hidden_dim_size=16,
+                dtype_str="float32",
+                use_mla=False,
+                num_physical_slots=64,
+            )
+        )
+
+
+def discard_unfilled_memory(pool: Pool, _: Path) -> bool:
+    """A worker that dies in a store has published memory that it never filled."""
+    pool.module.prepare_store(pool.key, 1)
+    pool.module.unregister_kv_cache(1)
+    return pool.server.counts().stored > 0
+
+
+def check_what_the_disk_gives(pool: Pool, folder: Path) -> bool:
+    """Bytes that were changed on the disk are in DRAM again, as if they were KV."""
+    pool.module.prepare_store(pool.key, 1)
+    pool.module.commit_store(pool.key, 1, b"")
+    eventually(lambda: pool.server.counts().disk_resident > 0)
+    time.sleep(0.5)  # until every chunk is written
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        with file.open("r+b") as written:
+            written.write(b"\x55" * 64)
+    pool.server.answer(Poll(clear_dram=True))
+    eventually(lambda: pool.server.counts().resident == 0)
+    wanted = Prefetch("m", 1, "s-v1", array("i", TOKENS).tobytes())
+    pool.server.answer(Poll(prefetch=[wanted]))
+    eventually(lambda: not pool.server.answer(Poll()) or not pool.server._prefetching)
+    return pool.server.counts().disk_read > 0
+
+
+def refuse_pickles_in_server(folder: Path) -> bool:
+    """A pickle that anybody sent has run what it names."""
+    from lmcache.v1.multiprocess.modules.server_transfer import PickleTransferStrategy
+
+    storage = SimpleNamespace(
+        reserve_write=lambda *_: {}, finish_write=lambda *_, **__: None
+    )
+    strategy = PickleTransferStrategy(storage)
+    strategy.commit_store(
+        key=None,
+        instance_id=1,
+        cpu_data=pickle.dumps(Evil(folder / "mark")),
+        context=SimpleNamespace(layout_desc=None),
+        resolve_obj_keys=lambda _: [],
+    )
+    return (folder / "mark").exists()
+
+
+def refuse_pickles_in_engine(folder: Path) -> bool:
+    """A pickle from whoever answers has run what it names."""
+    from lmcache.v1.multiprocess.transfer_context.pickle import (
+        EngineDrivenContextPickle,
+    )
+
+    answer = SimpleNamespace(success=True, data=pickle.dumps(Evil(folder / "mark")))
+    future = SimpleNamespace(result=lambda timeout: answer)
+    server = SimpleNamespace(prepare_retrieve=lambda *_: future)
+    EngineDrivenContextPickle(None, server, 1.0).prepare_retrieve(None, 1)
+    return (folder / "mark").exists()
+
+
+def eventually(is_so: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+def main(name: str, how: str, folder: Path, shm_name: str) -> None:
+    patch = next(p for p in patches.PATCHES if p.name == name)
+    # The others would hide what is missing, or be in the way.
+    patches.PATCHES = (patch,) if how == "with" else ()
+    shows = globals()[name]
+    if patch.apply in (discard, check):
+        pool = Pool(folder, shm_name)  # which applies the patches of a server
+        sys.stdout.write(json.dumps(shows(pool, folder)) + "\n")
+        sys.stdout.flush()
+        Path(f"/dev/shm/lmcache_l1_pool_{shm_name}").unlink(missing_ok=True)
+        os._exit(0)
+    patches.apply(patch.moment)
+    sys.stdout.write(json.dumps(shows(folder)) + "\n")
+
+
+discard, check = patches.discard_unfilled_memory, patches.check_what_the_disk_gives
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3], Path(sys.argv[3]), sys.argv[4])
