@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_args
 
 from rich.console import Console
 
@@ -22,7 +22,7 @@ from aseer import data, plot
 from aseer.cli.arguments import positive_int
 from aseer.cli.summary import Stages, print_group, print_summary
 from aseer.compat.versions import installed_vllm
-from aseer.config import POLICY_NAMES, EngineConfig
+from aseer.config import POLICY_NAMES, EngineConfig, SpeculationMethod
 from aseer.display import Live
 from aseer.errors import ConfigError
 from aseer.groups import Group
@@ -166,6 +166,7 @@ def make_config(args: argparse.Namespace, *, log_dir: Path) -> EngineConfig:
         max_num_seqs=args.max_num_seqs,
         chunk_size=args.chunk_size,
         policy=args.policy,
+        speculation=args.speculation,
         sampling=sampling,
         log_dir=log_dir,
     )
@@ -297,7 +298,9 @@ def add_work_options(
         help="(default: %(default)s)",
     )
     group.add_argument(
-        "--seed", type=int, help="makes the samples repeatable, up to rounding"
+        "--seed",
+        type=int,
+        help="makes the samples repeatable, up to rounding, with --speculation off",
     )
 
 
@@ -343,4 +346,12 @@ def add_engine_options(group: argparse._ArgumentGroup) -> None:
         choices=[name for name in POLICY_NAMES if name != "longest-first"],
         default="context-aware",
         help="who runs next, and where (default: %(default)s)",
+    )
+    group.add_argument(
+        "--speculation",
+        choices=get_args(SpeculationMethod),
+        # All three ideas are to be seen, unlike in `EngineConfig`.
+        default="dgds",
+        help="how tokens are drafted: dgds from what the group has written, suffix and "
+        "ngram as vLLM does, or not (default: %(default)s)",
     )

@@ -62,6 +62,7 @@ def add_parser(
         seed=0,
         max_num_seqs=32,
         chunk_size=256,
+        speculation="off",  # seeded samples repeat without drafts only
     )
 
 

@@ -77,7 +77,7 @@ def print_summary(
     responses: Sequence[Response],
     stages_s: dict[str, float],
 ) -> None:
-    """The rollout's figures, each instance's, and the stages' times."""
+    """The rollout's figures, what each idea did, each instance's, the stages' times."""
     console.print()
     table = Table(title="rollout", title_justify="left", show_header=False)
     table.add_column(style="bold")
@@ -86,6 +86,8 @@ def print_summary(
     for name, value, note in _figures(report, responses):
         table.add_row(name, value, note)
     console.print(table)
+    console.print()
+    console.print(_ideas(report))
     console.print()
     console.print(_instances(report))
     console.print()
@@ -104,11 +106,6 @@ def _figures(
     lengths = f"mean {r.mean_output_tokens:,.0f}, longest {r.max_output_tokens:,}"
     yield "output tokens", f"{r.num_output_tokens:,}", lengths
     yield "throughput", f"{r.throughput_tok_s:,.0f} tok/s", f"over {r.wall_s:.1f} s"
-    share_of_wall = f"{r.tail_s / r.wall_s:.0%} of the time" if r.wall_s else ""
-    yield "tail", f"{r.tail_s:.1f} s", f"for the last 10%, {share_of_wall}"
-    size = f"at most {r.chunk_size} tokens" if r.chunk_size else "undivided"
-    yield "chunks", f"{r.num_chunks:,}", f"{size}, {r.policy}"
-    yield "migrations", f"{r.num_migrations:,}", "chunks begun on another instance"
     cached = f"{r.num_cached_tokens:,} found in a cache"
     yield "recomputed tokens", f"{r.num_recomputed_tokens:,}", cached
     if r.kv is not None:
@@ -118,11 +115,52 @@ def _figures(
         yield "retries", f"{r.num_retries:,}", "chunks lost with their instance"
 
 
-def _kv_figures(kv: KvReport) -> Iterator[tuple[str, str, str]]:
-    moves = (
-        f"{kv.num_moves_found:,} moves found theirs, {kv.num_moves_recomputed:,} not"
+def _ideas(report: RolloutReport) -> Table:
+    """What divided rollout, scheduling and drafts did in this rollout, as measured."""
+    r = report
+    table = Table(title="what each idea did", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    size = f"at most {r.chunk_size} tokens each" if r.chunk_size else "undivided"
+    table.add_row("divided rollout", f"{r.num_chunks:,} chunks", size)
+    table.add_row("", f"{r.num_migrations:,} moves", _what_moves_cost(r))
+    share = f", {r.tail_s / r.wall_s:.0%} of the time" if r.wall_s else ""
+    tail = f"for the last tenth of the responses{share}"
+    table.add_row(f"scheduling ({r.policy})", f"tail {r.tail_s:.1f} s", tail)
+    drafts = r.speculation
+    if drafts is None:
+        table.add_row("grouped drafts", "off", "no engine drafts")
+        return table
+    accepted, drafted = sum(drafts.accepted), sum(drafts.drafted)
+    table.add_row(
+        "grouped drafts",
+        f"{accepted:,} tokens accepted",
+        f"of {drafted:,} drafted, in {drafts.num_drafts:,} drafts",
     )
-    yield "KV pool: loaded", f"{kv.num_loaded_tokens:,} tokens", moves
+    # Each of a request's tokens takes a step of the engine, but for those.
+    share = f"{accepted / max(1, r.num_output_tokens):.0%} of all tokens"
+    table.add_row(
+        "",
+        f"{accepted:,} steps saved",
+        f"{share}; drafting took {drafts.drafting_share:.1%} of the steps' time",
+    )
+    return table
+
+
+def _what_moves_cost(report: RolloutReport) -> str:
+    kv = report.kv
+    if not report.num_migrations:
+        return "no chunk began on another engine"
+    if kv is None:
+        return "to another engine, which computed the KV anew: there is no KV pool"
+    found, recomputed = kv.num_moves_found, kv.num_moves_recomputed
+    return f"to another engine: {found:,} found their KV there, {recomputed:,} did not"
+
+
+def _kv_figures(kv: KvReport) -> Iterator[tuple[str, str, str]]:
+    loaded = f"{kv.num_loaded_tokens:,} tokens"
+    yield "KV pool: loaded", loaded, "whose KV chunks found there"
     stored, freed = _megabytes(kv.stored_bytes), _megabytes(kv.freed_bytes)
     evicted = f"{_megabytes(kv.evicted_bytes)} evicted"
     yield "KV pool: stored", stored, f"{freed} freed, {evicted}"

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from contextlib import asynccontextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
 from aseer import data
 from aseer.cli import demo
 from aseer.cli.main import build_parser, main
-from aseer.cli.summary import is_right, share_right
+from aseer.cli.summary import is_right, print_summary, share_right
 from aseer.errors import ConfigError, RolloutError
-from aseer.report import Completion, InstanceReport, Progress, RolloutReport
+from aseer.groups import Group
+from aseer.report import (
+    Completion,
+    InstanceReport,
+    KvReport,
+    Progress,
+    RolloutReport,
+    SpeculationReport,
+)
 from aseer.types import RequestMetrics, Response
 
 if TYPE_CHECKING:
@@ -23,7 +34,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aseer.config import EngineConfig
-    from aseer.groups import Group
 
     Open = Callable[[EngineConfig], AbstractAsyncContextManager["FakeEngine"]]
 
@@ -336,3 +346,51 @@ def test_a_prompt_without_an_answer_has_no_score() -> None:
     given = response(group, 1)
     assert is_right(given) is None
     assert share_right([given]) == ""
+
+
+def summary_of(report: RolloutReport) -> str:
+    """Printed, its words separated by single spaces and its frames left out."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_summary(console, report, [], {"rollout": 4.0})
+    text = re.sub(r"[^\w%(),.:;'-]+", " ", console.export_text())
+    return text.partition("what each idea did")[2].partition("instances")[0]
+
+
+def test_the_summary_says_what_each_idea_did() -> None:
+    group = Group("?", n=8, group_id="g", metadata=data.load_prompts()[0])
+    report = FakeRollout([group]).report
+    counts = dict.fromkeys((f.name for f in fields(KvReport)), 0)
+    kv = KvReport(**counts | {"num_moves_found": 6, "num_moves_recomputed": 2})
+    drafts = SpeculationReport(
+        acceptance_length=1.5,
+        num_drafts=8,
+        drafted=[8, 7],
+        accepted=[3, 1],
+        drafting_share=0.02,
+        drafting_share_p99=0.1,
+        drafting_share_worst=0.2,
+    )
+    found = summary_of(replace(report, kv=kv, speculation=drafts))
+    assert "divided rollout 16 chunks at most 128 tokens each" in found
+    assert "8 moves to another engine: 6 found their KV there, 2 did not" in found
+    assert "scheduling (context-aware) tail 1.0 s for the last tenth" in found
+    assert "the responses, 25% of the time" in found
+    assert "grouped drafts 4 tokens accepted of 15 drafted, in 8 drafts" in found
+    assert "4 steps saved 17% of all tokens; drafting took 2.0%" in found
+
+
+def test_the_summary_claims_nothing_of_what_was_off() -> None:
+    group = Group("?", n=2, group_id="g", metadata=data.load_prompts()[0])
+    report = FakeRollout([group]).report
+    found = summary_of(replace(report, chunk_size=0, num_migrations=0))
+    assert "4 chunks undivided 0 moves no chunk began on another engine" in found
+    assert "grouped drafts off no engine drafts" in found
+    assert "saved" not in found
+    assert "there is no KV pool" in summary_of(report)
+
+
+def test_the_demo_drafts_unless_told_otherwise(opener: Opener, tmp_path: Path) -> None:
+    run(opener, tmp_path)
+    run(opener, tmp_path, "--speculation", "off")
+    methods = [config.speculation.method for config in opener.configs]
+    assert methods == ["dgds", "off"]
