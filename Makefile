@@ -8,13 +8,14 @@ ARGS ?=
 CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo grpo test test-quick test-v2 test-trainers coverage lint format bench bench-smoke clean
+.PHONY: help setup demo grpo test test-wheel test-quick test-v2 test-trainers coverage lint format bench bench-smoke clean
 
 help:
 	@echo "make demo        roll out 64 requests on two vLLM engines on this CPU"
 	@echo "make grpo        train a small model by GRPO on this CPU, from nothing"
 	@echo "make test        all tests that need no GPU, real engines included (minutes)"
 	@echo "make test-quick  unit and property tests (under a minute)"
+	@echo "make test-wheel  those and a type check, on the wheel instead of the checkout"
 	@echo "make test-v2     the GPUs' model runner, interpreted on this CPU (minutes)"
 	@echo "make test-trainers  real trainers of others on this CPU (sets up 2 GB, half an hour)"
 	@echo "make coverage    those, and what of aseer/ they do not run (minutes)"
@@ -39,6 +40,9 @@ grpo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow and not v2" $(ARGS)
+
+test-wheel: setup
+	$(BIN)/python scripts/check_wheel.py $(ARGS)
 
 test-quick: setup
 	$(BIN)/python -m pytest tests/unit tests/property $(ARGS)

@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.families import make_family
 
 ROOT = Path(__file__).parents[2]
+# What it shows changes with vLLM's release only.
+pytestmark = pytest.mark.slow
 
 
 def test_reloaded_weights_are_right_with_both_patches_and_with_no_fewer(tmp_path):

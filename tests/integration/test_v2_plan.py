@@ -132,7 +132,8 @@ class Engine:
 
 async def test_a_worker_on_v1_tells_its_times():
     runner = SimpleNamespace(execute_model=lambda output: None)
-    clock = runner.aseer_clock = StepClock(runner)
+    clock = runner.aseer_clock = StepClock()
+    runner.execute_model = clock.timed(runner.execute_model)
     step = SimpleNamespace(
         total_num_scheduled_tokens=1, scheduled_spec_decode_tokens={}
     )
