@@ -61,7 +61,7 @@ class TreeNode(NamedTuple):
 
 
 @dataclass
-class Group:
+class GroupTexts:
     """A prompt, and the texts that follow it by slot; None where a slot is free."""
 
     prompt: list[int]
@@ -227,7 +227,7 @@ class Blend:
 
 
 @dataclass
-class Request:
+class OpenRequest:
     """A request's place in its group, and what was forecast for it.
 
     Attributes:
@@ -235,7 +235,7 @@ class Request:
         after: the context behind them, if there are any.
     """
 
-    group: Group
+    group: GroupTexts
     slot: int
     reader: Reader
     forecasts: list[Prediction] = field(default_factory=list)
@@ -254,8 +254,8 @@ class ReferenceForest:
 
     def __init__(self, *, max_match: int = DEFAULT_MAX_MATCH) -> None:
         self.max_match = max_match
-        self.groups: dict[int, Group] = {}
-        self.opened: dict[int, Request] = {}
+        self.groups: dict[int, GroupTexts] = {}
+        self.opened: dict[int, OpenRequest] = {}
         self.blend = Blend()
         self._next_handle = 1
 
@@ -265,7 +265,7 @@ class ReferenceForest:
 
     def open_group(self, prompt: Sequence[int]) -> int:
         handle = self._new_handle()
-        self.groups[handle] = Group(list(prompt))
+        self.groups[handle] = GroupTexts(list(prompt))
         return handle
 
     def open_request(self, group: int) -> int:
@@ -273,7 +273,7 @@ class ReferenceForest:
         texts = self.groups[group].texts
         slot = texts.index(None) if None in texts else len(texts)
         texts[slot : slot + 1] = [[]]
-        self.opened[handle] = Request(
+        self.opened[handle] = OpenRequest(
             self.groups[group], slot, Reader(writer_bit(slot))
         )
         return handle
@@ -300,7 +300,7 @@ class ReferenceForest:
                 request.text.extend(row[skip:])
         return [len(self.opened[handle].text) for handle in requests]
 
-    def _learn(self, request: Request, tokens: Sequence[int]) -> None:
+    def _learn(self, request: OpenRequest, tokens: Sequence[int]) -> None:
         for token in tokens[: len(request.forecasts)]:
             forecast = request.forecasts.pop(0)
             right = forecast.token == token
@@ -329,7 +329,7 @@ class ReferenceForest:
         ]
 
     def _draft_row(
-        self, request: Request, limit: int, min_confidence: float
+        self, request: OpenRequest, limit: int, min_confidence: float
     ) -> list[tuple[int, float]]:
         row: list[tuple[int, float]] = []
         confidence = 1.0
@@ -342,7 +342,7 @@ class ReferenceForest:
             row.append((request.forecasts[i].token, confidence))
         return row
 
-    def _forecast(self, request: Request) -> bool:
+    def _forecast(self, request: OpenRequest) -> bool:
         """Forecast one token more, if anything is known."""
         if not request.forecasts:
             request.after = self._context(request)
@@ -377,13 +377,13 @@ class ReferenceForest:
                 beam.append((context, len(nodes) - 1, confidence))
         return nodes
 
-    def _context(self, request: Request) -> list[int]:
+    def _context(self, request: OpenRequest) -> list[int]:
         return (request.group.prompt + request.text)[-self.max_match :]
 
     def _advance(self, context: list[int], step: Prediction) -> list[int]:
         return [*context[-step.match_length :], step.token][-self.max_match :]
 
-    def _predict(self, request: Request, context: list[int]) -> list[Prediction]:
+    def _predict(self, request: OpenRequest, context: list[int]) -> list[Prediction]:
         orders = request.group.orders(context)
         last = context[-1] if context else -1
         return self.blend.predict(orders, request.reader, last)

@@ -12,7 +12,7 @@ import time
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
-from aseer.types import DRAFTING_SHARES
+from aseer.counts import DRAFTING_SHARES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

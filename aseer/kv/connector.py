@@ -35,10 +35,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.v1.request import RequestStatus
 
+from aseer.counts import LATENCY_BUCKETS_S
 from aseer.kv import patches
 from aseer.kv.guard import WorkerGuard, mark
 from aseer.kv.settings import POOL_LOG_KEY, TIMEOUT_KEY
-from aseer.types import LATENCY_BUCKETS_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,7 @@ _RESUMED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED
 
 
 @dataclass
-class Stats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untyped to us
+class TransferStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untyped to us
     """Sums since the last report: the fields of `KvCounts`."""
 
     def add(self, **amounts: float) -> None:
@@ -82,8 +82,8 @@ class Stats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untyped to us
     def is_empty(self) -> bool:
         return not self.data
 
-    def take(self) -> Stats | None:
-        taken = Stats(self.data)
+    def take(self) -> TransferStats | None:
+        taken = TransferStats(self.data)
         self.reset()
         return None if taken.is_empty() else taken
 
@@ -96,7 +96,7 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
     ) -> None:
         patches.apply("engine")
         super().__init__(vllm_config, role, kv_cache_config)
-        self._stats = Stats()
+        self._stats = TransferStats()
         self._lookups: dict[str, float] = {}
         self._loads: dict[str, tuple[float, int]] = {}
         self._late_stores: list[Any] = []
@@ -254,12 +254,14 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
 
     # In both
 
-    def get_kv_connector_stats(self) -> Stats | None:
+    def get_kv_connector_stats(self) -> TransferStats | None:
         return self._stats.take()
 
     @classmethod
-    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
-        return Stats(data or {})
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> TransferStats:
+        return TransferStats(data or {})
 
     @classmethod
     def build_prom_metrics(cls, *args: Any, **kwargs: Any) -> None:

@@ -2,9 +2,9 @@
 
     engine's thread                                  pool server's process
       ServerSpec, the first line on its standard input ->
-                                       <- Counts, once it serves
+                                       <- PoolCounts, once it serves
       Poll, a few times a second ---------------------->
-                                       <- Counts, the answer; the heartbeat, too
+                                       <- PoolCounts, the answer; the heartbeat, too
       the end of its standard input: remove all and exit
 
 Structs of plain data in JSON; bytes travel as base64.
@@ -73,7 +73,7 @@ class Poll(msgspec.Struct, frozen=True, kw_only=True):
     clear_dram: bool = False
 
 
-class Counts(msgspec.Struct, frozen=True, kw_only=True):
+class PoolCounts(msgspec.Struct, frozen=True, kw_only=True):
     """What a pool server has done since its start, and holds; bytes.
 
     Attributes:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from aseer.compat.versions import installed_packages, lmcache_obstacle
 from aseer.kv.guard import pool_cause
-from aseer.kv.messages import Counts, Free, Prefetch
+from aseer.kv.messages import Free, PoolCounts, Prefetch
 from aseer.kv.process import ServerProcess, sum_counts
 from aseer.kv.room import node_memory
 from aseer.kv.settings import cache_salt, plan_pool, transfer_config
@@ -85,9 +85,9 @@ class KvPool:
         return sum(s.num_restarts for s in self._servers)
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> PoolCounts:
         """What the servers did, over all their lives, and hold, as last heard."""
-        total = Counts()
+        total = PoolCounts()
         for server in self._servers:
             total = sum_counts(total, sum_counts(server.past, server.counts))
         return total

@@ -18,7 +18,7 @@ import msgspec
 
 from aseer.errors import AseerError
 from aseer.kv.frees import FreeQueue
-from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
+from aseer.kv.messages import Free, Poll, PoolCounts, Prefetch, ServerSpec
 from aseer.kv.settings import QUIET_LMCACHE, SHM_PREFIX, server_args
 from aseer.node.children import Child, in_thread
 from aseer.node.cleanup import SHARED_MEMORY
@@ -82,7 +82,7 @@ class ServerProcess:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self.port = _free_port()
-        self.counts = self.past = Counts()
+        self.counts = self.past = PoolCounts()
         self.num_restarts = 0
 
     @property
@@ -202,7 +202,7 @@ class ServerProcess:
         assert self._process is not None
         self._process.tell(msgspec.json.encode(message) + b"\n")
 
-    async def _hear(self, timeout_s: float) -> Counts:
+    async def _hear(self, timeout_s: float) -> PoolCounts:
         """The next answer.
 
         Raises:
@@ -214,7 +214,7 @@ class ServerProcess:
             async with waking_timeout(timeout_s):
                 line = await self._process.stdout.readline()
             if line:
-                return msgspec.json.decode(line, type=Counts)
+                return msgspec.json.decode(line, type=PoolCounts)
         except TimeoutError:
             raise PoolServerError(f"no answer within {timeout_s:g} s") from None
         except (ValueError, msgspec.MsgspecError) as error:  # of a line without an end
@@ -243,14 +243,14 @@ class ServerProcess:
             await in_thread(shutil.rmtree, self._disk_dir, ignore_errors=True)
         held = {"resident": 0, "capacity": 0, "disk_resident": 0}
         self.past = msgspec.structs.replace(sum_counts(self.past, self.counts), **held)
-        self.counts = Counts()
+        self.counts = PoolCounts()
 
 
-def sum_counts(a: Counts, b: Counts) -> Counts:
+def sum_counts(a: PoolCounts, b: PoolCounts) -> PoolCounts:
     """Of two servers, or of two lives of one."""
-    names = set(Counts.__struct_fields__) - {"per_chunk"}
+    names = set(PoolCounts.__struct_fields__) - {"per_chunk"}
     sums = {name: getattr(a, name) + getattr(b, name) for name in names}
-    return Counts(per_chunk=max(a.per_chunk, b.per_chunk), **sums)
+    return PoolCounts(per_chunk=max(a.per_chunk, b.per_chunk), **sums)
 
 
 def _free_port() -> int:

@@ -50,7 +50,7 @@ from lmcache.v1.multiprocess.config import (
 from lmcache.v1.multiprocess.server import run_cache_server
 
 from aseer.kv import patches
-from aseer.kv.messages import Counts, Free, Poll, Prefetch, ServerSpec
+from aseer.kv.messages import Free, Poll, PoolCounts, Prefetch, ServerSpec
 from aseer.kv.prefetches import Prefetches
 from aseer.kv.settings import SHM_PREFIX, WATERMARK, version_of
 from aseer.node.leftovers import hold
@@ -73,11 +73,11 @@ class Ledger(L1ManagerListener, L2AdapterListener):  # type: ignore[misc]  # unt
         self._num = dict.fromkeys(("stored", "evicted", "freed", "read"), 0)
         self._written = 0
 
-    def counts(self, capacity: int, object_bytes: int) -> Counts:
+    def counts(self, capacity: int, object_bytes: int) -> PoolCounts:
         """All so far."""
         with self._lock:
             size = self._object_bytes = object_bytes or self._object_bytes
-            return Counts(
+            return PoolCounts(
                 stored=self._num["stored"] * size,
                 evicted=self._num["evicted"] * size,
                 freed=self._num["freed"] * size,
@@ -183,8 +183,8 @@ class PoolServer:
         self._prefetches = Prefetches()
         self._num_prefetched = 0
 
-    def counts(self) -> Counts:
-        """See `Counts`."""
+    def counts(self) -> PoolCounts:
+        """See `PoolCounts`."""
         size = capacity = 0
         for manager in self._managers:
             capacity += manager.get_memory_usage()[1]
@@ -195,7 +195,7 @@ class PoolServer:
         prefetched = self._num_prefetched * counts.per_chunk
         return msgspec.structs.replace(counts, prefetched=prefetched)
 
-    def answer(self, poll: Poll) -> Counts:
+    def answer(self, poll: Poll) -> PoolCounts:
         """Do what a poll asks for."""
         keys = set()
         if poll.drop_below is not None:
@@ -304,7 +304,7 @@ def _read(lines: queue.SimpleQueue[bytes], lifeline: Lifeline) -> None:
     end_group(lifeline)
 
 
-def _say(answers: Any, counts: Counts) -> None:
+def _say(answers: Any, counts: PoolCounts) -> None:
     with suppress(BrokenPipeError):  # the lifeline's end comes with it
         answers.write(msgspec.json.encode(counts) + b"\n")
         answers.flush()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from aseer.counts import DraftCounts, KvCounts
 from aseer.report import InstanceReport
-from aseer.types import DraftCounts, InstanceLoad, KvCounts
+from aseer.types import InstanceLoad
 
 if TYPE_CHECKING:
     from aseer.report import TimelineSample

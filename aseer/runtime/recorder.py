@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from aseer.counts import DraftCounts, KvCounts
 from aseer.report import (
     Completions,
     KvReport,
@@ -20,7 +21,6 @@ from aseer.report import (
     tail_time,
 )
 from aseer.runtime.figures import InstanceFigures
-from aseer.types import DraftCounts, KvCounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -76,6 +76,9 @@ _CANCEL_AT_ONCE = 1000
 
 class Session:
     """A rollout in progress."""
+
+    #: Compare the decisions' books after every event (slow: for tests).
+    checks_integrity: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -406,6 +409,8 @@ class Session:
                     self._finish(response)
                 case Blame(num_deaths):
                     self._pool.forgive(num_deaths)
+        if self.checks_integrity:
+            self._controller.check_integrity()
         self._recorder.mark_busy(self._now())
         self._end_if_over()
 

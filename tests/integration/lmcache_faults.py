@@ -107,7 +107,8 @@ def check_what_the_disk_gives(pool: Pool, folder: Path) -> bool:
     eventually(lambda: pool.server.counts().resident == 0)
     wanted = Prefetch("m", 1, "s-v1", array("i", TOKENS).tobytes())
     pool.server.answer(Poll(prefetch=[wanted]))
-    eventually(lambda: not pool.server.answer(Poll()) or not pool.server._prefetching)
+    loads = pool.server._prefetches._loads
+    eventually(lambda: not pool.server.answer(Poll()) or not loads)
     return pool.server.counts().disk_read > 0
 
 

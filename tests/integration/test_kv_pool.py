@@ -19,7 +19,7 @@ import uvloop
 
 import aseer
 from aseer.config import EngineConfig, KvPoolConfig
-from aseer.instance.vllm.stats import Stats
+from aseer.instance.vllm.stats import EngineStats
 from aseer.kv.pool import KvPool
 from aseer.kv.settings import CONNECTOR, SHM_PREFIX, Memory, plan_pool
 from aseer.node.leftovers import Leftovers
@@ -172,7 +172,7 @@ async def test_it_ends_with_its_controller(tmp_path):
 def test_what_another_connector_tells_is_not_taken_for_ours():
     told = {"stored_tokens": 3}
     for name, expected in ((CONNECTOR, 3), ("Mooncake", None)):
-        stats = Stats()
+        stats = EngineStats()
         transfer = SimpleNamespace(kv_connector=name)
         logger = stats.make_logger(SimpleNamespace(kv_transfer_config=transfer))
         step = SimpleNamespace(

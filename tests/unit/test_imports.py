@@ -21,7 +21,7 @@ PACKAGE = ROOT / "aseer"
 ROOMS = (
     ("errors", "version", "compat", "watch", "cli.findings"),
     ("inputs",),
-    ("sampling", "config", "types", "report", "data"),
+    ("counts", "sampling", "config", "types", "report", "data"),
     ("groups", "inputs.tokenizer", "models", "display", "plot"),
     # The decisions: pure.
     ("core.columns", "core.commands", "core.outputs", "core.prompts", "core._native"),
@@ -53,6 +53,7 @@ ROOMS = (
 # All that decides, and what it stands on: no I/O, no concurrency; time and randomness
 # are arguments.
 PURE = (
+    "counts",
     "types",
     "errors",
     "inputs.plain",

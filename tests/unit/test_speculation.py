@@ -7,10 +7,10 @@ from bisect import bisect_left
 import pytest
 
 import aseer
+from aseer.counts import DRAFTING_SHARES, DraftCounts
 from aseer.errors import ConfigError
 from aseer.node.machine import Machine
 from aseer.runtime.launch import plan_instances
-from aseer.types import DRAFTING_SHARES, DraftCounts
 
 MACHINE = Machine(
     gpus=(),

@@ -49,7 +49,7 @@ from aseer.instance.vllm.speculation import (
     draft_identity,
     unpadded,
 )
-from aseer.instance.vllm.stats import Stats
+from aseer.instance.vllm.stats import EngineStats
 from aseer.instance.vllm.text import SETTINGS, Text
 from aseer.instance.vllm.v2 import PRICE_OF_V1, engine_args_for_v2, why_not_v2
 from aseer.kv.settings import cache_salt
@@ -82,7 +82,7 @@ class VllmBackend:
         self._spec = spec
         self._llm: AsyncLLM | None = None
         self._tokenizer: Any = None
-        self._stats = Stats()
+        self._stats = EngineStats()
         self._running: dict[ChunkId, str] = {}
         self._speculation: Speculation | None = None
         self._info: InstanceInfo | None = None

@@ -46,9 +46,6 @@ def apply(moment: Moment, *targets: Any) -> list[str]:
     return apply_patches(PATCHES, moment, _log, *targets)
 
 
-# -- configure -------------------------------------------------------------------------
-
-
 def keep_schedule() -> bool:
     """Have vLLM keep the schedule of `speculation.unpadded` on model runner V1.
 
@@ -73,9 +70,6 @@ def _keep_schedule(config_class: Any) -> bool:
 
     setattr(config_class, name, drop_others)
     return True
-
-
-# -- worker ----------------------------------------------------------------------------
 
 
 def poll_less() -> bool:
@@ -114,9 +108,6 @@ def spare_generators() -> bool:
     return True
 
 
-# -- sampler ---------------------------------------------------------------------------
-
-
 def verify_by_sampling(runner: Any) -> bool:
     """Have drafts by group verified by `DraftVerifier`."""
     if not _drafts_by_group(runner):
@@ -128,9 +119,7 @@ def verify_by_sampling(runner: Any) -> bool:
 
 
 def expand_settings_rightly(runner: Any) -> bool:
-    """Have vLLM's sampler for drafts spread the settings of requests over their drafted
-    tokens, if it does that wrongly.
-    """
+    """Have vLLM's own sampler spread settings over tokens rightly, if it does not."""
     if _drafts_by_group(runner):
         return False
     from vllm.v1.sample import rejection_sampler
@@ -179,13 +168,8 @@ def _expands_rightly(function: Callable[..., torch.Tensor], device: Any) -> bool
     return True
 
 
-# -- drafting --------------------------------------------------------------------------
-
-
 def draft_near_the_end(runner: Any) -> bool:
-    """Have vLLM ask for drafts also when a request nears the model's length; ours end
-    in time by themselves.
-    """
+    """Have drafts asked for near the model's length; ours end in time by themselves."""
     if not hasattr(runner, "effective_drafter_max_model_len"):
         return False
     runner.effective_drafter_max_model_len += runner.num_spec_tokens
@@ -202,9 +186,7 @@ def time_steps(runner: Any) -> bool:
 
 
 def send_drafts_along(runner: Any) -> bool:
-    """Have a worker's model runner add its drafts to every step's output, for
-    `DraftingExecutor`.
-    """
+    """Have a runner add its drafts to every step's output, for `DraftingExecutor`."""
     parallel = runner.vllm_config.parallel_config
     if parallel.distributed_executor_backend != EXECUTOR:
         return False
@@ -245,9 +227,6 @@ def take_undrafted_steps_as_plain(runner: Any) -> bool:
     return True
 
 
-# -- refusal ---------------------------------------------------------------------------
-
-
 def draft_nothing(runner: Any) -> bool:
     """Have whatever drafter vLLM has draft nothing; False if that cannot be had.
 
@@ -264,15 +243,11 @@ def draft_nothing(runner: Any) -> bool:
     return True
 
 
-# -- reload ----------------------------------------------------------------------------
-
-
 def pack_tied_heads(model: Any, reloaded: ExitStack) -> bool:
     """Have a CPU's output layer follow the embedding that it shares its weight with.
 
-    vLLM's reload writes the new values to the weight they share; but a CPU computes
-    logits from a packed copy of it, which is made anew only for layers that a
-    checkpoint has tensors of.
+    A CPU computes logits from a packed copy of that weight. vLLM's reload makes the
+    copy anew only for layers that a checkpoint has tensors of.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import (
         ParallelLMHead,
@@ -297,9 +272,8 @@ def pack_tied_heads(model: Any, reloaded: ExitStack) -> bool:
 def pack_experts(model: Any, reloaded: ExitStack) -> bool:
     """Have a CPU's experts compute with the weights that are loaded meanwhile.
 
-    They read weights in an order of their own, into which vLLM puts them when it first
-    loads a model. Its reload leaves them in a checkpoint's order, which is then read as
-    if it were theirs: other numbers, and no error.
+    They read weights in an order of their own. vLLM's reload leaves them in a
+    checkpoint's order: other numbers, and no error.
     """
     packed: set[int] = set()
 
@@ -376,15 +350,13 @@ PATCHES = (
     Patch(
         draft_near_the_end,
         "drafting",
-        "vLLM drafts token 0 for all requests when one of them nears the model's "
-        "length",
+        "one request near the model's length has all others draft token 0",
         f"{_ALL}, model runner V1",
     ),
     Patch(
         time_steps,
         "drafting",
-        "vLLM tells nobody what a step takes while the drafter decides how much to "
-        "draft",
+        "nobody tells the drafter what a step takes",
         f"{_ALL}, model runner V1",
     ),
     Patch(
@@ -397,7 +369,7 @@ PATCHES = (
     Patch(
         take_undrafted_steps_as_plain,
         "drafting",
-        "vLLM prepares steps without drafts as if there were some, which takes longer",
+        "steps without drafts are prepared as if there were some, which takes longer",
         "from 0.32 on; needless and harmless before",
     ),
     Patch(

@@ -19,8 +19,8 @@ from vllm.config import SpeculativeConfig
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
+from aseer.counts import DraftCounts
 from aseer.dgds.messages import EXTRA_ARGS_KEY, DraftingSpec
-from aseer.types import DraftCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable

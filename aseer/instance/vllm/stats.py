@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from aseer.counts import LATENCY_BUCKETS_S, KvCounts
 from aseer.kv.settings import CONNECTOR
-from aseer.types import LATENCY_BUCKETS_S, InstanceLoad, KvCounts
+from aseer.types import InstanceLoad
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _MIN_PREFILL_TOKENS = 64  # fewer say little about what a token costs
 
 
-class Stats:
+class EngineStats:
     """The engine's load, as its scheduler tells with every step."""
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class Stats:
 
 
 def kv_counts(sums: Mapping[str, float]) -> KvCounts:
-    """The connector's sums (`aseer.kv.connector.Stats`) in a message's form."""
+    """The connector's sums (`aseer.kv.connector.TransferStats`) in a message's form."""
     prefix = "loads_in_bucket_"
     own: dict[str, Any] = {k: v for k, v in sums.items() if not k.startswith(prefix)}
     num_buckets = len(LATENCY_BUCKETS_S) + 1 if len(own) < len(sums) else 0
@@ -76,7 +77,7 @@ def kv_counts(sums: Mapping[str, float]) -> KvCounts:
 class _StatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped to us
     """Hands vLLM's statistics on."""
 
-    def __init__(self, stats: Stats) -> None:
+    def __init__(self, stats: EngineStats) -> None:
         self._stats = stats
 
     def record(

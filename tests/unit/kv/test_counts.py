@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aseer.types import LATENCY_BUCKETS_S, KvCounts
+from aseer.counts import LATENCY_BUCKETS_S, KvCounts
 
 
 def counts_of(*latencies_s: float) -> KvCounts:

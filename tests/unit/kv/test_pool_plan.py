@@ -9,7 +9,7 @@ import pytest
 
 from aseer.config import EngineConfig, KvPoolConfig
 from aseer.errors import ConfigError
-from aseer.kv.messages import Counts
+from aseer.kv.messages import PoolCounts
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.kv.settings import PoolPlan
 from aseer.node.machine import Launch
@@ -80,7 +80,7 @@ def test_a_pool_of_another_connector_is_one_for_all_engines_and_starts_nothing()
     pool = KvPool(plan_of(0), EngineConfig(model="m"), 4, Path(), None)
     assert {pool.server_of(i) for i in range(4)} == {0}
     assert pool.engine_args(0) == {}
-    assert pool.counts == Counts()
+    assert pool.counts == PoolCounts()
     assert pool.namespace
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aseer.counts import DraftCounts, KvCounts
 from aseer.runtime.figures import InstanceFigures
 from aseer.runtime.recorder import Recorder
-from aseer.types import DraftCounts, InstanceId, InstanceLoad, KvCounts
+from aseer.types import InstanceId, InstanceLoad
 from tests.unit.builders import (
     chunks_in,
     controller_of,

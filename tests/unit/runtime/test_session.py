@@ -16,7 +16,7 @@ from aseer.errors import (
     RolloutError,
 )
 from aseer.instance.messages import Report
-from aseer.kv.messages import Counts
+from aseer.kv.messages import PoolCounts
 from aseer.runtime.mailbox import Mailbox
 from aseer.runtime.session import Session
 from aseer.types import GroupId, InstanceId, InstanceLoad
@@ -367,6 +367,22 @@ async def test_an_error_in_any_decision_fails_it_and_stops_its_work(
     rolling.work()
 
 
+@pytest.mark.parametrize("is_checked", [True, False])
+async def test_books_that_do_not_agree_fail_the_rollout_if_they_are_compared(
+    monkeypatch: pytest.MonkeyPatch, is_checked: bool
+) -> None:
+    monkeypatch.setattr(Session, "checks_integrity", is_checked)
+    rolling = Rolling()
+    rolling.offer("g")
+    rolling.work()
+    rolling.session._controller.buffer.num_unfinished += 1
+    rolling.session.guarded(lambda: rolling.end(next(iter(rolling.pool.running))))
+    error = rolling.mailbox.error
+    assert isinstance(error, RolloutError) == is_checked
+    if error is not None:
+        assert isinstance(error.__cause__, AssertionError)
+
+
 async def test_a_group_on_its_way_to_a_rollout_that_failed_ends_it() -> None:
     rolling = Rolling()
     rolling.offer("g")
@@ -463,7 +479,7 @@ class Kv:
     prefetches = False
 
     def __init__(self) -> None:
-        self.counts = Counts()
+        self.counts = PoolCounts()
         self.freed: list[tuple[int, int]] = []
 
     def server_of(self, instance_id: int) -> int:

@@ -19,6 +19,7 @@ import pytest
 
 import aseer
 from aseer.core.columns import Columns
+from aseer.counts import DraftCounts, KvCounts
 from aseer.instance.base import InstanceSpec
 from aseer.instance.main import Instance
 from aseer.instance.messages import (
@@ -43,12 +44,10 @@ from aseer.types import (
     Chunk,
     ChunkEnd,
     ChunkId,
-    DraftCounts,
     GroupId,
     InstanceId,
     InstanceInfo,
     InstanceLoad,
-    KvCounts,
     RequestId,
 )
 from tests.unit.builders import controller_of, info_of, task_of
