@@ -1,9 +1,9 @@
-"""What is wrong with LMCache, shown by its own code with each of aseer's patches and
-without. Each run is a process of its own, which the patches change.
+"""What is wrong with LMCache, shown by its own code with aseer's patches and without.
+Each run is a process of its own, which the patches change.
 
-    python -m tests.integration.lmcache_faults PATCH (with | without) FOLDER NAME
+    python -m tests.integration.lmcache_faults (with | without) FOLDER NAME
 
-prints whether the fault is there.
+prints for each patch whether its fault is there.
 """
 
 from __future__ import annotations
@@ -72,26 +72,33 @@ class Pool:
             cache_salt="s-v1",
             num_kv_readers=1,
         )
-        self.module.register_kv_cache_engine_driven_context(
-            RegisterEngineDrivenContextPayload(
-                instance_id=1,
-                model_name="m",
-                world_size=1,
-                block_size=32,
-                num_layers=2,
-                hidden_dim_size=16,
-                dtype_str="float32",
-                use_mla=False,
-                num_physical_slots=64,
-            )
+        self._payload = RegisterEngineDrivenContextPayload(
+            instance_id=1,
+            model_name="m",
+            world_size=1,
+            block_size=32,
+            num_layers=2,
+            hidden_dim_size=16,
+            dtype_str="float32",
+            use_mla=False,
+            num_physical_slots=64,
         )
+        self.register()
+
+    def register(self) -> None:
+        """As engine 1."""
+        self.module.register_kv_cache_engine_driven_context(self._payload)
 
 
-def discard_unfilled_memory(pool: Pool, _: Path) -> bool:
+def discard_unfilled_memory(pool: Pool) -> bool:
     """A worker that dies in a store has published memory that it never filled."""
     pool.module.prepare_store(pool.key, 1)
     pool.module.unregister_kv_cache(1)
-    return pool.server.counts().stored > 0
+    is_published = pool.server.counts().stored > 0
+    pool.register()
+    pool.server.answer(Poll(drop_below=2))
+    eventually(lambda: pool.server.counts().resident == 0)
+    return is_published
 
 
 def check_what_the_disk_gives(pool: Pool, folder: Path) -> bool:
@@ -112,7 +119,7 @@ def check_what_the_disk_gives(pool: Pool, folder: Path) -> bool:
     return pool.server.counts().disk_read > 0
 
 
-def refuse_pickles_in_server(folder: Path) -> bool:
+def refuse_pickles_in_server(mark: Path) -> bool:
     """A pickle that anybody sent has run what it names."""
     from lmcache.v1.multiprocess.modules.server_transfer import PickleTransferStrategy
 
@@ -123,24 +130,24 @@ def refuse_pickles_in_server(folder: Path) -> bool:
     strategy.commit_store(
         key=None,
         instance_id=1,
-        cpu_data=pickle.dumps(Evil(folder / "mark")),
+        cpu_data=pickle.dumps(Evil(mark)),
         context=SimpleNamespace(layout_desc=None),
         resolve_obj_keys=lambda _: [],
     )
-    return (folder / "mark").exists()
+    return mark.exists()
 
 
-def refuse_pickles_in_engine(folder: Path) -> bool:
+def refuse_pickles_in_engine(mark: Path) -> bool:
     """A pickle from whoever answers has run what it names."""
     from lmcache.v1.multiprocess.transfer_context.pickle import (
         EngineDrivenContextPickle,
     )
 
-    answer = SimpleNamespace(success=True, data=pickle.dumps(Evil(folder / "mark")))
+    answer = SimpleNamespace(success=True, data=pickle.dumps(Evil(mark)))
     future = SimpleNamespace(result=lambda timeout: answer)
     server = SimpleNamespace(prepare_retrieve=lambda *_: future)
     EngineDrivenContextPickle(None, server, 1.0).prepare_retrieve(None, 1)
-    return (folder / "mark").exists()
+    return mark.exists()
 
 
 def eventually(is_so: Any) -> None:
@@ -150,22 +157,23 @@ def eventually(is_so: Any) -> None:
         time.sleep(0.05)
 
 
-def main(name: str, how: str, folder: Path, shm_name: str) -> None:
-    patch = next(p for p in patches.PATCHES if p.name == name)
-    # The others would hide what is missing, or be in the way.
-    patches.PATCHES = (patch,) if how == "with" else ()
-    shows = globals()[name]
-    if patch.apply in (discard, check):
-        pool = Pool(folder, shm_name)  # which applies the patches of a server
-        sys.stdout.write(json.dumps(shows(pool, folder)) + "\n")
-        sys.stdout.flush()
-        Path(f"/dev/shm/lmcache_l1_pool_{shm_name}").unlink(missing_ok=True)
-        os._exit(0)
-    patches.apply(patch.moment)
-    sys.stdout.write(json.dumps(shows(folder)) + "\n")
+def main(how: str, folder: Path, shm_name: str) -> None:
+    if how == "without":
+        patches.PATCHES = ()
+    patches.apply("engine")
+    (folder / "disk").mkdir()
+    pool = Pool(folder / "disk", shm_name)  # which applies those of a server
+    found = {
+        "discard_unfilled_memory": discard_unfilled_memory(pool),
+        "check_what_the_disk_gives": check_what_the_disk_gives(pool, folder / "disk"),
+        "refuse_pickles_in_server": refuse_pickles_in_server(folder / "server"),
+        "refuse_pickles_in_engine": refuse_pickles_in_engine(folder / "engine"),
+    }
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()
+    Path(f"/dev/shm/lmcache_l1_pool_{shm_name}").unlink(missing_ok=True)
+    os._exit(0)
 
-
-discard, check = patches.discard_unfilled_memory, patches.check_what_the_disk_gives
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], Path(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
