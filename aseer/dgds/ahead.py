@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from aseer.counts import DRAFTING_SHARES
 from aseer.dgds.drafting import Drafting
 from aseer.dgds.messages import EXTRA_ARGS_KEY
-from aseer.types import DRAFTING_SHARES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

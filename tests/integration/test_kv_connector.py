@@ -38,7 +38,7 @@ with warnings.catch_warnings():
     from vllm.v1.structured_output import StructuredOutputManager
 
     from aseer.kv import connector
-    from aseer.kv.connector import LATE_STORES, Stats
+    from aseer.kv.connector import LATE_STORES, TransferStats
     from aseer.kv.settings import CONNECTOR, CONNECTOR_MODULE, TIMEOUT_KEY
 
 from aseer.models.tiny import make_tiny
@@ -168,7 +168,7 @@ class Engine:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(lmcache_mp_connector, "LMCacheMPSchedulerAdapter", FakeServer)
     # It is for the rest of a process's life, and this one has other tests to run.
-    monkeypatch.setattr(connector, "refuse_in_engine", lambda: None)
+    monkeypatch.setattr(connector.patches, "apply", lambda process: [])
     no_sockets = SimpleNamespace(Context=SimpleNamespace(instance=lambda: None))
     monkeypatch.setattr(lmcache_mp_connector, "zmq", no_sockets)
     return make_tiny(tmp_path)
@@ -197,9 +197,9 @@ def test_an_engine_that_sleeps_leaves_the_others_their_pool(model: Path) -> None
 
 
 def test_an_engines_times_are_those_of_one_worker_and_its_failures_are_of_all() -> None:
-    engine = Stats()
+    engine = TransferStats()
     for _ in range(4):
-        worker = Stats()
+        worker = TransferStats()
         worker.add_of_worker(4, store_s=2.0, num_failures=1)
         engine.aggregate(worker)
     assert engine.data == {"store_s": 2.0, "num_failures": 4}
