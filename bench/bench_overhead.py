@@ -22,7 +22,6 @@ import os
 import random
 import secrets
 import socket
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -33,7 +32,7 @@ from common import print_result, quantiles, result_line
 
 import aseer
 from aseer.models import smollm2
-from aseer.runtime import process
+from aseer.node import process
 
 CHUNK_SIZE = 256
 SOCKETS = "ASEER_BENCH_SOCKETS"
@@ -146,7 +145,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         sockets = stack.enter_context(tempfile.TemporaryDirectory())
         if args.model != "sim":
-            process.COMMAND = (sys.executable, __file__, "--instance")
+            process.MODULE = (Path(__file__).stem, "--instance")
         engine = stack.enter_context(aseer.Engine(config_of(args, sockets)))
         arms: dict[str, Any] = {
             "undivided": lambda: run_aseer(engine, work, 0),

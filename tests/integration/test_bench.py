@@ -33,6 +33,7 @@ NEEDS_VLLM = pytest.mark.skipif(
         ("journal", {"us_per_report", "bytes_per_token", "read_mb_per_s"}),
         ("simulate", {"workloads"}),
         ("order", {"workloads"}),
+        ("exposed", {"rows"}),
         pytest.param(
             "rollout_vllm",
             {"arms"},
