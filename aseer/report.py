@@ -57,6 +57,10 @@ class InstanceReport:
     Attributes:
         busy_s: time with at least one chunk placed there.
         num_restarts: times it died and came back.
+        num_kv_blocks, block_size: as `InstanceInfo` has them.
+        kv_tokens: tokens whose KV fits at once, in requests as long as the model takes;
+            of models whose layers differ in what they keep, this is not the product of
+            the former two.
     """
 
     instance_id: int
@@ -67,6 +71,7 @@ class InstanceReport:
     busy_s: float
     num_kv_blocks: int
     block_size: int
+    kv_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

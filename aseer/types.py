@@ -121,6 +121,19 @@ class InstanceInfo:
         return sum(num_tokens // block_size for block_size in lasting)
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV fits at once, in requests as long as the model takes.
+
+        Shorter ones fit fewer tokens where every request has blocks that do not grow
+        with it, as those of states.
+        """
+        if not self.kv_groups:
+            return self.num_kv_blocks * self.block_size
+        written = self.max_model_len + self.num_lookahead_tokens
+        each = sum(group.blocks_for(written) for group in self.kv_groups)
+        return self.max_model_len * self.num_kv_blocks // max(1, each)
+
+    @property
     def cached_blocks_each(self) -> int:
         """KV blocks that keep `block_size` tokens of a request that has ended."""
         return sum(self.block_size // group.block_size for group in self._groups)

@@ -64,7 +64,7 @@ def _fit(
     reports: Sequence[RolloutReport], max_num_seqs: int, prefill_token_s: float
 ) -> Cluster:
     instances = reports[0].instances
-    capacity = instances[0].num_kv_blocks * instances[0].block_size
+    capacity = instances[0].kv_tokens
     timeline = [
         replace(sample, instance_id=number * _INSTANCES_A_RUN + sample.instance_id)
         for number, report in enumerate(reports)

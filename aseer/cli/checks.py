@@ -238,7 +238,11 @@ def check_kv_pool() -> Finding:
 
 def check_model(model: str) -> Finding:
     """What is done for a model's family."""
-    traits = read_traits(model)
+    try:
+        traits = read_traits(model)
+    except ConfigError as error:
+        what, _, advice = str(error).partition("; ")
+        return warn(what, advice)
     if traits is None:
         return warn(
             f"{model} has no config.json that can be read",

@@ -190,7 +190,7 @@ def _instances(report: RolloutReport) -> Table:
         table.add_column(name, justify="right")
     for i in report.instances:
         busy = f"{i.busy_s / report.wall_s:.0%}" if report.wall_s else "-"
-        capacity = f"{i.num_kv_blocks * i.block_size:,}"
+        capacity = f"{i.kv_tokens:,}"
         row = (str(i.instance_id), f"{i.num_output_tokens:,}", f"{i.num_chunks:,}")
         table.add_row(*row, busy, capacity)
     return table

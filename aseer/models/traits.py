@@ -6,14 +6,25 @@ this module does not know is taken for one that keeps every token in every layer
 
 from __future__ import annotations
 
-import functools
 import json
+import logging
+import os
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from aseer.errors import ConfigError, describe
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+_log = logging.getLogger("aseer")
+
+# A file of some kilobytes comes within a second; what takes longer will not come.
+HUB_DEADLINE_S = 30.0
+_TRUE = ("1", "ON", "YES", "TRUE")  # of the hub's environment variables
 
 LayerKind = Literal["full", "window", "state"]
 
@@ -93,36 +104,114 @@ def traits_of(config: Mapping[str, Any]) -> ModelTraits:
     )
 
 
-def read_traits(model: Path | str, revision: str | None = None) -> ModelTraits | None:
+def read_traits(
+    model: Path | str,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    deadline_s: float = HUB_DEADLINE_S,
+) -> ModelTraits | None:
     """Of a model in a directory, or of that name on the Hugging Face hub.
 
+    See `read_settings` for the arguments and errors.
+
     Returns:
-        None where its settings are not to be had.
+        None where its settings are not to be had; the log says why.
     """
-    settings = read_settings(model, revision)
+    settings = read_settings(model, revision, token=token, deadline_s=deadline_s)
     return None if settings is None else traits_of(settings)
 
 
 def read_settings(
-    model: Path | str, revision: str | None = None
+    model: Path | str,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    deadline_s: float = HUB_DEADLINE_S,
 ) -> dict[str, Any] | None:
-    """What a model's `config.json` says; None where it is not to be had."""
-    try:
-        path = Path(model) / "config.json"
-        if not path.is_file():
-            from huggingface_hub import hf_hub_download
+    """What a model's `config.json` says.
 
-            get = functools.partial(
-                hf_hub_download, str(model), path.name, revision=revision
-            )
-            try:
-                path = Path(get(local_files_only=True))
-            except OSError:  # vLLM would get it next
-                path = Path(get())
+    The hub is asked only where the file is not in its cache, and never if it is not to
+    be (`HF_HUB_OFFLINE`).
+
+    Args:
+        token: for the hub; None = the one that this user has logged in with.
+        deadline_s: how long to wait for the hub.
+
+    Returns:
+        None where it is not to be had; the log says why.
+
+    Raises:
+        ConfigError: the hub did not answer in time.
+    """
+    path = Path(model) / "config.json"
+    try:
+        if not path.is_file():
+            path = _from_hub(str(model), revision, token, deadline_s)
         settings = json.loads(path.read_text("utf-8"))
-    except (ImportError, OSError, ValueError):  # not there, or not of this form
+    except ConfigError:
+        raise
+    except (ImportError, OSError, ValueError) as error:  # not there, or of another form
+        _log.warning(
+            "nothing is known of the layers of %s, which are taken for full attention: "
+            "its config.json cannot be read (%s)",
+            model,
+            describe(error),
+        )
         return None
     return settings if isinstance(settings, dict) else None
+
+
+def _from_hub(
+    model: str, revision: str | None, token: str | bool | None, deadline_s: float
+) -> Path:
+    """The path of a model's `config.json` in the hub's cache."""
+    from huggingface_hub import constants, hf_hub_download
+
+    def get(*, is_offline: bool) -> Path:
+        path = hf_hub_download(
+            model,
+            "config.json",
+            revision=revision,
+            token=token,
+            local_files_only=is_offline,
+        )
+        return Path(path)
+
+    try:
+        return get(is_offline=True)
+    except OSError:
+        # What was set after the hub's library was imported counts for engines.
+        is_set = os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+        if constants.HF_HUB_OFFLINE or is_set:
+            raise
+    try:
+        return _within(deadline_s, lambda: get(is_offline=False))
+    except TimeoutError:
+        raise ConfigError(
+            f"the config.json of {model!r} did not come from the Hugging Face hub "
+            f"within {deadline_s:g} s; give a directory, download the model beforehand "
+            f"(`hf download {model}`), or set HF_HUB_OFFLINE=1 if the hub cannot be "
+            "reached from here"
+        ) from None
+
+
+def _within(deadline_s: float, call: Callable[[], Path]) -> Path:
+    """What `call` returns; after the deadline its thread ends by itself, some time.
+
+    Raises:
+        TimeoutError: it took longer. What `call` raises is raised, too.
+    """
+    result: Future[Path] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="aseer-hub", daemon=True).start()
+    return result.result(deadline_s)
 
 
 def _kinds_of(text: Mapping[str, Any], model_type: str) -> set[LayerKind]:

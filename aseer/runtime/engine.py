@@ -68,7 +68,8 @@ class Engine(TakesWeights):
         """Plan the instances; no process is started yet.
 
         Raises:
-            ConfigError: this machine does not have what the settings ask for.
+            ConfigError: this machine does not have what the settings ask for, or the
+                model's settings did not come from the Hugging Face hub in time.
         """
         if not isinstance(config, EngineConfig):
             raise ConfigError(
@@ -79,9 +80,11 @@ class Engine(TakesWeights):
             check_metrics_library()
         self.config = config
         python = interpreter_at(None if config.python is None else str(config.python))
-        is_real = config.device != "sim"
-        revision = config.engine_args.get("revision")
-        traits = read_traits(config.model, revision) if is_real else None
+        traits = None
+        if config.device != "sim":
+            args = config.engine_args
+            revision, token = args.get("revision"), args.get("hf_token")
+            traits = read_traits(config.model, revision, token=token)
         self._launches: list[Launch] = []
         if config.num_instances != 0:
             machine = this_machine(python.packages)

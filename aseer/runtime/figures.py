@@ -129,6 +129,7 @@ class InstanceFigures:
             busy_s=self.busy_s,
             num_kv_blocks=self.info.num_kv_blocks,
             block_size=self.info.block_size,
+            kv_tokens=self.info.kv_tokens,
         )
 
 

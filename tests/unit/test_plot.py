@@ -93,6 +93,7 @@ def report(
                 busy_s=9.0,
                 num_kv_blocks=100,
                 block_size=32,
+                kv_tokens=3200,
             )
             for i in range(num_instances)
         ],

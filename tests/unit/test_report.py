@@ -65,6 +65,7 @@ def test_a_report_is_plain_data() -> None:
                 busy_s=1.5,
                 num_kv_blocks=100,
                 block_size=16,
+                kv_tokens=1600,
             )
         ],
     )

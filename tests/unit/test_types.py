@@ -34,6 +34,20 @@ def test_draft_tokens_of_a_step_are_paid_for() -> None:
     assert [info.blocks_for(n) for n in (13, 14)] == [1, 2]
 
 
+def test_the_room_in_tokens_counts_what_every_group_of_layers_takes() -> None:
+    plain = info_of(block_size=16, num_kv_blocks=30)
+    assert plain.kv_tokens == 480
+    # A request of 10,000 tokens takes 625 blocks, twice; or 625, 3 and 2.
+    twice = (KvGroup(16), KvGroup(16))
+    mixed = (KvGroup(16), KvGroup(16, 3), KvGroup(16, 1, 1))
+    infos = [
+        info_of(block_size=16, num_kv_blocks=1250, kv_groups=g) for g in (twice, mixed)
+    ]
+    assert [info.kv_tokens for info in infos] == [10_000, 10_000 * 1250 // 630]
+    windows = info_of(block_size=16, num_kv_blocks=30, kv_groups=(KvGroup(16, 3),))
+    assert windows.kv_tokens == 100_000, "ten of any length"
+
+
 def test_no_request_takes_more_blocks_than_there_are() -> None:
     assert info_of(block_size=16, num_kv_blocks=10).blocks_for(10_000) == 10
 

@@ -113,6 +113,7 @@ class FakeRollout:
                     busy_s=3.0,
                     num_kv_blocks=100,
                     block_size=32,
+                    kv_tokens=3200,
                 )
             ],
             completions=[

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import pytest
 
+from aseer.errors import ConfigError
 from aseer.models.traits import read_traits, traits_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 MODELS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
@@ -112,3 +116,77 @@ def test_settings_that_cannot_be_read_say_nothing(tmp_path: Path, text: str) -> 
 
 def test_a_model_that_is_not_at_hand_says_nothing(tmp_path: Path) -> None:
     assert read_traits(tmp_path / "nothing") is None
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """A hub that never answers, and an empty cache; calls as `local_files_only`."""
+    calls: list[bool] = []
+    is_over = threading.Event()
+
+    def download(*args: object, local_files_only: bool, **kwargs: object) -> str:
+        calls.append(local_files_only)
+        if not local_files_only:
+            is_over.wait(10)
+        raise FileNotFoundError("nothing in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    yield calls
+    is_over.set()
+    for thread in threading.enumerate():
+        if thread.name == "aseer-hub":
+            thread.join(10)
+
+
+def test_a_hub_that_does_not_answer_is_an_error_that_says_what_to_do(
+    hub: list[bool],
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"'a/b'.* within 0\.05 s; .*HF_HUB_OFFLINE=1"
+    ):
+        read_traits("a/b", deadline_s=0.05)
+    assert hub == [True, False]
+
+
+@pytest.mark.parametrize("where", ["environment", "library"])
+def test_offline_the_hub_is_not_asked(
+    hub: list[bool], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "library":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert read_traits("a/b") is None
+    assert hub == [True]
+
+
+def test_what_the_cache_has_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama"}))
+
+    def download(*args: object, local_files_only: bool, **kwargs: object) -> str:
+        assert local_files_only
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    traits = read_traits("a/b")
+    assert traits is not None
+    assert traits.model_type == "llama"
+
+
+def test_an_error_of_the_hub_says_nothing_of_the_model_and_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def download(*args: object, local_files_only: bool, **kwargs: object) -> str:
+        raise ConnectionError("no way" if not local_files_only else "not there")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert read_traits("a/b") is None
+    assert "nothing is known of the layers of a/b" in caplog.text
+    assert "no way" in caplog.text
