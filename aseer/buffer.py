@@ -194,6 +194,7 @@ class RequestBuffer:
             num_reserved_blocks=assignment.num_reserved_blocks,
             rollout_id=self._rollout_id,
             weight_version=self._weight_version,
+            images=task.images,
         )
         request.move(RequestState.RUNNING, now, assignment)
         self._next_chunk_id += 1

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from aseer.errors import ConfigError
-from aseer.inputs.plain import INT32_MAX, as_int, as_list, as_text, can_be_sent
+from aseer.inputs.plain import INT32_MAX, as_int, as_list, as_text
+from aseer.inputs.prompt import PromptEncoder
 from aseer.sampling import SamplingParams, resolve_sampling
 from aseer.types import GroupId, Task
 
 if TYPE_CHECKING:
+    from aseer.inputs.images import ImageStore
     from aseer.inputs.tokenizer import Message, Tokenizer
     from aseer.types import InstanceInfo
 
@@ -22,11 +24,6 @@ G = TypeVar("G")
 # A whole rollout is designed for a million requests, and each takes memory before it
 # runs.
 _MAX_GROUP_SIZE = 1_000_000
-# Arguments of `apply_chat_template` that aseer sets itself.
-_OWN_TEMPLATE_SETTINGS = frozenset(
-    {"conversation", "tools", "tokenize", "return_dict", "return_tensors"}
-    | {"padding", "truncation", "max_length", "tokenizer_kwargs"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +33,12 @@ class Group:
     Attributes:
         prompt: token ids, a text, or chat messages. Messages are rendered with the
             model's own chat template, and the generation prompt is added.
+        images: of a model that sees, in the order in which the prompt has them: each a
+            PIL.Image, the bytes of an image file, its path, a data: URL, or an array
+            [height, width, 3] of uint8. Token ids and texts have the model's image
+            token once an image, or, as its processor makes them, as often as the image
+            takes tokens; messages have content parts {"type": "image"}, which may also
+            bring their image themselves ({"type": "image", "image": ...}).
         n: how many responses to sample (the group's size), at most a million.
         sampling: `aseer.SamplingParams`, a dict of its fields, or a
             `vllm.SamplingParams`; None = the engine's.
@@ -57,6 +60,7 @@ class Group:
     known_lengths: Sequence[int] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     tools: Sequence[Any] | None = None
+    images: Sequence[Any] | None = None
 
 
 #: What a rollout takes its groups from.
@@ -113,12 +117,16 @@ class GroupResolver:
         *,
         speculating: bool = False,
         needs_lengths: bool = False,
+        image_store: ImageStore | None = None,
     ) -> None:
-        """Prepare to check groups against the limits that the engines told (`info`)."""
+        """Prepare to check groups against the limits that the engines told (`info`).
+
+        Without an `image_store` no group may have images.
+        """
         self._speculating = speculating
         self._needs_lengths = needs_lengths
         self._info = info
-        self._tokenizer = tokenizer
+        self._encoder = PromptEncoder(info, tokenizer, image_store)
         self._default = default
         # Whether each id was made here, or came with its group.
         self._ids: dict[GroupId, bool] = {}
@@ -215,7 +223,12 @@ class GroupResolver:
         if self._speculating:
             self._check_speculation(sampling)
         self._check_vocabulary(sampling)
-        prompt = self._encode(group)
+        prompt, images = self._encoder.encode(
+            group.prompt,
+            images=group.images,
+            tools=group.tools,
+            template_kwargs=group.chat_template_kwargs,
+        )
         room = self._info.max_model_len - len(prompt)
         if room < 1:
             raise ConfigError(
@@ -243,6 +256,7 @@ class GroupResolver:
             undivided_because=sampling.undivided_because(),
             known_lengths=lengths,
             metadata=group.metadata,
+            images=images,
         )
 
     def _check_lengths(
@@ -280,7 +294,7 @@ class GroupResolver:
                 )
 
     def _check_vocabulary(self, sampling: SamplingParams) -> None:
-        limit = self._num_ids
+        limit = self._encoder.num_ids
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             highest = max(getattr(sampling, name) or (0,))
             if highest >= limit:
@@ -289,62 +303,6 @@ class GroupResolver:
                     f"{limit - 1}"
                 )
 
-    @property
-    def _num_ids(self) -> int:
-        return self._info.vocab_size or INT32_MAX + 1
-
-    def _encode(self, group: Group) -> list[int]:
-        text = as_text(group.prompt)
-        items = _items(group.prompt) if text is None else []
-        if items and all(isinstance(m, Mapping) for m in items):
-            tokens = self._encode_chat(items, group)
-        elif group.tools or group.chat_template_kwargs:
-            raise ConfigError(
-                "its tools and chat_template_kwargs are for the chat template, and its "
-                "prompt is no list of chat messages; leave them out, or give messages"
-            )
-        elif not text:
-            tokens = self._check_ids(items)
-        elif can_be_sent(text):
-            tokens = self._check_ids(self._tokenizer.encode_text(text))
-        else:
-            raise ConfigError(f"its prompt is no valid Unicode: {text!r:.100}")
-        if not tokens:
-            raise ConfigError("its prompt is empty; give at least one token")
-        return tokens
-
-    def _encode_chat(self, messages: list[Any], group: Group) -> list[int]:
-        for message in messages:
-            if "role" not in message or "content" not in message:
-                raise ConfigError(
-                    f"chat message {message!r:.100} has no 'role' or no 'content'"
-                )
-        settings = group.chat_template_kwargs or {}
-        if not isinstance(settings, Mapping):
-            raise ConfigError(
-                f"chat_template_kwargs={settings!r:.100} is not allowed; give a mapping"
-            )
-        own = sorted(_OWN_TEMPLATE_SETTINGS & set(settings))
-        if own:
-            raise ConfigError(
-                f"chat_template_kwargs has {own}, which aseer sets itself; leave them "
-                "out (tools are Group(tools=...))"
-            )
-        encode = self._tokenizer.encode_chat
-        return self._check_ids(
-            encode(messages, tools=group.tools, template_kwargs=settings)
-        )
-
-    def _check_ids(self, items: list[Any]) -> list[int]:
-        limit = self._num_ids
-        ids = items if set(map(type, items)) <= {int} else list(map(_token_id, items))
-        if ids and not 0 <= min(ids) <= max(ids) < limit:
-            wrong = next(i for i in ids if not 0 <= i < limit)
-            raise ConfigError(
-                f"its prompt has token id {wrong}; this model's are 0 to {limit - 1}"
-            )
-        return ids
-
 
 def _has_id(group: Group) -> bool:
     return isinstance(group.group_id, str)
@@ -352,38 +310,6 @@ def _has_id(group: Group) -> bool:
 
 def _is_length(length: int | None) -> bool:
     return length is not None and 0 <= length <= INT32_MAX
-
-
-def _token_id(item: object) -> int:
-    token = as_int(item)
-    if token is None:
-        raise ConfigError(
-            f"its prompt has {item!r:.100} where a token id is expected; a prompt is "
-            "token ids, a text, or chat messages"
-        )
-    return token
-
-
-def _items(prompt: object) -> list[Any]:
-    shape = getattr(prompt, "shape", None)
-    if shape is not None and len(shape) != 1:
-        raise ConfigError(
-            f"its prompt is an array of shape {tuple(shape)}; give the token ids of "
-            "one prompt, such as prompt[0]"
-        )
-    items = None if isinstance(prompt, Set) else as_list(prompt)
-    if items is not None:
-        return items
-    if shape is not None:
-        raise ConfigError(
-            "its prompt is a tensor without values (of the device 'meta', or fake); "
-            "give token ids, a text, or chat messages"
-        )
-    hint = ", such as prompt['input_ids']" if isinstance(prompt, Mapping) else ""
-    raise ConfigError(
-        f"its prompt is a {type(prompt).__name__}; give token ids{hint}, a text, or "
-        "chat messages"
-    )
 
 
 def _check_sendable(settings: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any, Literal, NamedTuple, NewType
 
 from aseer.counts import DraftCounts, KvCounts  # noqa: TC001
+from aseer.inputs.prompt_image import PromptImage  # noqa: TC001
 
 GroupId = NewType("GroupId", str)
 RequestId = NewType("RequestId", str)
@@ -85,6 +86,9 @@ class InstanceInfo:
             token in blocks of `block_size`.
         kv_world_size: pieces that a token's KV is split into, as a KV pool counts them.
         node: name of the host that it runs on; "" = the controller's.
+        max_images: the most that a prompt may have; 0 = the model takes none.
+        image_token_id: that stands for an image in a prompt, as often as the image
+            takes tokens; -1 = none does.
     """
 
     instance_id: InstanceId
@@ -104,6 +108,8 @@ class InstanceInfo:
     kv_groups: tuple[KvGroup, ...] = ()
     kv_world_size: int = 1
     node: str = ""
+    max_images: int = 0
+    image_token_id: int = -1
 
     def blocks_for(self, num_tokens: int) -> int:
         """KV blocks that `num_tokens` tokens of one request occupy at most."""
@@ -191,6 +197,7 @@ class Chunk:
         seed: of this chunk's random stream; None = the engine's own.
         rollout_id: tells apart groups of the same id in different rollouts.
         weight_version: of the weights it is to run with; KV of others is not found.
+        images: of the prompt, in the order of their places in it.
     """
 
     chunk_id: ChunkId
@@ -206,6 +213,7 @@ class Chunk:
     num_reserved_blocks: int
     rollout_id: int = 0
     weight_version: int = 0
+    images: tuple[PromptImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +308,10 @@ class Response:
     """One finished request.
 
     Attributes:
+        prompt_token_ids: as the model reads them: an image is as many tokens as it
+            takes.
+        unexpanded_prompt_token_ids: with one token an image, as the model's processor
+            is given them; None for a prompt without images.
         logprobs: float32 values, one a token: the logprob of the sampled token under
             the distribution it was drawn from (after temperature, top-p, top-k and
             penalties). All are finite: a token for which an engine says anything else
@@ -327,6 +339,7 @@ class Response:
     metadata: Any = None
     error: str | None = None
     replayed: bool = False
+    unexpanded_prompt_token_ids: list[int] | None = None
 
     @property
     def request_id(self) -> str:
@@ -386,6 +399,7 @@ class Task:
             only).
         length_prior: the longest response to the prompt in an earlier rollout.
         key: by which a journal knows the group; None without a journal.
+        images: of the prompt, in the order of their places in it.
     """
 
     group_id: GroupId
@@ -401,3 +415,9 @@ class Task:
     length_prior: int | None = None
     key: GroupKey | None = None
     metadata: Any = None
+    images: tuple[PromptImage, ...] = ()
+
+    @property
+    def prompt_key(self) -> bytes:
+        """Tells prompts apart: their tokens, and their images."""
+        return self.prompt + "".join(image.key for image in self.images).encode()

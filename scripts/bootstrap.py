@@ -42,6 +42,7 @@ V2_STAMP = V2 / "aseer-setup.json"
 TORCH = "2.13.0"
 # What torch's builds of that version for GPUs ask for.
 TRITON = "3.8.0"
+TORCHVISION = "0.28.0"  # for that torch
 UV = "0.13.9"
 OLDEST, NEWEST = (3, 11), (3, 13)
 # What requirements/cpu.lock was made for and tested on.
@@ -299,6 +300,24 @@ def install_torch() -> None:
         raise SetupError(f"torch {torch_build()} was installed, and {cpu} is needed")
 
 
+def install_torchvision() -> None:
+    """Install the CPU build of torchvision from where torch came from, if it is there.
+
+    Only models that see need it. PyPI's own build is for CUDA, and cannot be imported
+    beside a torch for CPUs.
+    """
+    say(f"installing torchvision {TORCHVISION}+cpu, which models that see need")
+    wanted = f"torchvision=={TORCHVISION}+cpu"
+    if pip("install", "--no-deps", wanted)[0] == 0:
+        return
+    if (site_packages() / "uv").is_dir():  # it found torch
+        uv = [str(VENV_PYTHON), "-m", "uv", "pip", "install"]
+        where = ["--python", str(VENV_PYTHON), "--no-deps", "--torch-backend", "cpu"]
+        if run([*uv, *where, f"torchvision=={TORCHVISION}"])[0] == 0:
+            return
+    say("  there is none: tests with images are skipped, everything else works")
+
+
 def install_packages() -> None:
     """Install the lock, and nothing that is not in it."""
     total = sum("==" in line for line in LOCK.read_text().splitlines())
@@ -328,6 +347,7 @@ def set_up() -> None:
         STAMP.unlink(missing_ok=True)
         drop_half_installed()
         install_torch()
+        install_torchvision()
         install_packages()
     STAMP.write_text(json.dumps({"packages": want["packages"]}))
     build_aseer()

@@ -71,6 +71,10 @@ vllm.platforms  current_platform
 vllm.platforms.interface  Platform.import_kernels Platform.is_cpu
   Platform.register_triton_kernel_overrides?
 """
+_IMAGES = """
+vllm.renderers.base  BaseRenderer.render_cmpl_async? BaseRenderer.get_mm_processor?
+vllm.multimodal.processing.context  BaseProcessingInfo.allowed_mm_limits?
+"""
 _SLEEP = """
 vllm.v1.engine.async_llm  AsyncLLM.sleep(level) AsyncLLM.wake_up(tags)
 """
@@ -245,6 +249,7 @@ lmcache.v1.multiprocess.server
 """
 _TABLES = (
     (_ENGINES, "engines", "instance/vllm/backend.py"),
+    (_IMAGES, "prompts with images", "instance/vllm/images.py"),
     (_SLEEP, "Engine.sleep and wake", "instance/vllm/backend.py"),
     (_FIGURES, "figures in reports", "instance/vllm/stats.py"),
     (_WEIGHTS, "Engine.update_weights", "instance/vllm/worker.py, patches.py"),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, cast
 
 from aseer.core.outputs import Outputs
 from aseer.errors import InvalidTransition
+from aseer.inputs.prompt_image import without_images
 from aseer.types import (
     Chunk,
     InstanceId,
@@ -209,10 +210,11 @@ class Request:
         """What the user gets; the request must be finished."""
         assert self.state.is_finished
         outputs, handle = self._outputs, self._handle
+        prompt, images = self.group.prompt, self.group.images
         return Response(
             group_id=self.group.group_id,
             index=self.index,
-            prompt_token_ids=array("i", self.group.prompt).tolist(),
+            prompt_token_ids=array("i", prompt).tolist(),
             token_ids=outputs.token_ids(handle),
             logprobs=outputs.logprobs_of_tokens(handle),
             text=outputs.text(handle).decode(errors="replace") + self.held_text,
@@ -223,6 +225,9 @@ class Request:
             metadata=self.group.metadata,
             error=self.error,
             replayed=self.is_replayed,
+            unexpanded_prompt_token_ids=without_images(prompt, images).tolist()
+            if images
+            else None,
         )
 
     def _metrics(self) -> RequestMetrics:

@@ -155,7 +155,7 @@ class Drafting:
         if profile is None:
             text = np.ascontiguousarray(token_ids[:num_tokens], np.int32)
             handle = self._replica.begin(
-                key, text[:base], text[base:], time.monotonic()
+                key, text[:base], text[base:], time.monotonic(), told.get("images", "")
             )
         row = Row(
             key=key,

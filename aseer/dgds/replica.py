@@ -71,13 +71,18 @@ class Replica:
         prompt: NDArray[np.int32],
         generated: NDArray[np.int32],
         now: float,
+        images: str = "",
     ) -> RequestHandle:
-        """Begin a chunk of a request, with the tokens that earlier chunks generated."""
+        """Begin a chunk of a request, with the tokens that earlier chunks generated.
+
+        Args:
+            images: tells apart prompts of the same tokens whose images differ.
+        """
         with self._lock:
             group = self._groups.get(key.group_id)
             if group is None:
                 handle = self.forest.open_group(prompt)
-                group = _Group(handle, prompt_key_of(prompt), now)
+                group = _Group(handle, prompt_key_of(prompt, images), now)
                 self._groups[key.group_id] = group
             group.running.add(key.request_id)
             group.last_used_s = now
@@ -218,6 +223,7 @@ class Replica:
         self.forest.close_group(group.handle)
 
 
-def prompt_key_of(prompt: NDArray[np.int32]) -> bytes:
-    """A short name of a prompt's text."""
-    return hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
+def prompt_key_of(prompt: NDArray[np.int32], images: str = "") -> bytes:
+    """A short name of a prompt's text and images."""
+    whole = prompt.tobytes() + images.encode()
+    return hashlib.blake2b(whole, digest_size=16).digest()

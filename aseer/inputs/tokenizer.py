@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aseer.errors import ConfigError
+from aseer.errors import ConfigError, describe
 
 if TYPE_CHECKING:
     from aseer.config import EngineConfig
@@ -30,7 +30,14 @@ class Tokenizer(Protocol):
         tools: Sequence[Any] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, ready for the reply."""
+        """Token ids of a conversation, ready for the reply.
+
+        Of an image, for which its content has a part {"type": "image"}, there is one.
+        """
+        ...
+
+    def count_image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens that images of these heights and widths take in a prompt."""
         ...
 
 
@@ -43,8 +50,10 @@ class HuggingFaceTokenizer:
     def __init__(self, config: EngineConfig) -> None:
         """Prepare; nothing is loaded yet."""
         self._name = str(config.tokenizer or config.model)
+        self._model = str(config.model)
         self._args = config.engine_args
         self._loaded: Any = None
+        self._processor: Any = None
 
     @property
     def _tokenizer(self) -> Any:
@@ -66,10 +75,8 @@ class HuggingFaceTokenizer:
             return AutoTokenizer.from_pretrained(
                 self._name,
                 revision=args.get("tokenizer_revision") or args.get("revision"),
-                # Never None, for which transformers asks on the terminal, and waits.
-                trust_remote_code=bool(args.get("trust_remote_code")),
-                token=args.get("hf_token"),
                 use_fast=mode != "slow",
+                **self._access,
             )
         except (ImportError, OSError, ValueError) as error:
             raise ConfigError(
@@ -77,6 +84,40 @@ class HuggingFaceTokenizer:
                 f"({error}); set EngineConfig.tokenizer or engine_args, or give token "
                 "ids"
             ) from error
+
+    @property
+    def _access(self) -> dict[str, Any]:
+        return {
+            # Never None, for which transformers asks on the terminal, and waits.
+            "trust_remote_code": bool(self._args.get("trust_remote_code")),
+            "token": self._args.get("hf_token"),
+        }
+
+    def count_image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """By the model's processor, which needs only their sizes for it."""
+        try:
+            if self._processor is None:
+                self._processor = self._load_processor()
+            counted = self._processor._get_num_multimodal_tokens(image_sizes=sizes)
+            return [int(num) for num in counted["num_image_tokens"]]
+        except Exception as error:  # of a processor's own code, or there is none
+            raise ConfigError(
+                "the tokens of its images cannot be counted by the processor of "
+                f"{self._model!r} ({describe(error)}); only models whose processor in "
+                "transformers counts them by an image's size take images, and most of "
+                "those need torchvision"
+            ) from error
+
+    def _load_processor(self) -> Any:
+        from transformers import AutoProcessor
+
+        args = self._args
+        return AutoProcessor.from_pretrained(
+            self._model,
+            revision=args.get("revision"),
+            **self._access,
+            **(args.get("mm_processor_kwargs") or {}),
+        )
 
     def encode_text(self, text: str) -> list[int]:
         """As vLLM encodes a completion prompt: with the model's special tokens."""

@@ -9,8 +9,9 @@
 Before a rollout the engines get the weights that the trainer has, whenever it has taken
 a step since the last. Prompts are encoded by the trainer itself, as they are where it
 generates: with its own processing class, chat template, `chat_template_kwargs`, tools
-and environments. TRL hands over every prompt as often as it wants completions of it,
-one after the other; neighbours that are equal become one group.
+and environments, and go to the engines with their images. TRL hands over every prompt
+as often as it wants completions of it, one after the other; neighbours that are equal
+become one group.
 
 Of a trainer of several processes the main one has the engine, and the others give None:
 
@@ -24,11 +25,11 @@ A group may then begin on one process and end on the next, and still is one grou
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aseer.errors import ConfigError
 from aseer.groups import Group
+from aseer.inputs.images import read_image
 from aseer.integrations.processes import Processes
 from aseer.sampling import resolve_sampling
 from aseer.weights.adapters import has_adapters
@@ -60,6 +61,18 @@ def rollout_func(
     return _RolloutFunc(engine, dict(sampling or {}))
 
 
+class Encoded(NamedTuple):
+    """A prompt as the trainer's processing class makes it.
+
+    Attributes:
+        ids: with as many tokens an image as it takes.
+        images: as the trainer has them.
+    """
+
+    ids: list[int]
+    images: list[Any]
+
+
 class _RolloutFunc:
     def __init__(self, engine: Engine | None, sampling: dict[str, Any]) -> None:
         self._engine = engine
@@ -76,7 +89,7 @@ class _RolloutFunc:
             )
         step = trainer.state.global_step
         weights = None if step == self._synced_step else _weights_of(trainer)
-        everyones = self._processes.gather(prompt_ids_of(trainer, prompts))
+        everyones = self._processes.gather(encoded(trainer, prompts))
         columns = self._processes.scatter(
             lambda: self._rollout(everyones, trainer.args, weights)
         )
@@ -88,7 +101,7 @@ class _RolloutFunc:
         return Processes()
 
     def _rollout(
-        self, everyones: list[list[list[int]]], args: Any, weights: Any | None
+        self, everyones: list[list[Encoded]], args: Any, weights: Any | None
     ) -> list[dict[str, list[Any]]]:
         """Columns for the prompts of each process."""
         assert self._engine is not None
@@ -158,11 +171,11 @@ def sampling_of(args: Any, overrides: Mapping[str, Any]) -> SamplingParams:
     return resolve_sampling({k: v for k, v in wanted.items() if v is not None})
 
 
-def prompt_ids_of(trainer: Any, prompts: list[Any]) -> list[list[int]]:
-    """Token ids of texts or chats, as the trainer encodes them where it generates.
+def encoded(trainer: Any, prompts: list[Any]) -> list[Encoded]:
+    """Texts or chats as the trainer encodes them where it generates.
 
     Raises:
-        ConfigError: they have images, or this version of TRL encodes elsewhere.
+        ConfigError: this version of TRL encodes elsewhere.
     """
     encode = getattr(trainer, "_tokenize_prompts", None)
     if encode is None:
@@ -171,17 +184,30 @@ def prompt_ids_of(trainer: Any, prompts: list[Any]) -> list[list[int]]:
             "prompts from version 1.16 on; install trl>=1.16"
         )
     prompt_ids, images, _ = encode(prompts)
-    if images is not None:
-        raise ConfigError(
-            "its prompts have images, and aseer takes token ids only; train without"
-        )
-    return [list(map(int, ids)) for ids in prompt_ids]
-
-
-def group_prompts(prompts: list[list[int]], sampling: SamplingParams) -> list[Group]:
-    """A group for every run of equal prompts, in order."""
-    runs = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
+    of_each = images or [None] * len(prompt_ids)
     return [
-        Group(prompt, n, sampling, group_id=f"{i}")
+        Encoded(list(map(int, ids)), list(images or ()))
+        for ids, images in zip(prompt_ids, of_each, strict=True)
+    ]
+
+
+def group_prompts(prompts: Sequence[Encoded], sampling: SamplingParams) -> list[Group]:
+    """A group for every run of equal prompts, in order."""
+    runs: list[tuple[Encoded, int]] = []
+    for prompt in prompts:
+        if runs and _are_equal(runs[-1][0], prompt):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((prompt, 1))
+    return [
+        Group(prompt.ids, n, sampling, group_id=f"{i}", images=prompt.images or None)
         for i, (prompt, n) in enumerate(runs)
     ]
+
+
+def _are_equal(one: Encoded, other: Encoded) -> bool:
+    if one.ids != other.ids or len(one.images) != len(other.images):
+        return False
+    pairs = zip(one.images, other.images, strict=True)
+    # Those that another process sent are copies.
+    return all(a is b or read_image(a).key == read_image(b).key for a, b in pairs)

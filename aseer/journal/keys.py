@@ -42,7 +42,7 @@ class KeyMaker:
         settings = [task.max_tokens, task.min_tokens, task.seed, task.sampling]
         key = GroupKey(
             task.group_id if has_own_id else "",
-            _digest(task.prompt),
+            _digest(task.prompt_key),
             _digest(_SORTED.encode(settings)),
             task.num_requests,
         )

@@ -341,6 +341,7 @@ class Engine(TakesWeights):
             config.sampling,
             speculating=is_speculating(config),
             needs_lengths=(policy or config.policy) == "longest-first",
+            image_store=self._host.image_store,
         )
 
     def _work_on(

@@ -9,6 +9,7 @@ from array import array
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from aseer.kv.images import pool_tokens
 from aseer.kv.sharing import PromptSharing, num_alike
 from aseer.types import GroupId, RequestId, request_id_of
 
@@ -145,7 +146,8 @@ class KvUpkeep:
     def groups_added(self, tasks: Iterable[Task]) -> None:
         """Their prompts may begin like others'."""
         for task in tasks:
-            self._sharing.add(task.group_id, task.prompt)
+            prompt = pool_tokens(task.prompt, task.images)
+            self._sharing.add(task.group_id, prompt)
 
     def finished(self, response: Response, info: InstanceInfo | None) -> None:
         """Nobody will ask for a request's KV, but for what others begin with.
@@ -162,6 +164,9 @@ class KvUpkeep:
         if info is None:
             return
         prompt = array("i", response.prompt_token_ids)
+        if siblings and siblings[0].group.images:
+            group = siblings[0].group
+            prompt = array("i", pool_tokens(group.prompt, group.images))
         generated = array("i", response.token_ids)
         tokens = (prompt + generated).tobytes()
         start = len(prompt) + num_alike(generated, running) if running else 0
@@ -177,13 +182,14 @@ class KvUpkeep:
             num_tokens = request.num_tokens
             if self._prefetched.get(request.request_id) != num_tokens:
                 self._prefetched[request.request_id] = num_tokens
-                tokens = request.group.prompt + request.generated
+                group = request.group
+                tokens = pool_tokens(group.prompt, group.images) + request.generated
                 self._pool.prefetch(info, self._weight_version, tokens)
 
 
 def with_priors(priors: LengthPriors, tasks: Iterable[Task]) -> list[Task]:
     """Groups with what an earlier rollout has shown of their prompts."""
-    return [replace(task, length_prior=priors.get(task.prompt)) for task in tasks]
+    return [replace(task, length_prior=priors.get(task.prompt_key)) for task in tasks]
 
 
 def learn_length(
@@ -192,4 +198,4 @@ def learn_length(
     """Keep what a finished group shows for its prompt's next rollout."""
     longest = controller.context.longest(group_id)
     if longest is not None:
-        priors.learn(controller.buffer.group(group_id)[0].group.prompt, longest)
+        priors.learn(controller.buffer.group(group_id)[0].group.prompt_key, longest)

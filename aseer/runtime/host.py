@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from aseer.context import LengthPriors
 from aseer.errors import EngineError, WeightUpdateError, describe
+from aseer.inputs.images import ImageStore
 from aseer.node.local import LocalNode
 from aseer.runtime.activity import Activity, Call
 from aseer.runtime.call_log import CallLog
@@ -108,6 +109,7 @@ class Host:
         self.folders = folders
         self.weights = WeightKeeper(folders.weights)
         self._open_updates = OpenUpdates(self.weights)
+        self._images = ImageStore(folders.weights / "images")
         self.infos: dict[InstanceId, InstanceInfo] = {}
         #: Limits of the instance that came up last (all start with the same settings).
         self.limits: InstanceInfo
@@ -206,6 +208,12 @@ class Host:
         if self._session is not None:
             self._session.count_into(figures)
         return figures
+
+    @property
+    def image_store(self) -> ImageStore | None:
+        """Keeps prompts' images; None while instances on other hosts take part."""
+        is_here = not any(info.node for info in self.infos.values())
+        return self._images if is_here else None
 
     # Calls from users' threads
 

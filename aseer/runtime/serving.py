@@ -36,7 +36,10 @@ _log = logging.getLogger("aseer")
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Where an engine keeps its sockets, its logs, and weights for its instances."""
+    """Where an engine keeps its sockets and logs, and weights and images for instances.
+
+    Images are in a folder of `weights`.
+    """
 
     leftovers: Leftovers
     logs: Path

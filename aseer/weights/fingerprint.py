@@ -57,7 +57,8 @@ def describe_model(config: EngineConfig, info: InstanceInfo) -> dict[str, str]:
     args = config.engine_args
     settings = None
     if config.device != "sim":
-        settings = read_settings(config.model, args.get("revision"))
+        revision, token = args.get("revision"), args.get("hf_token")
+        settings = read_settings(config.model, revision, token=token)
     found = {"dtype": info.dtype, "vocab_size": str(info.vocab_size)}
     if settings is None:
         found["model"] = str(config.model)

@@ -14,15 +14,18 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aseer.models.tiny import EOS_ID, vocabulary, write_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 VOCAB_SIZE = 256
 MAX_POSITIONS = 4096
 WINDOW = 64
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -140,10 +143,17 @@ _ADDED: dict[str, dict[str, Any]] = {
 
 def family_model(model_type: str, seed: int = 0) -> Path:
     """A directory with the family's model, made once for a test run."""
+    return kept_model(model_type, seed, make_family)
+
+
+def kept_model(
+    model_type: str, seed: int, make: Callable[[Path, str, int], None]
+) -> Path:
+    """A directory with a model, made once for a test run."""
     name = f"family-{os.getpid()}-{model_type}-{seed}"
     directory = Path(tempfile.gettempdir()) / name
     if not directory.exists():
-        make_family(directory, model_type, seed)
+        make(directory, model_type, seed)
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
 
@@ -161,10 +171,10 @@ def make_family(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its thread would outlive the test
-    settings = _COMMON | FAMILIES[model_type] | changes
+    settings = COMMON | FAMILIES[model_type] | changes
     config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _scale(model, seed)
+    scale(model, seed)
     if settings["tie_word_embeddings"]:
         # Inputs and outputs share their matrix: small rows, and the last norm makes up
         # for it, or every token would predict itself.
@@ -199,7 +209,7 @@ def greedy(
     return results
 
 
-def _scale(model: Any, seed: int) -> None:
+def scale(model: Any, seed: int) -> None:
     """Draw every matrix anew so that what goes through a layer keeps its size."""
     import torch
 

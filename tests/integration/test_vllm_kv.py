@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 BATCHED_TOKENS = 256
 MAX_MODEL_LEN = 2048
+MAX_NUM_SEQS = 64
 NUM_DRAFTED = 16
 NUM_GROUPS = 12
 
@@ -42,6 +43,7 @@ class Family(NamedTuple):
     Attributes:
         num_windows, num_states: groups of each; all have one group of full attention
             but `only_windows`.
+        keeps_prompts: a prompt's last block is kept by a state's kernel, as Mamba2's.
     """
 
     block_size: int
@@ -49,6 +51,7 @@ class Family(NamedTuple):
     num_states: int = 0
     window: int = 64
     only_windows: bool = False
+    keeps_prompts: bool = False
 
     def specs(self, num_drafted: int) -> list[Any]:
         import torch
@@ -69,6 +72,8 @@ class Family(NamedTuple):
             page_size_padded=full[0].page_size_bytes if full else None,
             mamba_cache_mode="align",
             num_speculative_blocks=num_drafted,
+            num_prefill_checkpoint_blocks=int(self.keeps_prompts),
+            prefill_checkpoint_alignment=1 if self.keeps_prompts else None,
         )
         return full + [window] * self.num_windows + [state] * self.num_states
 
@@ -76,10 +81,12 @@ class Family(NamedTuple):
 FAMILIES = {
     "llama": Family(32),
     "gemma3_text": Family(32, num_windows=5),
+    "gemma2": Family(32, num_windows=1),
     "gpt_oss": Family(32, num_windows=1),
     "long_windows": Family(16, num_windows=1, window=512),
     "mistral": Family(32, num_windows=1, only_windows=True),
-    "granitemoehybrid": Family(160, num_states=3),
+    "granitemoehybrid": Family(160, num_states=3, keeps_prompts=True),
+    "small_states": Family(32, num_states=3, keeps_prompts=True),
     "qwen3_next": Family(96, num_states=3),
     "lfm2": Family(32, num_states=3),
     "all_kinds": Family(32, num_windows=2, num_states=2),
@@ -114,7 +121,7 @@ class FakeEngine:
             model=str(model),
             dtype="float32",
             max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=64,
+            max_num_seqs=MAX_NUM_SEQS,
             max_num_batched_tokens=BATCHED_TOKENS,
             enable_prefix_caching=True,
             **args,
@@ -154,12 +161,14 @@ class FakeEngine:
             batched_tokens=config.scheduler_config.max_num_batched_tokens,
             step_tokens=1 + num_drafted,
             num_steps=config.max_concurrent_batches,
+            max_num_seqs=MAX_NUM_SEQS,
+            hash_tokens=sizes[1],
         )
         self.info = InstanceInfo(
             instance_id=InstanceId(0),
             num_kv_blocks=num_blocks - 1 - num_set_aside,
             block_size=math.lcm(*(group.block_size for group in groups)),
-            max_num_seqs=64,
+            max_num_seqs=MAX_NUM_SEQS,
             max_model_len=MAX_MODEL_LEN,
             shares_prompts=True,
             kv_groups=tuple(groups),
@@ -296,6 +305,8 @@ def test_no_admitted_chunk_is_preempted_and_the_room_is_used(
     each = family.num_windows * of_window + family.num_states * (2 + num_drafted)
     each += 0 if family.only_windows else -(-1000 // family.block_size)
     set_aside = family.num_windows * BATCHED_TOKENS // family.block_size
+    if family.keeps_prompts:
+        set_aside += family.num_states * 2 * BATCHED_TOKENS // family.block_size
     engine = FakeEngine(model, family, 6 * each + set_aside, num_drafted)
     tasks = tasks_of(3)
     num = run_all(engine, tasks, chunk_size)

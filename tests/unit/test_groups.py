@@ -278,7 +278,7 @@ def test_what_a_chat_is_rendered_with_is_the_groups():
     r = resolver()
     tools = [{"type": "function"}]
     r.resolve(Group(CHAT, tools=tools, chat_template_kwargs={"enable_thinking": False}))
-    assert r._tokenizer.rendered_with == (tools, {"enable_thinking": False})
+    assert r._encoder._tokenizer.rendered_with == (tools, {"enable_thinking": False})
 
 
 @pytest.mark.parametrize(("max_tokens", "resolved"), [(None, 60), (10, 10), (1000, 60)])

@@ -39,6 +39,7 @@ from aseer.errors import EngineError, describe
 from aseer.instance.base import EngineDied
 from aseer.instance.vllm import patches
 from aseer.instance.vllm.caches import empty_caches
+from aseer.instance.vllm.images import ImagePrompts
 from aseer.instance.vllm.limits import (
     are_mixed,
     kv_world_size,
@@ -86,6 +87,7 @@ class VllmBackend:
         self._running: dict[ChunkId, str] = {}
         self._speculation: Speculation | None = None
         self._info: InstanceInfo | None = None
+        self._images: ImagePrompts | None = None
 
     async def start(self) -> InstanceInfo:
         """See `Backend`."""
@@ -126,6 +128,7 @@ class VllmBackend:
         num_blocks = config.cache_config.num_gpu_blocks - 1  # without the null block
         # Some of vLLM's backends switch it off, as those for latents (MLA) on CPUs.
         caches_prefixes = bool(config.cache_config.enable_prefix_caching)
+        self._images = ImagePrompts(llm)
         name, version = installed_vllm() or ("vllm", metadata.version("vllm"))
         self._info = InstanceInfo(
             instance_id=InstanceId(self._spec.instance_id),
@@ -145,6 +148,8 @@ class VllmBackend:
             pid=os.getpid(),
             kv_groups=tuple(groups) if are_mixed(groups) else (),
             kv_world_size=kv_world_size(config),
+            max_images=self._images.max_images,
+            image_token_id=self._images.image_token_id,
         )
         return self._info
 
@@ -208,8 +213,12 @@ class VllmBackend:
         assert self._info is not None
         namespace, version = self._spec.kv_namespace, chunk.weight_version
         salt = cache_salt(namespace, self._info, version)
-        prompt = tokens_input(inputs, cache_salt=salt)
-        outputs = self._engine.generate(prompt, params, request_id)
+        if chunk.images:
+            assert self._images is not None
+            outputs = self._images.generate(chunk, inputs, salt, params, request_id)
+        else:
+            prompt = tokens_input(inputs, cache_salt=salt)
+            outputs = self._engine.generate(prompt, params, request_id)
         self._running[chunk.chunk_id] = request_id
         cached: int | None = None
         async for output in outputs:

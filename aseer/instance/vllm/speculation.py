@@ -48,6 +48,7 @@ def draft_identity(chunk: Chunk) -> dict[str, Any]:
         "request": prefix + chunk.request_id,
         "prompt_tokens": len(chunk.prompt) // 4,
         "probe": chunk.request_id.endswith("/0"),
+        "images": "".join(image.key for image in chunk.images),
     }
 
 

@@ -69,13 +69,16 @@ class WorkerExtension:
         config = self.vllm_config
         speculative = config.speculative_config
         num_drafted = speculative.num_speculative_tokens if speculative else 0
-        groups = self.model_runner.kv_cache_config.kv_cache_groups
+        plan = self.model_runner.kv_cache_config
+        groups = plan.kv_cache_groups
         return describe_groups(
             # What lies in the host's memory takes none of the device's blocks.
             [g.kv_cache_spec for g in groups if not getattr(g, "host_resident", False)],
             batched_tokens=config.scheduler_config.max_num_batched_tokens,
             step_tokens=1 + num_drafted,
             num_steps=getattr(config, "max_concurrent_batches", 2),
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            hash_tokens=getattr(plan, "hash_block_size", None),
         )
 
     def aseer_discard_weights(self) -> None:

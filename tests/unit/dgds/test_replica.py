@@ -86,3 +86,14 @@ def test_a_group_without_work_here_is_freed_after_its_ttl(replica):
     assert replica.forest.num_groups == 1
     replica.forget_unused(now=16.0)
     assert replica.forest.num_groups == 0
+
+
+def test_prompts_of_equal_tokens_and_other_images_have_other_names() -> None:
+    replica = Replica(ttl_s=60)
+    for name, images in (("a", ""), ("b", "one"), ("c", "other"), ("d", "one")):
+        replica.begin(RequestKey(name, f"{name}/0"), PROMPT, row(), 0.0, images)
+    told = replica.registration()
+    assert told is not None
+    keys = {entry.group_id: entry.prompt_key for entry in told.groups}
+    assert keys["b"] == keys["d"]
+    assert len(set(keys.values())) == 3

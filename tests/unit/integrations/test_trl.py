@@ -9,8 +9,9 @@ import pytest
 
 from aseer.errors import ConfigError
 from aseer.integrations.trl import (
+    Encoded,
+    encoded,
     group_prompts,
-    prompt_ids_of,
     rollout_func,
     sampling_of,
 )
@@ -34,7 +35,8 @@ def args_of(**changes):
 
 def test_runs_of_equal_prompts_are_groups_in_order():
     a, b, c = [1], [2], [1, 2]
-    groups = group_prompts([a, a, b, c, c, c, a], SamplingParams())
+    prompts = [Encoded(ids, []) for ids in (a, a, b, c, c, c, a)]
+    groups = group_prompts(prompts, SamplingParams())
     assert [(g.prompt, g.n) for g in groups] == [(a, 2), (b, 1), (c, 3), (a, 1)]
     assert len({g.group_id for g in groups}) == 4
 
@@ -110,14 +112,23 @@ def test_prompts_are_encoded_by_the_trainer_itself():
     assert {type(token) for ids in out["prompt_ids"] for token in ids} == {int}
 
 
-def test_images_are_refused_with_words():
-    with pytest.raises(ConfigError, match=r"images, and aseer takes token ids only"):
-        prompt_ids_of(Trainer(images=[object()]), ["abc"])
+def test_equal_prompts_with_other_images_are_other_groups():
+    one = np.zeros((4, 4, 3), np.uint8)
+    same, other = one.copy(), one + 1
+    images = [[one], [one], [same], [other], [], None, [one, other]]
+    engine = Engine()
+    prompts = ["abc"] * len(images)
+    rollout_func(engine)(prompts, Trainer(images=images))
+    found = [(group.n, group.images) for group in engine.groups]
+    assert [n for n, _ in found] == [3, 1, 2, 1]
+    assert found[0][1][0] is one
+    assert found[1][1][0] is other
+    assert found[2][1] is None
 
 
 def test_a_trainer_that_encodes_otherwise_is_refused_with_words():
     with pytest.raises(ConfigError, match=r"object has no _tokenize_prompts"):
-        prompt_ids_of(object(), ["abc"])
+        encoded(object(), ["abc"])
 
 
 @pytest.mark.parametrize(("is_main", "engine"), [(True, None), (False, object())])

@@ -28,15 +28,9 @@ def state(mode: str, **settings: Any) -> Any:
     )
 
 
-def described(
-    *specs: Any, batched_tokens: int = 256, step_tokens: int = 1, num_steps: int = 1
-) -> tuple[list[KvGroup], int]:
-    return describe_groups(
-        specs,
-        batched_tokens=batched_tokens,
-        step_tokens=step_tokens,
-        num_steps=num_steps,
-    )
+def described(*specs: Any, **settings: int) -> tuple[list[KvGroup], int]:
+    defaults: dict[str, Any] = {"batched_tokens": 256, "step_tokens": 1, "num_steps": 1}
+    return describe_groups(specs, **defaults | {"max_num_seqs": 64} | settings)
 
 
 def test_full_attention_keeps_every_token() -> None:
@@ -69,6 +63,24 @@ def test_states_take_the_same_of_any_length() -> None:
     assert described(state("all"))[0] == [KvGroup(160)]
     drafting = state("align", num_speculative_blocks=16)
     assert described(drafting)[0] == [KvGroup(160, 2, 16)]
+
+
+def test_states_kept_of_prompts_are_set_aside_once_for_all() -> None:
+    keeping = state("align", num_prefill_checkpoint_blocks=1)
+    # Prompts of more than a block, as many as two steps of so many tokens compute.
+    groups = [KvGroup(160, 2), KvGroup(160, 2)]
+    for batched_tokens, of_each in ((64, 0), (256, 3), (2048, 25), (100_000, 64)):
+        found = described(keeping, keeping, batched_tokens=batched_tokens)
+        assert found == (groups, 2 * of_each)
+    assert described(state("align"), batched_tokens=2048)[1] == 0
+
+
+def test_states_within_a_block_are_a_requests_own() -> None:
+    keeping = state("align", num_prefill_checkpoint_blocks=1)
+    assert described(FULL, keeping) == ([KvGroup(32), KvGroup(160, 2, 2)], 0)
+    found = described(keeping, hash_tokens=80)
+    assert found == ([KvGroup(160, 2, 2)], 0)
+    assert described(FULL, state("align"))[0][1] == KvGroup(160, 2, 1)
 
 
 def test_layers_of_one_type_and_several_sizes_are_one_group() -> None:

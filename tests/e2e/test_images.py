@@ -1,0 +1,154 @@
+"""Prompts with images: divided and moved, they are answered as undivided ones."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torchvision", reason="Qwen's processors need it")
+
+import aseer
+from aseer.errors import ConfigError
+from tests.e2e.tiny import by_request, same, tiny_config, undivided
+from tests.e2e.vision import END, IMAGE, START, seen_greedy, vision_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+slow = pytest.mark.slow
+MODELS = [
+    "qwen2_vl",
+    pytest.param("qwen2_5_vl", marks=slow),
+    pytest.param("qwen3_vl", marks=slow),
+]
+ROUNDING = 5e-5  # of what is computed again in one step
+# Policies do not sample signs of images, nor do trainers train them.
+GREEDY = {
+    "temperature": 0.0,
+    "ignore_eos": True,
+    "allowed_token_ids": list(range(3, START)),
+}
+
+
+def image(seed: int, height: int = 112, width: int = 168) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+def prompt(seed: int, num_images: int = 1) -> list[int]:
+    rng = random.Random(seed)
+    ids = [rng.randrange(3, 90) for _ in range(20)]
+    for _ in range(num_images):
+        ids += [START, IMAGE, END, *(rng.randrange(3, 90) for _ in range(10))]
+    return ids
+
+
+def group(name: str, ids: Any, images: list[Any], **settings: Any) -> aseer.Group:
+    sampling = GREEDY | {"max_tokens": settings.pop("max_tokens", 200)}
+    return aseer.Group(
+        ids, images=images, group_id=name, sampling=sampling, **{"n": 2} | settings
+    )
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def seeing(request: pytest.FixtureRequest) -> Iterator[aseer.Engine]:
+    config = tiny_config(
+        model=vision_model(request.param),
+        num_instances=2,
+        max_num_seqs=8,
+        chunk_size=64,
+        kv_cache_bytes=64 << 20,
+        engine_args={"limit_mm_per_prompt": {"image": 2, "video": 0}},
+    )
+    with aseer.Engine(config) as engine:
+        yield engine
+
+
+GROUPS = [
+    group("one", prompt(1), [image(1)]),
+    group("other", prompt(1), [image(2)]),
+    group("two", prompt(2, 2), [image(1), image(3, 56, 224)]),
+    group("text", prompt(3, 0), []),
+]
+
+
+def test_divided_prompts_with_images_are_answered_as_undivided_ones(
+    seeing: aseer.Engine,
+) -> None:
+    expected = undivided(seeing, GROUPS)
+    assert expected["one/0"].token_ids != expected["other/0"].token_ids
+    rollout = seeing.rollout_sync(GROUPS)
+    found = by_request(list(rollout))
+    same(found, expected, rounding=ROUNDING)
+    assert min(r.metrics.num_chunks for r in found.values()) >= 3
+    stayed = {i: r for i, r in found.items() if not r.metrics.num_migrations}
+    assert len(stayed) >= 4
+    same(stayed, {i: expected[i] for i in stayed})
+    assert not any(r.metrics.num_recomputed_tokens for r in stayed.values())
+    for response in found.values():
+        (given,) = (g for g in GROUPS if g.group_id == response.group_id)
+        unexpanded = response.unexpanded_prompt_token_ids
+        assert unexpanded == (list(given.prompt) if given.images else None)
+        assert len(response.prompt_token_ids) > len(given.prompt) or not given.images
+
+
+@pytest.mark.usefixtures("engines_in_turn")
+def test_requests_with_images_hop_and_nothing_changes(seeing: aseer.Engine) -> None:
+    expected = undivided(seeing, GROUPS)
+    rollout = seeing.rollout_sync(GROUPS)
+    same(by_request(list(rollout)), expected, rounding=ROUNDING)
+    assert rollout.report.num_migrations > 8
+
+
+def test_every_form_of_a_prompt_is_answered_alike(seeing: aseer.Engine) -> None:
+    ids = [*range(5, 9), START, IMAGE, END, *range(9, 14)]
+    (first,) = seeing.rollout_sync([group("a", ids, [image(4)], n=1, max_tokens=20)])
+    tokenizer = seeing._tokenizer
+    before, after = (tokenizer._tokenizer.decode(part) for part in (ids[:4], ids[7:]))
+    text = f"{before}<|vision_start|><|image_pad|><|vision_end|>{after}"
+    content = [
+        {"type": "text", "text": before},
+        {"type": "image", "image": image(4)},
+        {"type": "text", "text": after},
+    ]
+    rollout = seeing.rollout_sync(
+        [
+            group("expanded", first.prompt_token_ids, [image(4)], n=1, max_tokens=20),
+            group("text", text, [image(4)], n=1, max_tokens=20),
+            group("chat", [{"role": "user", "content": content}], [], n=1),
+        ]
+    )
+    found = {response.group_id: response for response in rollout}
+    for name in ("expanded", "text"):
+        assert found[name].prompt_token_ids == first.prompt_token_ids
+        assert found[name].token_ids == first.token_ids
+        assert found[name].logprobs == first.logprobs
+    assert found["chat"].prompt_token_ids == first.prompt_token_ids
+
+
+def test_bad_images_are_refused_with_the_groups_name(seeing: aseer.Engine) -> None:
+    with pytest.raises(ConfigError, match=r"group 'bad': images\[0\]: .* no image"):
+        seeing.rollout_sync([group("bad", prompt(1), [b"nothing"])])
+    with pytest.raises(ConfigError, match=r"group 'many': it has 3 images, .* have 2"):
+        seeing.rollout_sync([group("many", prompt(1, 3), [image(1)] * 3)])
+
+
+def test_nothing_is_left_of_an_image_whose_group_is_over(seeing: aseer.Engine) -> None:
+    responses = list(seeing.rollout_sync([group("a", prompt(1), [image(9)])]))
+    assert {r.finish_reason for r in responses} == {"length"}
+    assert seeing._host.image_store.keys == set()
+
+
+def test_new_weights_reach_what_sees(seeing: aseer.Engine) -> None:
+    kind = str(seeing.config.model).split("-")[-2]
+    ids, picture = prompt(1), image(1)
+    for seed in (0, 1, 0):
+        model = vision_model(kind, seed)
+        if seed or seeing.weight_version:
+            seeing.update_weights_sync(model)
+        groups = [group("a", ids, [picture], n=1, max_tokens=24)]
+        (response,) = seeing.rollout_sync(groups)
+        assert response.token_ids == seen_greedy(model, ids, picture, 24), seed
