@@ -47,6 +47,8 @@ _log = logging.getLogger("aseer")
 HEARTBEAT_S = 2.0
 # Heartbeats that are missed before a connection is given up: a busy peer may be late.
 _MISSED_HEARTBEATS = 4
+# In which a connection is to come about: a busy machine takes seconds for a handshake.
+_OPENING_HEARTBEATS = 6
 # Between two tries to connect; doubled up to the second, and varied, so that the nodes
 # of a cluster do not all come back at once.
 _FIRST_PAUSE_S = 0.2
@@ -179,6 +181,7 @@ class Sessions:
             self._by_peer[peer] = state
         elif opening and state.peer != peer:
             self._leave_peer(state)
+            self._router.forget(state.peer)
             state.peer = peer
             self._by_peer[peer] = state
         elif state.peer != peer:
@@ -244,6 +247,7 @@ class Sessions:
         self._leave_peer(state)
 
     def _leave_peer(self, state: _Open) -> None:
+        """What waits for a connection that is given up goes with it."""
         if self._by_peer.get(state.peer) is state:
             del self._by_peer[state.peer]
 
@@ -426,10 +430,11 @@ class Session:
         """Give a connection up that brings nothing, or does not come about."""
         while True:
             await asyncio.sleep(self._heartbeat_s / 2)
-            limit_s = _MISSED_HEARTBEATS * self._heartbeat_s
             now = self._clock.read()
-            silent_s = now - max(self._heard_at, self._connected_at)
-            if silent_s > limit_s:
+            waited_s = now - self._connected_at
+            silent_s = min(now - self._heard_at, waited_s)
+            if not self._link.is_open:
+                if waited_s > _OPENING_HEARTBEATS * self._heartbeat_s:
+                    raise ConnectionLost("it was not answered")
+            elif silent_s > _MISSED_HEARTBEATS * self._heartbeat_s:
                 raise ConnectionLost(f"it brought nothing for {silent_s:.0f} s")
-            if not self._link.is_open and now - self._connected_at > limit_s:
-                raise ConnectionLost("it was not answered")

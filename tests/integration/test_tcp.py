@@ -30,7 +30,7 @@ def session_to(endpoint: str, keys: Keys | None, timeout_s: float = 30.0) -> Ses
     connect: Callable[..., object] = lambda name: connect_tcp(  # noqa: E731
         endpoint, name, FRAME, keys
     )
-    return Session(connect, timeout_s=timeout_s, heartbeat_s=0.1)  # type: ignore[arg-type]
+    return Session(connect, timeout_s=timeout_s, heartbeat_s=0.25)  # type: ignore[arg-type]
 
 
 def port_of(endpoint: str) -> int:
@@ -47,12 +47,12 @@ async def test_all_arrives_once_and_in_order_over_cuts(keys: Keys | None) -> Non
     sizes = [20, 2_000, 40_000]
     messages = [b"%06d" % i + bytes(rng.choice(sizes)) for i in range(num)]
     async with (
-        asyncio.timeout(50),
+        asyncio.timeout(55),
         bind_tcp("tcp://127.0.0.1:*", FRAME, keys) as router,
         proxy_to(port_of(router.endpoint)) as proxy,
         asyncio.TaskGroup() as tasks,
     ):
-        sessions = Sessions(router, timeout_s=30.0, heartbeat_s=0.1)
+        sessions = Sessions(router, timeout_s=30.0, heartbeat_s=0.25)
         session = session_to(proxy.endpoint, keys)
         running = [
             tasks.create_task(
@@ -73,7 +73,7 @@ async def test_all_arrives_once_and_in_order_over_cuts(keys: Keys | None) -> Non
             if i % 100 == 80:
                 proxy.cut()
                 asyncio.get_running_loop().call_later(
-                    rng.choice([0.05, 0.6]), proxy.heal
+                    rng.choice([0.05, 1.5]), proxy.heal
                 )
             await asyncio.sleep(0.003)
         await until(lambda: len(up) == len(down) == num)
