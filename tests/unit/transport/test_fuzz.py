@@ -349,7 +349,7 @@ async def shower_an_instance() -> None:
                             pass  # what changed bytes asked
                 grown, num_objects = len(gc.get_objects()) - num_objects, num_objects
                 num_objects += grown
-            backend._is_asleep = False
+            backend._sleeping.clear()
             chunk = a_chunk(nonsense)
             chunk.chunk_id, chunk.prompt, chunk.max_tokens = ChunkId(1000), bytes(8), 3
             chunk.sampling = {"temperature": 0.0, "ignore_eos": True}
@@ -359,7 +359,7 @@ async def shower_an_instance() -> None:
             router.send(b"0.1", Stop())
             await working
             talking.cancel()
-    assert last.reason == "length"
+    assert last.reason == "length", last
     assert grown < MAX_GROWTH
     assert instance._running == {}
     assert len(instance._pending) <= 50
