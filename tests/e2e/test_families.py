@@ -43,7 +43,7 @@ KV_CACHE_BYTES = {
 # Of these, what new weights and short KV were tried with on an engine; all of them are
 # short of KV in tests/integration/test_vllm_kv.py.
 TRIED = {"gemma3_text"}
-SHORT_OF_KV = {"gemma3_text", "gpt_oss", "mistral", "granitemoehybrid"}
+SHORT_OF_KV = {"gemma3_text", "gpt_oss", "mistral", "granitemoehybrid", "qwen3_next"}
 # With two threads a CPU's sums round by how the batch is split between them.
 ONE_CORE = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
 # vLLM computes this family's linear attention on a CPU in bfloat16 only.
