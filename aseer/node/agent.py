@@ -45,7 +45,8 @@ from aseer.node.messages import (
 )
 from aseer.transport.base import PROTOCOL_VERSION, ConnectionRefused
 from aseer.transport.link import LinkFull, SessionOver
-from aseer.transport.sessions import FRAME, Session, SessionLost
+from aseer.transport.session import Session, SessionLost
+from aseer.transport.sessions import FRAME
 from aseer.transport.tcp import connect_tcp
 from aseer.transport.zeromq import bind_router, make_socket_dir
 from aseer.version import __version__

@@ -14,7 +14,8 @@ import pytest
 from aseer.errors import ConfigError, EngineError
 from aseer.transport.base import ConnectionRefused
 from aseer.transport.keys import Keys, derive_keys
-from aseer.transport.sessions import FRAME, Session, SessionLost, Sessions
+from aseer.transport.session import Session, SessionLost
+from aseer.transport.sessions import FRAME, Sessions
 from aseer.transport.tcp import bind_tcp, connect_tcp
 from tests.integration.proxy import proxy_to
 from tests.waiting import until

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from aseer.transport.base import ConnectionLost, HandshakeFailed
 from aseer.transport.memory import Faults, MemoryRouter
-from aseer.transport.sessions import FRAME, Frame, Session, SessionLost, Sessions
+from aseer.transport.session import Session, SessionLost
+from aseer.transport.sessions import FRAME, Frame, Sessions
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ class Node:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aseer.transport.sessions._FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr("aseer.transport.sessions._LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("aseer.transport.session._FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("aseer.transport.session._LONGEST_PAUSE_S", 0.01)
 
 
 @given(
