@@ -276,7 +276,7 @@ async def test_a_node_of_another_release_is_refused_with_both_versions(
 async def test_a_node_that_cannot_do_the_work_is_told_what_it_lacks(nodes, monkeypatch):
     node = nodes.start("one", num_instances=3)
     config = replace(nodes.config(start_timeout_s=6.0), device="cuda", engine_args={})
-    monkeypatch.setattr("aseer.runtime.engine.read_traits", lambda *_: None)
+    monkeypatch.setattr("aseer.runtime.engine.read_traits", lambda *_, **__: None)
     with pytest.raises(aseer.EngineError) as error:
         async with aseer.Engine(config):
             pass
