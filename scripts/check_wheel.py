@@ -43,9 +43,10 @@ def main() -> int:
     failed = []
     for python in (sys.executable, *args.python):
         found = shutil.which(python)
-        if found is None:
-            say(f"SKIPPED {python}: it is not on this machine")
-        elif python != sys.executable and version_of(found) == version_of():
+        version = version_of(found) if found else ""
+        if found is None or not version:
+            say(f"SKIPPED {python}: it is not on this machine, or does not run")
+        elif python != sys.executable and version == version_of():
             say(f"SKIPPED {python}: it is of the version that .venv has")
         elif not check(Path(found), for_pytest or list(TESTED)):
             failed.append(python)
@@ -55,7 +56,7 @@ def main() -> int:
 
 
 def version_of(python: str = sys.executable) -> str:
-    """Such as "3.11"."""
+    """Such as "3.11"; empty if it does not run, as a shim of pyenv's may not."""
     code = "import sys; print('{}.{}'.format(*sys.version_info))"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)
     return done.stdout.strip()

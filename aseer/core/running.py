@@ -37,6 +37,10 @@ class RunningChunks:
         """The requests that run on an instance; none if it is gone."""
         return list(self._instances.get(instance_id, {}).values())
 
+    def chunks_on(self, instance_id: InstanceId) -> list[ChunkId]:
+        """Their chunks."""
+        return [r.chunk.chunk_id for r in self.on(instance_id) if r.chunk is not None]
+
     def num_on(self, instance_id: InstanceId) -> int:
         """How many they are."""
         return len(self._instances.get(instance_id, ()))

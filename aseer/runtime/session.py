@@ -361,22 +361,24 @@ class Session:
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """Its chunks' requests wait again."""
-        if self._failure is not None:
-            self._end_if_over()
-            return
-        self._recorder.instance_down(instance_id, self._now())
-        running = self._controller.running.on(instance_id)
-        lost = [r.chunk.chunk_id for r in running if r.chunk is not None]
-        commands = self._controller.instance_down(instance_id, self._now(), why)
-        self._do(commands, lost=lost)
+        self._lose(instance_id, why, self._controller.instance_down)
 
     def instance_left(self, instance_id: InstanceId, why: str) -> None:
         """Its chunks' requests go on elsewhere; they are not to blame."""
+        self._lose(instance_id, why, self._controller.instance_left)
+
+    def _lose(
+        self,
+        instance_id: InstanceId,
+        why: str,
+        decide: Callable[[InstanceId, float, str], list[Command]],
+    ) -> None:
         if self._failure is not None:
             self._end_if_over()
             return
         self._recorder.instance_down(instance_id, self._now())
-        self._do(self._controller.instance_left(instance_id, self._now(), why))
+        lost = self._controller.running.chunks_on(instance_id)
+        self._do(decide(instance_id, self._now(), why), lost=lost)
 
     def exhausted(self, why: str) -> None:
         """Nothing can run any more."""

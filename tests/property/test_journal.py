@@ -103,9 +103,12 @@ class JournaledController(Controller):
         return self.note(super().instance_up(info, now))
 
     def instance_down(self, instance_id: InstanceId, now: float, why: str) -> Any:
-        running = self.running.on(instance_id)
-        lost = [r.chunk.chunk_id for r in running if r.chunk is not None]
+        lost = self.running.chunks_on(instance_id)
         return self.note(super().instance_down(instance_id, now, why), lost=lost)
+
+    def instance_left(self, instance_id: InstanceId, now: float, why: str) -> Any:
+        lost = self.running.chunks_on(instance_id)
+        return self.note(super().instance_left(instance_id, now, why), lost=lost)
 
     def cancel_group(self, group_id: GroupId, now: float) -> Any:
         return self.note(super().cancel_group(group_id, now))

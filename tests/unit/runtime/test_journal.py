@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aseer.core.columns import columns_of
 from aseer.errors import ConfigError
+from aseer.instance.messages import Report
 from aseer.journal.history import History, Weights, read
 from aseer.journal.keys import KeyMaker
 from aseer.runtime.identity import Identity
 from aseer.runtime.journal import Journal, JournalPlan, journal_path
-from tests.unit.builders import task_of
+from aseer.types import InstanceLoad
+from tests.unit.builders import info_of, report_of, task_of
 from tests.unit.runtime.test_session import A, Rolling
 
 if TYPE_CHECKING:
@@ -89,12 +92,15 @@ class Journaled(Rolling):
 
     @classmethod
     async def begun(
-        cls, before: bytes = b"", keys: list[GroupKey] | None = None
+        cls,
+        before: bytes = b"",
+        keys: list[GroupKey] | None = None,
+        **settings: Any,
     ) -> Journaled:
         Disk.before = before
         journal = Journal(JournalPlan(Path("j"), keys), lambda: IDENTITY, print)
         await journal.open()
-        return cls(journal=journal, first_chunk_id=0)
+        return cls(journal=journal, first_chunk_id=0, **settings)
 
     @property
     def disk(self) -> Disk:
@@ -148,6 +154,33 @@ async def test_the_end_waits_for_the_file_and_its_report_says_so() -> None:
     assert rolling.mailbox.is_closed
     assert rolling.session.report is not None
     assert rolling.session.report.journal_error is None
+
+
+@pytest.mark.parametrize("gone", ["instance_down", "instance_left"])
+async def test_what_comes_late_of_an_instance_that_is_gone_is_not_taken(gone) -> None:
+    rolling = await Journaled.begun(num_instances=1)
+    rolling.offer_tasks(keyed("g", num_requests=1))
+    rolling.work()
+    (chunk,) = rolling.pool.running.values()
+
+    def report(tokens: list[int], start: int) -> None:
+        progress = columns_of([report_of(chunk.chunk_id, tokens, start=start)])
+        rolling.session.instance_report(
+            chunk.instance_id, Report(progress, InstanceLoad())
+        )
+
+    report([1, 2], start=0)
+    rolling.pool.running.clear()
+    getattr(rolling.session, gone)(chunk.instance_id, "told by a test")
+    report([3], start=2)
+    rolling.session.instance_up(info_of(1), InstanceLoad())
+    rolling.end_all()
+    rolling.disk.work()
+    reading = read(rolling.disk.file)
+    assert not reading.damage
+    (response,) = rolling.seen()
+    assert len(response.token_ids) == 8
+    rolling.session.set_over()
 
 
 async def test_a_disk_that_fails_holds_nothing_back(caplog) -> None:
