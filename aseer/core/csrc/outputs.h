@@ -1,4 +1,5 @@
-// What requests have generated, and the chunks that add to it: see aseer/core/outputs.py.
+// What requests have generated, and the chunks that add to it: see
+// aseer/core/outputs.py.
 #pragma once
 
 #include <cstdint>
