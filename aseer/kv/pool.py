@@ -5,6 +5,10 @@ exits, or gives no answer in time, is killed and started again, at the same port
 a pause that doubles while servers are lost in quick succession; its engines find it
 there by themselves. An engine that starts while its server is down runs without a pool
 until it is started again.
+
+Servers and engines are started at once, since a server takes all its memory when it
+starts. An engine waits for its server before it loads anything
+(`aseer.instance.vllm.joining`).
 """
 
 from __future__ import annotations
@@ -92,6 +96,11 @@ class KvPool:
             total = sum_counts(total, sum_counts(server.past, server.counts))
         return total
 
+    def announce(self) -> None:
+        """Tell engines of the servers from here on, which are about to start."""
+        for server in self._servers:
+            server.is_expected = True
+
     async def start(self) -> None:
         """Start the servers and wait until each serves, or failed to.
 
@@ -100,6 +109,11 @@ class KvPool:
         async with asyncio.TaskGroup() as tasks:
             for server in self._servers:
                 tasks.create_task(server.try_to_start())
+
+    async def run(self) -> None:
+        """Start the servers, and keep them up until cancelled."""
+        await self.start()
+        await self.supervise()
 
     async def supervise(self) -> None:
         """Ask after the servers, and start dead ones again, until cancelled."""
@@ -127,7 +141,7 @@ class KvPool:
         if not self._servers:
             return {}  # the user's own connector
         server = self._servers[self.server_of(instance_id)]
-        if server.pid is None:
+        if not server.is_expected:
             _log.warning("instance %d starts without the KV pool", instance_id)
             return {}
         config = transfer_config(self._plan, server.port, server.log_path)

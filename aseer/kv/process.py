@@ -74,6 +74,8 @@ class ServerProcess:
         self.log_path = log_path
         self._process: Child | None = None
         self._is_up = False
+        self.is_expected = False
+        """Whether it serves, or is about to for the first time."""
         self._up_since = 0.0
         self._to_free = FreeQueue()
         self._to_prefetch: deque[Prefetch] = deque(maxlen=_MAX_PREFETCHES)
@@ -174,7 +176,7 @@ class ServerProcess:
         )
         self._tell(spec)
         self.counts = await self._hear(self._start_timeout_s)
-        self._is_up = True
+        self._is_up = self.is_expected = True
         self._up_since = time.monotonic()
         _log.info("the KV pool's server is up (pid %d)", process.pid)
 
@@ -227,7 +229,7 @@ class ServerProcess:
 
         If it is cancelled, it may be called again.
         """
-        self._is_up = False
+        self._is_up = self.is_expected = False
         self._to_free.clear()
         self._to_prefetch.clear()
         self._drop_below = None

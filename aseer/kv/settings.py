@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CONNECTOR = "GuardedConnector"
 CONNECTOR_MODULE = "aseer.kv.connector"
+PORT_KEY = "lmcache.mp.port"
 TIMEOUT_KEY = "aseer.timeout_s"
 POOL_LOG_KEY = "aseer.pool_log"
 SHM_PREFIX = "lmcache_l1_pool_"  # of LMCache's files in shared memory
@@ -268,7 +269,7 @@ def transfer_config(plan: PoolPlan, port: int, pool_log: Path) -> dict[str, Any]
     """
     extra: dict[str, Any] = {
         "lmcache.mp.host": "tcp://127.0.0.1",
-        "lmcache.mp.port": port,
+        PORT_KEY: port,
         "lmcache.mp.save_decode_cache": True,
         "lmcache.mp.eager_prefetch": True,
         "lmcache.mp.mp_transfer_mode": _TRANSFER_MODE,

@@ -174,8 +174,8 @@ class Host:
         try:
             async with asyncio.TaskGroup() as tasks:
                 if self.kv_pool is not None:
-                    await self.kv_pool.start()
-                    tasks.create_task(self.kv_pool.supervise())
+                    self.kv_pool.announce()
+                    tasks.create_task(self.kv_pool.run())
                 await self._pool.start()
                 tasks.create_task(self._pool.supervise())
                 if self.cluster is not None:

@@ -24,11 +24,9 @@ from dataclasses import fields
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -38,8 +36,17 @@ from aseer.dgds.messages import EXTRA_ARGS_KEY
 from aseer.errors import EngineError, describe
 from aseer.instance.base import EngineDied
 from aseer.instance.vllm import patches
+from aseer.instance.vllm.asking import (
+    HAS_REQUEST_INTERVAL,
+    STREAM_INTERVAL,
+    end_of,
+    engine_params,
+    not_finite,
+    sampled_logprobs,
+)
 from aseer.instance.vllm.caches import empty_caches
 from aseer.instance.vllm.images import ImagePrompts
+from aseer.instance.vllm.joining import join_pool
 from aseer.instance.vllm.limits import (
     are_mixed,
     kv_world_size,
@@ -51,7 +58,7 @@ from aseer.instance.vllm.speculation import (
     unpadded,
 )
 from aseer.instance.vllm.stats import EngineStats
-from aseer.instance.vllm.text import SETTINGS, Text
+from aseer.instance.vllm.text import Text
 from aseer.instance.vllm.v2 import PRICE_OF_V1, engine_args_for_v2, why_not_v2
 from aseer.kv.settings import cache_salt
 from aseer.types import ChunkEnd, InstanceId, InstanceInfo, KvGroup
@@ -59,15 +66,11 @@ from aseer.weights.files import describe_checkpoint, dtype_name
 
 if TYPE_CHECKING:
     from aseer.instance.base import Emit, InstanceSpec
-    from aseer.types import Chunk, ChunkId, FinishReason, InstanceLoad
+    from aseer.types import Chunk, ChunkId, InstanceLoad
     from aseer.weights.checks import ModelSpec
 
 _log = logging.getLogger("aseer.instance")
 
-STREAM_INTERVAL = 16
-_HAS_REQUEST_INTERVAL = (
-    "stream_interval" in inspect.signature(SamplingParams).parameters
-)
 # By default vLLM keeps what sliding windows and recurrent states need for a resume only
 # at the end of a request's prompt, and a resumed chunk would compute the whole chunk
 # before it again. None keeps it at every block's end, and changes no other model.
@@ -91,8 +94,8 @@ class VllmBackend:
 
     async def start(self) -> InstanceInfo:
         """See `Backend`."""
-        args = dict(self._spec.engine_args)
-        if not _HAS_REQUEST_INTERVAL:
+        args = await join_pool(self._spec.engine_args)
+        if not HAS_REQUEST_INTERVAL:
             args.setdefault("stream_interval", STREAM_INTERVAL)
         if _HAS_RETENTION_INTERVAL:
             args.setdefault("prefix_cache_retention_interval", None)
@@ -204,7 +207,7 @@ class VllmBackend:
     async def _generate(self, chunk: Chunk, request_id: str, emit: Emit) -> ChunkEnd:
         text = Text(chunk, self._tokenizer) if chunk.sampling["detokenize"] else None
         inputs = array("i", chunk.prompt + chunk.generated).tolist()
-        params = _engine_params(chunk)
+        params = engine_params(chunk)
         if self._speculation is not None and self._speculation.drafts_by_group:
             params.extra_args = {
                 **(params.extra_args or {}),
@@ -227,11 +230,11 @@ class VllmBackend:
                 cached = output.num_cached_tokens
                 emit(num_cached_tokens=cached)
             tokens = list(done.token_ids)
-            logprobs = _sampled_logprobs(done.logprobs, tokens)
+            logprobs = sampled_logprobs(done.logprobs, tokens)
             # Of floats of 32 bits the sum is finite if each is.
             if not math.isfinite(sum(logprobs)):
                 await self._engine.abort(request_id)
-                return _not_finite(tokens, logprobs, text)
+                return not_finite(tokens, logprobs, text)
             stopped = done.finish_reason == "stop"
             hit = None
             if text is not None:
@@ -246,7 +249,7 @@ class VllmBackend:
             if hit is not None:
                 return ChunkEnd(reason="stop", stop_reason=hit)
             if done.finish_reason is not None:
-                return _end(done, text)
+                return end_of(done, text)
         raise EngineDied(f"the engine ended {request_id} without a reason")
 
     @property
@@ -334,66 +337,3 @@ class VllmBackend:
         """See `Backend`."""
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
-
-
-def _engine_params(chunk: Chunk) -> SamplingParams:
-    """vLLM's settings for one chunk; stop strings and text are `Text`'s."""
-    settings = {k: v for k, v in chunk.sampling.items() if k not in SETTINGS}
-    structured = settings.pop("structured_outputs")
-    for name in ("stop_token_ids", "allowed_token_ids", "bad_words"):
-        if settings[name] is not None:
-            settings[name] = list(settings[name])
-    if _HAS_REQUEST_INTERVAL:
-        settings["stream_interval"] = 1 if chunk.sampling["stop"] else STREAM_INTERVAL
-    return SamplingParams(
-        **settings
-        | {
-            "max_tokens": chunk.max_tokens,
-            "min_tokens": chunk.min_tokens,
-            "seed": chunk.seed,
-            "structured_outputs": StructuredOutputsParams(**structured)
-            if structured
-            else None,
-            "logprobs": 0,
-            "flat_logprobs": True,
-            "detokenize": False,
-            "output_kind": RequestOutputKind.DELTA,
-        }
-    )
-
-
-def _sampled_logprobs(logprobs: Any, tokens: list[int]) -> list[float]:
-    """The sampled token's logprob of each position; it comes first in vLLM's rows."""
-    if not tokens:
-        return []
-    return [logprobs.logprobs[start] for start in logprobs.start_indices]
-
-
-def _not_finite(
-    tokens: list[int], logprobs: list[float], text: Text | None
-) -> ChunkEnd:
-    """No trainer can use a token of such a logprob, nor what was sampled after it."""
-    bad = next(i for i, x in enumerate(logprobs) if not math.isfinite(x))
-    return ChunkEnd(
-        reason="error",
-        error=f"the engine says that it sampled token {tokens[bad]} with the logprob "
-        f"{logprobs[bad]}: the model's logits are not finite, or the sampling "
-        "parameters leave no token that may be sampled",
-        held_text=text.take(finished=True) if text else "",
-    )
-
-
-def _end(done: Any, text: Text | None) -> ChunkEnd:
-    reason = done.finish_reason
-    if reason == "stop":
-        stop = done.stop_reason  # None for the model's own end token: say which it was
-        return ChunkEnd(
-            reason="stop", stop_reason=done.token_ids[-1] if stop is None else stop
-        )
-    held = text.take(finished=True) if text else ""
-    if reason in ("length", "abort"):
-        kind: FinishReason = "length" if reason == "length" else "aborted"
-        return ChunkEnd(reason=kind, held_text=held)
-    return ChunkEnd(
-        reason="error", error=f"vLLM ended it with {reason!r}", held_text=held
-    )

@@ -46,6 +46,13 @@ def test_an_engine_that_starts_while_its_server_is_down_has_no_pool():
     assert pool.engine_args(0) == {}
 
 
+def test_an_engine_that_starts_together_with_its_server_is_told_of_it():
+    pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, Path(), None)
+    pool.announce()
+    assert pool.pids == []
+    assert pool.engine_args(0) == pool.engine_args(1) != {}
+
+
 def test_a_servers_last_error_is_told_with_an_engines(tmp_path):
     pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, tmp_path, None)
     assert pool.cause(0) == ""
