@@ -5,39 +5,46 @@
             async for response in rollout:
                 ...
 
-Importing this package imports neither vllm nor torch.
+Importing this package imports neither vllm nor torch, and of aseer itself only what is
+used: each process of an engine imports aseer, and most need little of it.
 """
 
-from aseer.config import EngineConfig, KvPoolConfig, SpeculationConfig
-from aseer.errors import (
-    AseerError,
-    ConfigError,
-    EngineClosedError,
-    EngineError,
-    InstanceLostError,
-    InstanceStartError,
-    InvalidTransition,
-    ProtocolError,
-    RolloutClosedError,
-    RolloutError,
-    RolloutInProgressError,
-    WeightUpdateError,
-)
-from aseer.groups import Group
-from aseer.report import (
-    InstanceReport,
-    Progress,
-    RolloutReport,
-    WeightUpdateReport,
-)
-from aseer.runtime.desk import Desk
-from aseer.runtime.engine import Engine
-from aseer.runtime.once import rollout
-from aseer.runtime.rollout import Rollout, SyncRollout
-from aseer.sampling import SamplingParams
-from aseer.types import RequestMetrics, Response
-from aseer.version import __version__
-from aseer.weights.target import WeightTarget
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aseer.config import EngineConfig, KvPoolConfig, SpeculationConfig
+    from aseer.errors import (
+        AseerError,
+        ConfigError,
+        EngineClosedError,
+        EngineError,
+        InstanceLostError,
+        InstanceStartError,
+        InvalidTransition,
+        ProtocolError,
+        RolloutClosedError,
+        RolloutError,
+        RolloutInProgressError,
+        WeightUpdateError,
+    )
+    from aseer.groups import Group
+    from aseer.report import (
+        InstanceReport,
+        Progress,
+        RolloutReport,
+        WeightUpdateReport,
+    )
+    from aseer.runtime.desk import Desk
+    from aseer.runtime.engine import Engine
+    from aseer.runtime.once import rollout
+    from aseer.runtime.rollout import Rollout, SyncRollout
+    from aseer.sampling import SamplingParams
+    from aseer.types import RequestMetrics, Response
+    from aseer.version import __version__
+    from aseer.weights.target import WeightTarget
 
 __all__ = [
     "AseerError",
@@ -71,3 +78,40 @@ __all__ = [
     "__version__",
     "rollout",
 ]
+
+# Where each public name is; those of errors are found there without being listed.
+_HOMES = {
+    "Desk": "runtime.desk",
+    "Engine": "runtime.engine",
+    "EngineConfig": "config",
+    "Group": "groups",
+    "InstanceReport": "report",
+    "KvPoolConfig": "config",
+    "Progress": "report",
+    "RequestMetrics": "types",
+    "Response": "types",
+    "Rollout": "runtime.rollout",
+    "RolloutReport": "report",
+    "SamplingParams": "sampling",
+    "SpeculationConfig": "config",
+    "SyncRollout": "runtime.rollout",
+    "WeightTarget": "weights.target",
+    "WeightUpdateReport": "report",
+    "__version__": "version",
+    "rollout": "runtime.once",
+}
+
+
+if not TYPE_CHECKING:  # a checker would take any name for one that is here
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}")
+        value = globals()[name] = getattr(home, name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))

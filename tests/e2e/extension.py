@@ -1,4 +1,4 @@
-"""A user's extension of vLLM's workers, for `test_worker_extension.py`."""
+"""A user's extension of vLLM's workers, for `test_weights.py`."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ KV_CACHE_BYTES = {
     "granitemoehybrid": 10 << 20,
     "qwen3_next": 5 << 20,
 }
+STEP_TOKENS = 128  # that an engine computes at a time
 # Of these, what new weights and short KV were tried with on an engine; all of them are
 # short of KV in tests/integration/test_vllm_kv.py.
 TRIED = {"gemma3_text"}
@@ -99,7 +100,7 @@ def mixed(request: pytest.FixtureRequest) -> Iterator[aseer.Engine]:
         num_instances=1,
         chunk_size=64,
         kv_cache_bytes=KV_CACHE_BYTES[request.param],
-        engine_args={"max_num_batched_tokens": 128},
+        engine_args={"max_num_batched_tokens": STEP_TOKENS},
         env=ONE_CORE,
     )
     with aseer.Engine(config) as engine:
@@ -132,6 +133,26 @@ def test_new_weights_reach_every_layer_of_a_mixed_model(mixed):
     if family_of(mixed) not in TRIED:
         pytest.skip("not tried with this family")
     new_weights_reach_every_layer(mixed)
+
+
+def test_a_prompt_computed_in_parts_changes_no_seeded_sample(mixed):
+    """vLLM samples after each part, takes it back, and dies of that on a CPU."""
+    groups = [
+        aseer.Group(
+            [5 + (i + j) % 80 for j in range(100 + 60 * i)],
+            n=1,
+            group_id=f"g{i}",
+            sampling={"max_tokens": 40, "ignore_eos": True, "seed": i},
+        )
+        for i in range(4)
+    ]
+    assert sum(len(g.prompt) for g in groups) > 4 * STEP_TOKENS
+    in_parts = by_request(list(mixed.rollout_sync(groups, chunk_size=16)))
+    # One at a time, with the prompt's KV there but for less than a step's tokens.
+    whole = [r for g in groups for r in mixed.rollout_sync([g], chunk_size=16)]
+    for response in whole:
+        assert response.finish_reason == "length"
+        assert in_parts[response.request_id].token_ids == response.token_ids
 
 
 @pytest.fixture(scope="module", params=EXPERTS)

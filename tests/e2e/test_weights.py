@@ -21,6 +21,7 @@ import aseer
 from aseer.kv.pool import KvPool
 from aseer.models.tiny import make_tiny
 from aseer.runtime.followers import KvUpkeep
+from tests.e2e.extension import SAYS
 from tests.e2e.tiny import by_request, tiny_config, tiny_model
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def expected(checkpoint: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[aseer.Engine]:
-    config = tiny_config(num_instances=2, chunk_size=64)
+    args = {"worker_extension_cls": "tests.e2e.extension.Extension"}
+    config = tiny_config(num_instances=2, chunk_size=64, engine_args=args)
     with aseer.Engine(config) as engine:
         yield engine
 
@@ -122,6 +124,12 @@ def test_after_an_update_responses_are_those_of_a_fresh_engine(
         assert_same(roll(engine), expected)
         engine.update_weights_sync(state_dict_of(tiny_model()))
         assert_same(roll(engine), old)
+
+
+def test_a_users_extension_is_in_the_workers_beside_ours(engine):
+    """The updates of this page go by calls that ours has."""
+    for path in engine.log_paths[:2]:
+        assert f"{SAYS} WorkerExtensionWithExtension" in path.read_text()
 
 
 @pytest.mark.slow
@@ -245,7 +253,13 @@ def make_tied(directory: Path, seed: int, *, twice: bool) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("twice", [False, True], ids=["one name", "two names"])
+@pytest.mark.parametrize(
+    "twice",
+    [
+        pytest.param(False, id="one name"),
+        pytest.param(True, id="two names", marks=pytest.mark.slow),
+    ],
+)
 def test_an_output_layer_that_shares_the_embedding_follows_it(engine, tmp_path, twice):
     """Whatever names the engine's checkpoint has, and whatever the trainer gives."""
     old = make_tied(tmp_path / "old", 1, twice=twice)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+import aseer
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "aseer"
 
@@ -276,12 +278,36 @@ def test_an_allowed_import_is_not_reported(module: str, source: str) -> None:
     assert violations(module, source) == []
 
 
-def test_importing_aseer_imports_nothing_heavy() -> None:
-    report = "import json, sys, aseer; print(json.dumps(sorted(sys.modules)))"
+def imported_by(statement: str) -> set[str]:
+    """The modules that a new interpreter has after a statement."""
+    report = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", report], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    imported = {name.split(".")[0] for name in json.loads(done.stdout)}
-    assert "aseer" in imported
-    assert imported.isdisjoint(HEAVY)
+    return set(json.loads(done.stdout))
+
+
+def test_importing_all_of_aseer_imports_nothing_heavy() -> None:
+    imported = imported_by("from aseer import *")
+    assert "aseer.runtime.engine" in imported
+    assert {name.split(".")[0] for name in imported}.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("module", ["instance.main", "node.janitor"])
+def test_a_process_of_an_engine_imports_nothing_of_the_users(module: str) -> None:
+    """Engines start a few of each; every import is in the time that a start takes."""
+    imported = imported_by(f"import aseer.{module}")
+    assert f"aseer.{module}" in imported
+    assert not [
+        name
+        for name in imported
+        if name.startswith(("aseer.runtime", "aseer.controller", "aseer.scheduler"))
+    ]
+
+
+def test_every_public_name_is_found_and_no_other() -> None:
+    assert all(hasattr(aseer, name) for name in aseer.__all__)
+    assert set(aseer.__all__) <= set(dir(aseer))
+    with pytest.raises(AttributeError, match="has no attribute 'Engin'"):
+        getattr(aseer, "Engin")  # noqa: B009 - a checker sees that it is not there
