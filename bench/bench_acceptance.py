@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from common import print_result, result_line
-from drafting import Group, add_arguments, import_arctic, read_traces, settings_of
+from drafting import add_arguments, import_arctic, read_traces, settings_of
 
 from aseer.dgds.cst import SuffixForest
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+    from aseer.data.trace import TraceGroup
 
 SIBLINGS = (0, 1, 3, 7)
 DRAFT_COUNTS = (1, 2, 3, 4, 5, 6, 7)
@@ -72,7 +74,9 @@ class ArcticSetting(NamedTuple):
     two_trees: bool
 
 
-def cases_of(groups: Sequence[Group], num_siblings: int, stride: int) -> list[Case]:
+def cases_of(
+    groups: Sequence[TraceGroup], num_siblings: int, stride: int
+) -> list[Case]:
     """Choose each stride-th response of each group, its siblings in cyclic order."""
     cases = []
     for group in groups:

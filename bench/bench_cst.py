@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from common import print_result, quantiles, result_line
 from drafting import (
-    Group,
     add_arguments,
     import_arctic,
     read_traces,
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+
+    from aseer.data.trace import TraceGroup
 
 BATCH_GROUPS = 8
 MAX_DRAFT = 8
@@ -70,7 +71,7 @@ class Arm(Protocol):
 class Ours:
     """A forest, and a handle for each row."""
 
-    def __init__(self, groups: Sequence[Group], depth: int) -> None:
+    def __init__(self, groups: Sequence[TraceGroup], depth: int) -> None:
         self.forest = SuffixForest(max_match=depth)
         trees = [(self.forest.open_group(g.prompt), g.responses) for g in groups]
         self.requests = np.array(
@@ -103,7 +104,7 @@ class Ours:
 class Arctic:
     """A tree a group, and the sequence number of each row in it."""
 
-    def __init__(self, groups: Sequence[Group], depth: int) -> None:
+    def __init__(self, groups: Sequence[TraceGroup], depth: int) -> None:
         module = import_arctic()
         self._append = module.SuffixTree.extend_ndarray
         self._draft = module.SuffixTree.speculate_ndarray
@@ -141,7 +142,7 @@ class Arctic:
 ARMS: dict[str, type[Ours | Arctic]] = {"ours": Ours, "arctic": Arctic}
 
 
-def steps_of(groups: Sequence[Group], depth: int) -> Iterator[Step]:
+def steps_of(groups: Sequence[TraceGroup], depth: int) -> Iterator[Step]:
     """Yield the steps that replay a batch, until its last response ends."""
     texts = [(g.prompt, response) for g in groups for response in g.responses]
     for i in range(max(len(response) for _, response in texts)):
@@ -157,7 +158,7 @@ def steps_of(groups: Sequence[Group], depth: int) -> Iterator[Step]:
         yield Step(np.array(rows), contexts, tokens)
 
 
-def replay(groups: Sequence[Group], depth: int) -> dict[str, dict[str, Any]]:
+def replay(groups: Sequence[TraceGroup], depth: int) -> dict[str, dict[str, Any]]:
     """Time both arms; seconds a request for each step, hits, bytes."""
     arms: dict[str, Arm] = {name: arm(groups, depth) for name, arm in ARMS.items()}
     results: dict[str, dict[str, Any]] = {
@@ -188,7 +189,7 @@ def replay(groups: Sequence[Group], depth: int) -> dict[str, dict[str, Any]]:
     return results
 
 
-def resident_growth(name: str, groups: Sequence[Group], depth: int) -> int:
+def resident_growth(name: str, groups: Sequence[TraceGroup], depth: int) -> int:
     """Bytes by which the process grows when it holds all texts in one arm's trees."""
     page_size = 4096
     batches = [list(steps_of([group], depth)) for group in groups]
@@ -251,7 +252,9 @@ def scaling(total_tokens: int, depth: int, seed: int) -> list[dict[str, float]]:
     return points
 
 
-def compare(groups: Sequence[Group], depth: int, repetitions: int) -> dict[str, Any]:
+def compare(
+    groups: Sequence[TraceGroup], depth: int, repetitions: int
+) -> dict[str, Any]:
     """Replay all batches so many times, and sum up."""
     batches = [
         list(groups[i : i + BATCH_GROUPS]) for i in range(0, len(groups), BATCH_GROUPS)

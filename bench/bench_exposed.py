@@ -177,7 +177,7 @@ class Engine:
         for row, new in zip(tokens, sampled, strict=True):
             row[: len(new)] = new
         self.ahead.took(
-            SimpleNamespace(  # type: ignore[arg-type]
+            SimpleNamespace(
                 model_runner_output=SimpleNamespace(
                     req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}
                 ),

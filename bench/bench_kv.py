@@ -29,9 +29,11 @@ from common import print_result, quantiles, result_line
 from mooncake_nodes import mooncake_nodes
 
 import aseer
-from aseer import scheduler, session
+from aseer import scheduler
 from aseer.data import load_prompts
+from aseer.kv.pool import KvPool
 from aseer.models import smollm2, tiny
+from aseer.types import InstanceId
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 # Ways that take turns; what an engine has itself is looked at after the first of each.
 POOL_WAYS = ("dram", "disk", "recompute")
 MOONCAKE_WAYS = ("mooncake", "recompute")
-_there = 0  # the instance that every chunk is sent to
+_there = InstanceId(0)  # the instance that every chunk is sent to
 
 
 def config_of(
@@ -58,14 +60,14 @@ def config_of(
 @contextlib.contextmanager
 def everything_goes_there() -> Iterator[None]:
     """Chunks are sent to instance `_there`, and what is finished is not freed."""
-    place, free = scheduler.place_by_affinity, session.Session._free_kv
-    scheduler.place_by_affinity = lambda holders, room: _there  # type: ignore[assignment]
-    session.Session._free_kv = lambda *_: None  # type: ignore[method-assign]
+    place, free = scheduler.place_by_affinity, KvPool.free
+    scheduler.place_by_affinity = lambda holders, room: _there
+    KvPool.free = lambda *_: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         scheduler.place_by_affinity = place
-        session.Session._free_kv = free  # type: ignore[method-assign]
+        KvPool.free = free  # type: ignore[method-assign]
 
 
 def run_there(
@@ -73,7 +75,7 @@ def run_there(
 ) -> tuple[float, int, int]:
     """One token after a prompt: seconds, the token, tokens that were found."""
     global _there
-    _there = where
+    _there = InstanceId(where)
     assert engine._host is not None
     engine._host.weights.version = version
     group = aseer.Group(list(prompt), n=1, sampling={"temperature": 0, "max_tokens": 1})
@@ -87,8 +89,7 @@ def resume_times(
     engine: aseer.Engine, args: argparse.Namespace, ways: tuple[str, ...]
 ) -> dict[str, Any]:
     """Seconds by length and way."""
-    host = engine._host
-    assert host is not None
+    thread, host = engine._open()
     pool, rng, version = host.kv_pool, random.Random(args.seed), 0
     times: dict[int, dict[str, list[float]]] = {
         n: {way: [] for way in (*ways, "own_cache")} for n in args.lengths
@@ -104,7 +105,7 @@ def resume_times(
             if way == "disk":
                 assert pool is not None
                 wait_until_written(pool)
-                host.submit(pool.clear_dram()).result()
+                thread.submit(pool.clear_dram).result()
             elif way == "mooncake":
                 time.sleep(1.5)  # it says nowhere when all is stored
             # Under another weight version nothing is found.
@@ -131,7 +132,7 @@ def wait_until_written(pool: Any) -> None:
 
 def rollouts(engines: dict[str, aseer.Engine], args: argparse.Namespace) -> Any:
     """Tokens a second of the same rollout with a pool and without, and what it took."""
-    prompts = [[5, 6, i] * 20 for i in range(7, 7 + args.groups)]
+    prompts: list[Any] = [[5, 6, i] * 20 for i in range(7, 7 + args.groups)]
     if args.model != "tiny":
         prompts = [r.messages or r.prompt for r in load_prompts()[: args.groups]]
     sampling = {"temperature": 0.7, "max_tokens": args.max_tokens}
@@ -233,7 +234,8 @@ def with_and_without(
                 chunk_size=args.chunk_size,
             )
             engines[arm] = stack.enter_context(aseer.Engine(config))
-        return rollouts(engines, args)
+        figures: dict[str, Any] = rollouts(engines, args)
+        return figures
 
 
 def main() -> None:

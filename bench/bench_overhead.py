@@ -102,7 +102,7 @@ def serve_instance() -> None:
             ]
             return list(last.outputs[0].token_ids)
 
-    instance.make_backend = OpenBackend  # type: ignore[assignment]
+    instance.make_backend = OpenBackend
     instance.main()
 
 

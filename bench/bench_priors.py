@@ -74,7 +74,7 @@ def batch_of(
     for r in responses:
         sample = Sample(r.metadata, r.prompt_token_ids, r.token_ids, r.logprobs)
         groups[r.group_id].append(sample)
-    batch = []
+    batch: list[train.Trained] = []
     for samples in groups.values():
         scores = torch.tensor([task.reward(sample) for sample in samples])
         advantages = (scores - scores.mean()) / (scores.std() + 1e-4)

@@ -33,7 +33,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from common import print_result, quantiles, result_line
 from replaying import (
@@ -448,7 +448,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         "arms": summaries(arms, runs),
         "fitted_steps": {
-            "with pool" if pool else "without": asdict(cluster.step_time)
+            "with pool" if pool else "without": asdict(cast("Any", cluster.step_time))
             for pool, cluster in clusters.items()
         },
     }

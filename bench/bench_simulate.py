@@ -199,8 +199,8 @@ class Runs:
                 with self._path.open("a") as file:
                     file.write(json.dumps(run) + "\n")
         self.commits.add(run["commit"])
-        figures = run["figures"]
-        return figures
+        found: dict[str, Any] = run["figures"]
+        return found
 
 
 def rollouts_of(
@@ -222,7 +222,7 @@ def ratios(figures: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         both = zip(figures[base], figures[arm], strict=True)
         values = [b["wall_s"] / a["wall_s"] for b, a in both]
         error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-        row = {
+        row: dict[str, Any] = {
             "arm": arm,
             "over": base,
             "mean": round(float(np.mean(values)), 4),
@@ -243,7 +243,7 @@ def summary(
         drafts = ARMS[arm].get("drafting")
         oracles = figures["oracle + drafts" if drafts else "oracle"]
         over_oracle = zip(oracles, rollouts, strict=True)
-        row = {
+        row: dict[str, Any] = {
             "arm": arm,
             "speedup": quantiles([b["wall_s"] / r["wall_s"] for b, r in both]),
             "paper": PAPER[name].get(arm),

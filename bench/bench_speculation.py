@@ -34,7 +34,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from common import print_result, quantiles, result_line
@@ -61,7 +61,9 @@ def config_of(
     runner, _, method = arm.rpartition("-")
     method = "off" if method == CONTROL else method
     speculation: Any = (
-        method if method in METHODS else aseer.SpeculationConfig(budget=method)
+        method
+        if method in METHODS
+        else aseer.SpeculationConfig(budget=cast("Any", method))
     )
     longest = max(len(group.prompt) for group in recorded.groups)
     return aseer.EngineConfig(

@@ -15,7 +15,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from common import print_result, quantiles, result_line
@@ -73,7 +73,9 @@ def main() -> None:
                     for part in ("send_s", "prepare_s", "switch_s"):
                         value = getattr(report, part)
                         times.setdefault(f"{kind}_{part}", []).append(value)
-    figures = {name: quantiles(values[1:], digits=4) for name, values in times.items()}
+    figures: dict[str, Any] = {
+        name: quantiles(values[1:], digits=4) for name, values in times.items()
+    }
     figures["megabytes"] = round(report.num_bytes / 1e6, 1)
     settings = {k: v for k, v in vars(args).items() if k != "save"}
     line = result_line("weights", settings=settings, figures=figures)

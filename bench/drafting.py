@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aseer.data import trace
-from aseer.data.trace import TraceGroup as Group
+from aseer.data.trace import TraceGroup
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 VOCABULARY = 4096
 
 
-def read_traces(path: Path | None, *, smoke: bool) -> list[Group]:
+def read_traces(path: Path | None, *, smoke: bool) -> list[TraceGroup]:
     """Read a trace file; without one, make up a small trace for a smoke run."""
     if path is None:
         if not smoke:
@@ -32,7 +32,7 @@ def read_traces(path: Path | None, *, smoke: bool) -> list[Group]:
 
 def synthetic_traces(
     *, num_groups: int, num_responses: int, num_tokens: int, seed: int
-) -> list[Group]:
+) -> list[TraceGroup]:
     """Make groups whose responses are noisy walks over a few phrases they share."""
     rng = np.random.default_rng(seed)
     groups = []
@@ -46,7 +46,7 @@ def synthetic_traces(
             text = np.where(noise, rng.integers(0, VOCABULARY, len(text)), text)
             responses.append(text.astype(np.int32))
         prompt = phrases[:3].reshape(-1).astype(np.int32)
-        groups.append(Group(prompt, responses))
+        groups.append(TraceGroup(prompt, responses))
     return groups
 
 

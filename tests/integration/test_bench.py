@@ -40,6 +40,16 @@ NEEDS_VLLM = pytest.mark.skipif(
             marks=[NEEDS_VLLM, pytest.mark.slow, pytest.mark.timeout(500)],
         ),
         pytest.param(
+            "kv",
+            {"resume_s", "rollout"},
+            marks=[NEEDS_VLLM, pytest.mark.slow, pytest.mark.timeout(500)],
+        ),
+        pytest.param(
+            "weights",
+            {"state_dict_s"},
+            marks=[NEEDS_VLLM, pytest.mark.slow, pytest.mark.timeout(500)],
+        ),
+        pytest.param(
             "priors",
             {"error_factor"},
             marks=[NEEDS_VLLM, pytest.mark.slow, pytest.mark.timeout(500)],
