@@ -102,5 +102,5 @@ def describe_exit(status: int) -> str:
     if status >= 0:
         return f"exited with status {status}"
     name = signal.Signals(-status).name
-    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    hint = " (was the machine short of memory?)" if name == "SIGKILL" else ""
     return f"was killed by {name}{hint}"

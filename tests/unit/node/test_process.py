@@ -43,7 +43,9 @@ def test_what_an_earlier_process_wrote_is_no_cause(tmp_path):
 
 def test_exits_are_told_in_words():
     assert describe_exit(1) == "exited with status 1"
-    assert describe_exit(-9) == "was killed by SIGKILL (out of memory?)"
+    assert (
+        describe_exit(-9) == "was killed by SIGKILL (was the machine short of memory?)"
+    )
     assert describe_exit(-11) == "was killed by SIGSEGV"
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
+from aseer.node.process import describe_exit
 from aseer.runtime.restarts import MAX_FORGIVEN, RestartBudget, lacks_device_memory
 
 
@@ -51,6 +54,7 @@ def test_more_is_never_given_back_than_was_there():
         ("CUDA error: CUDA_ERROR_OUT_OF_MEMORY at cumem_allocator.cpp", True),
         ("it died: no such model", False),
         ("Free memory on device cuda:0 is 60 GiB", False),
+        (describe_exit(-signal.SIGKILL), False),
     ],
 )
 def test_starts_that_lack_device_memory_are_told_from_others(why, lacks):
