@@ -15,6 +15,7 @@ import inspect
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import threading
 import time
@@ -71,6 +72,9 @@ def pytest_configure(config: pytest.Config) -> None:
     ]:
         if variable not in os.environ:
             patch.setenv(variable, kept)
+    # Hundreds of processes import aseer; each would compile it anew.
+    patch.setattr(sys, "dont_write_bytecode", False)
+    patch.setenv("PYTHONDONTWRITEBYTECODE", "")
     # Processes that rename themselves keep their environment readable.
     patch.setenv("SPT_NOENV", "1")
     patch.setenv("VLLM_NO_USAGE_STATS", "1")
