@@ -19,6 +19,7 @@ import logging
 import time
 from contextlib import suppress
 from functools import partial
+from random import Random
 from typing import TYPE_CHECKING
 
 from aseer.context import LengthPriors
@@ -101,6 +102,7 @@ class Host:
         self._exhausted: str | None = None
         self._session: Session | None = None
         self._next_chunk_id = 0
+        self._seeds = Random(config.seed)
         self._identifier = Identifier(config)
         self._done = Figures()  # by rollouts that are over
         self.metrics_url: str | None = None
@@ -256,6 +258,7 @@ class Host:
                 length_priors=self._length_priors,
                 call_log=self._new_call_log(),
                 journal=journal,
+                seeds=self._seeds,
             )
             for instance_id, info in sorted(self.infos.items()):
                 session.instance_up(info, self._loads[instance_id])

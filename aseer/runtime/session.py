@@ -17,6 +17,7 @@ import logging
 import threading
 import time
 from dataclasses import replace
+from random import Random
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
@@ -97,6 +98,7 @@ class Session:
         length_priors: LengthPriors | None = None,
         call_log: CallLog | None = None,
         journal: Journal | None = None,
+        seeds: Random | None = None,
     ) -> None:
         self._pool = pool
         self._weight_version = weight_version
@@ -126,6 +128,7 @@ class Session:
             priors=length_priors,
         )
         self._journal = journal
+        self._seeds = seeds or Random()
         self._started_at = time.monotonic()
         self._post = post
         self._intake_lock = threading.RLock()  # an iterator's end may come in between
@@ -237,6 +240,7 @@ class Session:
         past: dict[GroupId, dict[int, Past]] = {}
         if self._journal is not None:
             tasks, past = self._journal.add_groups(tasks)
+        tasks = [self._seeded(task) for task in tasks]
         commands = self._controller.add_groups(tasks, self._now(), past)
         self._followers.added(tasks, past)
         self._do(commands)
@@ -248,6 +252,16 @@ class Session:
             if task.group_id in self._cancelled_early:
                 self._cancelled_early.discard(task.group_id)
                 self._do(self._controller.cancel_group(task.group_id, self._now()))
+
+    def _seeded(self, task: Task) -> Task:
+        """The group with a seed, if its requests start over where an instance is lost.
+
+        With other random numbers short responses would be the likelier ones, as they
+        have two chances to end before the instance does.
+        """
+        if task.seed is not None or task.undivided_because is None:
+            return task
+        return replace(task, seed=self._seeds.getrandbits(63))
 
     def close_intake_soon(self) -> None:
         """No more groups will be offered; from any thread."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -523,3 +524,34 @@ async def test_a_finished_group_teaches_its_prompts_next_rollout() -> None:
     rolling.work()
     rolling.end_all()
     assert priors.get(task_of("g").prompt) == 8
+
+
+async def test_what_starts_over_draws_the_same_random_numbers_again() -> None:
+    """Else short responses had two chances to end before their instance is lost."""
+    rolling = Rolling()
+    rolling.offer("u", undivided_because="bad_words")
+    rolling.offer("own", undivided_because="bad_words", seed=7)
+    rolling.offer("d")
+    rolling.work()
+    first = {c.request_id: c for c in rolling.pool.running.values()}
+    assert first["u/0"].seed not in (None, first["u/1"].seed)
+    assert first["own/0"].seed != first["u/0"].seed
+    assert first["d/0"].seed is None, "it goes on where it was"
+    rolling.kill(first["u/0"].instance_id)
+    rolling.work()
+    again = {c.request_id: c for c in rolling.pool.running.values()}
+    assert again["u/0"].chunk_id != first["u/0"].chunk_id
+    assert again["u/0"].seed == first["u/0"].seed
+    rolling.session.set_over()
+
+
+async def test_engines_with_a_seed_repeat_what_starts_over() -> None:
+    seeds = []
+    for settings in ({}, {}, {"seeds": Random(5)}, {"seeds": Random(5)}):
+        rolling = Rolling(**settings)
+        rolling.offer("u", num_requests=1, undivided_because="bad_words")
+        rolling.work()
+        seeds += [chunk.seed for chunk in rolling.pool.running.values()]
+        rolling.session.set_over()
+    assert len(set(seeds)) == 3
+    assert seeds[2] == seeds[3]
