@@ -111,7 +111,8 @@ _TABLE: Mapping[Activity, Mapping[Call, Verdict]] = {
         Call.ABORT: Verdict.ABORT,
     },
     Activity.LEFT: {Call.WAKE: Verdict.DONE},
-    Activity.UPDATING: {Call.WAKE: Verdict.DONE, Call.ABORT: Verdict.DONE},
+    # It may be that of an engine that is half awake.
+    Activity.UPDATING: {Call.ABORT: Verdict.DONE},
     Activity.FALLING_ASLEEP: {Call.ABORT: Verdict.DONE},
     Activity.ASLEEP: {
         Call.SLEEP: Verdict.DONE,

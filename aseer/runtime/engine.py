@@ -287,7 +287,7 @@ class Engine(TakesWeights):
         A trainer on the same GPUs that needs memory while it sends new weights wakes
         ["weights"], calls `update_weights`, frees what it has, and wakes ["kv_cache"].
         In between there are weight updates and no rollouts, and no instance that died
-        is started again.
+        is started again. A call waits for an update in progress.
 
         Args:
             tags: what to take back: "weights", "kv_cache"; None = all.

@@ -18,7 +18,7 @@ IDLE            TAKE     TAKE    TAKE          TAKE            TAKE    DONE    D
 BEGINNING       WAIT     WAIT    WAIT          WAIT            WAIT    DONE    WAIT
 ROLLING_OUT     BUSY     BUSY    WAIT          ABORT           BUSY    DONE    ABORT
 LEFT            END      END     END           END             END     DONE    END
-UPDATING        WAIT     WAIT    WAIT          WAIT            WAIT    DONE    DONE
+UPDATING        WAIT     WAIT    WAIT          WAIT            WAIT    WAIT    DONE
 FALLING_ASLEEP  WAIT     WAIT    WAIT          WAIT            WAIT    WAIT    DONE
 ASLEEP          SLEEPS   SLEEPS  SLEEPS        SLEEPS          DONE    TAKE    DONE
 WAKING          WAIT     WAIT    WAIT          WAIT            WAIT    WAIT    DONE
@@ -250,8 +250,12 @@ async def test_an_update_of_a_half_awake_engine_leaves_it_half_awake() -> None:
         await claims.take(Call.ROLLOUT)
     update = await claims.take(Call.UPDATE)
     assert claims.activity is Activity.UPDATING
-    update.release()
-    assert claims.activity is Activity.HALF_AWAKE
-    rest = await claims.take(Call.WAKE)
+    async with asyncio.TaskGroup() as tasks:
+        waking = tasks.create_task(claims.take(Call.WAKE))
+        await settled()
+        assert not waking.done(), "half of it is asleep"
+        update.release()
+    rest = waking.result()
+    assert claims.activity is Activity.WAKING
     rest.release()
     assert claims.activity is Activity.IDLE
