@@ -45,6 +45,7 @@ POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 SpeculationMethod = Literal["off", "dgds", "suffix", "ngram"]
 KvPoolMode = Literal["auto", "off", "lmcache", "external"]
+MAX_LORA_RANK = 512  # vLLM's
 WakeTags = tuple[Literal["weights"]] | tuple[Literal["kv_cache"]] | None
 BudgetPolicy = Literal["adaptive", "fixed", "paper"]
 
@@ -163,7 +164,8 @@ class EngineConfig:
             here, only on the nodes that join (`listen`, `min_nodes`).
         gpus: ids of the GPUs to use, as CUDA_VISIBLE_DEVICES names them, whatever the
             trainer itself may see; None = those that are visible.
-        gpus_per_instance: GPUs of one engine (tensor parallel); unused on a CPU.
+        gpus_per_instance: GPUs of one engine (tensor parallel). On a CPU as many
+            workers share the engine's cores, which no one needs but tests.
         device: "auto" (GPUs if this machine has any and vLLM is built for them),
             "cuda" (AMD's, too, where it is untried), "cpu"; "sim" starts simulated
             instances without vLLM (for tests).
@@ -178,6 +180,9 @@ class EngineConfig:
             rows of the sampler's tensors, and the capture of CUDA graphs.
         kv_cache_bytes: KV cache of one engine, on all its GPUs together; None = what
             vLLM takes of a GPU, or on a CPU a share of the free memory, at most 4 GiB.
+        max_lora_rank: of adapters (LoRA) that engines compute with: `update_weights`
+            of a `peft.PeftModel` then sends its adapters alone. None = engines have
+            none, and adapters are merged into the weights that are sent.
         seed: seed of the engines' random streams (each engine has a stream of its own,
             derived from it); None = a fresh one. To repeat samples exactly, give groups
             a `seed` instead.
@@ -259,6 +264,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     kv_cache_bytes: int | None = None
+    max_lora_rank: int | None = None
     seed: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     chunk_size: int = 2048
@@ -303,6 +309,7 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs"):
             check_int(self, name, 1, optional=True)
         check_int(self, "kv_cache_bytes", 1, INT64_MAX, optional=True)
+        check_int(self, "max_lora_rank", 1, MAX_LORA_RANK, optional=True)
         check_int(self, "seed", 0, INT64_MAX, optional=True)
         if self.gpus is not None:
             set_field(self, "gpus", gpu_ids(self.gpus))

@@ -98,6 +98,14 @@ vllm.v1.worker.gpu.model_runner  GPUModelRunner.reload_weights GPUModelRunner.mo
 vllm.model_executor.layers.vocab_parallel_embedding  ParallelLMHead
   UnquantizedEmbeddingMethod.process_weights_after_loading
 """
+_ADAPTERS = """
+vllm.engine.arg_utils  EngineArgs.enable_lora EngineArgs.max_lora_rank
+  EngineArgs.max_loras
+vllm.v1.engine.async_llm  AsyncLLM.add_lora(lora_request) AsyncLLM.remove_lora(lora_id)
+  AsyncLLM.generate(lora_request)
+vllm.lora.request  LoRARequest
+vllm.config.lora  LoRAConfig.max_lora_rank
+"""
 _CPU = """
 vllm.distributed.device_communicators.shm_broadcast
   SpinCondition.__init__(busy_loop_s)?
@@ -253,6 +261,7 @@ _TABLES = (
     (_SLEEP, "Engine.sleep and wake", "instance/vllm/backend.py"),
     (_FIGURES, "figures in reports", "instance/vllm/stats.py"),
     (_WEIGHTS, "Engine.update_weights", "instance/vllm/worker.py, patches.py"),
+    (_ADAPTERS, "EngineConfig.max_lora_rank", "instance/vllm/weights.py"),
     (_CPU, "engines on CPUs", "instance/vllm/patches.py"),
     (_DRAFTS, "speculation", "dgds/, instance/vllm/speculation.py"),
     (_DRAFTS_V2, "speculation on GPUs", "dgds/speculator.py, dgds/ahead.py"),

@@ -33,6 +33,10 @@ _OWN: Mapping[str, str] = {
     "seed": "seed",
     "kv_cache_memory_bytes": "kv_cache_bytes",
     "kv_transfer_config": "kv_transfer_config",
+    "enable_lora": "max_lora_rank",
+    "max_lora_rank": "max_lora_rank",
+    "max_loras": "max_lora_rank: engines have the adapters of one policy",
+    "max_cpu_loras": "max_lora_rank: engines have the adapters of one policy",
     "kv_offloading_size": "kv_pool or kv_transfer_config",
 }
 
@@ -41,7 +45,11 @@ _OTHER_LAYOUT = (
     "leave it out"
 )
 _OTHER_REPLICAS = (
-    "each of num_instances is an engine of its own: leave it out, and set num_instances"
+    "its ranks are schedulers with a KV cache each, of which aseer would see one, so "
+    "that resumed requests miss their KV: leave it out, and set num_instances, each of "
+    "which is an engine of its own. Experts can be spread over one engine's GPUs, with "
+    "gpus_per_instance and enable_expert_parallel=True; over data-parallel ranks they "
+    "cannot yet"
 )
 _OTHER_NODES = "engines run on the machine that starts them: leave it out"
 _OTHER_PROCESSES = (

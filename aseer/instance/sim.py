@@ -48,6 +48,7 @@ _DEFAULTS: dict[str, Any] = {
     "hang_after_tokens": 0,
     "helper": "",  # "spawn" or "fork": a process as vLLM has them, that only sleeps
     "fatal_prompt": None,  # token ids; kills the engine that runs it
+    "max_lora_rank": 0,
     "weights": {},  # shape by name; all are F32
     # [identity, "prepare" or "commit", "refuse" or "die"]: of one incarnation.
     "weights_fault": None,
@@ -71,8 +72,9 @@ class SimBackend:
         self._num_waiting = 0
         self._num_tokens = 0
         self._cached: dict[bytes, int] = {}
-        self._prepared: int | None = None
+        self._prepared: tuple[int, bool] | None = None  # whether they are adapters
         self._weights = 0
+        self._adapters = 0
         self._sleeping: set[str] = set()
 
     async def start(self) -> InstanceInfo:
@@ -136,7 +138,7 @@ class SimBackend:
         return int(min(held, num_tokens - 1) // block * block)
 
     def _next_token(self, context: array[int], seed: int) -> int:
-        value = seed ^ len(context) ^ self._weights
+        value = seed ^ len(context) ^ self._weights ^ self._adapters
         for token in context[-4:]:
             value = (value * 6364136223846793005 + token + 1442695040888963407) % 2**64
         return (value >> 33) % int(self._args["vocab_size"])
@@ -170,19 +172,26 @@ class SimBackend:
         """See `Backend`."""
         shapes = self._args["weights"]
         specs = {name: TensorSpec("F32", tuple(s)) for name, s in shapes.items()}
-        return ModelSpec(specs, dtype="F32")
+        rank = self._args["max_lora_rank"]
+        return ModelSpec(specs, dtype="F32", max_lora_rank=rank)
 
     async def prepare_weights(self, index: str) -> None:
         """See `Backend`."""
         self._fault("prepare")
-        self._prepared = _checksum(read_index(index)) << 32
+        found = read_index(index)
+        self._prepared = _checksum(found) << 32, found.lora_rank > 0
 
     async def commit_weights(self) -> None:
         """See `Backend`."""
         self._fault("commit")
         assert self._prepared is not None, "prepare first"
         assert "weights" not in self._sleeping, "wake them first"
-        self._weights, self._prepared = self._prepared, None
+        checksum, is_adapters = self._prepared
+        self._prepared = None
+        if is_adapters:
+            self._adapters = checksum
+        else:
+            self._weights, self._adapters = checksum, 0
         self._cached.clear()
 
     async def discard_weights(self) -> None:

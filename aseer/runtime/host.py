@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from aseer.runtime.weights import Pause, Plan, SwitchTimes
     from aseer.transport.base import Router
     from aseer.types import Response
+    from aseer.weights.files import Index
     from aseer.weights.target import Sent, WeightTarget
 
 _log = logging.getLogger("aseer")
@@ -305,10 +306,12 @@ class Host:
             claim.release()
             raise
 
-    async def switch_weights(self, plan: Plan) -> SwitchTimes:
+    async def switch_weights(self, plan: Plan, index: Index) -> SwitchTimes:
         """Take every instance to weights that were sent; see `WeightKeeper.switch`."""
         try:
-            times = await self.weights.switch(plan, self._pool, self.infos)
+            times = await self.weights.switch(
+                plan, self._pool, self.infos, is_adapters=index.lora_rank > 0
+            )
             # What else outlives a rollout, and was made with the old weights, goes.
             if self._draft_server is not None:
                 self._draft_server.set_weight_version(plan.version)
@@ -339,7 +342,7 @@ class Host:
         except BaseException:
             self.weights.abandon(plan)
             raise
-        return sent, await self.switch_weights(plan)
+        return sent, await self.switch_weights(plan, sent.index)
 
     def abandon_open_update(self, target: WeightTarget) -> None:
         """See `Engine.abandon_update`; one that is over stays so."""
@@ -360,6 +363,8 @@ class Host:
         except BaseException:
             claim.release()
             raise
+        finally:
+            self.weights.lacks_whole |= self._sleep.drops_weights
         claim.become(Activity.ASLEEP)
 
     async def wake(self, tags: WakeTags) -> None:
@@ -391,8 +396,8 @@ class Host:
         return claim
 
     async def _open_journal(self, plan: JournalPlan) -> Journal:
-        info, version, index = self.limits, self.weights.version, self._pool.weights
-        identify = partial(self._identifier.identify, info, version, index)
+        info, version, weights = self.limits, self.weights.version, self._pool.weights
+        identify = partial(self._identifier.identify, info, version, weights)
         journal = Journal(plan, identify, self._thread.post)
         await journal.open()
         return journal

@@ -14,6 +14,7 @@ from aseer.weights.fingerprint import (
 if TYPE_CHECKING:
     from aseer.config import EngineConfig
     from aseer.types import InstanceInfo
+    from aseer.weights.current import CurrentWeights
 
 
 class Identity(NamedTuple):
@@ -34,9 +35,11 @@ class Identifier:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._known: tuple[str | None, str] | None = None
+        self._known: tuple[CurrentWeights, str] | None = None
 
-    def identify(self, info: InstanceInfo, version: int, index: str | None) -> Identity:
+    def identify(
+        self, info: InstanceInfo, version: int, weights: CurrentWeights
+    ) -> Identity:
         """The engine's identity, as long as it has these weights.
 
         Reads all bytes of an update's weights the first time: some seconds for 10 GB on
@@ -44,16 +47,21 @@ class Identifier:
 
         Args:
             version: of the weights.
-            index: path of the update's index; None = the checkpoint's own weights.
+            weights: what updates brought.
         """
-        if self._known is None or self._known[0] != index:
-            if index is None:
-                found = fingerprint_of_model(self._config)
-            else:
-                found = fingerprint_of_update(index)
-            self._known = (index, found)
+        if self._known is None or self._known[0] != weights:
+            self._known = (weights, self._fingerprint(weights))
         return Identity(
             model=describe_model(self._config, info),
             weights=Weights(version, self._known[1]),
             repeats=self._config.seed is not None,
         )
+
+    def _fingerprint(self, weights: CurrentWeights) -> str:
+        if weights.whole is None:
+            found = fingerprint_of_model(self._config)
+        else:
+            found = fingerprint_of_update(weights.whole)
+        if weights.adapters is not None:
+            found += f"+{fingerprint_of_update(weights.adapters)}"
+        return found

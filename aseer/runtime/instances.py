@@ -38,6 +38,7 @@ from aseer.runtime.slot import Slot
 from aseer.runtime.specs import Specs
 from aseer.transport.base import PROTOCOL_VERSION
 from aseer.watch import WakingClock
+from aseer.weights.current import CurrentWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -123,7 +124,7 @@ class InstancePool:
         self._last_died_on = RestartBudget(config.max_restarts)
         self._own = self._add(node, launches, self._last_died_on)
         self._num_launched = len(launches)  # ids are never used again
-        self.weights: str | None = None  # index of what a new instance must load first
+        self.weights = CurrentWeights()  # what a new instance must load first
 
     def _add(
         self, node: Node, launches: Iterable[Launch], restarts: RestartBudget
@@ -368,15 +369,16 @@ class InstancePool:
     async def _get_ready(self, slot: Slot) -> None:
         """Wait for its hello, and let it load the current weights before it works."""
         await slot.said_hello.wait()
-        loaded = None
+        loaded = CurrentWeights()
         while loaded != self.weights:  # they may change meanwhile
-            loaded = self.weights
+            way, loaded = loaded.way_to(self.weights), self.weights
             try:
-                if loaded is None:
+                if way is None:
                     slot.is_replaced = True  # it cannot go back, and is not at fault
                     raise EngineError("the weights it had just loaded were taken back")
-                await self.prepare_weights(slot.instance_id, loaded)
-                await self.ask(slot.instance_id, "commit_weights")
+                for index in way:
+                    await self.prepare_weights(slot.instance_id, index)
+                    await self.ask(slot.instance_id, "commit_weights")
             except EngineError as error:
                 if loaded == self.weights:
                     slot.failure = str(error)

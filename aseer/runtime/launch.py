@@ -5,7 +5,8 @@ Pure, given what the machine is (`Machine`). On a CPU every engine is bound to c
 its own: left to itself vLLM pins every engine to the same first core. That goes for all
 its processes: the one that schedules polls for the worker's results, and on another
 engine's core it takes that engine's time. On GPUs every engine sees only its own
-devices.
+devices. An engine of several GPUs has a worker for each; on a CPU its cores are shared
+out among as many workers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from aseer.config import check_speculation
+from aseer.config import MAX_LORA_RANK, check_speculation
 from aseer.errors import ConfigError
 from aseer.instance.vllm import EXECUTOR, WORKER_EXTENSION
 from aseer.instance.vllm.joined import joined_name
@@ -33,6 +34,7 @@ _MAX_CPU_KV_BYTES = 4 * _GIB
 _CPU_KV_SHARE = 0.3  # of the memory that is free at the start, for all engines together
 _CPU_BLOCK_SIZE = 32  # vLLM's CPU kernels want multiples of 32; resumes want it small
 _MAX_CPU_INSTANCES = 2
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, MAX_LORA_RANK)  # those vLLM has
 _EXTENSION_ARG = "worker_extension_cls"
 _EXECUTOR_ARG = "distributed_executor_backend"
 _ROTARY_OP = "rotary_embedding"
@@ -79,10 +81,9 @@ def _plan(
     device = _device(config, machine)
     if device == "sim":
         args = dict(config.engine_args)
-        if config.max_model_len is not None:
-            args["max_model_len"] = config.max_model_len
-        if config.max_num_seqs is not None:
-            args["max_num_seqs"] = config.max_num_seqs
+        for name in ("max_model_len", "max_num_seqs", "max_lora_rank"):
+            if getattr(config, name) is not None:
+                args[name] = getattr(config, name)
         return [
             Launch(
                 instance_id=i,
@@ -121,7 +122,7 @@ def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
             f"({','.join(machine.gpus) or 'none'}); lower num_instances or "
             "gpus_per_instance, or check gpus and CUDA_VISIBLE_DEVICES"
         )
-    args = _engine_args(config) | {"tensor_parallel_size": per}
+    args = _engine_args(config) | _parallel_args(config)
     if config.kv_cache_bytes is not None:  # vLLM is told what is on each GPU
         args["kv_cache_memory_bytes"] = max(1, config.kv_cache_bytes // per)
     args |= _users_args(config)
@@ -148,13 +149,15 @@ def _numa_args(
 def _plan_cores(
     config: EngineConfig, machine: Machine, traits: ModelTraits | None
 ) -> list[Launch]:
-    cores = machine.cores
-    num = config.num_instances or min(len(cores), _MAX_CPU_INSTANCES)
+    cores, per = machine.cores, config.gpus_per_instance
+    num = config.num_instances
+    num = num or max(1, min(len(cores) // per, _MAX_CPU_INSTANCES))
     free = int(machine.free_memory_bytes * _CPU_KV_SHARE) // num
-    defaults: dict[str, Any] = {
+    kv_bytes = config.kv_cache_bytes or min(_MAX_CPU_KV_BYTES, free)
+    defaults: dict[str, Any] = _parallel_args(config) | {
         "enforce_eager": True,  # compiling takes long, at every first start
         "block_size": _CPU_BLOCK_SIZE,
-        "kv_cache_memory_bytes": config.kv_cache_bytes or min(_MAX_CPU_KV_BYTES, free),
+        "kv_cache_memory_bytes": max(1, kv_bytes // per),
     }
     if check_speculation(config.speculation).method == "dgds":
         if _EXECUTOR_ARG in config.engine_args:
@@ -174,17 +177,38 @@ def _plan_cores(
         )
     launches = []
     for i in range(num):
-        if num <= len(cores):
-            own = cores[i * len(cores) // num : (i + 1) * len(cores) // num]
-        else:  # more engines than cores: they take turns
-            own = (cores[i % len(cores)],)
-        bind = ",".join(map(str, own))
+        own = _shared_out(cores, num)[i]
+        bind = "|".join(",".join(map(str, c)) for c in _shared_out(own, per))
         env = {"VLLM_CPU_OMP_THREADS_BIND": bind}
-        launch = _launch(config, i, args, env, f"core {bind}")
+        launch = _launch(config, i, args, env, f"core {','.join(map(str, own))}")
         if launch.env["VLLM_CPU_OMP_THREADS_BIND"] == bind:  # the user named no others
             launch = replace(launch, cores=own)
         launches.append(launch)
     return launches
+
+
+def _parallel_args(config: EngineConfig) -> dict[str, Any]:
+    """How an engine's workers share its model.
+
+    Raises:
+        ConfigError: its stages cannot have equally many workers.
+    """
+    per = config.gpus_per_instance
+    num_stages = int(config.engine_args.get("pipeline_parallel_size", 1))
+    if per % num_stages:
+        raise ConfigError(
+            f"gpus_per_instance={per} counts the GPUs of all stages, and engine_args "
+            f"has pipeline_parallel_size={num_stages}; give a multiple of that"
+        )
+    return {"tensor_parallel_size": per // num_stages}
+
+
+def _shared_out(cores: tuple[int, ...], num: int) -> list[tuple[int, ...]]:
+    """As many parts of the cores; one core each in turn if there are too few."""
+    size = len(cores)
+    if num > size:
+        return [(cores[i % size],) for i in range(num)]
+    return [cores[i * size // num : (i + 1) * size // num] for i in range(num)]
 
 
 def _without_rotary_kernel(compilation: Any) -> Any:
@@ -219,6 +243,10 @@ def _engine_args(config: EngineConfig) -> dict[str, Any]:
         "kv_transfer_config": config.kv_transfer_config,
     }
     args = {k: v for k, v in wanted.items() if v is not None}
+    if config.max_lora_rank is not None:
+        # An update's adapters are loaded while the last one's still serve.
+        rank = next(r for r in _LORA_RANKS if r >= config.max_lora_rank)
+        args |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 2}
     theirs = config.engine_args.get(_EXTENSION_ARG)
     args[_EXTENSION_ARG] = joined_name(theirs) if theirs else WORKER_EXTENSION
     return args | _speculation_args(config)

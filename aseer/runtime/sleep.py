@@ -32,6 +32,8 @@ class Sleep:
         self._told: set[InstanceId] = set()  # to sleep, and not to wake since
         self.has_weights = False
         """Whether weights are awake, and KV caches are not."""
+        self.drops_weights = False
+        """Whether an instance may have dropped its weights, the last time."""
 
     async def begin(self, instances: Iterable[InstanceId], level: int) -> None:
         """See `Engine.sleep`. An instance that dies meanwhile needs no sleep.
@@ -40,10 +42,13 @@ class Sleep:
             EngineError: an instance cannot; the others were woken.
         """
         self._level, self.has_weights = level, False
+        self.drops_weights = level > 1
         self._pool.hold_starts()  # what starts would take what is released
         try:
             asked = {i: self._ask_to_sleep(i, level) for i in instances}
-            for error in (await _answers(asked)).values():
+            failed = await _answers(asked)
+            self.drops_weights &= len(failed) < len(asked)
+            for error in failed.values():
                 raise error
         except BaseException:
             with suppress(EngineError):  # why they cannot wake is told in the log

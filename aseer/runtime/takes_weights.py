@@ -66,7 +66,8 @@ class TakesWeights(ABC):
                 and never held as a whole. Names are those of the checkpoint, with or
                 without what DDP, FSDP and torch.compile put before them; of the two of
                 a tied embedding and output layer one is enough. DTensors are gathered,
-                adapters of a `peft.PeftModel` are merged in copies of its layers.
+                adapters of a `peft.PeftModel` are merged in copies of its layers, or
+                with `EngineConfig.max_lora_rank` sent alone.
             version: the number that responses carry from then on, greater than the
                 current one; None = the current one plus 1.
             pause: what to do about a rollout in progress: "wait" for its end, or

@@ -64,7 +64,7 @@ def update_steps(
         if isinstance(error, OSError | WeightUpdateError) and thread.ended.is_set():
             raise thread.closed_error() from error  # where it wrote to is gone
         raise
-    times: SwitchTimes = yield thread.submit(lambda: host.switch_weights(plan))
+    times: SwitchTimes = yield thread.submit(lambda: host.switch_weights(plan, index))
     return _report(plan.version, index, send_s, times)
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from aseer.runtime.claims import Claim
     from aseer.runtime.instances import InstancePool
     from aseer.types import InstanceId
+    from aseer.weights.current import CurrentWeights
     from aseer.weights.update import UpdateCommand
 
 _log = logging.getLogger("aseer")
@@ -79,6 +80,8 @@ class WeightKeeper:
         """`directory` is for what engines map, a folder an update."""
         self._directory = directory
         self.version = 0
+        self.lacks_whole = False
+        """Whether instances dropped their weights, and had no others since."""
         self._model: ModelSpec | None = None
         self._switch: _Switch | None = None
         self._num_plans = 0
@@ -121,30 +124,42 @@ class WeightKeeper:
         plan.claim.release()
 
     async def switch(
-        self, plan: Plan, pool: InstancePool, instances: Iterable[InstanceId]
+        self,
+        plan: Plan,
+        pool: InstancePool,
+        instances: Iterable[InstanceId],
+        *,
+        is_adapters: bool = False,
     ) -> SwitchTimes:
         """Take every instance to weights that lie ready, or none.
 
+        Args:
+            is_adapters: whether they are adapters for the whole weights that are there.
         Raises:
             WeightUpdateError: the instances have the weights that they had.
         """
-        old, new = pool.weights, str(plan.directory / INDEX)
-        self._switch = switch = _Switch(pool, old, new)
+        old, index = pool.weights, str(plan.directory / INDEX)
+        new = old.after(index, is_adapters=is_adapters)
+        self._switch = switch = _Switch(pool, old, new, index)
         try:
+            if is_adapters and self.lacks_whole:
+                raise WeightUpdateError(
+                    "the engine's whole weights went with sleep(level=2): give it "
+                    "those first, such as the base model's, and then adapters"
+                )
             times = await switch.run(instances)
             if times is None:
                 why = switch.update.error
                 raise WeightUpdateError(f"{why}; the engine stays at {self.version}")
             self.version = plan.version
-            if old is not None:
-                pool.drop_weights(old)
-                shutil.rmtree(Path(old).parent, ignore_errors=True)
+            self.lacks_whole = False
             return times
         finally:
             self._switch = None
-            if self.version != plan.version:
-                pool.drop_weights(new)
-                shutil.rmtree(plan.directory, ignore_errors=True)
+            kept = new if self.version == plan.version else old
+            for path in (old.paths | {index}) - kept.paths:
+                pool.drop_weights(path)
+                shutil.rmtree(Path(path).parent, ignore_errors=True)
 
     def instance_up(self, instance_id: InstanceId) -> None:
         """It has the weights that are current at this moment."""
@@ -167,11 +182,14 @@ class WeightKeeper:
 class _Switch:
     """Carries an update's commands out."""
 
-    def __init__(self, pool: InstancePool, old: str | None, new: str) -> None:
+    def __init__(
+        self, pool: InstancePool, old: CurrentWeights, new: CurrentWeights, index: str
+    ) -> None:
         self.update = WeightUpdate()
         self._pool = pool
         self._old = old
         self._new = new
+        self._index = index  # what instances with the old ones load
         self._over = asyncio.Event()
         self._decided_at = 0.0
 
@@ -200,7 +218,7 @@ class _Switch:
         update, pool = self.update, self._pool
         match command:
             case Prepare(i):
-                asked = pool.prepare_weights(i, self._new)
+                asked = pool.prepare_weights(i, self._index)
                 asked.add_done_callback(self._teller(update.prepared, i))
             case Commit(i):
                 asked = pool.ask(i, "commit_weights")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from aseer.errors import WeightUpdateError
+from aseer.weights.experts import parts_of
 from aseer.weights.names import is_output_layer, is_weight, unwrapped
 
 # Engines round one of these to another, as they do when they load a checkpoint.
@@ -61,12 +62,15 @@ class ModelSpec(msgspec.Struct, frozen=True):
             these are two tensors, or not known.
         optional: what the checkpoint has, and neither trainers nor what samples need:
             layers that predict more than the next token.
+        max_lora_rank: of adapters that the engine computes with; 0 = with none, so that
+            they are merged.
     """
 
     tensors: dict[str, TensorSpec]
     dtype: str
     tied: list[str] = []
     optional: list[str] = []
+    max_lora_rank: int = 0
 
     def names_of(self, key: str) -> list[str]:
         """Names under which engines are given a tensor."""
@@ -124,10 +128,17 @@ class WeightCheck:
         self._model = model
         self._seen: dict[str, set[str]] = {}  # names, by key
 
-    def knows(self, name: str) -> bool:
-        """Whether it is a name of a tensor that the model has, or does without."""
-        own = unwrapped(name, self._model.tensors)
-        return own in self._model.tensors or not is_weight(own) or self._is_tied(own)
+    def knows(self, name: str, shape: tuple[int, ...] = ()) -> bool:
+        """Whether it is a name of a tensor that the model has, or does without.
+
+        Args:
+            shape: as given; that of all of a layer's experts in one is known, too.
+        """
+        known = self._model.tensors
+        own = unwrapped(name, known)
+        if own in known or not is_weight(own) or self._is_tied(own):
+            return True
+        return len(parts_of(name, shape, known)) > 1
 
     def add(self, name: str, given: TensorSpec) -> Accepted | None:
         """Check the next tensor; None if engines do without it.

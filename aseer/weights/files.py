@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
+from msgspec import structs
 
 from aseer.errors import WeightUpdateError
 from aseer.weights.checks import DTYPE_BYTES, ModelSpec, TensorSpec
@@ -57,10 +58,16 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 class Index(msgspec.Struct, frozen=True):
-    """Every tensor of an update, in the order in which engines load them."""
+    """Every tensor of an update, in the order in which engines load them.
+
+    Attributes:
+        lora_rank: of adapters (LoRA), of which the first file has all, as PEFT names
+            them; 0 = the tensors are a model's own.
+    """
 
     files: list[str]
     tensors: list[Tensor]
+    lora_rank: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -141,7 +148,7 @@ class OpenIndex:
         numbers = [file.fileno() for file in self._files]
         _check_ends(self._index, [os.fstat(number).st_size for number in numbers])
         opened = [f"/proc/self/fd/{number}" for number in numbers]
-        return map_tensors(Index(opened, self._index.tensors))
+        return map_tensors(structs.replace(self._index, files=opened))
 
     def close(self) -> None:
         """Let the files go."""
@@ -188,6 +195,7 @@ def describe_checkpoint(
     *,
     declares_tied: bool,
     num_layers: int | None = None,
+    max_lora_rank: int = 0,
 ) -> ModelSpec:
     """What an engine takes that was started from a checkpoint.
 
@@ -199,6 +207,7 @@ def describe_checkpoint(
             input embedding's weight. Where the checkpoint has both nevertheless,
             engines tie them only if they are equal.
         num_layers: of the language model; None = not known.
+        max_lora_rank: see `ModelSpec`.
     Raises:
         WeightUpdateError: it is not a safetensors checkpoint.
     """
@@ -221,7 +230,7 @@ def describe_checkpoint(
     optional = [name for name in specs if predicts_further(name, num_layers)]
     own = [tensor for tensor in index.tensors if tensor.name not in set(optional)]
     tied = _tied(Index(index.files, own), declares_tied=declares_tied)
-    return ModelSpec(specs, dtype, tied, optional)
+    return ModelSpec(specs, dtype, tied, optional, max_lora_rank)
 
 
 def _tied(index: Index, *, declares_tied: bool) -> list[str]:

@@ -19,6 +19,8 @@ _WRAPPERS = frozenset(
 )
 # DDP's. A model's own module may be called so, too.
 _MAYBE_WRAPPER = "module"
+# transformers' names of modules that older checkpoints call otherwise (Mixtral).
+_EXPERTS = {"mlp": "block_sparse_moe"}
 _EMBEDDINGS = frozenset(
     {
         "embed_tokens",  # Llama, Qwen, Gemma and most others
@@ -58,11 +60,14 @@ def unwrapped(name: str, known: Container[str]) -> str:
 
 
 def _forms(parts: list[str]) -> Iterator[str]:
-    yield ".".join(parts)
-    while parts and parts[0] == _MAYBE_WRAPPER:
-        parts = parts[1:]
-        yield ".".join(parts)
-    yield ".".join(part for part in parts if part != _MAYBE_WRAPPER)
+    spellings = [parts, [_EXPERTS.get(part, part) for part in parts]]
+    for spelt in spellings:
+        yield ".".join(spelt)
+        own = spelt
+        while own and own[0] == _MAYBE_WRAPPER:
+            own = own[1:]
+            yield ".".join(own)
+        yield ".".join(part for part in own if part != _MAYBE_WRAPPER)
 
 
 def is_weight(name: str) -> bool:

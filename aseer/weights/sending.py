@@ -25,12 +25,14 @@ from msgspec import structs
 from aseer.errors import WeightUpdateError
 from aseer.weights.adapters import has_adapters, merged_weights
 from aseer.weights.checks import TensorSpec, WeightCheck
+from aseer.weights.experts import parts_of
 from aseer.weights.files import (
     INDEX,
     Index,
     index_checkpoint,
     map_tensors,
 )
+from aseer.weights.lora import send_adapters
 from aseer.weights.writer import (
     TensorWriter,
     check_equal,
@@ -121,6 +123,11 @@ def _steps(
     if isinstance(source, str | os.PathLike):
         yield from _check_checkpoint(Path(source), model, directory)
         return
+    if type(source).__name__ in _DATA_PARALLEL:
+        source = source.module
+    if has_adapters(source) and model.max_lora_rank:
+        yield send_adapters(source, model, directory)
+        return
     with TensorWriter(model, directory) as writer:
         pairs = _pairs_of(source)
         shared: frozenset[str] = frozenset()
@@ -134,7 +141,7 @@ def _steps(
         for pair in pairs:
             name, tensor = _whole(pair)
             if name not in shared:
-                writer.write(name, tensor)
+                _write(name, tensor, model, writer)
             yield None
         yield writer.finish()
 
@@ -149,7 +156,7 @@ async def _write_async(
             await stack.enter_async_context(aclosing(source))
         writer.expect(model.least_bytes)
         async for pair in source:
-            writer.write(*_whole(pair))
+            _write(*_whole(pair), model, writer)
             await asyncio.sleep(0)
         return writer.finish()
 
@@ -186,8 +193,6 @@ def _check_checkpoint(
 
 def _pairs_of(source: WeightSource) -> Mapping[str, Any] | Iterable[object]:
     """A mapping if the source holds all its tensors, else pairs as they come."""
-    if type(source).__name__ in _DATA_PARALLEL:
-        source = source.module
     if has_adapters(source):
         return merged_weights(source)
     if hasattr(source, "state_dict"):
@@ -209,13 +214,27 @@ def _whole(pair: object) -> tuple[str, Any]:
     return name, values if gather is None else gather()
 
 
+def _write(name: str, values: Any, model: ModelSpec, writer: TensorWriter) -> None:
+    """Write a tensor as the checkpoint has it."""
+    for part in parts_of(name, spec_of(name, values).shape, model.tensors):
+        if part.expert is None:
+            writer.write(part.name, values)
+        else:
+            writer.write(part.name, values[part.expert][slice(*part.rows)])
+
+
 def _shared(tensors: Mapping[str, Any], model: ModelSpec) -> frozenset[str]:
     """Names that the model lacks, of tensors that it has by another name.
 
     Saved checkpoints leave out what layers share, `state_dict` does not.
     """
     check = WeightCheck(model)
-    unknown = {k for k in tensors if isinstance(k, str) and not check.knows(k)}
+    unknown = {
+        name
+        for name, values in tensors.items()
+        if isinstance(name, str)
+        and not check.knows(name, tuple(getattr(values, "shape", ())))
+    }
     if not unknown:
         return frozenset()
     places = {_place(tensors[name]) for name in tensors if name not in unknown}
@@ -241,8 +260,9 @@ def _bytes_to_write(tensors: Mapping[str, Any], model: ModelSpec) -> int:
     check, num_bytes = WeightCheck(model), 0
     for name, values in tensors.items():
         spec = spec_of(name, values)
-        accepted = check.add(name, spec)
-        if accepted is not None and not accepted.is_copy:
-            num_bytes += TensorSpec(accepted.dtype, spec.shape).num_bytes
+        for part in parts_of(name, spec.shape, model.tensors):
+            accepted = check.add(part.name, TensorSpec(spec.dtype, part.shape))
+            if accepted is not None and not accepted.is_copy:
+                num_bytes += TensorSpec(accepted.dtype, part.shape).num_bytes
     check.finish()
     return num_bytes

@@ -40,6 +40,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"gpus": [0, -1]}, "ids such as [4, 5], or None"),
     ({"gpus": [True]}, "ids such as [4, 5], or None"),
     ({"gpus_per_instance": 0}, "an int >= 1"),
+    ({"max_lora_rank": 0}, "an int >= 1, or None"),
+    ({"max_lora_rank": 513}, "an int <= 512, or None"),
     ({"gpus_per_instance": None}, "an int >= 1"),
     ({"chunk_size": -1}, "an int >= 0"),
     ({"starvation_interval": -1}, "an int >= 0"),
@@ -129,6 +131,8 @@ def test_an_engine_argument_that_goes_wrong_later_is_refused_by_name(
     ("argument", "instead"),
     [
         ("kv_offloading_size", "kv_pool"),
+        ("enable_lora", "max_lora_rank"),
+        ("max_loras", "max_lora_rank"),
         ("device_ids", "gpus"),
         ("max_num_active_seqs", "max_num_seqs"),
         ("stream_interval", "nothing"),

@@ -44,7 +44,6 @@ from aseer.instance.vllm.asking import (
     not_finite,
     sampled_logprobs,
 )
-from aseer.instance.vllm.caches import empty_caches
 from aseer.instance.vllm.images import ImagePrompts
 from aseer.instance.vllm.joining import join_pool
 from aseer.instance.vllm.limits import (
@@ -60,9 +59,9 @@ from aseer.instance.vllm.speculation import (
 from aseer.instance.vllm.stats import EngineStats
 from aseer.instance.vllm.text import Text
 from aseer.instance.vllm.v2 import PRICE_OF_V1, engine_args_for_v2, why_not_v2
+from aseer.instance.vllm.weights import EngineWeights
 from aseer.kv.settings import cache_salt
 from aseer.types import ChunkEnd, InstanceId, InstanceInfo, KvGroup
-from aseer.weights.files import describe_checkpoint, dtype_name
 
 if TYPE_CHECKING:
     from aseer.instance.base import Emit, InstanceSpec
@@ -91,6 +90,7 @@ class VllmBackend:
         self._speculation: Speculation | None = None
         self._info: InstanceInfo | None = None
         self._images: ImagePrompts | None = None
+        self._weights = EngineWeights(lambda: self._engine)
 
     async def start(self) -> InstanceInfo:
         """See `Backend`."""
@@ -218,10 +218,14 @@ class VllmBackend:
         salt = cache_salt(namespace, self._info, version)
         if chunk.images:
             assert self._images is not None
-            outputs = self._images.generate(chunk, inputs, salt, params, request_id)
+            outputs = self._images.generate(
+                chunk, inputs, salt, params, request_id, self._weights.lora
+            )
         else:
             prompt = tokens_input(inputs, cache_salt=salt)
-            outputs = self._engine.generate(prompt, params, request_id)
+            outputs = self._engine.generate(
+                prompt, params, request_id, lora_request=self._weights.lora
+            )
         self._running[chunk.chunk_id] = request_id
         cached: int | None = None
         async for output in outputs:
@@ -274,48 +278,25 @@ class VllmBackend:
 
     async def describe_weights(self) -> ModelSpec:
         """See `Backend`."""
-        config = self._engine.vllm_config.model_config
-        settings = (config.hf_config, config.hf_text_config)
-        # vLLM no longer trusts the settings of a checkpoint that has both tensors.
-        declares_tied = getattr(config, "word_embeddings_untied_by_checkpoint", False)
-        declares_tied |= any(getattr(s, "tie_word_embeddings", False) for s in settings)
-        return await asyncio.to_thread(
-            describe_checkpoint,
-            config.model,
-            config.revision,
-            dtype_name(config.dtype),
-            declares_tied=declares_tied,
-            num_layers=getattr(config.hf_text_config, "num_hidden_layers", None),
-        )
+        return await self._weights.describe()
 
     async def prepare_weights(self, index: str) -> None:
         """See `Backend`."""
-        await self._call("aseer_prepare_weights", index)
+        await self._weights.prepare(index)
 
     async def commit_weights(self) -> None:
         """See `Backend`."""
-        await self._call("aseer_commit_weights")
-        try:
-            await empty_caches(self._engine)
-        except EngineDeadError as error:
-            raise EngineDied(describe(error)) from error
+        await self._weights.commit()
 
     async def discard_weights(self) -> None:
         """See `Backend`."""
-        await self._call("aseer_discard_weights")
+        await self._weights.discard()
 
     async def _kv_groups(self) -> tuple[list[KvGroup], int]:
         """See `describe_groups`."""
         answers = await self._engine.collective_rpc("aseer_describe_kv")
         groups, num_set_aside = answers[0]  # all workers plan the same
         return [KvGroup(*group) for group in groups], num_set_aside
-
-    async def _call(self, method: str, *args: Any) -> None:
-        """Call a method of aseer's extension in every worker."""
-        try:
-            await self._engine.collective_rpc(method, args=args)
-        except EngineDeadError as error:
-            raise EngineDied(describe(error)) from error
 
     async def sleep(self, level: int) -> None:
         """See `Backend`."""

@@ -65,7 +65,13 @@ class ImagePrompts:
         self._num_bytes = 0
 
     async def generate(
-        self, chunk: Chunk, inputs: list[int], salt: str, params: Any, request_id: str
+        self,
+        chunk: Chunk,
+        inputs: list[int],
+        salt: str,
+        params: Any,
+        request_id: str,
+        lora: Any,
     ) -> AsyncIterator[Any]:
         """What the engine generates; see `_render` for the arguments and errors.
 
@@ -76,7 +82,8 @@ class ImagePrompts:
         for attempt in range(_MAX_ATTEMPTS):
             prompt = await self._render(chunk, inputs, salt)
             has_begun = attempt == _MAX_ATTEMPTS - 1
-            async for output in self._llm.generate(prompt, params, request_id):
+            outputs = self._llm.generate(prompt, params, request_id, lora_request=lora)
+            async for output in outputs:
                 if not has_begun and output.outputs[0].finish_reason == "error":
                     break
                 has_begun = True

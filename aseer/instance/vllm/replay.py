@@ -32,6 +32,7 @@ from aseer.dgds.verifier import DraftVerifier
 from aseer.instance import main as instance
 from aseer.instance.vllm.backend import VllmBackend
 from aseer.instance.vllm.v2 import is_v2
+from aseer.instance.vllm.weights import call_workers
 from aseer.instance.vllm.worker import WorkerExtension
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ class ReplayBackend(VllmBackend):
         """See `Backend`."""
         trace.load(self._path)  # a bad one is told before the engine's start
         info = await super().start()
-        await self._call("aseer_start_replay", self._path)
+        await call_workers(self._engine, "aseer_start_replay", self._path)
         return info
 
     async def run(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
@@ -290,7 +291,7 @@ class ReplayBackend(VllmBackend):
         async with self._forgetting:
             if chunk.weight_version != self._weight_version:
                 self._weight_version = chunk.weight_version
-                await self._call("aseer_forget_texts")
+                await call_workers(self._engine, "aseer_forget_texts")
         return await super().run(chunk, emit)
 
 

@@ -12,6 +12,7 @@ from aseer.errors import EngineError, InstanceLostError, InstanceStartError
 from aseer.instance.messages import TO_INSTANCE, Failed, Hello, Run
 from aseer.transport.memory import Faults
 from aseer.types import InstanceId
+from aseer.weights.current import CurrentWeights
 from tests.unit.runtime.machine import (
     Exited,
     Running,
@@ -302,7 +303,7 @@ async def test_nothing_starts_while_starts_are_held(monkeypatch) -> None:
 
 async def test_a_new_instance_is_up_with_the_current_weights(monkeypatch) -> None:
     async with running(monkeypatch) as run:
-        run.pool.weights = "new"
+        run.pool.weights = CurrentWeights("new")
         run.process("0.1").kill()
         await run.until(("down", 0), ("up", 0))
         assert run.process("0.2").backend.weights == "new"
@@ -312,11 +313,11 @@ async def test_weights_that_change_while_an_instance_loads_them_are_loaded_again
     monkeypatch,
 ) -> None:
     async with running(monkeypatch) as run:
-        run.pool.weights = "new"
+        run.pool.weights = CurrentWeights("new")
         go_on = run.machine.hold("0.2", "prepare_weights")
         run.process("0.1").kill()
         await run.machine.until_asked("0.2", "prepare_weights")
-        run.pool.weights = "newer"
+        run.pool.weights = CurrentWeights("newer")
         go_on.set()
         await run.until(("down", 0), ("up", 0))
         assert run.process("0.2").backend.weights == "newer"
@@ -326,11 +327,11 @@ async def test_weights_taken_back_while_an_instance_loads_them_cost_no_restart(
     monkeypatch,
 ) -> None:
     async with running(monkeypatch, config_of(max_restarts=1)) as run:
-        run.pool.weights = "new"
+        run.pool.weights = CurrentWeights("new")
         go_on = run.machine.hold("0.2", "commit_weights")
         run.process("0.1").kill()  # which takes the only restart
         await run.machine.until_asked("0.2", "commit_weights")
-        run.pool.weights = None
+        run.pool.weights = CurrentWeights()
         go_on.set()
         await run.machine.until(lambda: run.owner.kinds().count(("up", 0)) == 1)
         assert run.process("0.3").backend.weights == ""
@@ -340,7 +341,7 @@ async def test_an_instance_that_cannot_load_the_weights_is_tried_again(
     monkeypatch, caplog
 ) -> None:
     async with running(monkeypatch, config_of(max_restarts=2)) as run:
-        run.pool.weights = "new"
+        run.pool.weights = CurrentWeights("new")
         run.machine.fail("0.2", "prepare_weights", RuntimeError("cannot map it"))
         run.process("0.1").kill()
         await run.machine.until(lambda: run.owner.kinds().count(("up", 0)) == 1)

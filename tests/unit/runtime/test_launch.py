@@ -52,6 +52,20 @@ def test_more_engines_than_cores_take_turns():
     assert bindings(plan_instances(config, machine())) == ["0", "1", "0"]
 
 
+def test_an_engines_cores_and_kv_are_shared_out_among_its_workers():
+    config = EngineConfig(model="m", gpus_per_instance=2, kv_cache_bytes=4 * GIB)
+    (launch,) = plan_instances(config, machine())
+    assert bindings([launch]) == ["0|1"]
+    assert launch.cores == (0, 1)
+    assert launch.engine_args["tensor_parallel_size"] == 2
+    assert launch.engine_args["kv_cache_memory_bytes"] == 2 * GIB
+    launches = plan_instances(config, machine(cores=tuple(range(8))))
+    assert bindings(launches) == ["0,1|2,3", "4,5|6,7"]
+    config = EngineConfig(model="m", gpus_per_instance=4)
+    (launch,) = plan_instances(config, machine())
+    assert bindings([launch]) == ["0|1|0|1"]
+
+
 @pytest.mark.parametrize(
     ("settings", "gpus", "cpu_dtype", "dtype"),
     [
@@ -151,6 +165,17 @@ def test_an_engines_kv_is_shared_out_among_its_gpus():
     config = EngineConfig(model="m", gpus_per_instance=4, kv_cache_bytes=4 * GIB)
     (launch,) = plan_instances(config, machine(gpus=tuple("0123")))
     assert launch.engine_args["kv_cache_memory_bytes"] == GIB
+
+
+@pytest.mark.parametrize(("rank", "vllms"), [(1, 1), (9, 16), (300, 320), (512, 512)])
+def test_adapters_have_the_next_rank_that_vllm_allows(rank, vllms):
+    config = EngineConfig(model="m", max_lora_rank=rank)
+    for found in (machine(gpus=("0",)), machine()):
+        args = plan_instances(config, found)[0].engine_args
+        names = ("enable_lora", "max_lora_rank", "max_loras")
+        assert [args[name] for name in names] == [True, vllms, 2]
+    (launch,) = plan_instances(EngineConfig(model="m"), machine(gpus=("0",)))
+    assert "enable_lora" not in launch.engine_args
 
 
 def test_a_cpu_build_of_vllm_runs_on_the_cpu_though_there_are_gpus():

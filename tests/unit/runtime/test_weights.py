@@ -14,6 +14,7 @@ from aseer.runtime.activity import Activity, Call
 from aseer.runtime.claims import Claims
 from aseer.runtime.weights import MAX_VERSION, WeightKeeper, weights_dir_of
 from aseer.types import InstanceId
+from aseer.weights.current import CurrentWeights
 from aseer.weights.files import INDEX
 from tests.unit.runtime.machine import Exited, Owner, config_of, running
 
@@ -100,7 +101,7 @@ async def test_all_have_the_new_weights_and_the_old_ones_go(
             assert up.weights() == {"0.1": name, "1.1": name}
             assert [each.name for each in tmp_path.iterdir()] == [name]
         assert up.claims.activity is Activity.IDLE
-        assert up.run.pool.weights == str(plan.directory / INDEX)
+        assert up.run.pool.weights == CurrentWeights(str(plan.directory / INDEX))
 
 
 @pytest.mark.parametrize(

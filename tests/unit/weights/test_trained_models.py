@@ -157,3 +157,58 @@ def test_a_model_that_is_not_tied_is_refused_by_an_engine_that_is(tmp_path):
     model_of(tied=True).save_pretrained(tmp_path / "engine")
     with pytest.raises(WeightUpdateError, match=r"differ.*tie_word_embeddings"):
         send(model_of(tied=False), describe(tmp_path / "engine"), tmp_path / "new")
+
+
+def mixture_of(kind, seed=0):
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "tie_word_embeddings": False,
+    }
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "mixtral", "olmoe"])
+@pytest.mark.parametrize("source", ["module", "state_dict", "wrapped", "pairs"])
+def test_experts_in_one_tensor_are_taken_apart(kind, source, tmp_path):
+    """As transformers does when it saves them."""
+    mixture_of(kind).save_pretrained(tmp_path / "engine")
+    model = mixture_of(kind, seed=1)
+    model.save_pretrained(tmp_path / "trained")
+    expected = safetensors.load_file(tmp_path / "trained" / "model.safetensors")
+    held = model.state_dict()
+    assert not held.keys() <= expected.keys(), "transformers has other names"
+    given = {
+        "module": model,
+        "state_dict": held,
+        "wrapped": {f"module._orig_mod.{k}": v for k, v in held.items()},
+        "pairs": iter(held.items()),
+    }[source]
+    index = send(given, describe(tmp_path / "engine"), tmp_path / "new")
+    found = dict(map_tensors(index))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_experts_that_do_not_fit_are_refused(tmp_path):
+    mixture_of("qwen3_moe").save_pretrained(tmp_path / "engine")
+    held = mixture_of("qwen3_moe").state_dict()
+    name = next(name for name in held if name.endswith("gate_up_proj"))
+    held[name] = held[name][:, :-2]
+    with pytest.raises(WeightUpdateError, match=r"gate_proj.weight' has shape \[11"):
+        send(held, describe(tmp_path / "engine"), tmp_path / "new")

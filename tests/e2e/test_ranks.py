@@ -1,0 +1,113 @@
+"""An engine of several workers (tensor parallel) keeps what one of one worker keeps.
+
+References are undivided runs of the same engine, and what transformers generates.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+import aseer
+from aseer.models.tiny import make_tiny
+from tests.e2e.families import greedy
+from tests.e2e.tiny import by_request, same, tiny_config, tiny_model, undivided
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow  # it starts six worker processes on two cores
+
+# Sums over workers, and of drafted tokens, are rounded in another order.
+ROUNDING = 5e-5
+
+
+def groups_of(num: int, max_tokens: int, n: int = 2) -> list[aseer.Group]:
+    rng = random.Random(5)
+    sampling = {"temperature": 0.0, "ignore_eos": True, "max_tokens": max_tokens}
+    return [
+        aseer.Group(
+            [rng.randrange(3, 90) for _ in range(rng.randrange(20, 80))],
+            n=n,
+            group_id=f"g{i}",
+            sampling=sampling,
+        )
+        for i in range(num)
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[aseer.Engine]:
+    config = tiny_config(
+        num_instances=1, gpus_per_instance=2, chunk_size=64, speculation="dgds"
+    )
+    with aseer.Engine(config) as engine:
+        yield engine
+
+
+def workers_of(engine: aseer.Engine) -> dict[str, psutil.Process]:
+    """The engine's worker processes, by the last part of the names vLLM gives them."""
+    (instance,) = engine.instances
+    found = psutil.Process(instance.pid).children(recursive=True)
+    named = {p: " ".join(p.cmdline()).rpartition("Worker_")[2] for p in found}
+    return {name: p for p, name in named.items() if name.startswith("TP")}
+
+
+def equals_transformers(engine: aseer.Engine, model: Path) -> None:
+    groups = groups_of(3, 24, n=1)
+    responses = by_request(list(engine.rollout_sync(groups)))
+    expected = greedy(model, [list(group.prompt) for group in groups], 24)
+    for group, (tokens, logprobs) in zip(groups, expected, strict=True):
+        response = responses[f"{group.group_id}/0"]
+        assert response.token_ids == tokens
+        assert response.logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_divided_requests_are_answered_as_undivided_ones(engine: aseer.Engine) -> None:
+    groups = groups_of(4, 260)
+    expected = undivided(engine, groups)
+    rollout = engine.rollout_sync(groups)
+    found = by_request(list(rollout))
+    same(found, expected, rounding=ROUNDING)
+    assert min(r.metrics.num_chunks for r in found.values()) >= 3
+    assert rollout.report.num_recomputed_tokens == 0
+    assert sum(rollout.report.speculation.accepted) > 10
+    equals_transformers(engine, tiny_model())
+
+
+def test_new_weights_reach_every_worker(engine: aseer.Engine, tmp_path: Path) -> None:
+    make_tiny(tmp_path / "other", seed=3)
+    for model in (tmp_path / "other", tiny_model()):
+        engine.update_weights_sync(model)
+        equals_transformers(engine, model)
+
+
+def test_the_death_of_a_worker_is_that_of_its_engine_and_costs_no_response(
+    engine: aseer.Engine, tmp_path: Path
+) -> None:
+    make_tiny(tmp_path / "other", seed=3)
+    engine.update_weights_sync(tmp_path / "other")
+    groups = groups_of(4, 400)
+    expected = by_request(list(engine.rollout_sync(groups)))
+    workers = workers_of(engine)
+    assert len(workers) == 2, workers
+    (before,) = engine.instances
+    rollout = engine.rollout_sync(groups)
+    found = {}
+    started = time.monotonic()
+    for response in rollout:
+        if not found:
+            workers["TP1"].kill()
+        found[response.request_id] = response
+    assert time.monotonic() - started < 300
+    assert rollout.report.num_retries > 0
+    same(found, expected, rounding=ROUNDING)
+    (after,) = engine.instances
+    assert after.pid != before.pid
+    assert not any(worker.is_running() for worker in workers.values())
+    equals_transformers(engine, tmp_path / "other")
