@@ -26,15 +26,16 @@ from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from aseer.errors import ConfigError
+from aseer.integrations.sending import SENDER, send_weights
+from aseer.integrations.settings import check_placement
 from aseer.integrations.verl_server import AseerServer
-from aseer.integrations.verl_settings import check_placement, server_settings
+from aseer.integrations.verl_settings import server_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 NAME = "aseer"
 _SERVER = "aseer_server"
-_SENDER = 0  # the trainer's rank that writes the weights
 # The scheduler is to see every request of a step, and none may be in the way of an
 # abort: Ray lets no more calls than this run at once.
 _MAX_CONCURRENCY = 1_000_000
@@ -74,46 +75,11 @@ class AseerRollout(BaseRollout):  # type: ignore[misc]
                 f"rollout.name=aseer takes whole weights, not {given}; for LoRA set "
                 "actor_rollout_ref.model.lora.merge=True"
             )
-        source = weights if hasattr(weights, "__aiter__") else iter(weights)
-        try:
-            if self._is_sender():
-                await _send(source, global_steps)
-        finally:
-            # Also after an error: ranks that gather a tensor wait for all others.
-            await _exhaust(source)
+        actor = _server() if self._is_sender() else None
+        await send_weights(weights, actor, global_steps)
 
     def _is_sender(self) -> bool:
-        return not dist.is_initialized() or dist.get_rank() == _SENDER
-
-
-async def _send(weights: Any, global_steps: int | None) -> None:
-    server = _server()
-    target = await server.begin_update.remote()
-    try:
-        await target.send_async(_kept(weights))
-    except BaseException:
-        await server.abandon_update.remote(target)
-        raise
-    await server.finish_update.remote(target, global_steps)
-
-
-async def _kept(weights: Any) -> AsyncIterator[tuple[str, Any]]:
-    """The pairs of an iterator that goes on when whoever takes them gives up."""
-    if hasattr(weights, "__aiter__"):
-        async for pair in weights:
-            yield pair
-    else:
-        for pair in weights:
-            yield pair
-
-
-async def _exhaust(weights: Any) -> None:
-    if hasattr(weights, "__aiter__"):
-        async for _ in weights:
-            pass
-    else:
-        for _ in weights:
-            pass
+        return not dist.is_initialized() or dist.get_rank() == SENDER
 
 
 class AseerReplica(RolloutReplica):  # type: ignore[misc]
@@ -137,7 +103,11 @@ class AseerReplica(RolloutReplica):  # type: ignore[misc]
         places = await asyncio.gather(
             *[worker.__ray_call__.remote(_place) for worker in self._all_workers]
         )
-        node = check_placement([place[0] for place in places])
+        node = check_placement(
+            [place[0] for place in places],
+            "rollout.name=aseer",
+            "set trainer.nnodes=1",
+        )
         settings = server_settings(
             self.config,
             self.model_config,

@@ -6,42 +6,32 @@ else than its configuration says is worse than one that does not start.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from aseer.config import EngineConfig
 from aseer.errors import ConfigError
-from aseer.runtime.takes_weights import UPDATE_TIMEOUT_S
+from aseer.integrations.settings import ActorSettings, own_settings, plain
 
-#: Siblings come through verl's balancer, an actor that is asked for each request. A
-#: group starts when all are there, or this long after the first.
-JOIN_S = 0.25
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 _OWN = "actor_rollout_ref.rollout.engine_kwargs.aseer"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerSettings:
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(ActorSettings):
     """What the process that has the engine is told. All of it is plain data.
 
     Attributes:
-        engine: arguments of `EngineConfig`.
         group_size: the most requests that verl makes of one prompt.
         prompt_length, response_length: verl's limits, in tokens.
         sampling: what requests have that do not say otherwise.
-        sleeps: whether verl has the engine release its GPUs between rollouts.
-        join_s: see `Engine.open_rollout`.
-        update_timeout_s: see `Engine.begin_update`; verl gathers meanwhile.
     """
 
-    engine: Mapping[str, Any]
     group_size: int
     prompt_length: int
     response_length: int
     sampling: Mapping[str, Any]
-    sleeps: bool
-    join_s: float = JOIN_S
-    update_timeout_s: float = UPDATE_TIMEOUT_S
 
 
 def server_settings(
@@ -64,18 +54,9 @@ def server_settings(
             f"the trainer has {len(gpus)} processes, which rollout."
             f"tensor_model_parallel_size={tensor_parallel} does not divide"
         )
-    kwargs = _plain(rollout.engine_kwargs or {})
-    own = dict(kwargs.get("aseer") or {})
-    join_s = own.pop("join_s", JOIN_S)
-    update_timeout_s = own.pop("update_timeout_s", UPDATE_TIMEOUT_S)
-    known = {field.name for field in fields(EngineConfig)}
-    for name in own:
-        if name not in known:
-            raise ConfigError(
-                f"{_OWN}.{name} is not known; the settings are those of "
-                "aseer.EngineConfig, join_s and update_timeout_s"
-            )
-    device = own.get("device", "cuda" if on_gpus else "cpu")
+    kwargs = plain(rollout.engine_kwargs or {})
+    own = own_settings(kwargs.get("aseer"), _OWN)
+    device = own.engine.get("device", "cuda" if on_gpus else "cpu")
     sleeps = bool(rollout.free_cache_engine) and device in ("auto", "cuda")
     engine: dict[str, Any] = {
         "model": model.path,
@@ -88,11 +69,11 @@ def server_settings(
     }
     if device in ("auto", "cuda"):
         engine |= {"gpus": gpus, "gpus_per_instance": tensor_parallel}
-    engine |= {name: value for name, value in own.items() if name != "engine_args"}
+    engine |= own.engine
     engine["engine_args"] = (
         _engine_args(rollout, model, device=device, sleeps=sleeps)
         | dict(kwargs.get("vllm") or {})
-        | dict(own.get("engine_args") or {})
+        | dict(own.engine_args)
     )
     return ServerSettings(
         engine=engine,
@@ -101,8 +82,7 @@ def server_settings(
         response_length=int(rollout.response_length),
         sampling=_sampling(rollout),
         sleeps=sleeps,
-        join_s=float(join_s),
-        update_timeout_s=float(update_timeout_s),
+        **own.times,
     )
 
 
@@ -211,26 +191,3 @@ def check_supported(rollout: Any, model: Any) -> None:
     found = [words for words, is_set in refusals.items() if is_set]
     if found:
         raise ConfigError("rollout.name=aseer does not support " + "; nor ".join(found))
-
-
-def check_placement(nodes: list[str]) -> str:
-    """The one node that all of the trainer's processes are on.
-
-    Raises:
-        ConfigError: they are on several.
-    """
-    if len(set(nodes)) != 1:
-        raise ConfigError(
-            f"rollout.name=aseer runs on one node, and the trainer's processes are on "
-            f"{len(set(nodes))}; set trainer.nnodes=1"
-        )
-    return nodes[0]
-
-
-def _plain(value: Any) -> Any:
-    """Mappings of any kind (omegaconf's) as dicts, sequences as lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if hasattr(value, "__iter__") and not isinstance(value, str | bytes):
-        return [_plain(each) for each in value]
-    return value

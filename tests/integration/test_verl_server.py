@@ -53,7 +53,7 @@ async def ask(server, prompt, num=4, **sampling):
 
 
 async def test_siblings_become_groups_and_answers_are_their_own(caplog):
-    caplog.set_level("INFO", "aseer.verl")
+    caplog.set_level("INFO", "aseer.actor")
     async with serving() as server:
         prompts = [[5, 6, 7 + number] for number in range(3)]
         answers = await asyncio.gather(*[ask(server, p) for p in prompts])

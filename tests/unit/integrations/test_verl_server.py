@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aseer.errors import ConfigError, RolloutClosedError, RolloutError
-from aseer.integrations import verl_server
+from aseer.integrations import actor
 from aseer.integrations.verl_server import AseerServer
 from aseer.integrations.verl_settings import ServerSettings
 
@@ -101,8 +101,8 @@ class Engine:
 
 @pytest.fixture
 async def server(monkeypatch):
-    monkeypatch.setattr(verl_server, "Engine", Engine)
-    monkeypatch.setattr(verl_server, "start_janitor", lambda run_dir: None)
+    monkeypatch.setattr(actor, "Engine", Engine)
+    monkeypatch.setattr(actor, "start_janitor", lambda run_dir: None)
     settings = ServerSettings(
         engine={"model": "m", "max_model_len": 100},
         group_size=3,

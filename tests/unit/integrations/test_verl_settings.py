@@ -9,8 +9,8 @@ import pytest
 
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError
+from aseer.integrations.settings import check_placement
 from aseer.integrations.verl_settings import (
-    check_placement,
     sampling_of,
     server_settings,
 )
@@ -149,9 +149,10 @@ def test_models_that_it_cannot_serve_are_refused(changes, words):
 
 
 def test_several_nodes_are_refused():
-    assert check_placement(["a", "a"]) == "a"
-    with pytest.raises(ConfigError, match=r"are on 2; set trainer\.nnodes=1"):
-        check_placement(["a", "b", "a"])
+    said = ("a trainer", "set nnodes=1")
+    assert check_placement(["a", "a"], *said) == "a"
+    with pytest.raises(ConfigError, match="are on 2; set nnodes"):
+        check_placement(["a", "b", "a"], *said)
 
 
 def test_sampling_means_what_it_means_to_verls_own_servers():
