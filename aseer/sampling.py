@@ -155,13 +155,13 @@ _CHANGE_NOTHING: Mapping[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (None,),
     "thinking_token_budget": (None, -1),
     "repetition_detection": (None,),
-    "routed_experts_prompt_start": (None, 0),
     "trace_decode_token_ids": (None,),
 }
 # Settings of vLLM's that aseer sets itself, or that do not affect what is sampled.
 _IGNORED = frozenset(
     {"output_kind", "skip_clone", "flat_logprobs", "stream_interval", "watermarking"}
     | {"output_text_buffer_length", "skip_reading_prefix_cache"}
+    | {"routed_experts_prompt_start"}  # trims what responses do not carry
 )
 _INSTEAD = {
     "n": "the number of responses is the group's: use Group(prompt, n=...)",

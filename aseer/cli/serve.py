@@ -17,6 +17,7 @@ from aseer.cli.arguments import positive_int
 from aseer.cli.summary import Stages
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError
+from aseer.runtime.desk import JOIN_S
 from aseer.runtime.engine import Engine
 
 if TYPE_CHECKING:
@@ -67,6 +68,14 @@ def add_parser(
         metavar="NAME",
         help="the model's name to clients (default: MODEL)",
     )
+    http.add_argument(
+        "--join-s",
+        type=_seconds,
+        default=JOIN_S,
+        metavar="SECONDS",
+        help="equal requests that come within this time of the first become one group "
+        "(default: %(default)s)",
+    )
     engines = parser.add_argument_group("engines")
     engines.add_argument("--instances", type=positive_int, metavar="N")
     engines.add_argument("--gpus-per-instance", type=positive_int, metavar="N")
@@ -101,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     with bound_socket(args.host, args.port) as listener:
         name = args.served_model_name or args.model
-        asyncio.run(serve(config, listener, name, key, console))
+        asyncio.run(serve(config, listener, name, key, console, join_s=args.join_s))
     return 0
 
 
@@ -178,6 +187,8 @@ async def serve(
     key: str | None,
     console: Console,
     on_ready: Callable[[str], None] = lambda url: None,
+    *,
+    join_s: float = JOIN_S,
 ) -> None:
     """Open the engine and serve it until cancelled.
 
@@ -186,6 +197,7 @@ async def serve(
         name: of the model, to clients.
         key: that clients must send; None = none.
         on_ready: called with the server's URL once it serves.
+        join_s: see `Engine.open_rollout`.
     """
     try:
         from aiohttp import web
@@ -200,7 +212,7 @@ async def serve(
     with stages("start", "starting the engines"):
         engine = await Engine(config).__aenter__()
     try:
-        front = Front(engine)
+        front = Front(engine, join_s=join_s)
         app = App(engine, front, model=name, api_key=key)
         # A client that hangs up ends its request.
         runner = web.AppRunner(
@@ -233,6 +245,13 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give seconds >= 0")
+    return value
 
 
 def _json_object(text: str) -> dict[str, Any]:

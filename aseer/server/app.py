@@ -192,6 +192,7 @@ class App:
         return _json({"status": "ok", "weight_version": version})
 
     async def _server_info(self, request: web.Request) -> web.Response:
+        progress = self._front.progress()
         info = {
             "aseer": __version__,
             "model": self._model,
@@ -199,6 +200,9 @@ class App:
             "instances": len(self._engine.instances),
             "running": self._front.num_running,
             "is_paused": self._front.is_paused,
+            # Of the rollout since the last pause: how well siblings are joined.
+            "requests": progress.num_requests if progress else 0,
+            "groups": progress.num_groups if progress else 0,
         }
         return _json(info)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
 
+    from aseer.report import Progress
     from aseer.runtime.desk import Desk
     from aseer.server.wire import Ask
     from aseer.types import InstanceInfo, Response
@@ -76,6 +77,10 @@ class Front:
     def num_running(self) -> int:
         """Responses that are being sampled."""
         return self._num_running
+
+    def progress(self) -> Progress | None:
+        """What was sampled since the last pause; None while paused."""
+        return self._desk.progress() if self._desk is not None else None
 
     async def run(self) -> None:
         """Serve until cancelled.

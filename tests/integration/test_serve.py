@@ -91,6 +91,10 @@ async def test_siblings_that_come_together_share_a_group_and_seeds_stay_their_ow
         )
         async with session.get("/v1/models") as answer:
             card = (await answer.json())["data"][0]
+        counted = await info(session)
+        while counted["requests"] < 7:  # it is a fraction of a second old
+            counted = await info(session)
+    assert counted["groups"] == 4, "one of four, and three that have equal seeds"
     # A group's members have random streams of their own; equal requests have the same.
     texts = [tuple(answer["choices"][0]["token_ids"]) for _, answer in named]
     assert len(set(texts)) == 4
@@ -225,3 +229,6 @@ def test_options_become_settings_and_unknown_ones_are_named():
         config_from("--settings", '{"kv": 1}')
     with pytest.raises(aseer.ConfigError, match="for which there are options"):
         config_from("--dtype", "auto", "--settings", '{"dtype": "auto"}')
+    assert build_parser().parse_args(["serve", "m", "--join-s", "2"]).join_s == 2.0
+    with pytest.raises(SystemExit):
+        config_from("--join-s", "nan")

@@ -138,6 +138,7 @@ def test_settings_do_not_change_with_what_they_were_made_of() -> None:
         {"max_tokens": None, "stop": None, "bad_words": None, "seed": -1, "top_k": 0},
         {"n": 1, "best_of": None, "logprobs": 0, "prompt_logprobs": None},
         {"logprobs": 1, "flat_logprobs": True, "output_kind": 2, "skip_clone": True},
+        {"routed_experts_prompt_start": 17},  # of verifiers, from its second turn on
         {"truncate_prompt_tokens": None, "extra_args": None, "temperature": None},
         {"thinking_token_budget": -1, "skip_special_tokens": None},
     ],
