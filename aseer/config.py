@@ -46,6 +46,7 @@ POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 SpeculationMethod = Literal["off", "dgds", "suffix", "ngram"]
 KvPoolMode = Literal["auto", "off", "lmcache", "external"]
 MAX_LORA_RANK = 512  # vLLM's
+Transfer = Literal["auto", "host", "ipc", "nccl"]
 WakeTags = tuple[Literal["weights"]] | tuple[Literal["kv_cache"]] | None
 BudgetPolicy = Literal["adaptive", "fixed", "paper"]
 
@@ -251,7 +252,8 @@ class EngineConfig:
         controller_file: a file that is written while the engine listens, with its
             address, for `aseer node --controller-file`; None = none.
         weights_dir: where `update_weights` puts tensors for the engines, as large as
-            the model, twice that during an update; None = shared memory (/dev/shm).
+            the model, twice that once there was an update, if as much again is free
+            then, and in any case during one; None = shared memory (/dev/shm).
     """
 
     model: Path | str
@@ -424,6 +426,16 @@ def check_pause(pause: object) -> None:
     """
     if pause not in (None, "abort", "wait"):
         raise refusal("pause", pause, "'abort', 'wait', or None")
+
+
+def check_transfer(transfer: object) -> None:
+    """Refuse what is no way for weights to go.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    if transfer not in ("auto", "host", "ipc", "nccl"):
+        raise refusal("transfer", transfer, "'auto', 'host', 'ipc' or 'nccl'")
 
 
 def check_sleep_level(level: object) -> int:

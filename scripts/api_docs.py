@@ -68,6 +68,7 @@ ALIASES = {
     "SpeculationMethod": "config",
     "BudgetPolicy": "config",
     "Pause": "runtime/weights",
+    "Transfer": "config",
     "WeightSource": "weights/sending",
     "FinishReason": "types",
     "InstanceId": "types",

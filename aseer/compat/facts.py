@@ -197,7 +197,7 @@ FACTS = (
         r"wait_for_save",
         (
             ((0, 26), "scheduler_output, wait_for_save=False"),
-            ((0, 32), NOWHERE),
+            ((0, 31), NOWHERE),
         ),
     ),
     Fact(

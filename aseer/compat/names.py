@@ -106,6 +106,29 @@ vllm.v1.engine.async_llm  AsyncLLM.add_lora(lora_request) AsyncLLM.remove_lora(l
 vllm.lora.request  LoRARequest
 vllm.config.lora  LoRAConfig.max_lora_rank
 """
+_TRANSFER = """
+vllm.engine.arg_utils  EngineArgs.weight_transfer_config
+vllm.config.vllm  VllmConfig.weight_transfer_config
+vllm.v1.engine.async_llm  AsyncLLM.init_weight_transfer_engine(request)
+  AsyncLLM.start_weight_update AsyncLLM.update_weights(request)
+  AsyncLLM.finish_weight_update AsyncLLM.compute_weight_checksums?
+vllm.v1.worker.gpu_worker  Worker.weight_transfer_engine
+vllm.distributed.weight_transfer.base  WeightTransferInitRequest.init_info
+  WeightTransferUpdateRequest.update_info WeightTransferEngine.parse_init_info
+  WeightTransferEngine.parse_update_info WeightTransferEngine.shutdown
+vllm.distributed.weight_transfer.factory
+  WeightTransferEngineFactory.register_engine(name,module_path_or_cls,class_name)
+vllm.distributed.weight_transfer.ipc_engine  IPCWeightTransferEngine
+  IPCWeightTransferUpdateInfo.ipc_handles IPCWeightTransferUpdateInfo.tensor_sizes
+  IPCWeightTransferUpdateInfo.packed? IPCWeightTransferInitInfo.packed?
+vllm.distributed.weight_transfer.nccl_engine  NCCLWeightTransferEngine
+  NCCLWeightTransferUpdateInfo.names NCCLWeightTransferUpdateInfo.packed?
+vllm.distributed.weight_transfer.nccl_common  trainer_init(init_info)
+  NCCLWeightTransferInitInfo.rank_offset NCCLWeightTransferInitInfo.packed?
+vllm.distributed.weight_transfer.packed_tensor
+  packed_nccl_broadcast_producer(iterator,group,src,buffer_size_bytes,num_buffers)
+vllm.distributed.device_communicators.pynccl_wrapper  NCCLLibrary.ncclCommAbort
+"""
 _CPU = """
 vllm.distributed.device_communicators.shm_broadcast
   SpinCondition.__init__(busy_loop_s)?
@@ -256,12 +279,17 @@ lmcache.v1.multiprocess.server
   run_cache_server(mp_config,storage_manager_config,obs_config,return_engine)
 """
 _TABLES = (
-    (_ENGINES, "engines", "instance/vllm/backend.py"),
+    (_ENGINES, "engines", "instance/vllm/backend.py, asking.py"),
     (_IMAGES, "prompts with images", "instance/vllm/images.py"),
     (_SLEEP, "Engine.sleep and wake", "instance/vllm/backend.py"),
     (_FIGURES, "figures in reports", "instance/vllm/stats.py"),
     (_WEIGHTS, "Engine.update_weights", "instance/vllm/worker.py, patches.py"),
     (_ADAPTERS, "EngineConfig.max_lora_rank", "instance/vllm/weights.py"),
+    (
+        _TRANSFER,
+        "update_weights(transfer=...)",
+        "instance/vllm/transfer.py, receivers.py, weights/carriers.py",
+    ),
     (_CPU, "engines on CPUs", "instance/vllm/patches.py"),
     (_DRAFTS, "speculation", "dgds/, instance/vllm/speculation.py"),
     (_DRAFTS_V2, "speculation on GPUs", "dgds/speculator.py, dgds/ahead.py"),

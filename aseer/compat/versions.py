@@ -38,7 +38,9 @@ RELEASES = (
     Release((0, 26), (2, 11)),
     Release((0, 27), (2, 13)),
     Release((0, 28), (2, 13)),
+    Release((0, 29), (2, 13)),
     Release((0, 30), (2, 13)),
+    Release((0, 31), (2, 13)),
     Release((0, 32), (2, 13), was_run=True),
     Release((0, 33), (2, 14)),
 )

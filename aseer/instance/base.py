@@ -100,6 +100,16 @@ class Backend(Protocol):
         """Forget what was prepared."""
         ...
 
+    async def transfer_weights(self, step: str, info: dict[str, Any]) -> Any:
+        """Take a step of a transfer straight from a trainer's GPUs; what comes of it.
+
+        Args:
+            step: "look", "init", "start", "update", "finish" or "compare"; see
+                `aseer.instance.vllm.transfer`.
+            info: what the step is told, as plain data.
+        """
+        ...
+
     async def sleep(self, level: int) -> None:
         """Release the device's memory; see `Engine.sleep`."""
         ...

@@ -30,6 +30,7 @@ Question = Literal[
     "prepare_weights",
     "commit_weights",
     "discard_weights",
+    "transfer_weights",
     "sleep",
     "wake",
 ]

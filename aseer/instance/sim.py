@@ -50,8 +50,10 @@ _DEFAULTS: dict[str, Any] = {
     "fatal_prompt": None,  # token ids; kills the engine that runs it
     "max_lora_rank": 0,
     "weights": {},  # shape by name; all are F32
-    # [identity, "prepare" or "commit", "refuse" or "die"]: of one incarnation.
+    # [identity, "prepare", "commit" or a transfer's step, "refuse" or "die"]: of one
+    # incarnation.
     "weights_fault": None,
+    "weight_transfer_config": None,  # {"backend": name}: takes transfers
 }
 
 
@@ -197,6 +199,27 @@ class SimBackend:
     async def discard_weights(self) -> None:
         """See `Backend`."""
         self._prepared = None
+
+    async def transfer_weights(self, step: str, info: dict[str, Any]) -> Any:
+        """See `Backend`; an update tells the weights' checksum, or a part of it."""
+        config = self._args["weight_transfer_config"]
+        if config is None:
+            raise RuntimeError("it was started without a transfer of weights")
+        self._fault(step)
+        if step == "look":
+            return {"backend": config["backend"], "num_workers": 1, "gpus": [""]}
+        if step == "start":
+            self._prepared = 0, False
+        elif step == "update":
+            assert self._prepared is not None, "start first"
+            self._prepared = int(info["checksum"]) << 32, False
+        elif step == "finish":
+            assert self._prepared is not None, "start first"
+            self._weights, self._adapters, self._prepared = self._prepared[0], 0, None
+            self._cached.clear()
+        elif step == "compare":
+            return f"{self._weights:x}"
+        return None
 
     async def sleep(self, level: int) -> None:
         """See `Backend`."""

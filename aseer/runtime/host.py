@@ -29,6 +29,7 @@ from aseer.node.local import LocalNode
 from aseer.runtime.activity import Activity, Call
 from aseer.runtime.call_log import CallLog
 from aseer.runtime.claims import Claims
+from aseer.runtime.direct_update import DirectUpdate
 from aseer.runtime.identity import Identifier
 from aseer.runtime.instances import InstancePool
 from aseer.runtime.journal import Journal
@@ -36,7 +37,7 @@ from aseer.runtime.metrics import Figures
 from aseer.runtime.open_update import OpenUpdates
 from aseer.runtime.session import Session
 from aseer.runtime.sleep import Sleep
-from aseer.runtime.weights import NO_INSTANCE, WeightKeeper
+from aseer.runtime.weights import NO_INSTANCE, NO_WEIGHTS, WeightKeeper
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
 from aseer.watch import wait_awake
 from aseer.weights.files import no_place
@@ -240,6 +241,8 @@ class Host:
         journal = None
         try:
             self._check_alive()
+            if not self.infos and self._pool.in_need_of_weights:
+                raise EngineError(NO_WEIGHTS)
             if plan is not None:
                 journal = await self._open_journal(plan)
                 self._check_open()
@@ -301,7 +304,7 @@ class Host:
         claim = await self._take(_CALLS[pause], asker)
         try:
             self._check_alive()
-            return await self.weights.begin(self._pool, self.infos, version, claim)
+            return await self.weights.begin(self._pool, self._takers, version, claim)
         except BaseException:
             claim.release()
             raise
@@ -310,24 +313,80 @@ class Host:
         """Take every instance to weights that were sent; see `WeightKeeper.switch`."""
         try:
             times = await self.weights.switch(
-                plan, self._pool, self.infos, is_adapters=index.lora_rank > 0
+                plan, self._pool, self._takers, is_adapters=index.lora_rank > 0
             )
-            # What else outlives a rollout, and was made with the old weights, goes.
-            if self._draft_server is not None:
-                self._draft_server.set_weight_version(plan.version)
-            if self.kv_pool is not None:
-                await self.kv_pool.drop_older(plan.version)
+            await self._drop_older(plan.version)
         finally:
             plan.claim.release()
         return times
 
+    async def _drop_older(self, version: int) -> None:
+        """What else outlives a rollout, and was made with older weights, goes."""
+        if self._draft_server is not None:
+            self._draft_server.set_weight_version(version)
+        if self.kv_pool is not None:
+            await self.kv_pool.drop_older(version)
+
+    @property
+    def _takers(self) -> list[InstanceId]:
+        """Instances that an update begins with; if none is up, those that need one."""
+        return sorted(self.infos) or self._pool.in_need_of_weights
+
+    def direct_update(self, transfer: str) -> DirectUpdate:
+        """An update that goes straight from a trainer's GPUs, to be made and settled.
+
+        Args:
+            transfer: how; one of `aseer.weights.direct.WAYS`.
+        """
+        members = {*self.infos, *self._pool.in_need_of_weights}
+        return DirectUpdate(self._pool, members, transfer)
+
+    async def settle_direct(
+        self, plan: Plan, update: DirectUpdate, *, verify: bool
+    ) -> None:
+        """End a direct update, whose weights were sent.
+
+        Raises:
+            WeightUpdateError: they were not, or the engines' weights differ.
+        """
+        try:
+            if not update.is_sent:
+                raise WeightUpdateError(
+                    "no weights were sent; with transfer="
+                    f"{update.transfer!r} the process that has the engine calls the "
+                    "target's send(), as do all others of the trainer"
+                )
+            if verify:
+                await update.compare()
+            self.weights.settle(plan, self._pool, update)
+            await self._drop_older(plan.version)
+        except WeightUpdateError as error:
+            told = self.fail_direct(plan, update, str(error))
+            raise WeightUpdateError(f"{error}; {told}") from error
+        except BaseException as error:
+            self.fail_direct(plan, update, describe(error))
+            raise
+        plan.claim.release()
+
+    def fail_direct(self, plan: Plan, update: DirectUpdate, why: str) -> str:
+        """End a direct update that failed; what the engine has now, in words."""
+        update.fail(why)
+        plan.claim.release()
+        return self.weights.failed(plan, self._pool)
+
     async def open_weight_update(
-        self, version: int | None, pause: Pause | None, timeout_s: float, asker: object
+        self,
+        version: int | None,
+        pause: Pause | None,
+        timeout_s: float,
+        asker: object,
+        way: str,
     ) -> WeightTarget:
         """As `begin_weight_update`, for senders in other processes."""
         plan = await self.begin_weight_update(version, pause, asker)
+        direct = None if way == "host" else self.direct_update(way)
         try:
-            return self._open_updates.begin(plan, timeout_s)
+            return self._open_updates.begin(plan, timeout_s, direct)
         except OSError as error:
             self.weights.abandon(plan)
             raise no_place(error) from error
@@ -336,7 +395,7 @@ class Host:
         self, target: WeightTarget
     ) -> tuple[Sent, SwitchTimes]:
         """See `Engine.finish_update`."""
-        plan = self._open_updates.take(target, "was finished already")
+        plan, _ = self._open_updates.take(target, "was finished already")
         try:
             sent = read_sent(plan.directory)
         except BaseException:
@@ -347,7 +406,29 @@ class Host:
     def abandon_open_update(self, target: WeightTarget) -> None:
         """See `Engine.abandon_update`; one that is over stays so."""
         with suppress(WeightUpdateError):
-            self.weights.abandon(self._open_updates.take(target, "was abandoned"))
+            plan, direct = self._open_updates.take(target, "was abandoned")
+            if direct is not None:
+                direct.fail("the weight update was abandoned")
+            self.weights.abandon(plan)
+
+    @property
+    def open_direct(self) -> DirectUpdate | None:
+        """What sends to an open update's instances, if it goes straight to them."""
+        return self._open_updates.direct
+
+    @property
+    def transfer_backend(self) -> str | None:
+        """The transfer engine of vLLM's that the engines were started with."""
+        config = self._config.engine_args.get("weight_transfer_config") or {}
+        backend: str | None = config.get("backend")
+        return backend
+
+    async def finish_direct_update(self, target: WeightTarget) -> DirectUpdate:
+        """See `Engine.finish_update`."""
+        plan, direct = self._open_updates.take(target, "was finished already")
+        assert direct is not None
+        await self.settle_direct(plan, direct, verify=False)
+        return direct
 
     async def sleep(self, level: int, asker: object) -> None:
         """See `Engine.sleep`."""
@@ -453,6 +534,10 @@ class Host:
         self.infos.pop(instance_id, None)
         self.weights.instance_down(instance_id, why)
         self._tell_session(lambda s: s.instance_left(instance_id, why))
+
+    def instances_need_weights(self, why: str) -> None:
+        """See `PoolOwner`."""
+        self._tell_session(lambda s: s.exhausted(why))
 
     def instances_exhausted(self, why: str) -> None:
         """See `PoolOwner`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from aseer.journal.history import Weights
+from aseer.weights.current import TrainersWeights
 from aseer.weights.fingerprint import (
     describe_model,
     fingerprint_of_model,
@@ -58,7 +59,9 @@ class Identifier:
         )
 
     def _fingerprint(self, weights: CurrentWeights) -> str:
-        if weights.whole is None:
+        if isinstance(weights.whole, TrainersWeights):
+            found = weights.whole.fingerprint
+        elif weights.whole is None:
             found = fingerprint_of_model(self._config)
         else:
             found = fingerprint_of_update(weights.whole)

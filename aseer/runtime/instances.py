@@ -38,7 +38,7 @@ from aseer.runtime.slot import Slot
 from aseer.runtime.specs import Specs
 from aseer.transport.base import PROTOCOL_VERSION
 from aseer.watch import WakingClock
-from aseer.weights.current import CurrentWeights
+from aseer.weights.current import CurrentWeights, TrainersWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -87,6 +87,9 @@ class PoolOwner(Protocol):
     def instances_exhausted(self, why: str) -> None:
         """None is up, and none will come back."""
 
+    def instances_need_weights(self, why: str) -> None:
+        """None is up, and none will be before the next weight update."""
+
 
 class InstancePool:
     """Starts and supervises the instances."""
@@ -124,7 +127,8 @@ class InstancePool:
         self._last_died_on = RestartBudget(config.max_restarts)
         self._own = self._add(node, launches, self._last_died_on)
         self._num_launched = len(launches)  # ids are never used again
-        self.weights = CurrentWeights()  # what a new instance must load first
+        self._weights = CurrentWeights()
+        self._weights_changed = asyncio.Event()
 
     def _add(
         self, node: Node, launches: Iterable[Launch], restarts: RestartBudget
@@ -132,6 +136,37 @@ class InstancePool:
         slots = [Slot(launch, node, restarts, self._clock) for launch in launches]
         self._slots |= {slot.instance_id: slot for slot in slots}
         return slots
+
+    @property
+    def weights(self) -> CurrentWeights:
+        """What an instance must have before it works."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: CurrentWeights) -> None:
+        self._weights = weights
+        self._weights_changed.set()
+        self._weights_changed = asyncio.Event()
+
+    @property
+    def up(self) -> list[InstanceId]:
+        """Instances that take work."""
+        return [i for i, slot in self._slots.items() if slot.up.is_set()]
+
+    @property
+    def in_need_of_weights(self) -> list[InstanceId]:
+        """Instances that would be up, had they the trainer's weights."""
+        return [i for i, slot in self._slots.items() if slot.needs_weights]
+
+    def identity_of(self, instance_id: InstanceId) -> bytes:
+        """Of the process that has the place now; empty if it is not ready."""
+        slot = self._slots.get(instance_id)
+        return slot.identity if slot and slot.said_hello.is_set() else b""
+
+    def are_elsewhere(self, instances: Iterable[InstanceId]) -> bool:
+        """Whether one of them is on another host."""
+        slots = [self._slots.get(i) for i in instances]
+        return any(slot and isinstance(slot.node, RemoteNode) for slot in slots)
 
     def num_restarts(self, instance_id: InstanceId) -> int:
         """Times the instance was started again."""
@@ -371,6 +406,11 @@ class InstancePool:
         await slot.said_hello.wait()
         loaded = CurrentWeights()
         while loaded != self.weights:  # they may change meanwhile
+            theirs = self.weights.whole
+            if isinstance(theirs, TrainersWeights) and loaded.whole is not theirs:
+                if await self._has_from_trainer(slot, theirs):
+                    loaded = CurrentWeights(theirs)
+                continue
             way, loaded = loaded.way_to(self.weights), self.weights
             try:
                 if way is None:
@@ -387,6 +427,31 @@ class InstancePool:
         assert slot.info is not None
         slot.up.set()
         self._owner.instance_up(slot.info)
+
+    async def _has_from_trainer(self, slot: Slot, theirs: TrainersWeights) -> bool:
+        """Whether an instance holds such weights; if not, once others count."""
+        if slot.identity in theirs.holders:
+            return True
+        _log.warning(
+            "instance %d waits for the next weight update: the weights of the last one "
+            "came straight from the trainer, and nobody else has them",
+            slot.instance_id,
+        )
+        slot.needs_weights = True
+        while self.weights.whole is theirs:
+            await self._weights_changed.wait()
+        slot.needs_weights = False
+        return False
+
+    def _tell_if_weights_are_needed(self, why: str) -> None:
+        """Tell if no instance is up, and none will be before the next update."""
+        if isinstance(self.weights.whole, TrainersWeights) and not self.up:
+            self._owner.instances_need_weights(
+                "every instance is lost, and the weights of the last update came "
+                "straight from the trainer (transfer='ipc' or 'nccl'), so that nobody "
+                "else has them: call update_weights, and begin the rollout again; the "
+                f"last one: {why}"
+            )
 
     async def _bring_up(self, slot: Slot) -> None:
         """Start a process and wait for its hello.
@@ -408,6 +473,8 @@ class InstancePool:
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 await process.note_shared_memory()
+                if slot.needs_weights:  # that is not its start's time
+                    clock = WakingClock(_LONGEST_NOTE_S)
                 if clock.read() > timeout_s:
                     break
             up.cancel()
@@ -461,6 +528,7 @@ class InstancePool:
             _log.warning("instance %d is lost: %s", slot.instance_id, why)
             self._last_died_on = slot.restarts
             self._owner.instance_down(slot.instance_id, why)
+            self._tell_if_weights_are_needed(why)
             if not await self._restart(slot, why):
                 return
 

@@ -16,6 +16,7 @@ from aseer.watch import WakingClock
 from aseer.weights.target import WeightTarget, open_target
 
 if TYPE_CHECKING:
+    from aseer.runtime.direct_update import DirectUpdate
     from aseer.runtime.weights import Plan, WeightKeeper
 
 _log = logging.getLogger("aseer")
@@ -29,17 +30,23 @@ class OpenUpdates:
     def __init__(self, keeper: WeightKeeper) -> None:
         self._keeper = keeper
         self._plan: Plan | None = None
+        self.direct: DirectUpdate | None = None
+        """What sends straight to the instances; None = the update goes by files."""
         self._timer: asyncio.TimerHandle | None = None
         self._ends: dict[str, str] = {}  # how the last one ended, by its directory
 
-    def begin(self, plan: Plan, timeout_s: float) -> WeightTarget:
+    def begin(
+        self, plan: Plan, timeout_s: float, direct: DirectUpdate | None = None
+    ) -> WeightTarget:
         """Open a planned update for a sender.
 
+        Args:
+            direct: if it goes straight to the instances.
         Raises:
             OSError: there is no room.
         """
         open_target(plan.directory)
-        self._plan = plan
+        self._plan, self.direct = plan, direct
         clock = WakingClock(2 * _TICK_S)
         loop = asyncio.get_running_loop()
 
@@ -52,11 +59,14 @@ class OpenUpdates:
 
         look()
         return WeightTarget(
-            version=plan.version, directory=str(plan.directory), model=plan.model
+            version=plan.version,
+            directory=str(plan.directory),
+            model=plan.model,
+            transfer="host" if direct is None else direct.transfer,
         )
 
-    def take(self, target: WeightTarget, why: str) -> Plan:
-        """The plan of an open update, which is open no more.
+    def take(self, target: WeightTarget, why: str) -> tuple[Plan, DirectUpdate | None]:
+        """The plan of an open update, which is open no more, and what sends for it.
 
         Args:
             why: how it ended, for whoever comes later.
@@ -69,8 +79,9 @@ class OpenUpdates:
                 f"the update to version {target.version} "
                 + self._ends.get(target.directory, "is not one of this engine")
             )
+        direct = self.direct
         self._close(why)
-        return plan
+        return plan, direct
 
     def _expire(self, plan: Plan, timeout_s: float) -> None:
         why = (
@@ -78,13 +89,15 @@ class OpenUpdates:
             "it; give more time with timeout_s"
         )
         _log.warning("the weight update to version %d %s", plan.version, why)
+        if self.direct is not None:
+            self.direct.fail(f"its weight update {why}")
         self._close(why)
         self._keeper.abandon(plan)
 
     def _close(self, why: str) -> None:
         assert self._plan is not None
         self._ends = {str(self._plan.directory): why}
-        self._plan = None
+        self._plan = self.direct = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

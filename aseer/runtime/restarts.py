@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 
-# What vLLM, torch and CUDA say where a device has too little memory left.
+# What vLLM, torch and CUDA say where a device has too little memory left. That a killed
+# process took too much of the host's is a guess of ours, which ends with a "?".
 _NO_MEMORY = re.compile(
-    r"out of memory|CUDA_ERROR_OUT_OF_MEMORY|Free memory on device .* is less than"
+    r"out of memory(?!\?)|CUDA_ERROR_OUT_OF_MEMORY"
+    r"|Free memory on device .* is less than"
     r"|No available memory for the cache blocks",
     re.IGNORECASE,
 )

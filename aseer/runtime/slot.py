@@ -43,6 +43,7 @@ class Slot:
         self.said_hello = asyncio.Event()
         self.up = asyncio.Event()
         self.fail_asked("it was started again")
+        self.needs_weights = False  # its own are old, and no file has the new ones
         self.info: InstanceInfo | None = None
         self.failure: str | None = None
         self.killed_because: str | None = None
@@ -122,6 +123,7 @@ class Slot:
         """Its process has ended, and nothing of it can be asked or run any more."""
         self.up.clear()
         self.said_hello.clear()
+        self.needs_weights = False
         self.running.clear()
         self.fail_asked(why)
 

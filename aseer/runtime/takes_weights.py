@@ -21,6 +21,7 @@ from aseer.weights.sending import check_source
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from aseer.config import Transfer
     from aseer.report import WeightUpdateReport
     from aseer.runtime.host import Host
     from aseer.runtime.loop_thread import LoopThread
@@ -50,6 +51,8 @@ class TakesWeights(ABC):
         *,
         version: int | None = None,
         pause: Pause | None = None,
+        transfer: Transfer = "auto",
+        verify: bool = False,
     ) -> WeightUpdateReport:
         """Give every instance new weights, or none of them.
 
@@ -73,6 +76,16 @@ class TakesWeights(ABC):
             pause: what to do about a rollout in progress: "wait" for its end, or
                 "abort" it, so that its unfinished responses come as `aborted`. None = a
                 rollout in progress is an error.
+            transfer: how tensors go. "host": through memory that instances share, from
+                wherever they are. "ipc" and "nccl": straight from the GPUs of a trainer
+                that shares them with the engines, or has others; the engines must be
+                started for it (docs/training.md), the source must be a module or a
+                `state_dict`, and an instance that dies later has no work until the next
+                update, since no copy is kept. The calling thread is busy until engines
+                have the weights, also in asyncio code. "auto": straight where the
+                engines were started for it and the tensors are on GPUs, else "host".
+            verify: after "ipc" or "nccl", have vLLM (0.32 or newer) compare the
+                engines' weights with one another, which takes a second or so a GB.
         Raises:
             WeightUpdateError: every instance has the weights it had before.
             RolloutInProgressError: a rollout is in progress, and `pause` is None.
@@ -81,7 +94,10 @@ class TakesWeights(ABC):
         thread, host = self._open()
         check_source(source, awaits=True)
         asker = asyncio.current_task()
-        return await drive(update_steps(thread, host, source, version, pause, asker))
+        steps = update_steps(
+            thread, host, source, version, pause, asker, transfer, verify=verify
+        )
+        return await drive(steps)
 
     def update_weights_sync(
         self,
@@ -89,6 +105,8 @@ class TakesWeights(ABC):
         *,
         version: int | None = None,
         pause: Pause | None = None,
+        transfer: Transfer = "auto",
+        verify: bool = False,
     ) -> WeightUpdateReport:
         """As `update_weights`, for code without an event loop.
 
@@ -97,7 +115,10 @@ class TakesWeights(ABC):
         """
         thread, host = self._open()
         check_source(source, awaits=False)
-        return drive_blocking(update_steps(thread, host, source, version, pause, None))
+        steps = update_steps(
+            thread, host, source, version, pause, None, transfer, verify=verify
+        )
+        return drive_blocking(steps)
 
     async def begin_update(
         self,
@@ -105,6 +126,7 @@ class TakesWeights(ABC):
         version: int | None = None,
         pause: Pause | None = None,
         timeout_s: float = UPDATE_TIMEOUT_S,
+        transfer: Transfer = "auto",
     ) -> WeightTarget:
         """Begin a weight update whose tensors come from other processes.
 
@@ -121,6 +143,10 @@ class TakesWeights(ABC):
             version: as for `update_weights`, as is `pause`.
             timeout_s: until `finish_update` is called. After that the update is
                 abandoned, so that a sender which died stops nothing.
+            transfer: as for `update_weights`, but that "auto" is "host" here. With
+                "ipc" or "nccl" every process of the trainer, which are one
+                torch.distributed group, calls the target's `send` with its part of the
+                same model; the one that has the engine is one of them.
         Returns:
             What sends the weights. It can be pickled.
 
@@ -132,7 +158,8 @@ class TakesWeights(ABC):
         """
         thread, host = self._open()
         asker = asyncio.current_task()
-        return await drive(begin_steps(thread, host, version, pause, timeout_s, asker))
+        steps = begin_steps(thread, host, version, pause, timeout_s, asker, transfer)
+        return await drive(steps)
 
     def begin_update_sync(
         self,
@@ -140,10 +167,11 @@ class TakesWeights(ABC):
         version: int | None = None,
         pause: Pause | None = None,
         timeout_s: float = UPDATE_TIMEOUT_S,
+        transfer: Transfer = "auto",
     ) -> WeightTarget:
         """As `begin_update`, for code without an event loop."""
         thread, host = self._open()
-        steps = begin_steps(thread, host, version, pause, timeout_s, None)
+        steps = begin_steps(thread, host, version, pause, timeout_s, None, transfer)
         return drive_blocking(steps)
 
     async def finish_update(self, target: WeightTarget) -> WeightUpdateReport:

@@ -11,10 +11,17 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aseer.config import check_pause
-from aseer.errors import ConfigError, WeightUpdateError
+from aseer.config import check_pause, check_transfer
+from aseer.errors import ConfigError, WeightUpdateError, describe
 from aseer.report import WeightUpdateReport
+from aseer.runtime.direct_update import EnginesThere
 from aseer.runtime.steps import Either
+from aseer.weights.direct import (
+    chosen_way,
+    offer_engines,
+    send_directly,
+    withdraw_engines,
+)
 from aseer.weights.sending import send, send_async
 from aseer.weights.target import WeightTarget
 
@@ -22,10 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from concurrent.futures import Future
 
+    from aseer.config import Transfer
+    from aseer.runtime.direct_update import DirectUpdate
     from aseer.runtime.host import Host
     from aseer.runtime.loop_thread import LoopThread
     from aseer.runtime.steps import Step
-    from aseer.runtime.weights import Pause, SwitchTimes
+    from aseer.runtime.weights import Pause, Plan, SwitchTimes
     from aseer.weights.files import Index
     from aseer.weights.sending import WeightSource
 
@@ -39,6 +48,9 @@ def update_steps(
     version: int | None,
     pause: Pause | None,
     asker: object,
+    transfer: Transfer,
+    *,
+    verify: bool = False,
 ) -> Generator[Step, Any, WeightUpdateReport]:
     """The steps of `Engine.update_weights`; see `aseer.runtime.steps`.
 
@@ -47,11 +59,15 @@ def update_steps(
     cannot be left.
     """
     check_pause(pause)
+    check_transfer(transfer)
+    way = chosen_way(transfer, source, host.transfer_backend)
     plan = yield from _begun(
         thread,
         thread.submit(partial(host.begin_weight_update, version, pause, asker)),
         host.weights.abandon,
     )
+    if way != "host":
+        return (yield from _direct_steps(thread, host, plan, source, way, verify))
     try:
         started = time.monotonic()
         index: Index = yield Either(
@@ -68,6 +84,62 @@ def update_steps(
     return _report(plan.version, index, send_s, times)
 
 
+def _direct_steps(
+    thread: LoopThread,
+    host: Host,
+    plan: Plan,
+    source: WeightSource,
+    way: str,
+    verify: bool,
+) -> Generator[Step, Any, WeightUpdateReport]:
+    """Send straight to the engines, in the caller's thread also for asyncio code.
+
+    Whatever ends it, engines that had begun to change are started again.
+    """
+    update = host.direct_update(way)
+    engines = EnginesThere(thread, update)
+    started = time.monotonic()
+
+    def send_now() -> None:
+        send_directly(source, plan.model, way, engines)
+
+    async def send_soon() -> None:
+        send_now()
+
+    try:
+        yield Either(send_now, send_soon)
+    except BaseException as error:
+        why = describe(error)
+        if not isinstance(error, WeightUpdateError):  # it is the source's, or Ctrl-C
+            thread.post(partial(host.fail_direct, plan, update, why))
+            raise
+        if thread.ended.is_set():
+            raise thread.closed_error() from error
+        told = yield thread.submit(partial(_failing, host, plan, update, why))
+        raise WeightUpdateError(f"{error}; {told}") from error
+    whole_s = time.monotonic() - started
+    settle = partial(host.settle_direct, plan, update, verify=verify)
+    yield thread.submit(settle)
+    return _direct_report(plan.version, update, whole_s)
+
+
+async def _failing(host: Host, plan: Plan, update: DirectUpdate, why: str) -> str:
+    return host.fail_direct(plan, update, why)
+
+
+def _direct_report(
+    version: int, update: DirectUpdate, whole_s: float
+) -> WeightUpdateReport:
+    return WeightUpdateReport(
+        version=version,
+        num_tensors=update.num_tensors,
+        num_bytes=update.num_bytes,
+        send_s=max(0.0, whole_s - update.prepare_s - update.switch_s),
+        prepare_s=update.prepare_s,
+        switch_s=update.switch_s,
+    )
+
+
 def begin_steps(
     thread: LoopThread,
     host: Host,
@@ -75,15 +147,25 @@ def begin_steps(
     pause: Pause | None,
     timeout_s: float,
     asker: object,
+    transfer: Transfer,
 ) -> Generator[Step, Any, WeightTarget]:
     """The steps of `Engine.begin_update`."""
     check_pause(pause)
+    check_transfer(transfer)
+    # What will be sent is not known yet, nor which processes take part.
+    way = "host" if transfer == "auto" else transfer
     if isinstance(timeout_s, bool) or not 0 < timeout_s < float("inf"):
         raise ConfigError(
             f"timeout_s={timeout_s!r} is not allowed; give seconds greater than 0"
         )
-    begin = partial(host.open_weight_update, version, pause, timeout_s, asker)
-    return (yield from _begun(thread, thread.submit(begin), host.abandon_open_update))
+    begin = partial(host.open_weight_update, version, pause, timeout_s, asker, way)
+    target: WeightTarget = yield from _begun(
+        thread, thread.submit(begin), host.abandon_open_update
+    )
+    update = host.open_direct
+    if update is not None:
+        offer_engines(target.directory, EnginesThere(thread, update))
+    return target
 
 
 def finish_steps(
@@ -91,6 +173,10 @@ def finish_steps(
 ) -> Generator[Step, Any, WeightUpdateReport]:
     """The steps of `Engine.finish_update`; a switch goes on if nobody waits for it."""
     check_target(target)
+    withdraw_engines(target.directory)
+    if target.transfer != "host":
+        finish = partial(host.finish_direct_update, target)
+        return _direct_report(target.version, (yield thread.submit(finish)), 0.0)
     sent, times = yield thread.submit(lambda: host.finish_open_update(target))
     return _report(target.version, sent.index, sent.send_s, times)
 

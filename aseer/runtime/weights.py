@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -18,7 +20,9 @@ import msgspec
 
 from aseer.errors import EngineError, InstanceLostError, WeightUpdateError, describe
 from aseer.node.cleanup import weights_dir_for
+from aseer.node.machine import free_memory_bytes
 from aseer.weights.checks import ModelSpec
+from aseer.weights.current import CurrentWeights, TrainersWeights
 from aseer.weights.files import INDEX, make_directory
 from aseer.weights.update import (
     Commit,
@@ -30,23 +34,30 @@ from aseer.weights.update import (
     UpdateState,
     WeightUpdate,
 )
+from aseer.weights.writer import DATA, free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from aseer.config import EngineConfig
     from aseer.runtime.claims import Claim
+    from aseer.runtime.direct_update import DirectUpdate
     from aseer.runtime.instances import InstancePool
     from aseer.types import InstanceId
-    from aseer.weights.current import CurrentWeights
     from aseer.weights.update import UpdateCommand
 
 _log = logging.getLogger("aseer")
 
 Pause = Literal["abort", "wait"]
+_SPARE = "spare"  # the file of the weights before the current ones
 MAX_VERSION = (1 << 63) - 1  # what a message, and vLLM's key of cached KV, can hold
 NO_INSTANCE = (
     "no instance is up at the moment; what was lost is started again: try again then"
+)
+
+NO_WEIGHTS = (
+    "every instance has died since the last weight update, whose weights came straight "
+    "from the trainer: call update_weights"
 )
 
 
@@ -79,6 +90,7 @@ class WeightKeeper:
     def __init__(self, directory: Path) -> None:
         """`directory` is for what engines map, a folder an update."""
         self._directory = directory
+        self._spare = directory / _SPARE
         self.version = 0
         self.lacks_whole = False
         """Whether instances dropped their weights, and had no others since."""
@@ -116,6 +128,8 @@ class WeightKeeper:
         self._num_plans += 1
         directory = self._directory / f"{wanted}-{self._num_plans}"
         make_directory(directory)
+        with suppress(OSError):  # there is none: the sender makes a file of its own
+            self._spare.rename(directory / DATA)
         return Plan(wanted, directory, model, claim)
 
     def abandon(self, plan: Plan) -> None:
@@ -158,8 +172,47 @@ class WeightKeeper:
             self._switch = None
             kept = new if self.version == plan.version else old
             for path in (old.paths | {index}) - kept.paths:
-                pool.drop_weights(path)
-                shutil.rmtree(Path(path).parent, ignore_errors=True)
+                # All instances have loaded newer ones, if these were ever loaded.
+                self._drop_files(pool, path)
+
+    def settle(self, plan: Plan, pool: InstancePool, update: DirectUpdate) -> None:
+        """All instances of a direct update have its weights; others have older ones."""
+        old = pool.weights
+        self.version = plan.version
+        self.lacks_whole = False
+        theirs = TrainersWeights(update.holders, f"direct-{secrets.token_hex(8)}")
+        pool.weights = CurrentWeights(theirs)
+        for instance_id in pool.up:
+            if pool.identity_of(instance_id) not in update.holders:
+                pool.replace(instance_id, "it came up while weights were sent")
+        for path in old.paths:
+            self._drop_files(pool, path)
+        self._spare.unlink(missing_ok=True)
+        shutil.rmtree(plan.directory, ignore_errors=True)
+
+    def failed(self, plan: Plan, pool: InstancePool) -> str:
+        """A direct update ended without new weights; what the engine has, in words."""
+        shutil.rmtree(plan.directory, ignore_errors=True)
+        if isinstance(pool.weights.whole, TrainersWeights):
+            return (
+                f"the weights of version {self.version} came straight from the trainer "
+                "as well, so the engine waits for the next update"
+            )
+        return f"the engine stays at {self.version}"
+
+    def _drop_files(self, pool: InstancePool, index: str) -> None:
+        """No instance will load the files of an update any more.
+
+        What was written for it is kept for the next update if there is ample memory: a
+        file that has its pages is written in half the time. All instances have other
+        weights by then, from another file.
+        """
+        pool.drop_weights(index)
+        written = Path(index).parent / DATA
+        with suppress(OSError):  # nothing was written: a checkpoint's own files count
+            if _is_ample(written.stat().st_size, self._directory):
+                written.rename(self._spare)
+        shutil.rmtree(written.parent, ignore_errors=True)
 
     def instance_up(self, instance_id: InstanceId) -> None:
         """It has the weights that are current at this moment."""
@@ -259,6 +312,11 @@ class _Switch:
                 self.do(lambda: tell(instance_id, str(error) if error else ""))
 
         return answered
+
+
+def _is_ample(num_bytes: int, directory: Path) -> bool:
+    """Whether as much again is free where a file is, and so of the memory."""
+    return num_bytes <= min(free_bytes(directory), free_memory_bytes())
 
 
 async def _describe(pool: InstancePool, instances: list[InstanceId]) -> ModelSpec:

@@ -91,7 +91,15 @@ class ModelSpec(msgspec.Struct, frozen=True):
     @property
     def least_bytes(self) -> int:
         """No complete weights are written in fewer bytes."""
-        smallest = dict.fromkeys(ROUNDABLE, "BF16")
+        return self.bytes_if("", "")
+
+    def bytes_if(self, wanted: str, written: str) -> int:
+        """The least bytes of complete weights, if one dtype is written as another.
+
+        Args:
+            wanted: a dtype of the checkpoint.
+        """
+        smallest = dict.fromkeys(ROUNDABLE, "BF16") | {wanted: written}
         required = self.required
         return sum(
             TensorSpec(smallest.get(spec.dtype, spec.dtype), spec.shape).num_bytes

@@ -7,7 +7,7 @@ saves a checkpoint.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aseer.weights.names import unwrapped
 
@@ -33,6 +33,12 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     expert: int | None = None
     rows: tuple[int, int] = (0, 0)
+
+    def of(self, values: Any) -> Any:
+        """The part of a whole tensor."""
+        if self.expert is None:
+            return values
+        return values[self.expert][slice(*self.rows)]
 
 
 def parts_of(name: str, shape: tuple[int, ...], known: Container[str]) -> list[Part]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from aseer.errors import WeightUpdateError
 from aseer.weights.files import INDEX, index_checkpoint, no_place
+from aseer.weights.finite import FiniteCheck
 from aseer.weights.names import unwrapped
-from aseer.weights.writer import check_finite, spec_of
+from aseer.weights.writer import spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,14 +43,15 @@ def send_adapters(source: Any, model: ModelSpec, directory: Path) -> Index:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    rank, tensors = 0, {}
+    rank, tensors, finite = 0, {}, FiniteCheck()
     for name, first, second in _factors(source):
         module = _fitting(name, first, second, model)
         rank = max(rank, first.shape[0])
         for part, values in (("lora_A", first), ("lora_B", second)):
-            check_finite(f"{name}.{part}", values)
+            finite.add(f"{name}.{part}", values)
             values = values.detach().to("cpu").contiguous()
             tensors[f"{_PREFIX}{module}.{part}{_SUFFIX}"] = values
+    finite.finish()
     if not tensors:
         raise WeightUpdateError("the model has no active adapter of any layer")
     try:

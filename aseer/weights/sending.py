@@ -32,11 +32,11 @@ from aseer.weights.files import (
     index_checkpoint,
     map_tensors,
 )
+from aseer.weights.finite import FiniteCheck
 from aseer.weights.lora import send_adapters
 from aseer.weights.writer import (
     TensorWriter,
     check_equal,
-    check_finite,
     spec_of,
 )
 
@@ -123,8 +123,7 @@ def _steps(
     if isinstance(source, str | os.PathLike):
         yield from _check_checkpoint(Path(source), model, directory)
         return
-    if type(source).__name__ in _DATA_PARALLEL:
-        source = source.module
+    source = module_of(source)
     if has_adapters(source) and model.max_lora_rank:
         yield send_adapters(source, model, directory)
         return
@@ -132,12 +131,12 @@ def _steps(
         pairs = _pairs_of(source)
         shared: frozenset[str] = frozenset()
         if isinstance(pairs, Mapping):
-            shared = _shared(pairs, model)
+            shared = shared_names(pairs, model)
             kept = {k: values for k, values in pairs.items() if k not in shared}
-            writer.expect(_bytes_to_write(kept, model))
+            writer.expect(_bytes_to_write(kept, model), is_known=True)
             pairs = pairs.items()
         else:
-            writer.expect(model.least_bytes)
+            writer.expect(model.least_bytes, is_known=False)
         for pair in pairs:
             name, tensor = _whole(pair)
             if name not in shared:
@@ -154,7 +153,7 @@ async def _write_async(
         if isinstance(source, AsyncGenerator):
             # Its own clean-up is over before the caller learns how this ended.
             await stack.enter_async_context(aclosing(source))
-        writer.expect(model.least_bytes)
+        writer.expect(model.least_bytes, is_known=False)
         async for pair in source:
             _write(*_whole(pair), model, writer)
             await asyncio.sleep(0)
@@ -165,14 +164,14 @@ def _check_checkpoint(
     source: Path, model: ModelSpec, directory: Path
 ) -> Iterator[Index | None]:
     """Its files are mapped where they are; only an index of them is made."""
-    check = WeightCheck(model)
+    check, finite = WeightCheck(model), FiniteCheck()
     index = index_checkpoint(source)
     taken: dict[str, Tensor] = {}
     tied: Any = None
     for tensor, (_, values) in zip(index.tensors, map_tensors(index), strict=True):
         accepted = check.add(tensor.name, tensor.spec)
         if accepted is not None:
-            check_finite(tensor.name, values)
+            finite.add(tensor.name, values)
             if accepted.is_copy:
                 check_equal(tensor.name, values, taken[accepted.key].name, tied)
             else:
@@ -189,6 +188,11 @@ def _check_checkpoint(
     index = Index(index.files, tensors)
     index.write(directory / INDEX)
     yield index
+
+
+def module_of(source: WeightSource) -> WeightSource:
+    """A source without what data-parallel training puts around it."""
+    return source.module if type(source).__name__ in _DATA_PARALLEL else source
 
 
 def _pairs_of(source: WeightSource) -> Mapping[str, Any] | Iterable[object]:
@@ -217,13 +221,10 @@ def _whole(pair: object) -> tuple[str, Any]:
 def _write(name: str, values: Any, model: ModelSpec, writer: TensorWriter) -> None:
     """Write a tensor as the checkpoint has it."""
     for part in parts_of(name, spec_of(name, values).shape, model.tensors):
-        if part.expert is None:
-            writer.write(part.name, values)
-        else:
-            writer.write(part.name, values[part.expert][slice(*part.rows)])
+        writer.write(part.name, part.of(values))
 
 
-def _shared(tensors: Mapping[str, Any], model: ModelSpec) -> frozenset[str]:
+def shared_names(tensors: Mapping[str, Any], model: ModelSpec) -> frozenset[str]:
     """Names that the model lacks, of tensors that it has by another name.
 
     Saved checkpoints leave out what layers share, `state_dict` does not.

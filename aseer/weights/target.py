@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import msgspec
 
 from aseer.errors import WeightUpdateError, describe
+from aseer.weights.carriers import is_one_of_many
 from aseer.weights.checks import ModelSpec
+from aseer.weights.direct import engines_of, send_directly
 from aseer.weights.files import INDEX, Index, read_index
 from aseer.weights.sending import check_source, send, send_async
 
@@ -60,16 +62,19 @@ class WeightTarget(msgspec.Struct, frozen=True, kw_only=True):
         version: that the engine has after the update.
         directory: where the tensors are written, or are said to lie.
         model: names, shapes and dtypes that the engine takes.
+        transfer: how the tensors go; see `Engine.begin_update`.
     """
 
     version: int
     directory: str
     model: ModelSpec
+    transfer: str = "host"
 
     def send(self, source: WeightSource) -> None:
         """Check the weights and write them where the engine's instances map them.
 
-        After an error the same or another process may send again.
+        After an error the same or another process may send again. Of an update that was
+        begun with transfer="ipc" or "nccl" every process of the trainer calls this.
 
         Args:
             source: see `Engine.update_weights`; no async iterable. What other processes
@@ -80,6 +85,9 @@ class WeightTarget(msgspec.Struct, frozen=True, kw_only=True):
                 sends or has sent, the update is over, or this is another machine.
         """
         check_source(source, awaits=False)
+        if self.transfer != "host":
+            self._send_directly(source)
+            return
         with self._sending():
             send(source, self.model, Path(self.directory))
 
@@ -90,8 +98,21 @@ class WeightTarget(msgspec.Struct, frozen=True, kw_only=True):
             WeightUpdateError: as there.
         """
         check_source(source, awaits=True)
+        if self.transfer != "host":
+            self._send_directly(source)
+            return
         with self._sending():
             await send_async(source, self.model, Path(self.directory))
+
+    def _send_directly(self, source: WeightSource) -> None:
+        engines = engines_of(self.directory)
+        if engines is None and not is_one_of_many():
+            raise WeightUpdateError(
+                f"transfer={self.transfer!r} sends from the process that has the "
+                "engine, with the other processes of its torch.distributed group; this "
+                "process is neither: call send() there, or begin with transfer='host'"
+            )
+        send_directly(source, self.model, self.transfer, engines)
 
     @contextmanager
     def _sending(self) -> Iterator[None]:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from aseer.errors import WeightUpdateError
-from aseer.weights.checks import ROUNDABLE, TensorSpec, WeightCheck
+from aseer.weights.blocks import BlockWriter
+from aseer.weights.checks import TensorSpec, WeightCheck
 from aseer.weights.files import (
     INDEX,
     Index,
@@ -21,6 +22,7 @@ from aseer.weights.files import (
     no_place,
     torch_dtype,
 )
+from aseer.weights.finite import FiniteCheck, refuse_unless
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 
     from aseer.weights.checks import ModelSpec
 
-_DATA = "data"
+DATA = "data"
+"""Name of the file in an update's directory."""
 _ALIGNMENT = 64
 
 
@@ -42,15 +45,20 @@ class TensorWriter:
         self._model = model
         self._check = WeightCheck(model)
         self._directory = directory
-        self._path = directory / _DATA
-        self._need = model.least_bytes
+        self._path = directory / DATA
+        self._finite = FiniteCheck()
+        self._need, self._is_known = model.least_bytes, False
         self._places: dict[str, Tensor] = {}
         self._file: FileIO
-        self._offset = 0
+        self._offset = self._recycled = 0
 
     def __enter__(self) -> Self:
         try:
-            self._file = self._path.open("xb", buffering=0)
+            # A file that an earlier update has no use for any more may be there.
+            self._path.touch(mode=0o600)
+            self._file = self._path.open("r+b", buffering=0)
+            self._recycled = self._path.stat().st_size
+            self._blocks = BlockWriter(self._file.fileno())
         except OSError as error:
             raise no_place(error) from error
         return self
@@ -61,16 +69,20 @@ class TensorWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._blocks.close()
         self._file.close()
 
-    def expect(self, num_bytes: int) -> None:
+    def expect(self, num_bytes: int, *, is_known: bool) -> None:
         """See that there is room for all that is to be written.
 
+        Args:
+            is_known: whether it is exactly that, and not at least that.
         Raises:
             WeightUpdateError: there is not.
         """
-        self._need = num_bytes
-        if num_bytes > (free := free_bytes(self._directory)):
+        self._need, self._is_known = num_bytes, is_known
+        free = free_bytes(self._directory) + self._recycled
+        if num_bytes > free:
             raise self._no_room(free)
 
     def write(self, name: str, given: Any) -> None:
@@ -86,21 +98,24 @@ class TensorWriter:
         key, dtype, is_copy = accepted
         with _reading(name, given):
             values = given.detach().to(torch_dtype(dtype))
-            check_finite(name, values)
+            is_here = values.device.type == "cpu"
+            if is_copy or not is_here:
+                self._finite.add(name, values)
             if is_copy:
                 other = self._check.other_name(key, name)
                 check_equal(name, values, other, self._written(key))
                 return
-            data = _bytes_of(values)
-        self._append(key, TensorSpec(dtype, spec.shape), data)
+            is_finite = self._append(key, TensorSpec(dtype, spec.shape), values)
+        refuse_unless(is_finite, name, dtype)
 
     def finish(self) -> Index:
         """Write the index, once every tensor was.
 
         Raises:
-            WeightUpdateError: one is missing.
+            WeightUpdateError: one is missing, or has values that are not finite.
         """
         self._check.finish()
+        self._finite.finish()
         index = Index(
             [str(self._path)],
             [
@@ -110,23 +125,33 @@ class TensorWriter:
             ],
         )
         try:
+            self._blocks.finish()
             self._file.truncate(self._offset)  # what is empty was not written
         except OSError as error:
             raise self._no_room(free_bytes(self._directory)) from error
         index.write(self._directory / INDEX)
         return index
 
-    def _append(self, key: str, spec: TensorSpec, data: memoryview) -> None:
-        self._offset = -(-self._offset // _ALIGNMENT) * _ALIGNMENT
+    def _append(self, key: str, spec: TensorSpec, values: Any) -> bool:
+        """Write a tensor; whether it is finite, as far as that was looked at."""
+        offset = -(-self._offset // _ALIGNMENT) * _ALIGNMENT
+        if not self._places and not self._is_known:
+            wanted = self._model.tensors[key].dtype
+            self.expect(self._model.bytes_if(wanted, spec.dtype), is_known=False)
         try:
-            self._file.seek(self._offset)
-            _write_all(self._file.fileno(), data)
+            is_finite = self._blocks.put(values, offset, spec.dtype)
         except OSError as error:
             raise self._no_room(free_bytes(self._directory)) from error
-        self._places[key] = Tensor(key, spec, 0, self._offset, len(data))
-        self._offset += len(data)
+        num_bytes = values.numel() * values.itemsize
+        self._places[key] = Tensor(key, spec, 0, offset, num_bytes)
+        self._offset = offset + num_bytes
+        return is_finite
 
     def _written(self, key: str) -> Any:
+        try:
+            self._blocks.finish()
+        except OSError as error:
+            raise self._no_room(free_bytes(self._directory)) from error
         _, values = next(map_tensors(Index([str(self._path)], [self._places[key]])))
         return values
 
@@ -184,25 +209,6 @@ def _spec_of(name: str, values: Any) -> TensorSpec:
     return TensorSpec(dtype_name(values.dtype), tuple(values.shape))
 
 
-def check_finite(name: str, values: Any) -> None:
-    """Look at every value.
-
-    Raises:
-        WeightUpdateError: one is NaN or infinite.
-    """
-    import torch
-
-    dtype = dtype_name(values.dtype)
-    if dtype not in ROUNDABLE or not values.numel():
-        return
-    # NaN and infinity come through as the least or the greatest value: one pass, and
-    # no memory.
-    if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
-        raise WeightUpdateError(
-            f"tensor {name!r} has values that are NaN or infinite as {dtype}"
-        )
-
-
 def check_equal(name: str, values: Any, other_name: str, others: Any) -> None:
     """Compare what came under two names that the engine has one tensor for.
 
@@ -230,18 +236,6 @@ def _reading(name: str, values: Any) -> Iterator[None]:
         raise WeightUpdateError(
             f"tensor {name!r}, a {kind}, cannot be read: {error}"
         ) from error
-
-
-def _bytes_of(values: Any) -> memoryview:
-    import torch
-
-    flat = values.to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 def _gigabytes(num_bytes: int) -> str:

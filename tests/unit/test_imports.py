@@ -119,7 +119,13 @@ NOT_IN_PURE = {
 # Libraries with one home each: the only folders or modules that import them.
 HOMES = {
     "zmq": ("aseer.transport",),
-    "vllm": ("aseer.instance.vllm", "aseer.dgds", "aseer.kv", "aseer.cli"),
+    "vllm": (
+        "aseer.instance.vllm",
+        "aseer.dgds",
+        "aseer.kv",
+        "aseer.cli",
+        "aseer.weights.carriers",  # the trainer's half of a transfer
+    ),
     "lmcache": ("aseer.kv",),
     "matplotlib": ("aseer.plot",),
     "prometheus_client": ("aseer.runtime.metrics",),

@@ -58,6 +58,7 @@ from aseer.instance.vllm.speculation import (
 )
 from aseer.instance.vllm.stats import EngineStats
 from aseer.instance.vllm.text import Text
+from aseer.instance.vllm.transfer import Transfer, with_our_receivers
 from aseer.instance.vllm.v2 import PRICE_OF_V1, engine_args_for_v2, why_not_v2
 from aseer.instance.vllm.weights import EngineWeights
 from aseer.kv.settings import cache_salt
@@ -94,7 +95,7 @@ class VllmBackend:
 
     async def start(self) -> InstanceInfo:
         """See `Backend`."""
-        args = await join_pool(self._spec.engine_args)
+        args = with_our_receivers(await join_pool(self._spec.engine_args))
         if not HAS_REQUEST_INTERVAL:
             args.setdefault("stream_interval", STREAM_INTERVAL)
         if _HAS_RETENTION_INTERVAL:
@@ -291,6 +292,16 @@ class VllmBackend:
     async def discard_weights(self) -> None:
         """See `Backend`."""
         await self._weights.discard()
+
+    async def transfer_weights(self, step: str, info: dict[str, Any]) -> Any:
+        """See `Backend`."""
+        try:
+            done = await Transfer(self._engine).do(step, info)
+            if step == "finish":
+                await self._weights.drop_adapters()
+            return done
+        except EngineDeadError as error:
+            raise EngineDied(describe(error)) from error
 
     async def _kv_groups(self) -> tuple[list[KvGroup], int]:
         """See `describe_groups`."""

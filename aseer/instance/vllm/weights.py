@@ -89,6 +89,12 @@ class EngineWeights:
             self.lora, self._prepared = self._prepared, None
             await empty_caches(self._engine())
 
+    async def drop_adapters(self) -> None:
+        """Whole weights came another way; adapters stood on those before."""
+        with _alive():
+            await self._take_away(self.lora)
+        self.lora = None
+
     async def discard(self) -> None:
         """See `Backend.discard_weights`."""
         await call_workers(self._engine(), "aseer_discard_weights")

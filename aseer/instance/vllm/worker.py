@@ -21,6 +21,7 @@ from aseer.dgds.replica import Replica
 from aseer.dgds.steptime import StepTimeModel
 from aseer.instance.vllm import patches
 from aseer.instance.vllm.kvgroups import describe_groups
+from aseer.instance.vllm.transfer import offer_receivers
 from aseer.instance.vllm.v2 import (
     is_v2,
     offer,
@@ -28,6 +29,7 @@ from aseer.instance.vllm.v2 import (
     start_drafting,
     verify_drafts,
 )
+from aseer.weights.carriers import gpu_id
 from aseer.weights.files import OpenIndex
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ _DRAFTS = ("num_drafts", "drafted", "accepted")
 # vLLM imports this in a worker, before the worker's queues and model runner are made.
 patches.apply("worker")
 offer()
+offer_receivers()
 
 
 class WorkerExtension:
@@ -47,9 +50,11 @@ class WorkerExtension:
     model_runner: Any
     vllm_config: Any
     reload_weights: Any
+    weight_transfer_engine: Any
     device: Any
     rank: int
     aseer_weights: OpenIndex | None = None
+    aseer_transfer: ExitStack | None = None
 
     def aseer_prepare_weights(self, path: str) -> None:
         """Open the files of new weights, and see that they are there."""
@@ -63,6 +68,26 @@ class WorkerExtension:
             patches.apply("reload", self.model_runner.model, reloaded)
             self.reload_weights(weights_iterator=self.aseer_weights.tensors())
         self.aseer_discard_weights()
+
+    def aseer_gpu(self) -> str:
+        """The id of the worker's GPU; empty if it has none."""
+        import torch
+
+        if self.device.type != "cuda":
+            return ""
+        return gpu_id(torch.cuda.get_device_properties(self.device))
+
+    def aseer_begin_transfer(self) -> None:
+        """Mend vLLM's reload for the weights that are about to come."""
+        self.aseer_transfer = stack = ExitStack()
+        patches.apply("reload", self.model_runner.model, stack)
+
+    def aseer_end_transfer(self) -> None:
+        """All weights of a transfer are loaded; leave the trainer's group."""
+        assert self.aseer_transfer is not None, "begin first"
+        self.aseer_transfer.close()
+        self.aseer_transfer = None
+        self.weight_transfer_engine.shutdown()
 
     def aseer_describe_kv(self) -> tuple[list[KvGroup], int]:
         """See `describe_groups`."""

@@ -114,7 +114,7 @@ def test_every_release_has_one_row_and_the_first_and_the_newest_run_are_told() -
             "0.5.6",
             "2.14.0+cu130",
             True,
-            "built for one of these (0.27, 0.28, 0.30, 0.32)",
+            "built for one of these (0.27, 0.28, 0.29, 0.30, 0.31, 0.32)",
         ),
         ("0.5.6", "2.14.0+cpu", False, None),
         ("0.5.6", "2.13.0+cu130", True, None),

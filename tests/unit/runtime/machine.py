@@ -62,6 +62,7 @@ class Backend(SimBackend):
         self._identity = spec.identity
         self._prepared_name = ""
         self.weights = ""
+        self.told: list[tuple[str, dict[str, Any]]] = []
 
     async def start(self) -> InstanceInfo:
         await self._machine.at(self._identity, "start")
@@ -82,6 +83,14 @@ class Backend(SimBackend):
 
     async def discard_weights(self) -> None:
         await self._machine.at(self._identity, "discard_weights")
+
+    async def transfer_weights(self, step: str, info: dict[str, Any]) -> Any:
+        await self._machine.at(self._identity, step)
+        self.told.append((step, info))
+        answer = await super().transfer_weights(step, info)
+        if step == "finish":
+            self.weights = f"sent-{self._weights >> 32}"
+        return answer
 
     async def sleep(self, level: int) -> None:
         await self._machine.at(self._identity, "sleep")
@@ -259,9 +268,13 @@ class Owner:
     def instances_exhausted(self, why: str) -> None:
         self.told.append(("exhausted", why))
 
+    def instances_need_weights(self, why: str) -> None:
+        self.told.append(("in need", why))
+
     def kinds(self) -> list[tuple[Any, ...]]:
         """What was told, without the reasons."""
-        return [each[:2] if each[0] != "exhausted" else each[:1] for each in self.told]
+        alone = ("exhausted", "in need")
+        return [each[:1] if each[0] in alone else each[:2] for each in self.told]
 
     def whys(self) -> list[str]:
         return [each[-1] for each in self.told if each[0] in ("down", "exhausted")]

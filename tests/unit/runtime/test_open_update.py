@@ -36,7 +36,7 @@ async def test_it_is_taken_once_and_by_its_own_target(tmp_path):
     other = SimpleNamespace(version=3, directory="/elsewhere")
     with pytest.raises(WeightUpdateError, match="version 3 is not one of this engine"):
         updates.take(other, "was finished already")
-    assert updates.take(target, "was finished already") is plan
+    assert updates.take(target, "was finished already") == (plan, None)
     with pytest.raises(WeightUpdateError, match="version 2 was finished already"):
         updates.take(target, "was abandoned")
     assert keeper.abandoned == []

@@ -53,6 +53,7 @@ def test_more_is_never_given_back_than_was_there():
         ("ValueError: No available memory for the cache blocks. Try", True),
         ("CUDA error: CUDA_ERROR_OUT_OF_MEMORY at cumem_allocator.cpp", True),
         ("it died: no such model", False),
+        ("instance 0 was killed by SIGKILL (out of memory?); cause: none", False),
         ("Free memory on device cuda:0 is 60 GiB", False),
         (describe_exit(-signal.SIGKILL), False),
     ],

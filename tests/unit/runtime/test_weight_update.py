@@ -60,6 +60,7 @@ class Host:
     def __init__(self) -> None:
         self.abandoned: list[Plan] = []
         self.weights = SimpleNamespace(abandon=self.abandoned.append)
+        self.transfer_backend = None
 
     async def begin_weight_update(self, *args: object) -> None: ...
 
@@ -74,7 +75,7 @@ def settle(future: Future[Any], result: object) -> None:
 
 
 def steps(thread: Thread, host: Host, pause: Any = None) -> Any:
-    return update_steps(thread, host, "a source", None, pause, None)  # type: ignore[arg-type]
+    return update_steps(thread, host, "a source", None, pause, None, "host")  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -338,3 +338,25 @@ async def test_a_place_that_cannot_be_made_is_said(monkeypatch, tmp_path) -> Non
         with pytest.raises(WeightUpdateError, match=r"no place for .*weights_dir"):
             await up.begin()
         assert up.claims.activity is Activity.IDLE
+
+
+async def test_the_file_of_the_weights_before_is_written_again_if_there_is_room(
+    monkeypatch, tmp_path
+) -> None:
+    async with updates(monkeypatch, tmp_path, num_instances=1) as up:
+        numbers = []
+        for content in (b"one", b"two", b"three", b"four"):
+            plan = await up.begin()
+            data = plan.directory / "data"
+            assert data.exists() is (content in (b"three", b"four"))
+            with data.open("r+b" if data.exists() else "wb") as file:
+                file.write(content)
+            numbers.append(data.stat().st_ino)
+            await up.switch(plan)
+            assert data.read_bytes()[: len(content)] == content
+        assert numbers[2:] == numbers[:2]
+        assert len(set(numbers)) == 2
+
+        monkeypatch.setattr("aseer.runtime.weights.free_memory_bytes", lambda: 2)
+        await up.switch(await up.begin())
+        assert [path.name for path in tmp_path.iterdir()] == ["5-5"]

@@ -9,6 +9,7 @@ from collections import namedtuple
 import pytest
 
 from aseer.errors import WeightUpdateError
+from aseer.weights import sending
 from aseer.weights.checks import ModelSpec, TensorSpec
 from aseer.weights.files import describe_checkpoint, map_tensors, read_index
 from aseer.weights.sending import check_source
@@ -329,7 +330,7 @@ def test_room_is_looked_for_before_anything_is_written(is_held, tmp_path, monkey
 
 def test_a_disk_that_is_full_in_the_middle_is_said(tmp_path, monkeypatch):
     given = {"a": torch.ones(1000), "b": torch.ones(1000)}
-    monkeypatch.setattr("os.write", _full)
+    monkeypatch.setattr("os.pwrite", _full)
     with pytest.raises(WeightUpdateError, match=r"need 0\.00\d+ GB at .*weights_dir"):
         sent(iter(given.items()), model_of(given), tmp_path / "new")
     assert not (tmp_path / "new" / "index.json").exists()
@@ -337,3 +338,38 @@ def test_a_disk_that_is_full_in_the_middle_is_said(tmp_path, monkeypatch):
 
 def _full(*_):
     raise OSError(28, "No space left on device")
+
+
+def test_room_for_wider_tensors_is_looked_for_with_the_first(tmp_path, monkeypatch):
+    given = {name: torch.ones(1_000_000) for name in ("a", "b")}
+    model = model_of(given, "BF16")  # a checkpoint in F32 may come in fewer bytes
+    monkeypatch.setattr("os.statvfs", lambda _: Space(10, 1, 5_000_000))
+    taken = []
+
+    def pairs():
+        for pair in given.items():
+            taken.append(pair[0])
+            yield pair
+
+    with pytest.raises(WeightUpdateError, match=r"need 0\.008 GB .* 0\.005 GB are"):
+        sent(pairs(), model, tmp_path / "new")
+    assert taken == ["a"]
+    assert (tmp_path / "new" / "data").stat().st_size == 0
+    halves = ((name, t.bfloat16()) for name, t in given.items())
+    assert sent(halves, model, tmp_path / "other").keys() == {"a", "b"}
+
+
+def test_a_file_of_an_earlier_update_is_written_again_and_cut(tmp_path, monkeypatch):
+    given = tensors()
+    directory = tmp_path / "new"
+    directory.mkdir()
+    (directory / "data").write_bytes(b"x" * 100_000)
+    number = (directory / "data").stat().st_ino
+    monkeypatch.setattr("os.statvfs", lambda _: Space(10, 0, 4096))  # none but its own
+    sending.send(given, model_of(given), directory)
+    found = dict(map_tensors(read_index(str(directory / "index.json"))))
+    assert {k: v.tolist() for k, v in found.items()} == {
+        k: v.tolist() for k, v in given.items()
+    }
+    assert (directory / "data").stat().st_ino == number
+    assert (directory / "data").stat().st_size < 1000
