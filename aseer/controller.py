@@ -156,7 +156,11 @@ class Controller:
         self.scheduler.add_instance(info, pool)
         num_blocks = info.num_kv_blocks if info.keeps_kv else 0
         self.residency.add_instance(
-            info.instance_id, num_blocks, info.block_size, info.cached_blocks_each
+            info.instance_id,
+            num_blocks,
+            info.block_size,
+            info.cached_blocks_each,
+            self.scheduler.fleet.node_of(info.instance_id),
         )
         self.running.add_instance(info.instance_id)
         return self.schedule(now)
@@ -203,7 +207,7 @@ class Controller:
             outcome = self.buffer.settle(news, now)
             self.counters.num_output_tokens += request.num_generated - num_before
             if is_first and request.cached_by_chunk is not None:
-                self.counters.count_start(request, chunk, request.cached_by_chunk)
+                self._count_move(request, chunk, request.cached_by_chunk)
                 self.scheduler.begin(
                     chunk.group_id, chunk.instance_id, chunk.request_id
                 )
@@ -287,7 +291,9 @@ class Controller:
             )
             self.running.start(where, chunk.chunk_id, request)
             self.counters.num_chunks += 1
-            self.counters.num_migrations += before not in (None, where)
+            if before is not None and before != where:
+                self.counters.num_migrations += 1
+                self.counters.num_node_migrations += self._are_apart(before, where)
             commands.append(Dispatch(chunk))
         return commands
 
@@ -306,14 +312,19 @@ class Controller:
     def set_move_price(self, price: float | None) -> None:
         """Set the measured cost of loading a token from the pool, in tokens computed.
 
-        Moves that did not find their KV in the pool raise the cost that is used.
+        Moves that did not find their KV in the pool raise the cost that is used: those
+        within a node that of such moves, and those between nodes that of theirs.
 
         Args:
             price: None = not known yet.
         """
         base = DEFAULT_MOVE_PRICE if price is None else price
-        lost = self.counters.share_of_moves_lost
-        self.residency.move_price = base + (1 - base) * lost
+        counters = self.counters
+        within, between = (
+            base + (1 - base) * moves.share_lost
+            for moves in (counters.moves, counters.node_moves)
+        )
+        self.residency.set_prices(within, between)
 
     def check_integrity(self) -> None:
         """Assert that the parts agree; changes nothing."""
@@ -428,6 +439,20 @@ class Controller:
             is_new=num_generated < self._chunk_size,
         )
         self.scheduler.add(waiting, self.context.length_estimate(task.group_id))
+
+    def _count_move(self, request: Request, chunk: Chunk, num_cached: int) -> None:
+        """If a chunk that starts has moved, count whether its KV was there."""
+        places = request.instances
+        if len(places) > 1 and places[-1] != places[-2]:
+            counters = self.counters
+            is_far = self._are_apart(places[-2], places[-1])
+            moves = counters.node_moves if is_far else counters.moves
+            moves.count(chunk, num_cached)
+
+    def _are_apart(self, first: InstanceId, second: InstanceId) -> bool:
+        """Whether two instances are on different nodes."""
+        fleet = self.scheduler.fleet
+        return fleet.node_of(first) != fleet.node_of(second)
 
     def _release(self, chunk: Chunk, request: Request) -> None:
         where = chunk.instance_id

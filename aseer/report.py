@@ -265,8 +265,8 @@ class RolloutReport:
         wall_s: from the start to the last response.
         tail_s: end minus the completion of the 90th-percentile request.
         num_chunks: dispatches. num_migrations: chunks that started on another instance
-            than the request's chunk before. num_retries: chunks lost with their
-            instance.
+            than the request's chunk before. num_node_migrations: of these, on another
+            host. num_retries: chunks lost with their instance.
         num_recomputed_tokens: tokens whose KV was computed again.
         num_cached_tokens: tokens whose KV a chunk found when it started.
         num_preemptions: requests the engines dropped from KV and restarted.
@@ -298,6 +298,7 @@ class RolloutReport:
     idle_fraction: float
     weight_version: int
     instances: list[InstanceReport]
+    num_node_migrations: int = 0
     num_replayed: int = 0
     num_resumed_tokens: int = 0
     journal_error: str | None = None

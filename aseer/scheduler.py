@@ -9,7 +9,9 @@ Placement. Seer §3.2 places a request where its KV is while loads differ by les
 requests, and else on the least loaded instance. Here a price replaces that fixed limit:
 staying with the KV is worth one request of imbalance for every
 `RECOMPUTE_TOKENS_PER_REQUEST` tokens that would have to be computed again; tokens that
-a shared pool has count for little.
+a shared pool has count for little. A request that stays with no KV goes to a node where
+siblings ran last, while that costs at most `SLACK_FOR_SIBLINGS` requests of imbalance:
+there are drafts, which other nodes have to fetch, and the prompt's KV.
 
 Starvation (the paper gives no rate). Every `starvation_interval`-th assignment is owed
 to the request that has waited longest, and stays owed until there is room for it.
@@ -29,13 +31,17 @@ from aseer.core.waiting import Waiting, WaitingQueue
 from aseer.types import NO_POOL, Assignment, Holders
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from aseer.policies import Policy
     from aseer.types import Chunk, GroupId, InstanceId, InstanceInfo, RequestId
 
 # The price of a move: tokens to be computed again that outweigh one more request.
 RECOMPUTE_TOKENS_PER_REQUEST = 256
+# Being on a node of its siblings is worth as much as having KV of less than the above.
+SLACK_FOR_SIBLINGS = 1
+# Nodes that a group is remembered to have run on. One that is on more is everywhere.
+MAX_GROUP_NODES = 4
 _NEVER = 1 << 62
 
 
@@ -62,16 +68,19 @@ def chunk_tokens(
     return min(remaining, end - num_tokens)
 
 
-def place_by_affinity(holders: Holders, room: Fleet) -> InstanceId:
+def place_by_affinity(
+    holders: Holders, room: Fleet, nodes: Sequence[int] = ()
+) -> InstanceId:
     """The instance that holds the most of the request's KV, unless it is too loaded.
 
     Args:
         holders: where the request's KV is.
         room: the fleet, with at least one candidate selected (`Fleet.select`).
+        nodes: where the request's siblings are; empty = there is one node only.
     """
-    least = room.least_loaded()
-    tokens, num_pooled, _ = holders
-    if num_pooled:
+    least = room.least_loaded(nodes, SLACK_FOR_SIBLINGS)
+    tokens = holders.tokens
+    if holders.num_pooled:
         home, lost = _home_with_pool(holders, room, least)
     elif tokens:
         home = next(iter(tokens))
@@ -92,17 +101,21 @@ def _home_with_pool(
 ) -> tuple[InstanceId, int]:
     """The instance that holds the most, and how many tokens more than `least` holds.
 
-    The pool's instances are not looked at one by one: all that hold no more than the
-    pool has are alike, so the least loaded of them stands for all.
+    The pool's instances are not looked at one by one: on the node that stored the KV,
+    all that hold no more than the pool has are alike, so the least loaded of them
+    stands for all.
     """
-    tokens, num_pooled, pool = holders
-    is_near = room.pool_of(least) == pool
-    at_least = tokens.get(least, num_pooled if is_near else 0)
+    tokens, num_pooled, pool, num_far, node = holders
+    is_near, at_least = False, 0
+    if room.pool_of(least) == pool:
+        is_near = room.node_of(least) == node
+        at_least = num_pooled if is_near else num_far
+    at_least = tokens.get(least, at_least)
     if tokens:
         home = max(tokens, key=lambda i: (tokens[i], -room.num_running(i)))
         if tokens[home] > num_pooled:
             return home, tokens[home] - at_least
-    near = least if is_near else room.least_loaded_of(pool)
+    near = least if is_near else room.least_loaded_of(pool, node)
     return (least, 0) if near < 0 else (near, num_pooled - at_least)
 
 
@@ -138,6 +151,8 @@ class Scheduler:
         self._num_since_oldest = 0
         self._group_homes: dict[GroupId, InstanceId] = {}  # one a group of the rollout
         self._num_groups_placed = 0
+        # Nodes on which a group's requests were placed last, the latest first.
+        self._group_nodes: dict[GroupId, tuple[int, ...]] = {}
         self._prompts = SharedPrompts()
         self._shares_prompts = False
 
@@ -211,6 +226,7 @@ class Scheduler:
     def forget_group(self, group_id: GroupId) -> None:
         """Drop a group of which nothing waits or runs any more."""
         self._group_homes.pop(group_id, None)
+        self._group_nodes.pop(group_id, None)
 
     def upcoming(self, num_groups: int) -> list[RequestId]:
         """The requests that are likely to run next: the first of the first groups."""
@@ -252,6 +268,7 @@ class Scheduler:
             where = self._place(request, needs, room, holders)
             if where is not None:
                 blocks = self._reserve(request, where, needs)
+                self._note_node(request.group_id, where)
                 assignments.append(
                     Assignment(request.request_id, where, tokens, blocks)
                 )
@@ -287,13 +304,21 @@ class Scheduler:
             if self._shares_prompts and not (kv.tokens or kv.num_pooled):
                 shared = self._num_shared_tokens(request)
                 kv = Holders(dict.fromkeys(self._prompts.holders(group_id), shared))
-            return place_by_affinity(kv, fleet)
+            return place_by_affinity(kv, fleet, self._group_nodes.get(group_id, ()))
         fits = [
             i
             for i in self._prompts.holders(group_id)
             if fleet.fits(i, needs, self._num_shared_blocks(request, i))
         ]
         return min(fits, key=fleet.num_running, default=None)
+
+    def _note_node(self, group_id: GroupId, where: InstanceId) -> None:
+        """A group has a request there now; with one node, nothing is kept."""
+        if self.fleet.num_nodes > 1:
+            node, nodes = self.fleet.node_of(where), self._group_nodes.get(group_id, ())
+            if nodes[:1] != (node,):
+                others = (other for other in nodes if other != node)
+                self._group_nodes[group_id] = (node, *others)[:MAX_GROUP_NODES]
 
     def _reserve(self, request: Waiting, where: InstanceId, needs: int) -> int:
         """Reserve a chunk's KV; returns the blocks that are the chunk's own."""

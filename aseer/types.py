@@ -171,14 +171,19 @@ class Holders(NamedTuple):
 
     Attributes:
         tokens: by instance that holds some itself; of the pool's instances only those
-            that hold more than `num_pooled`.
-        num_pooled: what every other instance of the pool is taken to hold: the tokens
-            in the pool, less the price of loading them. 0 = it has none.
+            that hold more than the pool is worth there.
+        num_pooled: what every other instance of the pool on the node that stored them
+            is taken to hold: the tokens in the pool, less the price of loading them.
+            0 = it has none.
+        num_far: the same for the pool's instances on other nodes.
+        node: number of the node that stored them.
     """
 
     tokens: Mapping[InstanceId, int]
     num_pooled: int = 0
     pool: int = NO_POOL
+    num_far: int = 0
+    node: int = 0
 
 
 NOWHERE = Holders({})

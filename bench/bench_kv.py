@@ -61,7 +61,7 @@ def config_of(
 def everything_goes_there() -> Iterator[None]:
     """Chunks are sent to instance `_there`, and what is finished is not freed."""
     place, free = scheduler.place_by_affinity, KvPool.free
-    scheduler.place_by_affinity = lambda holders, room: _there
+    scheduler.place_by_affinity = lambda *_: _there
     KvPool.free = lambda *_: None  # type: ignore[method-assign]
     try:
         yield

@@ -12,9 +12,11 @@ reports, keeps every request's tokens and history, and builds the chunks and the
 responses. Its tokens are scaled down so that they fit in memory.
 
 `context-aware, one pool` has a KV pool that all instances share, so that all of them
-hold a request's KV. `reporting_cores` is the share of a core that a whole controller
-and its recorder take while 256 requests run on each of 1,000 instances and every
-instance reports new tokens of all of them four times a second (`reporting.py`).
+hold a request's KV; `context-aware, nodes` has nodes of 8 instances with a pool each,
+so that siblings stay near each other, too. `reporting_cores` is the share of a core
+that a whole controller and its recorder take while 256 requests run on each of 1,000
+instances and every instance reports new tokens of all of them four times a second
+(`reporting.py`).
 
 Expected: at most 50 us a decision for every policy, with a pool or without, since a
 decision is two moves in a tree of 125,000 groups, two passes over arrays of 1,000
@@ -65,7 +67,7 @@ from aseer.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from aseer.config import PolicyName
     from aseer.controller import Command
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
 
 MEASURED: tuple[PolicyName, ...] = ("context-aware", "fcfs")
 POOLED = "context-aware, one pool"
+SPREAD = "context-aware, nodes"
+INSTANCES_PER_NODE = 8
 REPORTING_ROUNDS = 20
 
 
@@ -185,15 +189,20 @@ class Deciding:
     """The parts that decide, and what they are told."""
 
     def __init__(
-        self, policy: PolicyName, settings: Settings, *, pooled: bool = False
+        self,
+        policy: PolicyName,
+        settings: Settings,
+        *,
+        pool_of: Callable[[int], int] = lambda _: NO_POOL,
+        node_of: Callable[[int], int] = lambda _: 0,
     ) -> None:
         self.num_events = self.num_decisions = self.num_finished = 0
         self._rng = random.Random(settings.seed)
         self._max_tokens = settings.max_tokens
         self._context = ContextManager()
         self._residency = KvResidency()
-        if pooled:
-            self._residency.use_pool(settings.block_size, lambda _: 0)
+        if pool_of(0) != NO_POOL:
+            self._residency.use_pool(settings.block_size, pool_of)
         self._scheduler = Scheduler(
             POLICIES[policy],
             chunk_size=settings.chunk_size,
@@ -204,9 +213,10 @@ class Deciding:
         self._running: list[Assignment] = []
         self._add_groups(settings)
         for info in instances(settings):
-            self._scheduler.add_instance(info, 0 if pooled else NO_POOL)
+            where, node = info.instance_id, node_of(info.instance_id)
+            self._scheduler.add_instance(replace(info, node=str(node)), pool_of(where))
             self._residency.add_instance(
-                info.instance_id, info.num_kv_blocks, info.block_size
+                where, info.num_kv_blocks, info.block_size, node=node
             )
         self._start_chunks()
 
@@ -378,6 +388,10 @@ class Controlling:
                 self.num_finished += 1
 
 
+def _node_of(instance_id: int) -> int:
+    return instance_id // INSTANCES_PER_NODE
+
+
 def measure(arms: Mapping[str, Arm], settings: Settings) -> dict[str, Any]:
     """Figures by arm; the arms take turns."""
     for arm in arms.values():
@@ -421,7 +435,13 @@ def run(settings: Settings, scaled: Settings) -> dict[str, Any]:
     deciding = measure({p: Deciding(p, settings) for p in MEASURED}, settings)
     gc.collect()  # a million requests, before the next million
     policy = MEASURED[0]
-    deciding |= measure({POOLED: Deciding(policy, settings, pooled=True)}, settings)
+    pooled = Deciding(policy, settings, pool_of=lambda _: 0)
+    deciding |= measure({POOLED: pooled}, settings)
+    del pooled
+    gc.collect()
+    spread = Deciding(policy, settings, pool_of=_node_of, node_of=_node_of)
+    deciding |= measure({SPREAD: spread}, settings)
+    del spread
     gc.collect()
     controlling = measure({policy: Controlling(policy, scaled)}, scaled)
     gc.collect()

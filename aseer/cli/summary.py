@@ -152,10 +152,13 @@ def _what_moves_cost(report: RolloutReport) -> str:
     kv = report.kv
     if not report.num_migrations:
         return "no chunk began on another engine"
+    where = "to another engine"
+    if report.num_node_migrations:
+        where += f" ({report.num_node_migrations:,} on another host)"
     if kv is None:
-        return "to another engine, which computed the KV anew: there is no KV pool"
+        return f"{where}, which computed the KV anew: there is no KV pool"
     found, recomputed = kv.num_moves_found, kv.num_moves_recomputed
-    return f"to another engine: {found:,} found their KV there, {recomputed:,} did not"
+    return f"{where}: {found:,} found their KV there, {recomputed:,} did not"
 
 
 def _kv_figures(kv: KvReport) -> Iterator[tuple[str, str, str]]:

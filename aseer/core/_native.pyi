@@ -5,7 +5,7 @@ that is not open, or any other argument that cannot be meant, is a ValueError (a
 instance that was never added a KeyError), and nothing has changed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from aseer.core.waiting import Rank
@@ -99,6 +99,7 @@ class Capacity:
         instance_id: InstanceId,
         *,
         pool: int,
+        node: int,
         num_kv_blocks: int,
         block_size: int,
         num_lookahead_tokens: int,
@@ -139,6 +140,9 @@ class Capacity:
     def pool_of(self, instance_id: InstanceId) -> int:
         """Instances of the same pool share KV; -1 = it has none."""
 
+    def node_of(self, instance_id: InstanceId) -> int:
+        """Number of the host that it runs on."""
+
     def set_pool(self, instance_id: InstanceId, pool: int) -> None:
         """It has a share in another pool."""
 
@@ -167,15 +171,19 @@ class Capacity:
     def is_selected(self, instance_id: InstanceId) -> bool:
         """Whether the last selection holds the instance."""
 
-    def least_loaded(self) -> InstanceId:
+    def least_loaded(self, nodes: Sequence[int] = (), slack: int = 0) -> InstanceId:
         """The candidate running the fewest requests, then with the most free KV.
+
+        Args:
+            nodes: the best of these is taken if it runs at most `slack` requests more
+                than the best of all.
 
         Raises:
             ValueError: there is no candidate.
         """
 
-    def least_loaded_of(self, pool: int) -> InstanceId:
-        """The same among a pool's instances; -1 = none of them is a candidate."""
+    def least_loaded_of(self, pool: int, node: int = 0) -> InstanceId:
+        """The same among a pool's instances on a node; -1 = none is a candidate."""
 
     def hold_none(self) -> None:
         """Let every instance be a candidate again."""
@@ -258,14 +266,23 @@ class PrefixCaches:
     """Tokens of waiting requests that each instance's prefix cache probably holds."""
 
     move_price: float
-    """What loading a token from a pool costs, as a share of computing it: 0 to 1."""
+    """What loading a token from a pool costs on the node that stored it, as a share of
+    computing it: 0 to 1."""
+    node_price: float
+    """The same on other nodes."""
 
     def __init__(self) -> None: ...
     def set_granularity(self, granularity: int) -> None:
         """Tokens that a pool finds together; 0 = there is no pool."""
 
     def add_instance(
-        self, instance_id: InstanceId, *, num_blocks: int, block_size: int, pool: int
+        self,
+        instance_id: InstanceId,
+        *,
+        num_blocks: int,
+        block_size: int,
+        pool: int,
+        node: int,
     ) -> None:
         """An empty cache, also for an instance that came back."""
 
@@ -281,7 +298,9 @@ class PrefixCaches:
     def close(self, request: int) -> None:
         """Nobody will ask for its KV."""
 
-    def holders(self, request: int) -> tuple[Mapping[InstanceId, int], int, int]:
+    def holders(
+        self, request: int
+    ) -> tuple[Mapping[InstanceId, int], int, int, int, int]:
         """What `aseer.core.residency.Holders` consists of."""
 
     def reserve(self, instance_id: InstanceId, request: int, num_blocks: int) -> None:

@@ -9,6 +9,29 @@ if TYPE_CHECKING:
     from aseer.types import Chunk
 
 
+class Moves:
+    """Chunks on another instance than the one before, within a node or between nodes,
+    by what they computed when they started: one token, or more.
+    """
+
+    def __init__(self) -> None:
+        self.num_found = 0
+        self.num_recomputed = 0
+
+    @property
+    def share_lost(self) -> float:
+        """Of the moves, those that did not find their KV."""
+        lost = self.num_recomputed
+        return lost / (self.num_found + lost) if lost else 0.0
+
+    def count(self, chunk: Chunk, num_cached: int) -> None:
+        """A chunk that moved found so many tokens' KV when it started."""
+        at_start = (len(chunk.prompt) + len(chunk.generated)) // 4
+        is_found = num_cached >= at_start - 1
+        self.num_found += is_found
+        self.num_recomputed += not is_found
+
+
 class Counters:
     """Sums over a rollout, for its report."""
 
@@ -31,25 +54,10 @@ class Counters:
         self.num_resumed_tokens = 0
         self.num_groups = 0
         self.num_groups_finished = 0
-        # Chunks on another instance than the one before, by what they computed when
-        # they started: one token, or more.
-        self.num_moves_found = 0
-        self.num_moves_recomputed = 0
-
-    @property
-    def share_of_moves_lost(self) -> float:
-        """Of the moves, those that did not find their KV."""
-        lost = self.num_moves_recomputed
-        return lost / (self.num_moves_found + lost) if lost else 0.0
-
-    def count_start(self, request: Request, chunk: Chunk, num_cached: int) -> None:
-        """A chunk found so many tokens' KV when it started."""
-        places = request.instances
-        if len(places) > 1 and places[-1] != places[-2]:
-            at_start = (len(chunk.prompt) + len(chunk.generated)) // 4
-            is_found = num_cached >= at_start - 1
-            self.num_moves_found += is_found
-            self.num_moves_recomputed += not is_found
+        # Of the migrations, those to another node.
+        self.num_node_migrations = 0
+        self.moves = Moves()
+        self.node_moves = Moves()
 
     def count_finished(self, request: Request) -> None:
         """A request is over."""

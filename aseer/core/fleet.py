@@ -25,6 +25,12 @@ class Fleet(Capacity):
     def __init__(self) -> None:
         super().__init__()
         self._infos: dict[InstanceId, InstanceInfo] = {}
+        self._nodes: dict[str, int] = {}  # numbers of hosts, by name
+
+    @property
+    def num_nodes(self) -> int:
+        """Hosts of which an instance was up at some time."""
+        return len(self._nodes)
 
     def info(self, instance_id: InstanceId) -> InstanceInfo:
         """What the instance said of itself.
@@ -47,6 +53,7 @@ class Fleet(Capacity):
             self.add_instance(
                 info.instance_id,
                 pool=pool,
+                node=self._nodes.setdefault(info.node, len(self._nodes)),
                 num_kv_blocks=info.num_kv_blocks,
                 block_size=info.block_size,
                 num_lookahead_tokens=info.num_lookahead_tokens,

@@ -12,8 +12,10 @@ placement; what was really found is reported by the engine with each chunk.
 
 Where instances have a KV pool, what a chunk computed is there, too, up to a multiple of
 its granularity, and loading it costs a share of computing it (`move_price`): all
-instances of that pool then hold it at a discount. They are not enumerated: `Holders`
-names the pool, and those of its instances that hold more than it is worth.
+instances of that pool then hold it at a discount. A pool may span nodes; what it costs
+to load what another node stored has a price of its own (`node_price`). The instances
+are not enumerated: `Holders` names pool and node, and those of the pool's instances
+that hold more than it is worth.
 """
 
 from __future__ import annotations
@@ -51,9 +53,15 @@ class KvResidency:
         """What loading a token from a pool costs, as a share of computing it."""
         return self._caches.move_price
 
-    @move_price.setter
-    def move_price(self, price: float) -> None:
-        self._caches.move_price = price
+    @property
+    def node_price(self) -> float:
+        """The same, where another node stored it."""
+        return self._caches.node_price
+
+    def set_prices(self, within: float, between: float) -> None:
+        """Set `move_price` and `node_price`."""
+        self._caches.move_price = within
+        self._caches.node_price = between
 
     def use_pool(self, granularity: int, pool_of: Callable[[InstanceId], int]) -> None:
         """What is computed from now on is in a pool, too.
@@ -78,6 +86,7 @@ class KvResidency:
         num_blocks: int,
         block_size: int,
         blocks_each: int = 1,
+        node: int = 0,
     ) -> None:
         """An empty cache, also for an instance that came back.
 
@@ -85,12 +94,14 @@ class KvResidency:
             num_blocks: KV blocks; 0 = it keeps nothing of what has run.
             block_size: tokens that are found again together.
             blocks_each: KV blocks that keep them, of all groups of the model's layers.
+            node: number of the host that it runs on.
         """
         self._caches.add_instance(
             instance_id,
             num_blocks=num_blocks // blocks_each,
             block_size=block_size,
             pool=self._pool_of(instance_id),
+            node=node,
         )
         self._blocks_each[instance_id] = blocks_each
 

@@ -204,6 +204,7 @@ class Recorder:
             return None
         pool, (before, restarts_before) = self._kv_pool.counts, self._pool_before
         total, counters = self.kv_counts, self._controller.counters
+        moves = (counters.moves, counters.node_moves)
         busy_s = sum(r.busy_until(now) for r in self._instances.values())
         per_token = pool.per_chunk / self._kv_pool.granularity
         return KvReport(
@@ -219,8 +220,8 @@ class Recorder:
             capacity_bytes=pool.capacity,
             num_loads=total.num_loads,
             num_loaded_tokens=total.loaded_tokens,
-            num_moves_found=counters.num_moves_found,
-            num_moves_recomputed=counters.num_moves_recomputed,
+            num_moves_found=sum(each.num_found for each in moves),
+            num_moves_recomputed=sum(each.num_recomputed for each in moves),
             load_p50_s=total.load_latency_s(0.5),
             load_p90_s=total.load_latency_s(0.9),
             load_p99_s=total.load_latency_s(0.99),
@@ -278,6 +279,7 @@ class Recorder:
             tail_s=tail_time(times),
             num_chunks=counters.num_chunks,
             num_migrations=counters.num_migrations,
+            num_node_migrations=counters.num_node_migrations,
             num_preemptions=sum(r.num_preemptions for r in self._instances.values()),
             num_recomputed_tokens=counters.num_recomputed_tokens,
             num_cached_tokens=counters.num_cached_tokens,

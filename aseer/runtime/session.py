@@ -180,6 +180,7 @@ class Session:
             aseer_output_tokens=counters.num_reported_tokens,
             aseer_chunks=counters.num_chunks,
             aseer_migrations=counters.num_migrations,
+            aseer_node_migrations=counters.num_node_migrations,
             aseer_recomputed_tokens=counters.num_recomputed_tokens,
         )
         figures.num_unfinished = self._controller.num_unfinished

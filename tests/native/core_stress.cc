@@ -217,8 +217,8 @@ class Instances {
 
   void Run() {
     CheckRefused([&] { capacity_.Remove(3); }, "an unknown instance");
-    CheckRefused([&] { capacity_.Add(size_t{1} << 40, -1, 1, 1, {}); }, "a wild id");
-    CheckRefused([&] { capacity_.Add(0, -1, 1, 1, {.block_size = 0}); }, "no block");
+    CheckRefused([&] { capacity_.Add(size_t{1} << 40, -1, 0, 1, 1, {}); }, "a wild id");
+    CheckRefused([&] { capacity_.Add(0, -1, 0, 1, 1, {.block_size = 0}); }, "no block");
     for (int step = 0; step < 400; ++step) {
       const size_t id = random_() % 9;
       switch (random_() % 6) {
@@ -245,7 +245,7 @@ class Instances {
 
  private:
   struct Model {
-    int64_t total, max_seqs, pool;
+    int64_t total, max_seqs, pool, node;
     KvShape shape;
     int64_t free, running = 0;
     // Block by block, as an engine takes them.
@@ -288,10 +288,10 @@ class Instances {
       return;
     }
     const KvShape shape = is_uniform_ ? shape_ : NewShape();
-    Model model{Number(60), Number(5), Number(2) - 1, shape, 0};
+    Model model{Number(60), Number(5), Number(2) - 1, Number(3) - 1, shape, 0};
     model.free = model.total;
-    capacity_.Add(id, model.pool, model.total, model.max_seqs, shape);
-    CheckRefused([&] { capacity_.Add(id, -1, 1, 1, {}); }, "it is up already");
+    capacity_.Add(id, model.pool, model.node, model.total, model.max_seqs, shape);
+    CheckRefused([&] { capacity_.Add(id, -1, 0, 1, 1, {}); }, "it is up already");
     models_[id] = model;
     ++lives_[id];
   }
@@ -302,15 +302,28 @@ class Instances {
                         models_, [&](auto& m) { return m.second.HasRoom(tokens); }),
           "whether there is a candidate");
     if (!is_any) {
-      CheckRefused([&] { capacity_.LeastLoaded(); }, "no candidate");
+      CheckRefused([&] { capacity_.LeastLoaded({}, 0); }, "no candidate");
       return;
     }
     Check(tokens <= capacity_.MostTokens(), "the bound on tokens");
-    Check(capacity_.LeastLoaded() == Least(tokens, -1), "the least loaded");
+    const int64_t least = Least(tokens, [](const Model&) { return true; });
+    Check(capacity_.LeastLoaded({}, 0) == least, "the least loaded");
     for (int64_t pool : {0, 1}) {
-      Check(capacity_.LeastLoadedOf(pool) == Least(tokens, pool), "and of a pool");
+      const int64_t node = Number(3) - 1;
+      const auto is_there = [&](auto& m) { return m.pool == pool && m.node == node; };
+      Check(capacity_.LeastLoadedOf(pool, node) == Least(tokens, is_there),
+            "and of a pool");
     }
-    const auto id = static_cast<size_t>(capacity_.LeastLoaded());
+    const std::vector<int64_t> nodes{Number(3) - 1, Number(3) - 1};
+    const int64_t slack = Number(3) - 1;
+    int64_t near = Least(
+        tokens, [&](auto& m) { return m.node == nodes[0] || m.node == nodes[1]; });
+    const auto running = [&](int64_t i) {
+      return models_.at(static_cast<size_t>(i)).running;
+    };
+    if (near < 0 || running(near) > running(least) + slack) near = least;
+    Check(capacity_.LeastLoaded(nodes, slack) == near, "and on some nodes");
+    const auto id = static_cast<size_t>(least);
     Model& model = models_.at(id);
     const int64_t shared = random_() % 3 ? 0 : Number(3);
     const int64_t blocks = capacity_.Reserve(id, tokens, shared);
@@ -334,10 +347,11 @@ class Instances {
     --found->second.running;
   }
 
-  int64_t Least(int64_t tokens, int64_t pool) const {
+  template <typename Predicate>
+  int64_t Least(int64_t tokens, const Predicate& is_meant) const {
     int64_t least = -1;
     for (const auto& [id, m] : models_) {
-      if (!m.HasRoom(tokens) || (pool >= 0 && m.pool != pool)) continue;
+      if (!m.HasRoom(tokens) || !is_meant(m)) continue;
       const auto load = [&](const Model& x) { return std::pair(x.running, -x.free); };
       if (least < 0 || load(m) < load(models_.at(static_cast<size_t>(least)))) {
         least = static_cast<int64_t>(id);
@@ -370,10 +384,12 @@ class Caches {
   explicit Caches(uint32_t seed) : random_(seed), has_pool_(random_() % 2) {
     if (has_pool_) caches_.SetGranularity(8);
     caches_.SetMovePrice(0.25);
+    caches_.SetNodePrice(0.5);
   }
 
   void Run() {
     CheckRefused([&] { caches_.SetMovePrice(2.0); }, "a price beyond 1");
+    CheckRefused([&] { caches_.SetNodePrice(-1.0); }, "a price below 0");
     CheckRefused([&] { caches_.Reserve(77, -1, 1); }, "an unknown instance");
     CheckRefused([&] { caches_.Holders(5); }, "an unknown request");
     for (int step = 0; step < 500; ++step) {
@@ -383,7 +399,7 @@ class Caches {
           if (models_.erase(id)) {
             caches_.DropInstance(id);
           } else {
-            caches_.AddInstance(id, 20, 4, id % 2);
+            caches_.AddInstance(id, 20, 4, PoolOf(id), NodeOf(id));
             models_[id] = {};
           }
           break;
@@ -392,7 +408,7 @@ class Caches {
             Close(static_cast<size_t>(random_() % requests_.size()));
           break;
         case 2:
-          requests_.push_back({caches_.Open(), -1, 0});
+          requests_.push_back({caches_.Open(), -1, 0, 0});
           break;
         default:
           if (!requests_.empty() && models_.contains(id)) RunChunk(id);
@@ -410,8 +426,13 @@ class Caches {
   struct Known {
     Handle handle;
     int64_t pool;
+    int64_t node;
     int64_t num_pooled;
   };
+
+  // Pools that span nodes, nodes with instances of several pools, and one without any.
+  static int64_t PoolOf(int64_t id) { return id == 4 ? -1 : id % 2; }
+  static int64_t NodeOf(int64_t id) { return id / 2; }
 
   static void Forget(Model& model, Handle request) {
     std::erase_if(model, [&](const Entry& entry) { return entry.request == request; });
@@ -439,8 +460,9 @@ class Caches {
       Forget(models_[id], request.handle);
       models_[id].push_back({request.handle, computed / 4});
     }
-    if (has_pool_ && computed / 8) {
-      request.pool = id % 2;
+    if (has_pool_ && PoolOf(id) >= 0 && computed / 8) {
+      request.pool = PoolOf(id);
+      request.node = NodeOf(id);
       request.num_pooled = computed / 8 * 8;
     }
     Evict(models_[id], 20);
@@ -457,12 +479,14 @@ class Caches {
   void Compare() const {
     for (const Known& request : requests_) {
       const PrefixCaches::Held held = caches_.Holders(request.handle);
-      const int64_t pooled = request.num_pooled * 3 / 4;
-      Check(held.num_pooled == pooled, "tokens in the pool");
+      const int64_t near = request.num_pooled * 3 / 4;
+      const int64_t far = request.num_pooled / 2;
+      Check(held.num_pooled == near && held.num_far == far, "tokens in the pool");
       std::map<int64_t, int64_t> expected;
       for (const auto& [id, model] : models_) {
         for (const Entry& entry : model) {
-          const bool is_covered = request.num_pooled && id % 2 == request.pool &&
+          const int64_t pooled = NodeOf(id) == request.node ? near : far;
+          const bool is_covered = request.num_pooled && PoolOf(id) == request.pool &&
                                   entry.blocks * 4 <= pooled;
           if (entry.request == request.handle && !is_covered) {
             expected[id] = entry.blocks * 4;

@@ -12,7 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from aseer.core.waiting import MAX_PASSED, Waiting
 from aseer.policies import POLICIES
 from aseer.scheduler import (
+    MAX_GROUP_NODES,
     RECOMPUTE_TOKENS_PER_REQUEST,
+    SLACK_FOR_SIBLINGS,
     Scheduler,
     chunk_tokens,
 )
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from aseer.policies import Policy
 
-NUM_INSTANCES = 3
+NUM_INSTANCES = 4
 GROUPS = [GroupId(g) for g in "abcdefgh"]
 KNOWN = GROUPS[:4]
 GROUP_SIZE = 4
@@ -67,6 +69,8 @@ class NaiveScheduler:
     homes: dict[GroupId, InstanceId] = field(default_factory=dict)
     num_homes: int = 0
     since_oldest: int = 0
+    nodes: set[str] = field(default_factory=set)  # of all that were ever up
+    ran_on: dict[GroupId, list[str]] = field(default_factory=dict)  # the latest last
 
     def schedule(
         self, holders: Mapping[RequestId, Mapping[InstanceId, int]]
@@ -166,6 +170,12 @@ class NaiveScheduler:
         if not fits:
             return None
         least = min(fits, key=load)
+        siblings_on = self.ran_on.get(request.group_id, [])[-MAX_GROUP_NODES:]
+        near = [i for i in fits if self.instances[i].info.node in siblings_on]
+        if near:
+            nearest = min(near, key=load)
+            spread = self.instances[nearest].running - self.instances[least].running
+            least = nearest if spread <= SLACK_FOR_SIBLINGS else least
         kv = holders.get(request.request_id, {})
         if not kv:
             return least
@@ -206,6 +216,11 @@ class NaiveScheduler:
         if self.policy.reserves_kv:
             needs = self.needs(where, request.num_tokens + tokens)
             blocks = min(needs, instance.info.num_kv_blocks)
+            if len(self.nodes) > 1:
+                ran_on = self.ran_on.setdefault(request.group_id, [])
+                if instance.info.node in ran_on:
+                    ran_on.remove(instance.info.node)
+                ran_on.append(instance.info.node)
         instance.free -= blocks
         instance.running += 1
         self.waiting.remove(request)
@@ -221,6 +236,7 @@ class SchedulersAgree(RuleBasedStateMachine):
         interval=st.sampled_from([0, 1, 3]),
         uniform=st.booleans(),
         groups=st.sampled_from(SHAPES),
+        num_nodes=st.integers(1, NUM_INSTANCES),
     )
     def begin(
         self,
@@ -229,7 +245,9 @@ class SchedulersAgree(RuleBasedStateMachine):
         interval: int,
         uniform: bool,
         groups: tuple[KvGroup, ...],
+        num_nodes: int,
     ) -> None:
+        self.num_nodes = num_nodes
         self.uniform = uniform
         self.groups = groups
         self.policy = policy
@@ -267,7 +285,9 @@ class SchedulersAgree(RuleBasedStateMachine):
             block_size=4 if self.uniform else block_size,
             num_lookahead_tokens=1 if self.uniform else lookahead,
             kv_groups=self.groups if self.uniform else groups,
+            node=str(i % self.num_nodes),
         )
+        self.naive.nodes.add(info.node)
         self.real.fleet.add(info)
         self.naive.instances[info.instance_id] = NaiveInstance(info, num_kv_blocks)
         self.naive.block_size = info.block_size

@@ -43,6 +43,7 @@ def info_of(
     num_lookahead_tokens: int = 0,
     shares_prompts: bool = False,
     kv_groups: tuple[KvGroup, ...] = (),
+    node: str = "",
 ) -> InstanceInfo:
     return InstanceInfo(
         instance_id=InstanceId(instance_id),
@@ -53,6 +54,7 @@ def info_of(
         num_lookahead_tokens=num_lookahead_tokens,
         shares_prompts=shares_prompts,
         kv_groups=kv_groups,
+        node=node,
     )
 
 

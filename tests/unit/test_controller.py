@@ -107,7 +107,7 @@ def test_a_doubled_report_counts_a_move_once() -> None:
     (chunk,) = chunks_in(commands)
     found = report_of(chunk.chunk_id, [1], num_cached_tokens=3)
     controller.progress([found, found], 2.0)
-    assert controller.counters.num_moves_found == 1
+    assert controller.counters.moves.num_found == 1
     assert controller.counters.num_output_tokens == 1
 
 
@@ -589,25 +589,53 @@ def test_moves_are_told_apart_by_whether_their_kv_was_found() -> None:
         ended = report_of(chunk.chunk_id, range(chunk.max_tokens), end="length")
         commands = controller.progress([ended], now)
     counters = controller.counters
-    assert counters.num_migrations == counters.num_moves_found + (
-        counters.num_moves_recomputed
+    assert counters.num_migrations == counters.moves.num_found + (
+        counters.moves.num_recomputed
     ) + (seen[-1] != chunks_in(commands)[0].instance_id)
-    assert counters.num_moves_found == sum(
+    assert counters.moves.num_found == sum(
         a != b for a, b in zip(seen[1::2], seen[2::2], strict=False)
     )
-    assert counters.num_moves_recomputed > 0
+    assert counters.moves.num_recomputed > 0
 
 
 def test_moves_that_lose_their_kv_make_the_next_ones_dearer() -> None:
     controller = with_instances(100)
     controller.set_move_price(0.2)
     assert controller.residency.move_price == pytest.approx(0.2)
-    controller.counters.num_moves_found = 3
-    controller.counters.num_moves_recomputed = 1
+    controller.counters.moves.num_found = 3
+    controller.counters.moves.num_recomputed = 1
     controller.set_move_price(0.2)
     assert controller.residency.move_price == pytest.approx(0.2 + 0.8 / 4)
+    assert controller.residency.node_price == pytest.approx(0.2)
     controller.set_move_price(None)
     assert controller.residency.move_price < 1
+
+
+def moved_over(*nodes: str, cached: int) -> Controller:
+    """A request moved once from an instance of the first node to one of the last."""
+    controller = with_instances()
+    controller.use_pool(4, lambda instance_id: 0)
+    for i, node in enumerate(nodes):
+        controller.instance_up(info_of(i, num_kv_blocks=12, node=node), 0.0)
+    (first,) = chunks_in(controller.add_groups([task_of(num_requests=1)], 0.0))
+    commands = controller.instance_left(first.instance_id, 1.0, "its node is gone")
+    (chunk,) = chunks_in(commands)
+    report = report_of(chunk.chunk_id, [1], num_cached_tokens=cached)
+    controller.progress([report], 2.0)
+    return controller
+
+
+@pytest.mark.parametrize("cached", [0, 3])
+def test_the_price_of_a_move_between_nodes_is_learnt_apart(cached: int) -> None:
+    near, far = moved_over("a", "a", cached=cached), moved_over("a", "b", cached=cached)
+    assert near.counters.num_migrations == far.counters.num_migrations == 1
+    assert near.counters.num_node_migrations == 0
+    assert far.counters.num_node_migrations == 1
+    for controller in (near, far):
+        controller.set_move_price(0.2)
+    lost = pytest.approx(0.2 if cached else 1.0)
+    assert (near.residency.move_price, near.residency.node_price) == (lost, 0.2)
+    assert (far.residency.move_price, far.residency.node_price) == (0.2, lost)
 
 
 def test_everything_is_cancelled_a_little_at_a_time_and_nothing_starts_meanwhile() -> (

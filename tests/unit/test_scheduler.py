@@ -18,7 +18,7 @@ from aseer.types import NOWHERE, GroupId, Holders, InstanceId
 from tests.unit.builders import info_of, no_kv, waiting_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from aseer.config import PolicyName
     from aseer.core.waiting import Waiting
@@ -420,21 +420,27 @@ def place(
     *num_running: int,
     num_pooled: int = 0,
     pools: str = "",
+    nodes: str = "",
+    num_far: int = 0,
+    siblings_on: Sequence[int] = (),
 ) -> int:
     """Where a request with that KV goes, by how many each instance runs.
 
     Args:
-        num_pooled: tokens in pool 0. pools: of each instance, a digit; "" = all in 0.
+        num_pooled: tokens in pool 0, stored on node 0. num_far: what they are worth on
+            other nodes.
+        pools, nodes: of each instance, a digit; "" = all in 0.
     """
-    scheduler = scheduler_of("fcfs", *[1000] * len(num_running))
-    for i, pool in enumerate(pools or "0" * len(num_running)):
-        scheduler.fleet.set_pool(InstanceId(i), int(pool))
-    holders = Holders(tokens, num_pooled, 0)
+    scheduler = Scheduler(POLICIES["fcfs"], chunk_size=8)
+    for i, node in enumerate(nodes or "0" * len(num_running)):
+        info = info_of(i, node=node)
+        scheduler.add_instance(info, int(pools[i]) if pools else 0)
+    holders = Holders(tokens, num_pooled, 0, num_far, 0)
     for i, running in enumerate(num_running):
         for _ in range(running):
             scheduler.fleet.reserve(InstanceId(i), 4)
     assert scheduler.fleet.select(4)
-    return place_by_affinity(holders, scheduler.fleet)
+    return place_by_affinity(holders, scheduler.fleet, siblings_on)
 
 
 def test_a_request_without_kv_goes_to_the_least_loaded() -> None:
@@ -490,6 +496,49 @@ def test_the_pools_least_loaded_instance_holds_it_as_well_as_any() -> None:
 
 def test_a_pool_without_a_candidate_draws_a_request_nowhere() -> None:
     assert place({}, 1, 0, num_pooled=5000, pools="11") == B
+
+
+def test_kv_that_another_node_stored_is_worth_less() -> None:
+    price = RECOMPUTE_TOKENS_PER_REQUEST
+    # A's node stored it; B, on another, would load it at half of what it is worth.
+    in_pool = {"num_pooled": 4 * price, "num_far": 2 * price, "nodes": "01"}
+    assert place({}, 3, 0, **in_pool) == A
+    assert place({}, 4, 0, **in_pool) == B
+    assert place({}, 1, 0, **in_pool | {"nodes": "00"}) == B, "as good as A"
+    assert place({B: 3 * price}, 2, 0, **in_pool) == A
+    assert place({B: 3 * price}, 3, 0, **in_pool) == B
+
+
+def test_a_request_goes_to_a_node_of_its_siblings_while_loads_are_even() -> None:
+    assert place({}, 1, 0, 2, nodes="010", siblings_on=[0]) == A
+    assert place({}, 2, 0, 2, nodes="010", siblings_on=[0]) == B
+    assert place({}, 1, 0, 1, nodes="012", siblings_on=[0, 2]) == A
+    assert place({}, 1, 0, 0, nodes="012", siblings_on=[0, 2]) == C
+    assert place({}, 1, 0, nodes="01", siblings_on=[5]) == B, "that node is gone"
+
+
+def test_kv_counts_for_more_than_siblings() -> None:
+    price = RECOMPUTE_TOKENS_PER_REQUEST
+    assert place({B: price}, 0, 1, nodes="01", siblings_on=[0]) == B
+    assert place({B: price}, 0, 3, nodes="01", siblings_on=[0]) == A
+
+
+def test_a_group_is_remembered_where_it_ran_last_until_it_is_forgotten() -> None:
+    scheduler = Scheduler(POLICIES["fcfs"], chunk_size=8)
+    for i, node in enumerate("ab"):
+        scheduler.add_instance(info_of(i, node=node))
+    scheduler.add(waiting_of("a", 0), 100)
+    assert places_of(scheduler.schedule(no_kv)) == [("a/0", A)]
+    for index in (1, 2):
+        scheduler.add(waiting_of("a", index), 100)
+    # Its sibling is on A's node, which the first of them makes too busy for the second.
+    assert places_of(scheduler.schedule(no_kv)) == [("a/1", A), ("a/2", B)]
+    scheduler.forget_group(GroupId("a"))
+    scheduler.add(waiting_of("b", 0), 100)
+    assert places_of(scheduler.schedule(no_kv)) == [("b/0", B)]
+    scheduler.forget_group(GroupId("b"))
+    scheduler.add(waiting_of("b", 1), 100)
+    assert places_of(scheduler.schedule(no_kv)) == [("b/1", A)]
 
 
 def test_a_full_home_is_left() -> None:

@@ -52,7 +52,7 @@ std::pair<Handle, Handle> Add(WaitingOrders& orders, Handle group, const nb::lis
 
 using GroupNumbers = std::tuple<int64_t, int64_t, int64_t>;
 
-void AddInstance(Capacity& capacity, size_t instance, int64_t pool,
+void AddInstance(Capacity& capacity, size_t instance, int64_t pool, int64_t node,
                  int64_t num_kv_blocks, int64_t block_size,
                  int64_t num_lookahead_tokens, int64_t max_num_seqs,
                  const std::vector<GroupNumbers>& kv_groups) {
@@ -60,7 +60,7 @@ void AddInstance(Capacity& capacity, size_t instance, int64_t pool,
   for (const auto& [size, max_blocks, num_extra_blocks] : kv_groups) {
     shape.groups.push_back({size, max_blocks, num_extra_blocks});
   }
-  capacity.Add(instance, pool, num_kv_blocks, max_num_seqs, std::move(shape));
+  capacity.Add(instance, pool, node, num_kv_blocks, max_num_seqs, std::move(shape));
 }
 
 void SetLeads(WaitingOrders& orders, Handle group, const nb::dict& leads) {
@@ -106,7 +106,7 @@ nb::tuple Holders(const PrefixCaches& caches, Handle request) {
   const PrefixCaches::Held held = caches.Holders(request);
   nb::dict tokens;
   for (const auto& [instance, num] : held.tokens) tokens[nb::int_(instance)] = num;
-  return nb::make_tuple(tokens, held.num_pooled, held.pool);
+  return nb::make_tuple(tokens, held.num_pooled, held.pool, held.num_far, held.node);
 }
 
 }  // namespace
@@ -161,8 +161,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("num_lookahead_tokens", &Capacity::NumLookaheadTokens)
       .def("alive_ids", &Capacity::AliveIds)
       .def("add_instance", &aseer::AddInstance, "instance_id"_a, nb::kw_only(),
-           "pool"_a, "num_kv_blocks"_a, "block_size"_a, "num_lookahead_tokens"_a,
-           "max_num_seqs"_a, "kv_groups"_a)
+           "pool"_a, "node"_a, "num_kv_blocks"_a, "block_size"_a,
+           "num_lookahead_tokens"_a, "max_num_seqs"_a, "kv_groups"_a)
       .def("remove", &Capacity::Remove, "instance_id"_a)
       .def("reserve", &Capacity::Reserve, "instance_id"_a, "num_tokens"_a,
            "num_shared_blocks"_a = 0)
@@ -170,6 +170,7 @@ NB_MODULE(_native, m) {
       .def("num_running", &Capacity::NumRunning, "instance_id"_a)
       .def("num_free_blocks", &Capacity::NumFreeBlocks, "instance_id"_a)
       .def("pool_of", &Capacity::PoolOf, "instance_id"_a)
+      .def("node_of", &Capacity::NodeOf, "instance_id"_a)
       .def("set_pool", &Capacity::SetPool, "instance_id"_a, "pool"_a)
       .def("most_tokens", &Capacity::MostTokens)
       .def("select", &Capacity::Select, "num_tokens"_a)
@@ -177,8 +178,9 @@ NB_MODULE(_native, m) {
       .def("fits", &Capacity::Fits, "instance_id"_a, "num_tokens"_a,
            "num_shared_blocks"_a = 0)
       .def("is_selected", &Capacity::IsSelected, "instance_id"_a)
-      .def("least_loaded", &Capacity::LeastLoaded)
-      .def("least_loaded_of", &Capacity::LeastLoadedOf, "pool"_a)
+      .def("least_loaded", &Capacity::LeastLoaded, "nodes"_a = std::vector<int64_t>{},
+           "slack"_a = 0)
+      .def("least_loaded_of", &Capacity::LeastLoadedOf, "pool"_a, "node"_a = 0)
       .def("hold_none", &Capacity::HoldNone)
       .def("hold_freest", &Capacity::HoldFreest);
 
@@ -210,9 +212,10 @@ NB_MODULE(_native, m) {
   nb::class_<PrefixCaches>(m, "PrefixCaches")
       .def(nb::init<>())
       .def_prop_rw("move_price", &PrefixCaches::MovePrice, &PrefixCaches::SetMovePrice)
+      .def_prop_rw("node_price", &PrefixCaches::NodePrice, &PrefixCaches::SetNodePrice)
       .def("set_granularity", &PrefixCaches::SetGranularity, "granularity"_a)
       .def("add_instance", &PrefixCaches::AddInstance, "instance_id"_a, nb::kw_only(),
-           "num_blocks"_a, "block_size"_a, "pool"_a)
+           "num_blocks"_a, "block_size"_a, "pool"_a, "node"_a)
       .def("set_pool", &PrefixCaches::SetPool, "instance_id"_a, "pool"_a)
       .def("drop_instance", &PrefixCaches::DropInstance, "instance_id"_a)
       .def("open", &PrefixCaches::Open)

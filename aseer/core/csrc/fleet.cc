@@ -59,7 +59,7 @@ std::vector<int64_t> Capacity::AliveIds() const {
   return ids;
 }
 
-void Capacity::Add(size_t instance, int64_t pool, int64_t num_kv_blocks,
+void Capacity::Add(size_t instance, int64_t pool, int64_t node, int64_t num_kv_blocks,
                    int64_t max_num_seqs, KvShape shape) {
   Require(instance < kMaxInstances, "an instance's id is below 1,048,576");
   Require(shape.block_size >= 1, "a block holds at least one token");
@@ -83,6 +83,7 @@ void Capacity::Add(size_t instance, int64_t pool, int64_t num_kv_blocks,
   instances_[instance] = {.is_known = true,
                           .is_alive = true,
                           .pool = pool,
+                          .node = node,
                           .num_kv_blocks = num_kv_blocks,
                           .max_num_seqs = max_num_seqs,
                           .free = num_kv_blocks,
@@ -184,7 +185,7 @@ bool Capacity::IsSelected(size_t instance) const {
   return selected_[instance] != 0;
 }
 
-int64_t Capacity::LeastLoaded() const {
+int64_t Capacity::LeastLoaded(const std::vector<int64_t>& nodes, int64_t slack) const {
   int64_t least = -1;
   for (size_t i = 0; i < selected_.size(); ++i) {
     if (selected_[i] && (least < 0 || load_[i] < load_[least])) {
@@ -192,13 +193,25 @@ int64_t Capacity::LeastLoaded() const {
     }
   }
   Require(least >= 0, "the selection is empty");
-  return least;
+  if (nodes.empty()) return least;
+  int64_t near = -1;
+  for (size_t i = 0; i < selected_.size(); ++i) {
+    const bool is_candidate =
+        selected_[i] && std::ranges::find(nodes, instances_[i].node) != nodes.end();
+    if (is_candidate && (near < 0 || load_[i] < load_[near])) {
+      near = static_cast<int64_t>(i);
+    }
+  }
+  const bool is_near =
+      near >= 0 && instances_[near].running - instances_[least].running <= slack;
+  return is_near ? near : least;
 }
 
-int64_t Capacity::LeastLoadedOf(int64_t pool) const {
+int64_t Capacity::LeastLoadedOf(int64_t pool, int64_t node) const {
   int64_t least = -1;
   for (size_t i = 0; i < selected_.size(); ++i) {
-    const bool is_candidate = selected_[i] && instances_[i].pool == pool;
+    const bool is_candidate =
+        selected_[i] && instances_[i].pool == pool && instances_[i].node == node;
     if (is_candidate && (least < 0 || load_[i] < load_[least])) {
       least = static_cast<int64_t>(i);
     }

@@ -36,9 +36,9 @@ class Capacity {
   int64_t BlockSize() const { return shape_.block_size; }
   int64_t NumLookaheadTokens() const { return shape_.num_lookahead_tokens; }
 
-  // Pool: whose instances share KV; -1 = none.
-  void Add(size_t instance, int64_t pool, int64_t num_kv_blocks, int64_t max_num_seqs,
-           KvShape shape);
+  // Pool: whose instances share KV; -1 = none. Node: the host's number.
+  void Add(size_t instance, int64_t pool, int64_t node, int64_t num_kv_blocks,
+           int64_t max_num_seqs, KvShape shape);
   void Remove(size_t instance);
 
   int64_t Reserve(size_t instance, int64_t num_tokens, int64_t num_shared_blocks);
@@ -46,6 +46,7 @@ class Capacity {
   int64_t NumRunning(size_t instance) const { return At(instance).running; }
   int64_t NumFreeBlocks(size_t instance) const { return At(instance).free; }
   int64_t PoolOf(size_t instance) const { return At(instance).pool; }
+  int64_t NodeOf(size_t instance) const { return At(instance).node; }
   void SetPool(size_t instance, int64_t pool) { At(instance).pool = pool; }
 
   int64_t MostTokens();
@@ -53,8 +54,11 @@ class Capacity {
   bool SelectAlive();
   bool Fits(size_t instance, int64_t num_tokens, int64_t num_shared_blocks) const;
   bool IsSelected(size_t instance) const;
-  int64_t LeastLoaded() const;
-  int64_t LeastLoadedOf(int64_t pool) const;  // -1: no candidate is of that pool
+  // One on those nodes, unless all there run more than `slack` requests more than the
+  // least loaded of all.
+  int64_t LeastLoaded(const std::vector<int64_t>& nodes, int64_t slack) const;
+  // -1: no candidate on that node is of that pool.
+  int64_t LeastLoadedOf(int64_t pool, int64_t node) const;
   void HoldNone();
   bool HoldFreest();
 
@@ -63,6 +67,7 @@ class Capacity {
     bool is_known = false;
     bool is_alive = false;
     int64_t pool = -1;
+    int64_t node = 0;
     int64_t num_kv_blocks = 0;
     int64_t max_num_seqs = 0;
     int64_t free = 0;

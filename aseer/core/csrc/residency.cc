@@ -4,10 +4,22 @@
 
 namespace aseer {
 
-void PrefixCaches::SetMovePrice(double price) {
+namespace {
+
+double CheckedPrice(double price) {
   Require(price >= 0.0 && price <= 1.0, "a price of moving lies between 0 and 1");
-  move_price_ = price;
+  return price;
 }
+
+int64_t Less(int64_t num_tokens, double price) {
+  return static_cast<int64_t>(static_cast<double>(num_tokens) * (1.0 - price));
+}
+
+}  // namespace
+
+void PrefixCaches::SetMovePrice(double price) { move_price_ = CheckedPrice(price); }
+
+void PrefixCaches::SetNodePrice(double price) { node_price_ = CheckedPrice(price); }
 
 void PrefixCaches::SetGranularity(int64_t granularity) {
   Require(granularity >= 0, "a granularity is not negative");
@@ -15,10 +27,10 @@ void PrefixCaches::SetGranularity(int64_t granularity) {
 }
 
 void PrefixCaches::AddInstance(int64_t instance, int64_t num_blocks, int64_t block_size,
-                               int64_t pool) {
+                               int64_t pool, int64_t node) {
   Require(block_size >= 1, "a block holds at least one token");
   DropInstance(instance);
-  caches_.emplace(instance, Cache{num_blocks, block_size, pool});
+  caches_.emplace(instance, Cache{num_blocks, block_size, pool, node});
 }
 
 void PrefixCaches::SetPool(int64_t instance, int64_t pool) {
@@ -51,16 +63,18 @@ PrefixCaches::Held PrefixCaches::Holders(Handle handle) const {
   Held all;
   if (request.num_pooled) {
     all.pool = request.pool;
-    all.num_pooled = static_cast<int64_t>(static_cast<double>(request.num_pooled) *
-                                          (1.0 - move_price_));
+    all.node = request.node;
+    all.num_pooled = Less(request.num_pooled, move_price_);
+    all.num_far = Less(request.num_pooled, node_price_);
   }
   for (const Holding& held : request.held) {
     const Cache& cache = caches_.at(held.instance);
     const int64_t tokens = held.num_blocks * cache.block_size;
-    const bool is_near = request.num_pooled && cache.pool == request.pool;
-    if (!is_near || tokens > all.num_pooled) {
-      all.tokens.emplace_back(held.instance, tokens);
+    int64_t at_least = 0;
+    if (request.num_pooled && cache.pool == request.pool) {
+      at_least = cache.node == request.node ? all.num_pooled : all.num_far;
     }
+    if (tokens > at_least) all.tokens.emplace_back(held.instance, tokens);
   }
   return all;
 }
@@ -89,9 +103,11 @@ void PrefixCaches::Release(int64_t instance, Handle request, int64_t num_blocks,
     cache.num_cached += num_full;
     released.held.push_back({instance, num_full, std::prev(cache.cached.end())});
   }
+  const bool is_pooled = granularity_ > 0 && cache.pool >= 0;
   if (const int64_t num_pooled =
-          granularity_ ? num_tokens / granularity_ * granularity_ : 0) {
+          is_pooled ? num_tokens / granularity_ * granularity_ : 0) {
     released.pool = cache.pool;
+    released.node = cache.node;
     released.num_pooled = num_pooled;
   }
   Evict(instance, cache);

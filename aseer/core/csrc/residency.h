@@ -19,17 +19,23 @@ class PrefixCaches {
   struct Held {
     // By instance; of the pool's, only those that hold more than the pool is worth.
     std::vector<std::pair<int64_t, int64_t>> tokens;
-    int64_t num_pooled = 0;  // that every instance of the pool holds, less their price
+    // What every instance of the pool holds, less the price of loading it: those on the
+    // node that stored it, and those on others.
+    int64_t num_pooled = 0;
+    int64_t num_far = 0;
     int64_t pool = -1;
+    int64_t node = 0;
   };
 
   double MovePrice() const { return move_price_; }
   void SetMovePrice(double price);
+  double NodePrice() const { return node_price_; }
+  void SetNodePrice(double price);
 
   // Granularity: of what a pool keeps, in tokens; 0 = there is no pool.
   void SetGranularity(int64_t granularity);
   void AddInstance(int64_t instance, int64_t num_blocks, int64_t block_size,
-                   int64_t pool);
+                   int64_t pool, int64_t node);
   void SetPool(int64_t instance, int64_t pool);
   void DropInstance(int64_t instance);
 
@@ -47,6 +53,7 @@ class PrefixCaches {
     int64_t num_blocks;
     int64_t block_size;
     int64_t pool;
+    int64_t node;
     int64_t reserved = 0;
     int64_t num_cached = 0;
     std::list<Handle> cached{};  // the oldest first
@@ -59,6 +66,7 @@ class PrefixCaches {
   struct Request {
     std::vector<Holding> held{};
     int64_t pool = -1;
+    int64_t node = 0;        // that stored it
     int64_t num_pooled = 0;  // tokens
   };
 
@@ -69,7 +77,8 @@ class PrefixCaches {
   std::unordered_map<int64_t, Cache> caches_;
   Slots<Request> requests_;
   int64_t granularity_ = 0;
-  double move_price_ = kMovePrice;
+  double move_price_ = kMovePrice;  // within a node
+  double node_price_ = kMovePrice;  // between nodes
 };
 
 }  // namespace aseer

@@ -247,6 +247,7 @@ def test_numbers_of_a_group_that_make_no_sense_are_refused(
         Capacity().add_instance(
             A,
             pool=-1,
+            node=0,
             num_kv_blocks=1,
             block_size=4,
             num_lookahead_tokens=0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aseer.core.residency import KvResidency
-from aseer.types import NOWHERE, Holders, InstanceId, RequestId
+from aseer.types import NO_POOL, NOWHERE, Holders, InstanceId, RequestId
 
 A, B = InstanceId(0), InstanceId(1)
 X, Y, Z = RequestId("x"), RequestId("y"), RequestId("z")
@@ -124,7 +124,7 @@ def test_dropping_an_unknown_instance_is_nothing(kv: KvResidency) -> None:
 
 def one_pool(kv: KvResidency, granularity: int = 8, price: float = 0.25) -> None:
     kv.use_pool(granularity, lambda instance_id: 0)
-    kv.move_price = price
+    kv.set_prices(price, 1.0)
 
 
 def test_what_was_computed_is_in_the_pool_for_all_at_a_discount(kv: KvResidency):
@@ -151,11 +151,38 @@ def test_an_evicted_request_is_still_in_the_pool(kv: KvResidency):
 
 def test_a_request_is_in_the_pool_of_the_instance_that_ran_it_last(kv: KvResidency):
     kv.use_pool(8, int)
-    kv.move_price = 0.5
+    kv.set_prices(0.5, 1.0)
     run(kv, A, X, 16)
     assert kv.holders(X) == Holders({A: 16}, num_pooled=8, pool=0)
     run(kv, B, X, 24)
     assert kv.holders(X) == Holders({A: 16, B: 24}, num_pooled=12, pool=1)
+
+
+def test_a_pool_is_worth_less_on_other_nodes_than_the_one_that_stored():
+    kv = KvResidency()
+    kv.use_pool(8, lambda instance_id: 0)
+    kv.set_prices(0.25, 0.5)
+    for i, node in enumerate((0, 0, 1)):
+        kv.add_instance(InstanceId(i), num_blocks=10, block_size=4, node=node)
+    run(kv, A, X, 16)
+    assert kv.holders(X) == Holders({A: 16}, 12, pool=0, num_far=8, node=0)
+    run(kv, InstanceId(2), X, 24)
+    # A's own 16 are more than what the pool on the other node is worth there.
+    own = {A: 16, InstanceId(2): 24}
+    assert kv.holders(X) == Holders(own, 18, pool=0, num_far=12, node=1)
+
+
+def test_an_instance_without_a_pool_stores_nowhere():
+    kv = KvResidency()
+    kv.use_pool(8, lambda instance_id: 0 if instance_id == A else NO_POOL)
+    kv.set_prices(0.5, 1.0)
+    for i in range(3):
+        kv.add_instance(InstanceId(i), num_blocks=10, block_size=4, node=i)
+    run(kv, B, X, 16)
+    assert kv.holders(X) == Holders({B: 16})
+    run(kv, A, X, 16)
+    run(kv, B, X, 24)
+    assert kv.holders(X) == Holders({A: 16, B: 24}, num_pooled=8, pool=0)
 
 
 def test_a_pool_may_be_found_when_instances_are_up_already(kv: KvResidency):
@@ -185,7 +212,9 @@ def test_a_finished_request_is_nowhere(kv: KvResidency):
 
 def test_a_price_is_a_share(kv: KvResidency):
     with pytest.raises(ValueError, match="between 0 and 1"):
-        kv.move_price = 1.5
+        kv.set_prices(1.5, 0.0)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        kv.set_prices(0.0, 1.5)
 
 
 def test_a_pool_that_cannot_be_told_changes_nothing(kv: KvResidency):
