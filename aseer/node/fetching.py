@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 # do nothing else.
 BLOCK_BYTES = 1 << 20
 # On their way at once: more than a round trip takes, on a fast network.
-_NUM_ASKED = 16
+MAX_BLOCKS_ASKED = 16
+# Above any file's size, and what a system's calls take for an offset.
+MAX_FILE_BYTES = 1 << 62
 
 
 class Fetching:
@@ -59,7 +61,7 @@ class Fetching:
         except OSError as error:
             self._fail(describe(error))
             return
-        for _ in range(_NUM_ASKED):
+        for _ in range(MAX_BLOCKS_ASKED):
             self._ask()
         self._end_if_done()
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aseer.errors import EngineError, InstanceStartError, describe
+from aseer.errors import EngineError, InstanceStartError, ProtocolError, describe
+from aseer.node.fetching import BLOCK_BYTES, MAX_BLOCKS_ASKED, MAX_FILE_BYTES
 from aseer.node.messages import (
     DropFiles,
     Ended,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 # A process's status where nobody can say it any more.
 LOST = -9
 _INDEX = "index.json"
+# An agent asks for some at a time of each update that it fetches, of which there are
+# two at most.
+_MAX_WANTED = 16 * MAX_BLOCKS_ASKED
 # For word of an end to come, beyond the time that the end may take.
 _WORD_S = 5.0
 
@@ -101,6 +105,8 @@ class RemoteNode:
         self._processes: dict[bytes, RemoteProcess] = {}
         self._fetches: dict[str, _Fetch] = {}
         self._num_fetches = 0
+        self.num_wanted = 0
+        """Blocks that the node has asked for, and has not been sent."""
 
     def say(self, message: msgspec.Struct) -> None:
         """Send the node a message; one that is lost gets none."""
@@ -165,6 +171,22 @@ class RemoteNode:
         if fetch is not None:
             fetch.fail("it is needed no more")
             self.say(DropFiles(fetch.folder))
+
+    def check_wanted(self, wanted: GetBlock) -> None:
+        """See that a block may be read, which is to be sent then.
+
+        Raises:
+            ProtocolError: no agent of ours asks for so much.
+        """
+        self.num_wanted += 1
+        in_file = 0 <= wanted.offset <= MAX_FILE_BYTES
+        if not (in_file and 0 <= wanted.size <= BLOCK_BYTES):
+            raise ProtocolError(
+                f"it asks for {wanted.size} bytes at {wanted.offset}; a block has at "
+                f"most {BLOCK_BYTES}"
+            )
+        if self.num_wanted > _MAX_WANTED:
+            raise ProtocolError(f"it asks for more than {_MAX_WANTED} blocks at once")
 
     def path_of(self, wanted: GetBlock) -> str | None:
         """The file that the node asks for a block of; None if it is to have none."""

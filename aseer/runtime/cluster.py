@@ -113,6 +113,7 @@ class Cluster:
     async def _send_blocks(self) -> None:
         while True:
             node, wanted = await self._wanted.get()
+            node.num_wanted -= 1
             path = node.path_of(wanted)
             if path is None:
                 continue
@@ -198,6 +199,7 @@ class Cluster:
             del self._nodes[session]
             node.lose(message.why)
         elif isinstance(message, GetBlock):
+            node.check_wanted(message)
             self._wanted.put_nowait((node, message))
         elif isinstance(message, AskDrafts):
             self._ask_drafts(node, message)
