@@ -303,13 +303,20 @@ class InstancePool:
             del self._slots[slot.instance_id]
 
     async def _attend(self, slot: Slot) -> None:
-        try:
-            await self._bring_up(slot)
-        except InstanceStartError:
-            if slot.node.lost_because is None:
-                raise
-        else:
-            await self._keep_up(slot)
+        while True:
+            try:
+                await self._bring_up(slot)
+            except InstanceStartError as error:
+                if slot.node.lost_because is not None:
+                    return
+                # The system's own doing says nothing about the node.
+                if not (slot.was_shot and slot.restarts.spend()):
+                    raise
+                _log.warning("%s", error)
+                await asyncio.sleep(_RETRY_PAUSE_S)
+            else:
+                await self._keep_up(slot)
+                return
 
     async def stop(self, grace_s: float) -> None:
         """End every instance: ask those that are up, wait up to `grace_s`, kill.
@@ -488,6 +495,7 @@ class InstancePool:
         what = f"was not ready after start_timeout_s={timeout_s:g}"
         if not dead.cancelled():
             what = describe_exit(dead.result())
+            slot.was_shot = dead.result() < 0 and slot.killed_because is None
         raise start_error(slot, process, what, self._specs.cause_beside(slot))
 
     def _forget(self, slot: Slot, why: str) -> None:

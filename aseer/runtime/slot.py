@@ -47,6 +47,9 @@ class Slot:
         self.info: InstanceInfo | None = None
         self.failure: str | None = None
         self.killed_because: str | None = None
+        self.was_shot = (
+            False  # a signal ended it before it was up, which we did not send
+        )
         self.running: set[ChunkId] = set()  # sent to it, and not reported as over
         self.unreachable_since: float | None = None  # something sent to it was lost
         now = self._clock.read()

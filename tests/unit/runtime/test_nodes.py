@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -110,3 +111,27 @@ async def test_an_instance_that_does_not_start_ends_those_of_its_node(
         assert "no such model" in str(error)
         assert all(run.process(i).has_ended for i in ("2.1", "3.1"))
         assert await run.run_to_its_end(1) == "length"
+
+
+@pytest.mark.parametrize("max_restarts", [0, 1])
+async def test_a_nodes_instance_that_is_shot_while_it_starts_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, max_restarts: int
+) -> None:
+    monkeypatch.setattr("aseer.runtime.instances._RETRY_PAUSE_S", 0.0)
+    config = config_of(num_instances=1, max_restarts=max_restarts)
+    async with running(monkeypatch, config) as run:
+        node = far_node(run)
+        run.machine.hold("1.1", "start")
+
+        async def attend() -> None:
+            with suppress(BaseExceptionGroup):
+                await run.pool.attend(node, launches_of(config))
+
+        attending = run.machine.tasks.create_task(attend())
+        await run.machine.until_asked("1.1", "start")
+        run.process("1.1").kill()
+        if max_restarts:
+            await run.until(("up", InstanceId(1)))
+            attending.cancel()
+        await asyncio.wait([attending])
+        assert ("1.2" in run.machine.processes) == bool(max_restarts)
