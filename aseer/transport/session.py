@@ -55,6 +55,7 @@ class Session:
         timeout_s: float,
         heartbeat_s: float = HEARTBEAT_S,
         rng: random.Random | None = None,
+        keys_are_right: bool = False,
     ) -> None:
         """Begin a session; nothing is connected yet.
 
@@ -62,7 +63,9 @@ class Session:
             connect: makes a connection under an identity; raises `ConnectionLost` if
                 there is none to be had now.
             timeout_s: the session is over if nothing is heard for so long.
+            keys_are_right: an earlier session with that end has shown it.
         """
+        self._keys_are_right = keys_are_right
         self._connect = connect
         self._heartbeat_s = min(heartbeat_s, timeout_s / MISSED_HEARTBEATS)
         self._rng = rng or random.Random()
@@ -116,8 +119,12 @@ class Session:
             except ConnectionLost as error:
                 self.trouble = str(error)
                 # Once the other end has answered, the keys are right, and it is the
-                # network that breaks handshakes off.
-                is_key = isinstance(error, HandshakeFailed) and not self._link.was_known
+                # network that breaks handshakes off; or a proxy, whose other side has
+                # gone.
+                was_answered = self._keys_are_right or self._link.was_known
+                if isinstance(error, HandshakeFailed) and was_answered:
+                    self.trouble = "connections break before they are encrypted"
+                is_key = isinstance(error, HandshakeFailed) and not was_answered
                 num_failed_handshakes = num_failed_handshakes + 1 if is_key else 0
                 if num_failed_handshakes == _MAX_FAILED_HANDSHAKES:
                     raise ConnectionRefused(self.trouble) from error

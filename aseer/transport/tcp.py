@@ -45,6 +45,9 @@ _PING_INTERVAL_MS = 2_000
 _PING_TIMEOUT_MS = 10_000
 # A handshake takes milliseconds, but waits for the event loop, which may be busy.
 _HANDSHAKE_MS = 10_000
+# ZeroMQ's ends send a byte as soon as they are connected.
+_GREETING = b"\xff"
+_GREETING_S = 5.0
 # For what was sent last to leave.
 _LINGER_MS = 500
 _CLOSED_EVENTS = (
@@ -140,7 +143,15 @@ class TcpDealer(ZmqDealer[In]):
             ending = self._ending = self._ending or _next(self._monitor)
             await asyncio.wait([receiving, ending], return_when=asyncio.FIRST_COMPLETED)
             if not receiving.done():
-                raise self._why(parse_monitor_message(ending.result()))
+                why = self._why(parse_monitor_message(ending.result()))
+                if isinstance(why, HandshakeFailed) and not await _greets(
+                    self._endpoint
+                ):
+                    why = ConnectionLost(
+                        f"{self._endpoint}: connections are taken and ended at once; "
+                        "is it a proxy, and the controller behind it running?"
+                    )
+                raise why
             self._receiving = None
             message = self._reader.read(receiving.result(), b"the controller")
             if message is not None:
@@ -169,6 +180,23 @@ class TcpDealer(ZmqDealer[In]):
         else:
             why = "the connection broke"
         return ConnectionLost(f"{self._endpoint}: {why}")
+
+
+async def _greets(endpoint: str) -> bool:
+    """Whether whoever takes connections there speaks ZeroMQ.
+
+    A proxy whose other side is gone does not; an end with another key does.
+    """
+    port = int(endpoint.rpartition(":")[2])
+    try:
+        async with asyncio.timeout(_GREETING_S):
+            reader, writer = await asyncio.open_connection(host_of(endpoint), port)
+            try:
+                return await reader.read(1) == _GREETING
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False
 
 
 def _next(socket: zmq.asyncio.Socket) -> asyncio.Future[list[bytes]]:

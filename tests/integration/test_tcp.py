@@ -27,11 +27,13 @@ KEYS = derive_keys(b"of these tests alone")
 OTHERS = derive_keys(b"of some other cluster")
 
 
-def session_to(endpoint: str, keys: Keys | None, timeout_s: float = 30.0) -> Session:
+def session_to(
+    endpoint: str, keys: Keys | None, timeout_s: float = 30.0, **settings: bool
+) -> Session:
     connect: Callable[..., object] = lambda name: connect_tcp(  # noqa: E731
         endpoint, name, FRAME, keys
     )
-    return Session(connect, timeout_s=timeout_s, heartbeat_s=0.25)  # type: ignore[arg-type]
+    return Session(connect, timeout_s=timeout_s, heartbeat_s=0.25, **settings)  # type: ignore[arg-type]
 
 
 def port_of(endpoint: str) -> int:
@@ -124,6 +126,30 @@ async def test_where_nobody_listens_it_is_tried_until_the_time_is_over() -> None
     with pytest.raises(SessionLost, match=r"127\.0\.0\.1:\d+: nobody answers"):
         await session.run(print)
     assert session.num_connections > 1
+
+
+async def test_a_proxy_whose_other_side_is_gone_is_no_wrong_key() -> None:
+    """It takes connections and ends them, as if the controller had another key."""
+    async with bind_tcp("tcp://127.0.0.1:*", FRAME, KEYS) as router:
+        port = port_of(router.endpoint)
+    async with proxy_to(port) as proxy:
+        session = session_to(proxy.endpoint, KEYS, 3.0)
+        with pytest.raises(SessionLost, match="is it a proxy"):
+            await session.run(print)
+        assert session.num_connections > 3
+
+
+async def test_handshakes_that_break_off_are_no_wrong_key_once_it_was_right() -> None:
+    """As the ends of a network that fails again and again see them."""
+    async with (
+        bind_tcp("tcp://127.0.0.1:*", FRAME, OTHERS) as router,
+        asyncio.TaskGroup() as tasks,
+    ):
+        serving = tasks.create_task(Sessions(router, timeout_s=9.0).run(print, print))
+        session = session_to(router.endpoint, KEYS, 3.0, keys_are_right=True)
+        with pytest.raises(SessionLost, match="break before they are encrypted"):
+            await session.run(print)
+        serving.cancel()
 
 
 async def test_strangers_bytes_cost_nothing() -> None:
