@@ -13,6 +13,16 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def host_and_port(text: str) -> str:
+    """Where to listen; of an IPv6 address in brackets."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a host and a port, such as 127.0.0.1:9465"
+        )
+    return text
+
+
 def positive_float(text: str) -> float:
     """A number above 0."""
     try:

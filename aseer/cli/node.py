@@ -6,30 +6,45 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aseer.cli.arguments import positive_float, positive_int
+from aseer.cli.arguments import host_and_port, positive_float, positive_int
+from aseer.cli.node_scripts import SCRIPTS, script_for
 from aseer.errors import ConfigError
 from aseer.inputs.addresses import check_address
 from aseer.node.agent import NoController, NodeRefused, Offer, run_agent
+from aseer.node.cleanup import SHARED_MEMORY
 from aseer.node.interpreter import interpreter_at
 from aseer.node.machine import this_machine
+from aseer.node.metrics import (
+    AGENT_METRICS,
+    AgentFigures,
+    MetricsServer,
+    check_metrics_library,
+)
 from aseer.transport.base import ConnectionRefused
 from aseer.transport.keys import find_keys
 from aseer.transport.tcp import check_key_is_there
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+
+_log = logging.getLogger("aseer")
 
 EXIT_REFUSED = 2
 EXIT_NO_CONTROLLER = os.EX_TEMPFAIL  # 75: what started it may start it again
+_DEATH_TIMEOUT_S = 600.0
 _LOOK_INTERVAL_S = 1.0
+# Less than this is a container's default, and too little for any model's weights.
+_SHARED_MEMORY_BYTES = 1 << 30
 _VARIABLE = "ASEER_CONTROLLER"
 _FILE_VARIABLE = "ASEER_CONTROLLER_FILE"
 
@@ -68,9 +83,7 @@ def add_parser(
         "~/.config/aseer/key)",
     )
     parser.add_argument(
-        "--name",
-        default=socket.gethostname(),
-        help="by which messages name this node (default: the host's)",
+        "--name", help="by which messages name this node (default: the host's)"
     )
     parser.add_argument(
         "--gpus",
@@ -93,19 +106,41 @@ def add_parser(
         "--death-timeout",
         metavar="SECONDS",
         type=positive_float,
-        default=600.0,
-        help="end after so long without a controller (default: 600)",
+        help=f"end after so long without a controller (default: {_DEATH_TIMEOUT_S:g})",
+    )
+    parser.add_argument(
+        "--lifetime",
+        metavar="SECONDS",
+        type=positive_float,
+        help="leave in order after so long, as before a batch job's time is over",
+    )
+    parser.add_argument(
+        "--metrics-address",
+        metavar="HOST:PORT",
+        type=host_and_port,
+        help="where Prometheus finds this node's figures (default: nowhere)",
+    )
+    parser.add_argument(
+        "--print",
+        choices=list(SCRIPTS),
+        dest="launcher",
+        help="print a script that starts nodes on many hosts, with the other options "
+        "that are given, and do nothing else",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until the controller or a signal ends it."""
+    """Serve until the controller, a signal or the end of its lifetime ends it."""
+    if args.launcher is not None:
+        sys.stdout.write(script_for(args.launcher, args))
+        return 0
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
     )
     try:
-        why = asyncio.run(_serve(args))
+        with _metrics(args.metrics_address) as figures:
+            why = asyncio.run(_serve(args, figures))
     except (ConnectionRefused, NodeRefused) as error:
         return _fail(str(error), EXIT_REFUSED)
     except NoController as error:
@@ -114,27 +149,73 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _serve(args: argparse.Namespace) -> str:
+@contextmanager
+def _metrics(address: str | None) -> Iterator[AgentFigures]:
+    """Serve the figures that the block fills in, if an address is given.
+
+    Raises:
+        ConfigError: they cannot be served there.
+    """
+    figures = AgentFigures()
+    if address is None:
+        yield figures
+        return
+    check_metrics_library("--metrics-address")
+    server = MetricsServer(address, AGENT_METRICS, figures.values)
+    try:
+        _log.info("figures of this node are at %s", server.url)
+        yield figures
+    finally:
+        server.close()
+
+
+async def _serve(args: argparse.Namespace, figures: AgentFigures) -> str:
     leave = asyncio.Event()
     loop = asyncio.get_running_loop()
     this = asyncio.current_task()
     assert this is not None
+    _warn_of_little_memory()
 
     def on_signal() -> None:
         if leave.is_set():
             this.cancel()  # the second time: at once
         leave.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    def on_end_of_life() -> None:
+        _log.info("this node's lifetime of %g s is over", args.lifetime)
+        leave.set()
+
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else it is to be ignored
+        signals.append(signal.SIGHUP)
+    for number in signals:
         loop.add_signal_handler(number, on_signal)
+    if args.lifetime is not None:
+        loop.call_later(args.lifetime, on_end_of_life)
     try:
-        offer = _offer(args, await _find(args, os.environ, leave))
-        return await run_agent(offer, leave)
+        address = await _find(args, os.environ, leave)
+        if address is None:
+            return "it was told to end"
+        return await run_agent(_offer(args, address), leave, figures)
     except asyncio.CancelledError:
         return "it was told to end at once"
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in signals:
             loop.remove_signal_handler(number)
+
+
+def _warn_of_little_memory(folder: Path = SHARED_MEMORY) -> None:
+    try:
+        size = shutil.disk_usage(folder).total
+    except OSError:
+        return
+    if size < _SHARED_MEMORY_BYTES:
+        _log.warning(
+            "%s has %.0f MB, and new weights are kept there, twice during an update; "
+            "in a container mount more (Kubernetes: an emptyDir with medium: Memory)",
+            folder,
+            size / 1e6,
+        )
 
 
 def _offer(args: argparse.Namespace, controller: str) -> Offer:
@@ -154,19 +235,24 @@ def _offer(args: argparse.Namespace, controller: str) -> Offer:
     return Offer(
         controller=controller,
         keys=keys,
-        name=args.name,
+        name=args.name or socket.gethostname(),
         machine=machine,
         interpreter=python,
         num_instances=args.num_instances,
         log_dir=None if log_dir is None else log_dir.absolute(),
-        death_timeout_s=args.death_timeout,
+        death_timeout_s=_death_timeout_s(args),
     )
+
+
+def _death_timeout_s(args: argparse.Namespace) -> float:
+    return _DEATH_TIMEOUT_S if args.death_timeout is None else float(args.death_timeout)
 
 
 async def _find(
     args: argparse.Namespace, environ: Mapping[str, str], leave: asyncio.Event
-) -> str:
-    """The controller's address; waits for the file that says it.
+) -> str | None:
+    """The controller's address; waits for the file that says it, or returns None once
+    `leave` is set.
 
     Raises:
         ConfigError: nothing says it, or what does is no address.
@@ -185,9 +271,11 @@ async def _find(
             "or --controller-file FILE, as the engine's `listen` and `controller_file`"
         )
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + args.death_timeout
+    deadline = loop.time() + _death_timeout_s(args)
     while not path.exists():
-        if loop.time() > deadline or leave.is_set():
+        if leave.is_set():
+            return None
+        if loop.time() > deadline:
             raise NoController(f"there is no file {path} that names a controller")
         await asyncio.sleep(_LOOK_INTERVAL_S)
     try:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aseer.errors import ConfigError, EngineError
-from aseer.runtime.metrics import check_metrics_library, values_in
+from aseer.node.metrics import check_metrics_library, values_in
 
 if TYPE_CHECKING:
     import argparse
 
-    from aseer.runtime.metrics import Values
+    from aseer.node.metrics import Values
 
 _ANSWER_S = 10.0
 

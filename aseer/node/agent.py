@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from aseer.errors import EngineError, InstanceStartError, root_of
 from aseer.node.cleanup import weights_dir_for
 from aseer.node.fetching import Fetching
+from aseer.node.janitor import start_janitor
 from aseer.node.leftovers import Leftovers, sweep
 from aseer.node.local import LocalNode
 from aseer.node.messages import (
@@ -43,6 +44,7 @@ from aseer.node.messages import (
     Welcome,
     encode,
 )
+from aseer.node.metrics import AgentFigures
 from aseer.transport.base import PROTOCOL_VERSION, ConnectionRefused
 from aseer.transport.link import LinkFull, SessionOver
 from aseer.transport.session import Session, SessionLost
@@ -86,6 +88,8 @@ class Offer:
         controller: its address.
         log_dir: for the logs of instances; None = a directory that goes with the agent.
         death_timeout_s: how long a controller is looked for.
+        needs_janitor: whether the agent is killed together with its children, by whom
+            nothing would be removed then.
     """
 
     controller: str
@@ -96,16 +100,22 @@ class Offer:
     num_instances: int | None
     log_dir: Path | None
     death_timeout_s: float
+    needs_janitor: bool = False
 
 
-async def run_agent(offer: Offer, leave: asyncio.Event) -> str:
+async def run_agent(
+    offer: Offer, leave: asyncio.Event, figures: AgentFigures | None = None
+) -> str:
     """Serve controllers until one says goodbye, or `leave` is set; why it ended.
 
+    Args:
+        figures: are kept up to date.
     Raises:
         NodeRefused: a controller has no use for this node.
         ConnectionRefused: the controller has another key.
         NoController: none was found for `death_timeout_s`.
     """
+    figures = figures or AgentFigures()
     while True:
         sweep()
         run_dir = make_socket_dir()
@@ -113,6 +123,8 @@ async def run_agent(offer: Offer, leave: asyncio.Event) -> str:
         log_dir = offer.log_dir or run_dir
         weights_dir = weights_dir_for(run_dir)
         leftovers.add(weights_dir)
+        if offer.needs_janitor:
+            await asyncio.to_thread(start_janitor, run_dir)
         endpoint = f"ipc://{run_dir}/ctrl"
         try:
             async with bind_router(endpoint, ANY) as router:
@@ -121,12 +133,13 @@ async def run_agent(offer: Offer, leave: asyncio.Event) -> str:
                 )
                 async with bind_router(local.drafts, ANY) as drafts:
                     service = _Service(
-                        offer, local, router, drafts, log_dir, weights_dir
+                        offer, local, router, drafts, log_dir, weights_dir, figures
                     )
                     why = await service.run(leave)
         except ExceptionGroup as group:
             raise root_of(group) from group
         finally:
+            figures.joined = 0
             leftovers.remove()
         if why is not None:
             return why
@@ -143,8 +156,10 @@ class _Service:
         drafts: Router[msgspec.Raw],
         log_dir: Path,
         weights_dir: Path,
+        figures: AgentFigures,
     ) -> None:
         self._offer = offer
+        self._figures = figures
         self._weights_dir = weights_dir
         self._fetches: dict[str, Fetching] = {}
         self._local = local
@@ -153,6 +168,7 @@ class _Service:
         self._session = Session(
             lambda name: connect_tcp(offer.controller, name, FRAME, offer.keys),
             timeout_s=offer.death_timeout_s,
+            keys_are_right=figures.sessions > 0,
         )
         self._over: asyncio.Future[str | None]
         self._over = asyncio.get_running_loop().create_future()
@@ -204,7 +220,7 @@ class _Service:
 
     async def _talk(self, leave: asyncio.Event) -> None:
         try:
-            await self._session.run(self._take)
+            await self._session.run(self._take_any)
         except SessionOver as error:
             self._is_parted = True
             self._on_goodbye(error.reason)
@@ -256,11 +272,21 @@ class _Service:
             _log.warning("the controller takes nothing: %s", error)
             self._end(None)
 
+    def _take_any(self, data: bytes) -> None:
+        """Take what the controller says; nonsense costs its session."""
+        try:
+            self._take(data)
+        except Exception:
+            _log.exception("a message of the controller could not be handled")
+            self._end(None)
+
     def _take(self, data: bytes) -> None:
         message = TO_NODE.decode(data)
         match message:
             case Welcome(lease_s):
                 self._is_welcome = True
+                self._figures.joined = 1
+                self._figures.sessions += 1
                 self._session.timeout_s = lease_s
                 _log.info("joined the controller at %s", self._offer.controller)
             case StartProcess(peer):
@@ -283,6 +309,7 @@ class _Service:
                 place = self._weights_dir / folder
                 self._fetches[folder] = Fetching(message, place, self._say)
             case Block(folder) if folder in self._fetches:
+                self._figures.fetched_bytes += len(message.data)
                 self._fetches[folder].take(message)
             case DropFiles(folder) if folder in self._fetches:
                 self._fetches.pop(folder).close()
@@ -294,7 +321,13 @@ class _Service:
             _log.info("starting %s", start.name)
             process = await self._local.start(peer, start.name, start.line, start.env)
             running.began(process)
-            status = await running.wait()
+            self._figures.starts += 1
+            self._figures.instances += 1
+            try:
+                status = await running.wait()
+            finally:
+                self._figures.instances -= 1
+            self._figures.deaths += not running.was_told
             self._say(
                 Ended(peer, status, log_tail=process.log_tail(), cause=process.cause())
             )
@@ -325,6 +358,11 @@ class _Running:
         self.over: asyncio.Future[None] = loop.create_future()
         self._is_to_end: asyncio.Future[float] = loop.create_future()
         self._process: InstanceProcess | None = None
+
+    @property
+    def was_told(self) -> bool:
+        """Whether it was told to end."""
+        return self._is_to_end.done()
 
     def began(self, process: InstanceProcess) -> None:
         self._process = process

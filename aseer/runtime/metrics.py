@@ -11,11 +11,10 @@ import os
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from aseer.errors import ConfigError
-from aseer.version import __version__
+from aseer.node.metrics import Metric, MetricsServer, Values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,10 +27,7 @@ if TYPE_CHECKING:
 # engine's loop answers within milliseconds, or is in trouble.
 _ANSWER_S = 2.0
 
-Kind = Literal["counter", "gauge"]
-#: Name, kind, label ("" = none) and meaning of every metric; counters are told with
-#: `_total` behind.
-METRICS: tuple[tuple[str, Kind, str, str], ...] = (
+METRICS: tuple[Metric, ...] = (
     ("aseer_instances", "gauge", "", "Instances that are up."),
     ("aseer_node_instances", "gauge", "node", "Of these, by host."),
     ("aseer_instance_running", "gauge", "instance", "Requests that its engine runs."),
@@ -47,6 +43,7 @@ METRICS: tuple[tuple[str, Kind, str, str], ...] = (
     ("aseer_output_tokens", "counter", "", "Tokens that were generated."),
     ("aseer_chunks", "counter", "", "Dispatches of requests to instances."),
     ("aseer_migrations", "counter", "", "Chunks on another instance than before."),
+    ("aseer_node_migrations", "counter", "", "Of these, chunks on another host."),
     ("aseer_recomputed_tokens", "counter", "", "Tokens whose KV was computed again."),
 )
 
@@ -72,10 +69,10 @@ class Figures:
     responses: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def values(self) -> dict[str, dict[str, float]]:
+    def values(self) -> Values:
         """By metric, by label."""
         loads = self.loads.items()
-        named: dict[str, dict[str, float]] = {
+        named: Values = {
             "aseer_instances": {"": len(self.loads)},
             "aseer_node_instances": dict(Counter(self.nodes)),
             "aseer_instance_running": {str(i): x.num_running for i, x in loads},
@@ -90,22 +87,6 @@ class Figures:
         return named | {
             name: {"": self.counts[name]} for name, *_ in METRICS if name not in named
         }
-
-
-Values = dict[str, dict[str, float]]
-"""By a sample's name, by its label's value."""
-
-
-def values_in(text: str) -> Values:
-    """What an engine answers, as numbers."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    found: Values = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            label = next(iter(sample.labels.values()), "")
-            found.setdefault(sample.name, {})[label] = sample.value
-    return found
 
 
 def note_url(path: Path, url: str) -> None:
@@ -123,21 +104,6 @@ def note_url(path: Path, url: str) -> None:
         raise ConfigError(f"controller_file cannot be written: {error}") from error
 
 
-def check_metrics_library(who: str = "metrics_address") -> None:
-    """See that metrics can be served, and read.
-
-    Args:
-        who: needs them, for the error.
-    Raises:
-        ConfigError: the library for it is not installed.
-    """
-    if find_spec("prometheus_client") is None:
-        raise ConfigError(
-            f"{who} needs the package prometheus-client, which is not installed: "
-            "pip install 'aseer[metrics]'"
-        )
-
-
 @contextmanager
 def metrics_of(
     address: str | None, thread: LoopThread, read: Callable[[], Figures]
@@ -150,72 +116,15 @@ def metrics_of(
     if address is None:
         yield None
         return
-    server = MetricsServer(address, thread, read)
+
+    async def read_there() -> Figures:
+        return read()
+
+    def values() -> Values:
+        return thread.submit(read_there).result(_ANSWER_S).values()
+
+    server = MetricsServer(address, METRICS, values)
     try:
         yield server.url
     finally:
         server.close()
-
-
-class MetricsServer:
-    """Answers `GET /metrics`, in threads of its own."""
-
-    def __init__(
-        self, address: str, thread: LoopThread, read: Callable[[], Figures]
-    ) -> None:
-        """Begin to listen.
-
-        Args:
-            address: host and port; of an IPv6 address in brackets.
-            thread: whose loop figures are read on, by `read`.
-        Raises:
-            ConfigError: nothing can listen there.
-        """
-        from prometheus_client import CollectorRegistry, start_http_server
-
-        self._thread = thread
-        self._read = read
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(self)
-        host, _, port = address.rpartition(":")
-        host = host.strip("[]")
-        try:
-            self._server, self._serving = start_http_server(
-                int(port), host, registry=registry
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"metrics_address={address!r} cannot be listened at: {error}; give "
-                "another port, or 0 for any that is free"
-            ) from error
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._server.server_port}/metrics"
-
-    def collect(self) -> Iterator[Any]:
-        """See `prometheus_client.registry.Collector`."""
-        from prometheus_client.core import (
-            CounterMetricFamily,
-            GaugeMetricFamily,
-            InfoMetricFamily,
-        )
-
-        values = self._ask().values()
-        yield InfoMetricFamily("aseer", "The library.", {"version": __version__})
-        for name, kind, label, meaning in METRICS:
-            made = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
-            family = made(name, meaning, labels=[label] if label else [])
-            for of, value in sorted(values[name].items()):
-                family.add_metric([of] if label else [], value)
-            yield family
-
-    def close(self) -> None:
-        """Listen no more."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._serving.join()
-
-    def _ask(self) -> Figures:
-        async def read() -> Figures:
-            return self._read()
-
-        return self._thread.submit(read).result(_ANSWER_S)

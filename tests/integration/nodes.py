@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from tests.integration.sims import config_of
 
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import aseer
 
@@ -41,6 +42,10 @@ class NodeProcess:
     def said(self) -> str:
         return self._output.read_text()
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
@@ -53,6 +58,55 @@ class NodeProcess:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+class TrainerProcess:
+    """A trainer on a host of its own, that runs a rollout for each line it is told."""
+
+    def __init__(self, module: str, prefix: tuple[str, ...], **settings: Any) -> None:
+        """Start it.
+
+        Args:
+            module: its code, as `tests.integration.cluster_trainer`.
+            prefix: of the command.
+            settings: what the module is told.
+        """
+        self._process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", module, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "ASEER_KEY": KEY},
+        )
+
+    def _hear(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def until_open(self) -> None:
+        assert self._hear() == "open"
+
+    def roll(self, in_the_middle: Callable[[], object] = lambda: None) -> Any:
+        """One rollout; something happens while it runs."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        assert self._hear() == "first"
+        in_the_middle()
+        return json.loads(self._hear())
+
+    def close(self) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._process.wait(60)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 class Nodes:

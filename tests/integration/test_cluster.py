@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
+import urllib.request
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from aseer.dgds.replica import Replica, RequestKey
 from aseer.node.agent import NodeRefused, Offer, run_agent
 from aseer.node.interpreter import this_interpreter
 from aseer.node.machine import this_machine
+from aseer.node.metrics import AGENT_METRICS, values_in
 from aseer.transport.keys import derive_keys
 from tests.integration.nodes import KEY, NodeProcess, Nodes, nodes_in
 from tests.integration.proxy import proxy_to
@@ -26,12 +30,12 @@ from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.timeout(120)
 
 LONG = {"ignore_eos": True, "max_tokens": 600}
+PAGE = Path(aseer.__file__).parents[1] / "docs" / "cluster.md"
 SHAPES = {"w": (1000, 1000), "v": (3,)}
 
 
@@ -142,6 +146,73 @@ async def test_a_node_that_is_told_to_end_leaves_in_order(nodes):
         assert set(names_in(engine).values()) == {"two"}
     assert "told to end" in leaver.said
     assert content(responses) == await reference(groups)
+
+
+async def test_a_node_whose_lifetime_is_over_leaves_in_order(nodes):
+    groups = groups_of(8, **LONG)
+    nodes.start("two")
+    async with aseer.Engine(nodes.config()) as engine:
+        leaver = nodes.start("one", "--lifetime", "4")
+        await until(lambda: "one" in names_in(engine).values())
+        found = []
+        while leaver.is_running:
+            responses, _ = await rolled_out(engine, groups)
+            found.append(content(responses))
+            assert all(r.error is None for r in responses)
+        assert await leaver.wait() == 0
+        assert set(names_in(engine).values()) == {"two"}
+    assert "lifetime of 4 s is over" in leaver.said
+    expected = await reference(groups)
+    assert all(each == expected for each in found)
+
+
+async def test_a_node_whose_lifetime_is_over_before_it_found_a_controller(nodes):
+    node = nodes.start("one", "--lifetime", "0.5")
+    assert await node.wait() == 0
+    file = ("--controller-file", str(nodes.folder / "none"))
+    node = nodes.start("two", "--lifetime", "0.5", where=file)
+    assert await node.wait() == 0
+    assert "lifetime of 0.5 s is over" in node.said
+
+
+async def test_what_a_node_tells_prometheus_is_what_it_did(nodes):
+    pytest.importorskip("prometheus_client")
+    node = nodes.start("one", "--metrics-address", "127.0.0.1:0")
+    config = nodes.config(engine_args={"weights": SHAPES})
+    async with aseer.Engine(config) as engine:
+        await engine.update_weights(weights())
+        url = node.said.partition("figures of this node are at ")[2].split()[0]
+        os.kill(engine.instances[0].pid, signal.SIGKILL)
+        await until(lambda: len(engine.instances) == 1)
+        await until(lambda: len(engine.instances) == 2)
+
+        def scrape() -> dict[str, dict[str, float]]:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return values_in(answer.read().decode())
+
+        found = await asyncio.to_thread(scrape)
+    assert found.pop("aseer_info") == {aseer.__version__: 1}
+    assert found.pop("aseer_agent_shared_memory_free_bytes")[""] > 0
+    size = 4 * sum(math.prod(shape) for shape in SHAPES.values())
+    assert found.pop("aseer_agent_fetched_bytes_total")[""] >= size
+    assert {name: each[""] for name, each in found.items()} == {
+        "aseer_agent_joined": 1,
+        "aseer_agent_sessions_total": 1,
+        "aseer_agent_instances": 2,
+        "aseer_agent_starts_total": 3,
+        "aseer_agent_deaths_total": 1,
+    }
+
+
+def test_the_page_lists_every_figure_of_a_node():
+    rows = [
+        line for line in PAGE.read_text().splitlines() if line.startswith("| `aseer_")
+    ]
+    listed = {row.split("`")[1] for row in rows}
+    assert listed == {
+        name + ("_total" if kind == "counter" else "")
+        for name, kind, *_ in AGENT_METRICS
+    }
 
 
 async def test_a_short_cut_costs_nothing_and_a_long_one_only_time(nodes):

@@ -88,7 +88,7 @@ def test_what_is_no_address_is_refused(address):
 
 
 def test_without_the_library_the_error_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr("aseer.runtime.metrics.find_spec", lambda _: None)
+    monkeypatch.setattr("aseer.node.metrics.find_spec", lambda _: None)
     with pytest.raises(aseer.ConfigError, match=r"pip install 'aseer\[metrics\]'"):
         aseer.Engine(config_of(metrics_address="127.0.0.1:0"))
 

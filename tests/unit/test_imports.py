@@ -128,7 +128,7 @@ HOMES = {
     ),
     "lmcache": ("aseer.kv",),
     "matplotlib": ("aseer.plot",),
-    "prometheus_client": ("aseer.runtime.metrics",),
+    "prometheus_client": ("aseer.node.metrics",),
     "aiohttp": ("aseer.server", "aseer.cli.serve"),
 }
 # Slow to import or not always there: `import aseer` must work without.
