@@ -2,79 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import aseer
 from tests.integration.cluster_trainer import GROUPS, LONG, digest
-from tests.integration.hosts import Hosts, hosts
-from tests.integration.nodes import KEY, Nodes, nodes_in
+from tests.integration.hosts import Hosts, hosts, lossy_hosts
+from tests.integration.nodes import Nodes, TrainerProcess, nodes_in
 from tests.integration.sims import config_of, groups_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tests.integration.hosts import Namespace
 
 pytestmark = pytest.mark.timeout(180)
 
-ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "tcp://10.77.0.1:5557"
 TIMEOUT_S = 4.0
-
-
-class Trainer:
-    """`cluster_trainer` on a host."""
-
-    def __init__(self, host: Namespace, **settings: Any) -> None:
-        ours = {"num_instances": 1, "listen": ADDRESS, "node_timeout_s": TIMEOUT_S}
-        self._process = subprocess.Popen(
-            [
-                *host.prefix,
-                *(sys.executable, "-m", "tests.integration.cluster_trainer"),
-                json.dumps(ours | settings),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "ASEER_KEY": KEY},
-        )
-
-    def _hear(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def until_open(self) -> None:
-        assert self._hear() == "open"
-
-    def roll(self, in_the_middle: Callable[[], object] = lambda: None) -> Any:
-        """One rollout; something happens while it runs."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        assert self._hear() == "first"
-        in_the_middle()
-        return json.loads(self._hear())
-
-    def close(self) -> int:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        return self._process.wait(60)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
 
 
 @pytest.fixture
@@ -91,7 +40,14 @@ def start(nodes: Nodes, host: Namespace) -> Any:
 def test_cuts_a_lost_host_and_a_late_one_cost_no_response(nodes: Nodes) -> None:
     with hosts(4) as there:
         first, second = start(nodes, there[2]), start(nodes, there[3])
-        trainer = Trainer(there[1], min_nodes=2)
+        trainer = TrainerProcess(
+            "tests.integration.cluster_trainer",
+            there[1].prefix,
+            num_instances=1,
+            listen=ADDRESS,
+            node_timeout_s=TIMEOUT_S,
+            min_nodes=2,
+        )
         try:
             trainer.until_open()
             _fail_in_turn(trainer, there, lambda: start(nodes, there[4]))
@@ -105,7 +61,9 @@ def test_cuts_a_lost_host_and_a_late_one_cost_no_response(nodes: Nodes) -> None:
             nodes.end()
 
 
-def _fail_in_turn(trainer: Trainer, there: Hosts, join: Callable[[], object]) -> None:
+def _fail_in_turn(
+    trainer: TrainerProcess, there: Hosts, join: Callable[[], object]
+) -> None:
     def cut_for(number: int, cut_s: float) -> None:
         there.cut(number)
         time.sleep(cut_s)
@@ -131,6 +89,46 @@ def _fail_in_turn(trainer: Trainer, there: Hosts, join: Callable[[], object]) ->
     with aseer.Engine(config_of(chunk_size=0)) as engine:
         expected = digest(list(engine.rollout_sync(groups_of(GROUPS, **LONG))))
     digests = {each["digest"] for each in (whole, short, long, late, killed)}
+    assert digests == {expected}
+
+
+@pytest.mark.slow
+def test_cuts_between_hosts_that_lose_packets_cost_nothing(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    """Of every packet's two ways 1% each, 2 ms late; six cuts of a third to 5 s."""
+    always = {"loss": 0.01, "delay_ms": 2.0}
+    with lossy_hosts(2, tmp_path / "wire.json", **always) as there:
+        node = start(nodes, there[2])
+        trainer = TrainerProcess(
+            "tests.integration.cluster_trainer",
+            there[1].prefix,
+            num_instances=1,
+            listen=ADDRESS,
+            node_timeout_s=25.0,
+            min_nodes=1,
+        )
+        try:
+            trainer.until_open()
+            digests = set()
+            for cut_s in (0.3, 1.0, 2.0, 0.5, 3.0, 5.0):
+
+                def cut(cut_s: float = cut_s) -> None:
+                    there.cut(2)
+                    time.sleep(cut_s)
+                    there.heal(2)
+
+                said = trainer.roll(cut)
+                assert said["nodes"] == ["", "node2"]
+                assert (said["num_responses"], said["num_retries"]) == (4 * GROUPS, 0)
+                digests.add(said["digest"])
+            assert trainer.close() == 0
+            assert node._process.wait(30) == 0
+        finally:
+            trainer.kill()
+            nodes.end()
+    with aseer.Engine(config_of(chunk_size=0)) as engine:
+        expected = digest(list(engine.rollout_sync(groups_of(GROUPS, **LONG))))
     assert digests == {expected}
 
 
