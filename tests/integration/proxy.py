@@ -1,8 +1,9 @@
-"""A TCP proxy between two ends on this machine, which can be cut in two ways."""
+"""A TCP proxy between two ends on this machine, which can be cut, or slowed down."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ class Proxy:
         self._carriers: set[asyncio.Task[None]] = set()
         self._goes = asyncio.Event()
         self._goes.set()
+        self._bytes_per_s = math.inf
         self.endpoint = ""
         self.num_connections = 0
 
@@ -32,10 +34,16 @@ class Proxy:
         """Bytes get stuck on their way, and nobody is told, until `heal`."""
         self._goes.clear()
 
+    def slow_down(self, bytes_per_s: float) -> None:
+        """No more than that come through in each direction, until `heal`."""
+        self._bytes_per_s = bytes_per_s
+
     def heal(self) -> None:
-        """Bytes come through again, over new connections only."""
-        self.reset()
+        """Bytes come through again; after a cut, over new connections only."""
+        if not self._goes.is_set():
+            self.reset()
         self._goes.set()
+        self._bytes_per_s = math.inf
 
     def close(self) -> None:
         self.reset()
@@ -64,6 +72,7 @@ class Proxy:
         try:
             while data := await source.read(1 << 16):
                 await self._goes.wait()
+                await asyncio.sleep(len(data) / self._bytes_per_s)
                 target.write(data)
                 await target.drain()
         except OSError:
