@@ -5,6 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+TRAINERS := verl verifiers megatron
 CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 .DEFAULT_GOAL := help
@@ -17,7 +18,7 @@ help:
 	@echo "make test-quick  unit and property tests (under a minute)"
 	@echo "make test-wheel  those and a type check, on the wheel instead of the checkout"
 	@echo "make test-v2     the GPUs' model runner, interpreted on this CPU (minutes)"
-	@echo "make test-trainers  real trainers of others on this CPU (sets up 2 GB, half an hour)"
+	@echo "make test-trainers  real trainers of others on this CPU (sets up 6 GB, half an hour)"
 	@echo "make coverage    those, and what of aseer/ they do not run (minutes)"
 	@echo "make lint        ruff, mypy, clang-format, codespell; changes nothing"
 	@echo "make format      let ruff and clang-format change what they can"
@@ -52,9 +53,14 @@ test-v2: setup
 	$(BIN)/python -m pytest -m v2 tests/e2e/test_v2.py tests/e2e/test_v2_drafts.py $(ARGS)
 
 test-trainers: setup
-	@$(BIN)/python scripts/verl_env.py
+	@for name in $(TRAINERS); do \
+	    $(BIN)/python scripts/other_env.py $$name || exit 1; \
+	done
 	ASEER_VERL_PYTHON=$(CURDIR)/.venv-verl/bin/python \
-	    $(BIN)/python -m pytest -m "e2e and slow" tests/e2e/test_verl.py $(ARGS)
+	ASEER_VERIFIERS_PYTHON=$(CURDIR)/.venv-verifiers/bin/python \
+	ASEER_MEGATRON_PYTHON=$(CURDIR)/.venv-megatron/bin/python \
+	    $(BIN)/python -m pytest -m "e2e and slow" \
+	    $(TRAINERS:%=tests/e2e/test_%.py) $(ARGS)
 
 coverage: setup
 	$(BIN)/python -m pytest tests/unit tests/property --cov --cov-report=term $(ARGS)

