@@ -30,6 +30,9 @@ ROWS_OF_EACH = 64  # rows of a batch with the same settings and draft length
 _NUM_BATCHES = 16
 # Where each draw takes long, fewer must do: a wrong sampler is mostly wrong by much.
 _MAX_TEST_S = 20.0
+# So many are drawn however long that takes: two of each kind, or a slow machine would
+# trust a sampler that it has hardly seen.
+_MIN_DRAWS = 60
 _MIN_EXPECTED = 5.0
 # About one right sampler in ten thousand fails.
 _MIN_P_VALUE = 1e-6
@@ -98,10 +101,10 @@ def test_draws(draw: Draw) -> Verdict:
     counts, said = np.zeros(shape, np.int64), np.zeros(shape)
     try:
         batches = (draw(logits, drafts) for _ in range(_NUM_BATCHES))
-        for drawn in itertools.chain.from_iterable(batches):
+        for num, drawn in enumerate(itertools.chain.from_iterable(batches), 1):
             counts[drawn.which, drawn.position, drawn.token] += 1
             said[drawn.which, drawn.position, drawn.token] = drawn.logprob
-            if time.monotonic() - since > _MAX_TEST_S:
+            if num >= _MIN_DRAWS and time.monotonic() - since > _MAX_TEST_S:
                 break
     except Exception as error:  # a sampler that is broken, or called differently
         return Verdict(False, 0.0, int(counts.sum()), f"it fails: {error!r}")
