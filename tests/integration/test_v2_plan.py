@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from aseer.dgds.messages import ADDITIONAL_CONFIG_KEY
 from aseer.dgds.stepclock import StepClock
 from aseer.instance.vllm import v2
-from aseer.instance.vllm.limits import num_lookahead_tokens
+from aseer.instance.vllm.limits import kv_world_size, num_lookahead_tokens
 from aseer.instance.vllm.speculation import Speculation
 from aseer.instance.vllm.v2 import PRICE_OF_V1, engine_args_for_v2, why_not_v2
 
@@ -165,3 +165,21 @@ async def test_a_worker_on_v2_counts_drafts_itself():
     )
     speculation.record(placeholders)
     assert speculation.counts.num_drafts == 0, "vLLM's own count is of placeholders"
+
+
+@pytest.mark.parametrize(
+    ("is_latent", "tensor_parallel", "decode_parallel", "pieces"),
+    [(False, 4, 1, 4), (True, 4, 1, 1), (True, 4, 2, 2), (False, 1, 1, 1)],
+)
+def test_a_latent_is_stored_once_on_however_many_gpus_it_is(
+    is_latent: bool, tensor_parallel: int, decode_parallel: int, pieces: int
+) -> None:
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(use_mla=is_latent),
+        parallel_config=SimpleNamespace(
+            world_size=tensor_parallel,
+            tensor_parallel_size=tensor_parallel,
+            decode_context_parallel_size=decode_parallel,
+        ),
+    )
+    assert kv_world_size(config) == pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from aseer.kv.settings import PoolPlan
 from aseer.node.machine import Launch
 from aseer.runtime.causes import start_error
 from aseer.types import NO_POOL
+from tests.unit.builders import info_of
 
 
 def plan_of(num_servers: int) -> PoolPlan:
@@ -81,6 +83,19 @@ def test_instances_of_other_hosts_have_no_share_in_the_pool():
     assert [pool.server_of(i) for i in range(6)] == [0, 0, 1, 1, NO_POOL, NO_POOL]
     external = KvPool(plan_of(0), EngineConfig(model="m"), 4, Path(), None)
     assert external.server_of(5) == 0
+
+
+def test_what_is_freed_and_asked_for_ahead_has_the_engines_own_pieces(monkeypatch):
+    """Of a model's KV, as `InstanceInfo.kv_world_size` counts them."""
+    told = []
+    pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, Path(), None)
+    (server,) = pool._servers
+    monkeypatch.setattr(server, "free", told.append)
+    monkeypatch.setattr(server, "prefetch", told.append)
+    info = replace(info_of(), kv_world_size=2)
+    pool.free(info, 0, bytes(8), 0)
+    pool.prefetch(info, 0, bytes(8))
+    assert [what.world_size for what in told] == [2, 2]
 
 
 def test_a_pool_of_another_connector_is_one_for_all_engines_and_starts_nothing():
