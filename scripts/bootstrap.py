@@ -1,9 +1,10 @@
 """Make .venv what the demo and the tests need; do nothing, at once, if it already is.
 
-    python3 scripts/bootstrap.py [--v2]
+    python3 scripts/bootstrap.py [--v2] [--images]
 
 With --v2, .venv-v2 as well: a folder with Triton, by which an engine runs the model
-runner of GPUs on this CPU (tests/e2e/v2/README.md).
+runner of GPUs on this CPU (tests/e2e/v2/README.md). With --images, .venv-images: a
+folder with torchvision, which models that see need.
 
 Run with any Python 3; uses the standard library only. Packages come from whatever
 index pip is configured with, in the versions of requirements/cpu.lock. That torch is a
@@ -38,6 +39,8 @@ LOG = VENV / "aseer-setup.log"
 LOCK = ROOT / "requirements" / "cpu.lock"
 V2 = ROOT / ".venv-v2"
 V2_STAMP = V2 / "aseer-setup.json"
+IMAGES = ROOT / ".venv-images"
+IMAGES_STAMP = IMAGES / "aseer-setup.json"
 
 TORCH = "2.13.0"
 # What torch's builds of that version for GPUs ask for.
@@ -300,24 +303,6 @@ def install_torch() -> None:
         raise SetupError(f"torch {torch_build()} was installed, and {cpu} is needed")
 
 
-def install_torchvision() -> None:
-    """Install the CPU build of torchvision from where torch came from, if it is there.
-
-    Only models that see need it. PyPI's own build is for CUDA, and cannot be imported
-    beside a torch for CPUs.
-    """
-    say(f"installing torchvision {TORCHVISION}+cpu, which models that see need")
-    wanted = f"torchvision=={TORCHVISION}+cpu"
-    if pip("install", "--no-deps", wanted)[0] == 0:
-        return
-    if (site_packages() / "uv").is_dir():  # it found torch
-        uv = [str(VENV_PYTHON), "-m", "uv", "pip", "install"]
-        where = ["--python", str(VENV_PYTHON), "--no-deps", "--torch-backend", "cpu"]
-        if run([*uv, *where, f"torchvision=={TORCHVISION}"])[0] == 0:
-            return
-    say("  there is none: tests with images are skipped, everything else works")
-
-
 def install_packages() -> None:
     """Install the lock, and nothing that is not in it."""
     total = sum("==" in line for line in LOCK.read_text().splitlines())
@@ -347,7 +332,6 @@ def set_up() -> None:
         STAMP.unlink(missing_ok=True)
         drop_half_installed()
         install_torch()
-        install_torchvision()
         install_packages()
     STAMP.write_text(json.dumps({"packages": want["packages"]}))
     build_aseer()
@@ -371,10 +355,46 @@ def set_up_v2() -> None:
     say(f"{V2.name} is ready")
 
 
+_NO_OPERATORS = """
+
+# By scripts/bootstrap.py: this build's operators are for CUDA. The rest can be imported
+# once those are declared that it says more of.
+if not _has_ops():
+    _declared = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _declared.define(
+            f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+"""
+
+
+def set_up_images() -> None:
+    """Put torchvision into a folder of its own, which only tests of images look into.
+
+    In .venv every process of every engine would import it, which takes seconds. It is
+    the CPU build from where torch came from, or PyPI's, which is for CUDA: its image
+    processing is all Python, and its operators, which do not load beside a torch for
+    CPUs, are for other models.
+    """
+    want = json.dumps({"torchvision": TORCHVISION, "python": sys.version_info[:2]})
+    if IMAGES_STAMP.is_file() and IMAGES_STAMP.read_text() == want:
+        return
+    shutil.rmtree(IMAGES, ignore_errors=True)
+    say(f"putting torchvision {TORCHVISION} into {IMAGES.name}")
+    arguments = ["install", "--no-deps", "--no-compile", "--progress-bar", "off"]
+    arguments += ["--target", str(IMAGES)]
+    if pip(*arguments, f"torchvision=={TORCHVISION}+cpu")[0] != 0:
+        must(pip(*arguments, f"torchvision=={TORCHVISION}"), "installing torchvision")
+        with (IMAGES / "torchvision" / "extension.py").open("a") as file:
+            file.write(_NO_OPERATORS)
+    IMAGES_STAMP.write_text(want)
+    say(f"{IMAGES.name} is ready")
+
+
 def main() -> int:
     """Set up under a lock, so that a second run waits for the first."""
-    if set(sys.argv[1:]) - {"--v2"}:
-        print(f"usage: {sys.argv[0]} [--v2]", file=sys.stderr)
+    if set(sys.argv[1:]) - {"--v2", "--images"}:
+        print(f"usage: {sys.argv[0]} [--v2] [--images]", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = os.open(ROOT, os.O_RDONLY)
@@ -387,6 +407,8 @@ def main() -> int:
         set_up()
         if "--v2" in sys.argv[1:]:
             set_up_v2()
+        if "--images" in sys.argv[1:]:
+            set_up_images()
     except SetupError as error:
         print(f"set-up failed: {error}", file=sys.stderr)
         return 1

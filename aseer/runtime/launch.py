@@ -122,7 +122,7 @@ def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
             f"({','.join(machine.gpus) or 'none'}); lower num_instances or "
             "gpus_per_instance, or check gpus and CUDA_VISIBLE_DEVICES"
         )
-    args = _engine_args(config) | _parallel_args(config)
+    args = _engine_args(config) | {"tensor_parallel_size": per}
     if config.kv_cache_bytes is not None:  # vLLM is told what is on each GPU
         args["kv_cache_memory_bytes"] = max(1, config.kv_cache_bytes // per)
     args |= _users_args(config)
@@ -154,7 +154,8 @@ def _plan_cores(
     num = num or max(1, min(len(cores) // per, _MAX_CPU_INSTANCES))
     free = int(machine.free_memory_bytes * _CPU_KV_SHARE) // num
     kv_bytes = config.kv_cache_bytes or min(_MAX_CPU_KV_BYTES, free)
-    defaults: dict[str, Any] = _parallel_args(config) | {
+    defaults: dict[str, Any] = {
+        "tensor_parallel_size": per,
         "enforce_eager": True,  # compiling takes long, at every first start
         "block_size": _CPU_BLOCK_SIZE,
         "kv_cache_memory_bytes": max(1, kv_bytes // per),
@@ -185,22 +186,6 @@ def _plan_cores(
             launch = replace(launch, cores=own)
         launches.append(launch)
     return launches
-
-
-def _parallel_args(config: EngineConfig) -> dict[str, Any]:
-    """How an engine's workers share its model.
-
-    Raises:
-        ConfigError: its stages cannot have equally many workers.
-    """
-    per = config.gpus_per_instance
-    num_stages = int(config.engine_args.get("pipeline_parallel_size", 1))
-    if per % num_stages:
-        raise ConfigError(
-            f"gpus_per_instance={per} counts the GPUs of all stages, and engine_args "
-            f"has pipeline_parallel_size={num_stages}; give a multiple of that"
-        )
-    return {"tensor_parallel_size": per // num_stages}
 
 
 def _shared_out(cores: tuple[int, ...], num: int) -> list[tuple[int, ...]]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
 from aseer import scheduler
 from tests.e2e.placing import elsewhere
+from tests.e2e.vision import TORCHVISION
+
+# Here, since transformers looks once whether torchvision is there.
+if TORCHVISION.is_dir():
+    sys.path.append(str(TORCHVISION))
 
 
 @pytest.fixture

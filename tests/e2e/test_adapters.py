@@ -91,6 +91,7 @@ def test_adapters_compute_what_merged_weights_do(engine: aseer.Engine) -> None:
     same(roll(engine), before, rounding=ROUNDING)
 
 
+@pytest.mark.slow
 def test_an_instance_that_starts_has_the_adapters_of_the_moment(
     engine: aseer.Engine,
 ) -> None:

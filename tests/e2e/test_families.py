@@ -82,10 +82,15 @@ def equals_transformers(engine: aseer.Engine, seed: int) -> None:
 
 
 def new_weights_reach_every_layer(engine: aseer.Engine) -> None:
-    """Those of another seed, and the first ones again."""
-    for seed in (1, 0):
-        engine.update_weights_sync(family_model(family_of(engine), seed))
-        equals_transformers(engine, seed)
+    """Those of another seed by a trainer's names, and the first ones, a checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    directories = {seed: family_model(family_of(engine), seed) for seed in (1, 0)}
+    trained = AutoModelForCausalLM.from_pretrained(directories[1], dtype="float32")
+    engine.update_weights_sync(trained.state_dict())
+    equals_transformers(engine, 1)
+    engine.update_weights_sync(directories[0])
+    equals_transformers(engine, 0)
 
 
 def family_of(engine: aseer.Engine) -> str:

@@ -8,22 +8,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-pytest.importorskip("torchvision", reason="Qwen's processors need it")
-
 import aseer
 from aseer.errors import ConfigError
 from tests.e2e.tiny import by_request, same, tiny_config, undivided
-from tests.e2e.vision import END, IMAGE, START, seen_greedy, vision_model
+from tests.e2e.vision import (
+    END,
+    IMAGE,
+    START,
+    needs_torchvision,
+    seen_greedy,
+    vision_env,
+    vision_model,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-slow = pytest.mark.slow
-MODELS = [
-    "qwen2_vl",
-    pytest.param("qwen2_5_vl", marks=slow),
-    pytest.param("qwen3_vl", marks=slow),
-]
+needs_torchvision()
+
+pytestmark = pytest.mark.slow
+
+MODELS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 ROUNDING = 5e-5  # of what is computed again in one step
 # Policies do not sample signs of images, nor do trainers train them.
 GREEDY = {
@@ -62,6 +67,7 @@ def seeing(request: pytest.FixtureRequest) -> Iterator[aseer.Engine]:
         chunk_size=64,
         kv_cache_bytes=64 << 20,
         engine_args={"limit_mm_per_prompt": {"image": 2, "video": 0}},
+        env=vision_env(),
     )
     with aseer.Engine(config) as engine:
         yield engine

@@ -6,7 +6,6 @@ References are undivided runs of the same engine, and what transformers generate
 from __future__ import annotations
 
 import random
-import time
 from typing import TYPE_CHECKING
 
 import psutil
@@ -50,12 +49,11 @@ def engine() -> Iterator[aseer.Engine]:
         yield engine
 
 
-def workers_of(engine: aseer.Engine) -> dict[str, psutil.Process]:
-    """The engine's worker processes, by the last part of the names vLLM gives them."""
+def workers_of(engine: aseer.Engine) -> list[psutil.Process]:
+    """The engine's worker processes, by the names that vLLM gives them."""
     (instance,) = engine.instances
     found = psutil.Process(instance.pid).children(recursive=True)
-    named = {p: " ".join(p.cmdline()).rpartition("Worker_")[2] for p in found}
-    return {name: p for p, name in named.items() if name.startswith("TP")}
+    return [p for p in found if "Worker_" in " ".join(p.cmdline())]
 
 
 def equals_transformers(engine: aseer.Engine, model: Path) -> None:
@@ -99,15 +97,13 @@ def test_the_death_of_a_worker_is_that_of_its_engine_and_costs_no_response(
     (before,) = engine.instances
     rollout = engine.rollout_sync(groups)
     found = {}
-    started = time.monotonic()
     for response in rollout:
         if not found:
-            workers["TP1"].kill()
+            workers[1].kill()
         found[response.request_id] = response
-    assert time.monotonic() - started < 300
     assert rollout.report.num_retries > 0
     same(found, expected, rounding=ROUNDING)
     (after,) = engine.instances
     assert after.pid != before.pid
-    assert not any(worker.is_running() for worker in workers.values())
+    assert not any(worker.is_running() for worker in workers)
     equals_transformers(engine, tmp_path / "other")

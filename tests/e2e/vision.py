@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from aseer.models.tiny import vocabulary, write_tokenizer
 from tests.e2e.families import COMMON, MAX_POSITIONS, VOCAB_SIZE, kept_model, scale
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+# In a folder of its own: every process that has it spends seconds on importing it.
+TORCHVISION = Path(__file__).parents[2] / ".venv-images"
 _SIGNS = (
     "<|vision_start|>",
     "<|vision_end|>",
@@ -56,6 +61,19 @@ _VISION: dict[str, dict[str, Any]] = {
     },
 }
 _SMALLEST, _LARGEST = 56 * 56, 28 * 28 * 256  # pixels
+
+
+def needs_torchvision() -> None:
+    """Skip the module where Qwen's processors cannot be had."""
+    if find_spec("torchvision") is None:
+        why = "run `python3 scripts/bootstrap.py --images` first"
+        pytest.skip(why, allow_module_level=True)
+
+
+def vision_env() -> dict[str, str]:
+    """What has an engine's processes find torchvision where this one does."""
+    path = [folder or os.getcwd() for folder in sys.path]
+    return {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def vision_model(model_type: str, seed: int = 0) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ TESTED = {
 
 
 def table() -> list[dict[str, str]]:
+    """The rows of the table of families."""
+    lines = TEXT[TEXT.index("| family |") :].splitlines()
     rows = [
         [cell.strip(" `") for cell in line.strip("|").split("|")]
-        for line in TEXT.splitlines()
-        if line.startswith("|")
+        for line in takewhile(lambda line: line.startswith("|"), lines)
     ]
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
