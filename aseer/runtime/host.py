@@ -180,10 +180,11 @@ class Host:
                 if self.kv_pool is not None:
                     self.kv_pool.announce()
                     tasks.create_task(self.kv_pool.run())
+                if self.cluster is not None:
+                    tasks.create_task(self.cluster.work())
                 await self._pool.start()
                 tasks.create_task(self._pool.supervise())
                 if self.cluster is not None:
-                    tasks.create_task(self.cluster.work())
                     await self.cluster.wait_for(self._config.min_nodes)
                 started.set_result(self)
         except Exception as error:

@@ -96,6 +96,17 @@ async def test_nodes_run_what_one_machine_would_and_end_with_the_engine(nodes):
     assert content(responses) == await reference(groups)
 
 
+async def test_a_node_starts_its_instances_beside_those_of_the_trainers_host(nodes):
+    node = nodes.start("one", num_instances=1)
+    settings = {"num_instances": 1, "start_timeout_s": 600.0}
+    config = nodes.config(engine_args={"start_s": 600.0}, **settings)
+    async with asyncio.TaskGroup() as tasks:
+        opening = tasks.create_task(aseer.Engine(config).__aenter__())
+        await until(lambda: "starting instance-1" in node.said)
+        assert not opening.done()
+        opening.cancel()
+
+
 async def test_a_node_that_is_killed_costs_no_response(nodes):
     groups = groups_of(8, **LONG)
     victim, _ = nodes.start("one"), nodes.start("two")
