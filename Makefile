@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
-TRAINERS := verl verifiers megatron
+TRAINERS := verl skyrl verifiers megatron
 CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 .DEFAULT_GOAL := help
@@ -57,6 +57,7 @@ test-trainers: setup
 	    $(BIN)/python scripts/other_env.py $$name || exit 1; \
 	done
 	ASEER_VERL_PYTHON=$(CURDIR)/.venv-verl/bin/python \
+	ASEER_SKYRL_PYTHON=$(CURDIR)/.venv-skyrl/bin/python \
 	ASEER_VERIFIERS_PYTHON=$(CURDIR)/.venv-verifiers/bin/python \
 	ASEER_MEGATRON_PYTHON=$(CURDIR)/.venv-megatron/bin/python \
 	    $(BIN)/python -m pytest -m "e2e and slow" \

@@ -78,8 +78,11 @@ def run(command: list[str], folder: Path, **environ: object) -> str:
         try:
             status = process.wait(DEADLINE_S)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
+            status = None  # what it said tells how far it came
+        finally:  # also after Ctrl-C
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     said = log.read_text(errors="replace")
     assert status == 0, said[-20_000:]
     return said

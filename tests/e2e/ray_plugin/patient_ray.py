@@ -1,4 +1,7 @@
-"""Lets Ray start on a machine that is busy: it gives up after 30 s otherwise."""
+"""Lets Ray start on a machine that is busy: it gives up after 30 s otherwise.
+
+Where it is so busy that Ray's own processes end for lack of time, this does not help.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import time
 
 from ray._private import services
 
-TIMEOUT_S = 600.0
+TIMEOUT_S = 120.0
 _get_node = services.get_node
 
 

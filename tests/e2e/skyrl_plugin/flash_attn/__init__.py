@@ -1,0 +1,1 @@
+"""Stands in for flash-attn, which SkyRL imports wherever it runs."""
