@@ -15,7 +15,6 @@ holds:
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -194,7 +193,7 @@ class _Queue:
 
 
 class QueueingRouter(ABC, Generic[In]):
-    """A `Router` but for its wire, which `_try_send` and `_receive` are."""
+    """A `Router` but for its wire: `_try_send`, `_try_receive` and `_arrival`."""
 
     def __init__(
         self,
@@ -220,8 +219,12 @@ class QueueingRouter(ABC, Generic[In]):
         """Send a message if the peer has room for it."""
 
     @abstractmethod
-    async def _receive(self) -> list[bytes]:
-        """The next message: its sender and its frames."""
+    def _try_receive(self) -> list[bytes] | None:
+        """The next message that has come, its sender and its frames; else None."""
+
+    @abstractmethod
+    async def _arrival(self) -> None:
+        """Wait until something may have come since `_try_receive` found nothing."""
 
     def send(self, peer: bytes, message: Message) -> None:
         """See `Router`."""
@@ -326,18 +329,24 @@ class QueueingRouter(ABC, Generic[In]):
         on_message: Callable[[bytes, In], None],
         on_lost: Callable[[bytes, str], None] | None,
     ) -> None:
-        for num in itertools.count(1):
-            peer, *frames = await self._receive()
-            message = self._reader.read(frames, peer)
-            if message is not None:
+        while True:
+            for _ in range(_BURST):
+                received = self._try_receive()
+                if received is None:
+                    await self._arrival()
+                    break
+                peer, *frames = received
+                message = self._reader.read(frames, peer)
+                if message is None:
+                    continue
                 try:
                     on_message(peer, message)
                 except Exception as error:
                     _log.exception("a message from %r could not be handled", peer)
                     why = f"its message could not be handled: {describe(error)}"
                     _tell(on_lost, peer, why)
-            if not num % _BURST:
-                await asyncio.sleep(0)  # what has come already is read without waiting
+            else:
+                await asyncio.sleep(0)  # others have their turn before the rest
 
 
 def _tell(on_lost: Callable[[bytes, str], None] | None, peer: bytes, why: str) -> None:

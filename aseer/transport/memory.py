@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -126,7 +127,8 @@ class MemoryRouter(QueueingRouter[In]):
         )
         self._capacity = capacity
         self._dealers: dict[bytes, MemoryDealer[Any]] = {}
-        self._inbox: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        self._inbox: deque[list[bytes]] = deque()
+        self._has_arrived = asyncio.Event()
         self._has_room = asyncio.Event()
 
     @contextmanager
@@ -143,14 +145,15 @@ class MemoryRouter(QueueingRouter[In]):
 
     async def take(self, frames: list[bytes]) -> None:
         """Frames from a peer, its identity first; waits while too many are unread."""
-        while self._inbox.qsize() >= self._capacity:
+        while len(self._inbox) >= self._capacity:
             self._has_room.clear()
             await self._has_room.wait()
         self._dealers[frames[0]].up.carry(frames)
 
     def deliver(self, frames: list[bytes]) -> None:
         """They have come through the wire."""
-        self._inbox.put_nowait(frames)
+        self._inbox.append(frames)
+        self._has_arrived.set()
 
     def _try_send(self, peer: bytes, data: bytes) -> Sent:
         dealer = self._dealers.get(peer)
@@ -161,10 +164,15 @@ class MemoryRouter(QueueingRouter[In]):
         dealer.down.carry([data])
         return "sent"
 
-    async def _receive(self) -> list[bytes]:
-        frames = await self._inbox.get()
+    def _try_receive(self) -> list[bytes] | None:
+        if not self._inbox:
+            return None
         self._has_room.set()
-        return frames
+        return self._inbox.popleft()
+
+    async def _arrival(self) -> None:
+        self._has_arrived.clear()
+        await self._has_arrived.wait()
 
 
 class MemoryDealer(Generic[In]):

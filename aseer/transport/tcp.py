@@ -81,7 +81,7 @@ class TcpRouter(ZmqRouter[In]):
 
     def __init__(
         self,
-        socket: zmq.asyncio.Socket,
+        socket: zmq.Socket[bytes],
         decoder: msgspec.msgpack.Decoder[In],
         zap: zmq.asyncio.Socket,
         keys: Keys | None,
@@ -218,7 +218,7 @@ async def bind_tcp(
     check_key_is_there("listen", endpoint, keys)
     with zmq.asyncio.Context() as context:
         zap = context.socket(zmq.REP)
-        socket = context.socket(zmq.ROUTER)
+        socket: zmq.Socket[bytes] = zmq.Context.shadow(context).socket(zmq.ROUTER)
         try:
             zap.bind(_ZAP_ENDPOINT)
             socket.set(zmq.ROUTER_MANDATORY, 1)  # say who is full, and who is gone
@@ -238,7 +238,8 @@ async def bind_tcp(
                     f"listen={endpoint!r} cannot be used: {error}; give an address of "
                     "this machine and a port that is free"
                 ) from None
-            yield TcpRouter(socket, decoder, zap, keys)
+            with TcpRouter(socket, decoder, zap, keys) as router:
+                yield router
         finally:
             socket.close(linger=_LINGER_MS)
             zap.close(linger=0)
@@ -285,7 +286,7 @@ async def connect_tcp(
             socket.close(linger=linger_ms)
 
 
-def _set_network(socket: zmq.asyncio.Socket, endpoint: str) -> None:
+def _set_network(socket: zmq.Socket[bytes] | zmq.asyncio.Socket, endpoint: str) -> None:
     # From the start: ZeroMQ ends a connection whose handshake failed with what is set
     # then, and by default waits for ever for what was to be sent over it.
     socket.set(zmq.LINGER, 0)

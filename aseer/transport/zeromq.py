@@ -11,7 +11,7 @@ import os
 import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
 import zmq
@@ -27,6 +27,7 @@ from aseer.transport.base import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from typing import Self
 
     from aseer.transport.base import Message, Sent
 
@@ -56,32 +57,54 @@ def make_socket_dir() -> Path:
 
 
 class ZmqRouter(QueueingRouter[In]):
-    """A `Router` over a ROUTER socket."""
+    """A `Router` over a ROUTER socket, which the loop watches between `with` and its
+    end.
+
+    No call on the socket waits: one full peer would keep all others waiting. All that
+    has come is read before the loop is asked for more, which is most of what a small
+    message would cost.
+    """
 
     def __init__(
         self,
-        socket: zmq.asyncio.Socket,
+        socket: zmq.Socket[bytes],
         decoder: msgspec.msgpack.Decoder[In],
         max_queued: int = MAX_QUEUED,
     ) -> None:
         super().__init__(decoder, max_queued=max_queued)
         self._socket = socket
+        self._has_arrived = asyncio.Event()
+
+    def __enter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._socket.fileno(), self._has_arrived.set)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
 
     def _try_send(self, peer: bytes, data: bytes) -> Sent:
-        # Done at once, since it may not wait. Never awaited while it could: one full
-        # peer then keeps all others waiting, or fails the task.
-        sending = self._socket.send_multipart([peer, data], zmq.NOBLOCK)
-        error = cast("asyncio.Future[object]", sending).exception()
-        if error is None:
-            return "sent"
-        if isinstance(error, zmq.Again):
+        # The socket's file tells once of what has come, and any call may take the note.
+        self._has_arrived.set()
+        try:
+            self._socket.send_multipart([peer, data], zmq.NOBLOCK)
+        except zmq.Again:
             return "full"
-        if isinstance(error, zmq.ZMQError) and error.errno == zmq.EHOSTUNREACH:
-            return "gone"
-        raise error
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return "gone"
+            raise
+        return "sent"
 
-    async def _receive(self) -> list[bytes]:
-        return await self._socket.recv_multipart()
+    def _try_receive(self) -> list[bytes] | None:
+        self._has_arrived.clear()
+        try:
+            return self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    async def _arrival(self) -> None:
+        await self._has_arrived.wait()
 
 
 class ZmqDealer(Generic[In]):
@@ -116,15 +139,16 @@ async def bind_router(
     max_queued: int = MAX_QUEUED,
 ) -> AsyncIterator[ZmqRouter[In]]:
     """A ROUTER bound to `endpoint`; closed, without lingering, at the end."""
-    with zmq.asyncio.Context() as context:
-        socket = context.socket(zmq.ROUTER)
+    with zmq.Context() as context:
+        socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         socket.set(zmq.ROUTER_MANDATORY, 1)  # say who is full, and who is gone
         # A peer whose connection was closed on it comes back under its name.
         socket.set(zmq.ROUTER_HANDOVER, 1)
         set_bounds(socket)
         try:
             socket.bind(endpoint)
-            yield ZmqRouter(socket, decoder, max_queued)
+            with ZmqRouter(socket, decoder, max_queued) as router:
+                yield router
         finally:
             socket.close(linger=0)
 
@@ -149,7 +173,7 @@ async def connect_dealer(
             socket.close(linger=linger_ms)
 
 
-def set_bounds(socket: zmq.asyncio.Socket) -> None:
+def set_bounds(socket: zmq.Socket[bytes] | zmq.asyncio.Socket) -> None:
     """Bound what a socket keeps, and what it takes."""
     socket.set(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.set(zmq.RCVHWM, HIGH_WATER_MARK)

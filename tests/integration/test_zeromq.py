@@ -45,7 +45,7 @@ class ZmqEnds:
     async def send_to(self, identity: bytes, dealer: Any, frames: list[bytes]) -> None:
         del dealer
         socket: Any = self.router._socket  # type: ignore[attr-defined]
-        await socket.send_multipart([identity, *(frames or [b"", b""])])
+        socket.send_multipart([identity, *(frames or [b"", b""])])
 
 
 class TestZeroMq(Contract):

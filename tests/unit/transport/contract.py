@@ -126,6 +126,25 @@ class Contract:
         assert heard.ids_from(b"a") == heard.ids_from(b"b") == [-1, *range(MANY)]
         assert heard.lost == []
 
+    async def test_what_comes_while_an_answer_leaves_is_heard(self, ends: Ends) -> None:
+        heard = Heard()
+
+        def answer(peer: bytes, message: FromInstance) -> None:
+            heard.on_message(peer, message)
+            ends.router.send(peer, AbortChunks([heard.ids_from(peer)[-1]]))
+
+        async with (
+            ends.connect(b"a") as a,
+            ends.connect(b"b") as b,
+            asyncio.TaskGroup() as tasks,
+        ):
+            task = tasks.create_task(ends.router.run(answer))
+            for i in range(MANY // 4):  # each waits for the last answer
+                for dealer in (a, b):
+                    await dealer.send(Answer(i))
+                assert [await received(a), await received(b)] == [i, i]
+            task.cancel()
+
     async def test_a_peer_that_reads_nothing_costs_only_itself(
         self, ends: Ends
     ) -> None:
