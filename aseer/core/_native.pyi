@@ -217,6 +217,9 @@ class Outputs:
     def clear(self, request: int) -> None:
         """Drop what a request generated; none of its chunks may run."""
 
+    def share(self, request: int) -> None:
+        """Keep a request's tokens, also beyond its close, for a `TokenLog`."""
+
     def num_tokens(self, request: int) -> int:
         """How many a request has generated."""
 
@@ -261,6 +264,50 @@ class Outputs:
 
     def longest_running(self) -> tuple[int, int]:
         """The chunk whose request has the most tokens, and how many; -1 = none runs."""
+
+class TokenLog:
+    """What groups have generated, for engines that draft from it."""
+
+    def __init__(self) -> None: ...
+    def __len__(self) -> int:
+        """Groups."""
+
+    def __contains__(self, group: str) -> bool: ...
+    def follow(
+        self, group: str, request: str, outputs: Outputs, handle: int, now: float
+    ) -> None:
+        """A text is what a request generates; `outputs` share it."""
+
+    def append(
+        self, group: str, request: str, start: int, tokens: bytes, now: float
+    ) -> None:
+        """Append to a text of the log's own; what would leave a gap is ignored."""
+
+    def register(self, group: str, prompt_key: bytes, ttl_s: float, now: float) -> bool:
+        """Give a group its prompt's key and its ttl; False if there is no such
+        group.
+        """
+
+    def fetch(self, counts: bytes, now: float) -> bytes:
+        """What each group has beyond what an engine says it has.
+
+        Args:
+            counts: `FetchCst.cache_infos`, in MessagePack.
+
+        Returns:
+            `Deltas`, in MessagePack.
+
+        Raises:
+            ValueError: the counts are malformed.
+        """
+
+    def finish(self, group: str) -> tuple[bytes, dict[str, bytes]]:
+        """Forget a group; its prompt's key and its texts, without those that are
+        empty.
+        """
+
+    def expire(self, now: float) -> None:
+        """Forget the groups whose ttl is over."""
 
 class PrefixCaches:
     """Tokens of waiting requests that each instance's prefix cache probably holds."""

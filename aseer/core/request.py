@@ -133,6 +133,11 @@ class Request:
         return b"" if self._handle < 0 else self._outputs.tokens(self._handle)
 
     @property
+    def source(self) -> tuple[Outputs, int]:
+        """Where its tokens are kept; of a request that is not over."""
+        return self._outputs, self._handle
+
+    @property
     def remaining(self) -> int:
         """The most it may still generate."""
         return self.group.max_tokens - self.num_generated

@@ -1,10 +1,11 @@
 """What every group has generated, as logs of tokens that only grow.
 
 Every suffix tree is a function of such a log, and an engine whose copy has missed
-something asks again from an offset. Pure: time is an argument.
+something asks again from an offset. Pure: time is an argument. What requests generate
+is not copied: the log reads it where the controller keeps it (`aseer.core.outputs`).
 
 Ids are unique over the log's life: a group, or a request, of the same name in a later
-rollout has another id. A group lives from its first token until it is finished, or
+rollout has another id. A group lives from its first request on until it is finished, or
 until no engine has asked for the group for its ttl. The texts of finished groups are
 kept, within bounds, for later groups with the same prompt; `forget_kept` drops them.
 
@@ -15,31 +16,20 @@ their group for the next one with the same prompt.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from aseer.dgds.messages import GroupDelta, RequestDelta
+from aseer.core._native import TokenLog as _Groups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aseer.core.outputs import Outputs
+
 _TOKEN_BYTES = 4
-# Of a group that no engine has registered yet.
-DEFAULT_TTL_S = 600.0
 # Of finished groups: 200 MB, at 4 bytes a token.
 MAX_KEPT_TOKENS = 50_000_000
 # Of a prompt, over all rollouts.
 MAX_KEPT_TEXTS = 32
-# Of an answer, so that none takes long to make or to read.
-MAX_DELTA_TOKENS = 65_536
-
-
-@dataclass
-class _Group:
-    texts: dict[str, bytearray] = field(default_factory=dict)
-    prompt_key: bytes = b""
-    ttl_s: float = DEFAULT_TTL_S
-    expires_at_s: float = 0.0
 
 
 class TokenLog:
@@ -52,7 +42,7 @@ class TokenLog:
 
     def __init__(self, *, max_kept_tokens: int = MAX_KEPT_TOKENS) -> None:
         self._max_kept_tokens = max_kept_tokens
-        self._groups: dict[str, _Group] = {}
+        self._groups = _Groups()
         self._kept: OrderedDict[bytes, dict[str, bytes]] = OrderedDict()
         self._num_kept_tokens = 0
 
@@ -62,6 +52,16 @@ class TokenLog:
     def __len__(self) -> int:
         return len(self._groups)
 
+    def follow(
+        self, group_id: str, request_id: str, outputs: Outputs, handle: int, now: float
+    ) -> None:
+        """A request's text is what it has generated, from now on whenever it is read.
+
+        Args:
+            outputs: that keep it, and share it with this log.
+        """
+        self._groups.follow(group_id, request_id, outputs, handle, now)
+
     def update_cst(
         self,
         group_id: str,
@@ -70,70 +70,52 @@ class TokenLog:
         new_tokens: bytes,
         now: float,
     ) -> None:
-        """Append tokens that follow a request's first `prev_token_count`.
+        """Append tokens that follow the first `prev_token_count` of a request that is
+        not followed.
 
         Tokens that are known already are skipped. Tokens that would leave a gap, and
         bytes that are no tokens, are ignored.
         """
-        if prev_token_count < 0 or len(new_tokens) % _TOKEN_BYTES:
-            return
-        text = self._touch(group_id, now).texts.setdefault(request_id, bytearray())
-        known = len(text) - prev_token_count * _TOKEN_BYTES
-        if 0 <= known < len(new_tokens):
-            text += new_tokens[known:]
+        self._groups.append(group_id, request_id, prev_token_count, new_tokens, now)
 
     def register_group(
         self, group_id: str, prompt_key: bytes, ttl_s: float, now: float
     ) -> None:
         """Give a group its prompt's key, its ttl, and the texts kept for that key."""
-        # Over, or without a token yet: then the engine asks again.
-        if group_id not in self._groups:
-            return
-        group = self._touch(group_id, now)
-        group.prompt_key = prompt_key
-        group.ttl_s = ttl_s
-        group.expires_at_s = now + ttl_s
-        for request_id, text in self._kept.get(prompt_key, {}).items():
-            group.texts.setdefault(request_id, bytearray(text))
+        # A group that is not known is over, or has no request yet; then the engine asks
+        # again.
+        if self._groups.register(group_id, prompt_key, ttl_s, now):
+            for request_id, text in self._kept.get(prompt_key, {}).items():
+                self._groups.append(group_id, request_id, 0, text, now)
 
-    def fetch_cst(
-        self, cache_infos: Mapping[str, Mapping[str, int]], now: float
-    ) -> list[GroupDelta]:
+    def fetch_cst(self, cache_infos: bytes, now: float) -> bytes:
         """What each group has beyond what the asking engine has.
 
-        At most `MAX_DELTA_TOKENS` tokens are given; the rest comes with the next fetch.
+        Tokens beyond a bound for one answer come with the next fetch.
+
+        Args:
+            cache_infos: as `FetchCst` has them, in MessagePack.
+
+        Returns:
+            The answer, `Deltas`, in MessagePack.
+
+        Raises:
+            ValueError: the argument is malformed.
         """
-        deltas = []
-        room = MAX_DELTA_TOKENS
-        for group_id, counts in cache_infos.items():
-            if group_id not in self._groups:
-                deltas.append(GroupDelta(group_id, False, []))
-                continue
-            requests = []
-            for request_id, text in self._touch(group_id, now).texts.items():
-                start = counts.get(request_id, 0)
-                end = min(len(text) // _TOKEN_BYTES, start + room)
-                if end > start:
-                    tokens = text[start * _TOKEN_BYTES : end * _TOKEN_BYTES]
-                    requests.append(RequestDelta(request_id, start, bytes(tokens)))
-                    room -= end - start
-            if requests:
-                deltas.append(GroupDelta(group_id, True, requests))
-        return deltas
+        return self._groups.fetch(cache_infos, now)
 
     def finish_group(self, group_id: str) -> None:
         """Forget a group; its texts may be kept for the next with the same prompt."""
-        group = self._groups.pop(group_id, None)
-        if group is None or not group.prompt_key or not self._max_kept_tokens:
+        prompt_key, finished = self._groups.finish(group_id)
+        if not prompt_key or not self._max_kept_tokens:
             return
-        texts = dict(self._kept.get(group.prompt_key, {}))
-        texts |= {name: bytes(text) for name, text in group.texts.items() if text}
-        self._drop_kept(group.prompt_key)
+        texts = self._kept.get(prompt_key, {}) | finished
+        self._drop_kept(prompt_key)
         if not texts:  # an entry without tokens would never be dropped
             return
         for name in list(texts)[:-MAX_KEPT_TEXTS]:
             del texts[name]
-        self._kept[group.prompt_key] = texts
+        self._kept[prompt_key] = texts
         self._num_kept_tokens += _num_tokens(texts)
         while self._num_kept_tokens > self._max_kept_tokens:
             self._drop_kept(next(iter(self._kept)))
@@ -145,16 +127,7 @@ class TokenLog:
 
     def expire(self, now: float) -> None:
         """Forget the groups that nobody has asked for or added to for their ttl."""
-        for group_id, group in list(self._groups.items()):
-            if group.expires_at_s <= now:
-                del self._groups[group_id]
-
-    def _touch(self, group_id: str, now: float) -> _Group:
-        group = self._groups.get(group_id)
-        if group is None:
-            self._groups[group_id] = group = _Group()
-        group.expires_at_s = max(group.expires_at_s, now + group.ttl_s)
-        return group
+        self._groups.expire(now)
 
     def _drop_kept(self, prompt_key: bytes) -> None:
         texts = self._kept.pop(prompt_key, None)

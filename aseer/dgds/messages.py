@@ -7,8 +7,9 @@
 
 Every message may be lost, late, doubled or overtaken: a delta says where in its request
 it starts, a fetch says how much of each request the client has, and both sides skip
-what they know. `update_cst` needs no message: the server lives where progress is
-reported.
+what they know. What requests write needs no message: the server lives where it is kept.
+The server reads a question, and writes an answer, without making an object of each
+request (`TokenLog.fetch_cst`).
 """
 
 from __future__ import annotations
@@ -89,7 +90,13 @@ class Deltas(msgspec.Struct, tag="deltas", frozen=True):
     groups: list[GroupDelta]
 
 
-ToServer = RegisterGroups | FetchCst
+class PackedFetch(msgspec.Struct, tag="fetch", frozen=True):
+    """A `FetchCst`, not unpacked."""
+
+    cache_infos: msgspec.Raw
+
+
+ToServer = RegisterGroups | PackedFetch
 ToClient = Deltas
 TO_SERVER: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
 TO_CLIENT: msgspec.msgpack.Decoder[ToClient] = msgspec.msgpack.Decoder(ToClient)

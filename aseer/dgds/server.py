@@ -1,15 +1,17 @@
 """The draft server: the controller's token log, on a thread of its own.
 
-The controller tells the server of every token (`update_cst`) and goes on at once. The
-thread takes everything that the server was told before it answers a client, so an
-answer is as new as what the controller knows. If the thread's work fails, the work
-begins again after a pause. Meanwhile drafts grow stale, and nothing else happens: what
-the server is told is kept up to a bound and dropped beyond that, so that some texts
-grow no further, and their groups expire.
+The controller tells the server of every request when it first runs (`follow`), and goes
+on at once. The thread takes everything that the server was told before it answers a
+client, and reads tokens where the controller keeps them, so an answer is as new as what
+the controller knows. If the thread's work fails, the work begins again after a pause.
+Meanwhile drafts grow stale, and nothing else happens: what the server is told is kept
+up to a bound and dropped beyond that, so that some requests have no text, and groups
+expire.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -19,9 +21,8 @@ from aseer.config import check_speculation
 from aseer.dgds.log import TokenLog
 from aseer.dgds.messages import (
     TO_SERVER,
-    Deltas,
     DraftingSpec,
-    FetchCst,
+    PackedFetch,
     RegisterGroups,
 )
 from aseer.transport.threads import lossy_router, run_again
@@ -32,14 +33,16 @@ if TYPE_CHECKING:
     from typing import Self
 
     from aseer.config import EngineConfig
-    from aseer.dgds.messages import ToClient, ToServer
+    from aseer.core.outputs import Outputs
+    from aseer.dgds.messages import ToServer
+
+_log = logging.getLogger("aseer")
 
 _WAKE_INTERVAL_S = 0.05
 _EXPIRE_INTERVAL_S = 5.0
-# Each report of a chunk is one entry, with the tokens of a fraction of a second. The
-# thread takes all entries every `_WAKE_INTERVAL_S`, so that even a thousand engines
-# stay far below this number.
-MAX_TOLD = 100_000
+# A rollout tells of each request once, of many at its start, and of each group's end.
+# As many as a large cluster runs at a time.
+MAX_TOLD = 1_000_000
 
 
 class DraftServer:
@@ -66,10 +69,22 @@ class DraftServer:
 
     # Called by the controller; none of these calls waits
 
+    def follow(
+        self, group_id: str, request_id: str, outputs: Outputs, handle: int
+    ) -> None:
+        """Tell of a request, and where what it generates is kept."""
+        if len(self._told) >= MAX_TOLD:
+            return
+        outputs.share(handle)  # at once, as it may be over before it is followed
+        now = time.monotonic()
+        self._tell(
+            lambda: self._token_log.follow(group_id, request_id, outputs, handle, now)
+        )
+
     def update_cst(
         self, group_id: str, request_id: str, prev_token_count: int, new_tokens: bytes
     ) -> None:
-        """Tell of a request's new tokens (int32 as bytes), after `prev_token_count`."""
+        """Tell tokens (int32 as bytes) of a request that is over and not followed."""
         now = time.monotonic()
         self._tell(
             lambda: self._token_log.update_cst(
@@ -93,11 +108,12 @@ class DraftServer:
             self._told.append(self._token_log.forget_kept)
         self._weight_version = weight_version
 
-    def ask(self, message: ToServer, take: Callable[[ToClient], None]) -> None:
+    def ask(self, message: ToServer, take: Callable[[bytes], None]) -> None:
         """Answer a client that has no way to the endpoint; like it, may be dropped.
 
         Args:
-            take: called with the answer, if there is one, on the server's thread.
+            take: called with the answer, packed, if there is one, on the server's
+                thread.
         """
 
         def answer() -> None:
@@ -136,7 +152,7 @@ class DraftServer:
         for _ in range(len(self._told)):
             self._told.popleft()()
 
-    def _answer(self, message: ToServer, now: float) -> ToClient | None:
+    def _answer(self, message: ToServer, now: float) -> bytes | None:
         match message:
             case RegisterGroups(groups):
                 for entry in groups:
@@ -144,8 +160,12 @@ class DraftServer:
                         entry.group_id, entry.prompt_key, entry.ttl_s, now
                     )
                 return None
-            case FetchCst(cache_infos):
-                return Deltas(self._token_log.fetch_cst(cache_infos, now))
+            case PackedFetch(cache_infos):
+                try:
+                    return self._token_log.fetch_cst(bytes(cache_infos), now)
+                except ValueError as error:
+                    _log.warning("dropped a question of a draft client: %s", error)
+                    return None
 
 
 def make_draft_server(config: EngineConfig, run_dir: Path) -> DraftServer | None:

@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from aseer.config import EngineConfig
-    from aseer.dgds.messages import ToClient
     from aseer.dgds.server import DraftServer
     from aseer.models.traits import ModelTraits
     from aseer.node.machine import Launch
@@ -214,8 +213,8 @@ class Cluster:
             return
         loop = asyncio.get_running_loop()
 
-        def take(answer: ToClient) -> None:
-            data = Drafts(asked.client, msgspec.Raw(encode(answer)))
+        def take(answer: bytes) -> None:
+            data = Drafts(asked.client, msgspec.Raw(answer))
             with suppress(RuntimeError):  # the engine has ended, and its loop
                 loop.call_soon_threadsafe(node.say, data)
 

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from aseer.context import LengthPriors
     from aseer.controller import Controller
     from aseer.dgds.server import DraftServer
-    from aseer.instance.messages import Report
     from aseer.kv.pool import KvPool
     from aseer.runtime.recorder import Recorder
-    from aseer.types import InstanceInfo, Past, Response, Task
+    from aseer.types import Chunk, InstanceInfo, Past, Response, Task
 
 # Requests whose KV is fetched from the disk ahead, for each instance: the one that is
 # next and one more, as a fetch takes about as long as a chunk's first steps.
@@ -66,10 +65,10 @@ class Followers:
         if self._drafts is not None:
             self._drafts.restored(past)
 
-    def take(self, report: Report) -> None:
-        """An instance's report, before the controller takes it."""
+    def dispatched(self, chunk: Chunk) -> None:
+        """The controller has started a chunk."""
         if self._drafts is not None:
-            self._drafts.take(report)
+            self._drafts.dispatched(chunk)
 
     def progressed(self, recorder: Recorder) -> None:
         """The rollout's sums were made anew, a few times a second."""
@@ -101,20 +100,12 @@ class DraftFeed:
         self._controller = controller
         self._prefix = f"{rollout_id}:"  # groups of other rollouts may have equal ids
 
-    def take(self, report: Report) -> None:
-        """Let siblings draft from a report, before the controller takes it."""
-        prefix = self._prefix
-        owner = self._controller.buffer.chunk_owner
-        for chunk_id, start, tokens in report.chunks.tokens_by_chunk():
-            request = owner(chunk_id)
-            if request is None or request.chunk is None:
-                continue
-            self._server.update_cst(
-                prefix + request.group.group_id,
-                prefix + request.request_id,
-                len(request.chunk.generated) // 4 + start,
-                tokens,
-            )
+    def dispatched(self, chunk: Chunk) -> None:
+        """Let siblings draft from what a request generates from its first chunk on."""
+        request = self._controller.buffer[chunk.request_id]
+        if len(request.instances) == 1:
+            group, name = self._prefix + chunk.group_id, self._prefix + chunk.request_id
+            self._server.follow(group, name, *request.source)
 
     def restored(self, past: Mapping[GroupId, Mapping[int, Past]]) -> None:
         """Let siblings draft from what requests had in an earlier run."""

@@ -364,7 +364,6 @@ class Session:
             self._end_if_over()
             return
         now = self._now()
-        self._followers.take(report)
         commands = self._controller.progress(report.chunks, now)
         self._recorder.count_tokens(instance_id)
         self._do(commands, report=report.chunks)
@@ -420,6 +419,7 @@ class Session:
             match command:
                 case Dispatch(chunk):
                     self._pool.run_chunk(chunk.instance_id, Run(chunk))
+                    self._followers.dispatched(chunk)
                 case Abort(instance_id, chunk_id):
                     self._pool.abort_chunks(instance_id, [chunk_id])
                 case Finished(response):

@@ -43,9 +43,11 @@ class LossySocket(Generic[In]):
         self._reader = Reader(decoder)
         self._encoder = msgspec.msgpack.Encoder()
 
-    def send(self, message: msgspec.Struct, peer: bytes | None = None) -> bool:
-        """Send if there is room; whether it left."""
-        frames = [self._encoder.encode(message)]
+    def send(self, message: msgspec.Struct | bytes, peer: bytes | None = None) -> bool:
+        """Send if there is room, bytes as they are; whether it left."""
+        if not isinstance(message, bytes):
+            message = self._encoder.encode(message)
+        frames = [message]
         if peer is not None:
             frames.insert(0, peer)
         try:
@@ -58,9 +60,12 @@ class LossySocket(Generic[In]):
         """The next message with its sender (empty for a DEALER); None if none comes, or
         what comes is none.
         """
-        if not self._socket.poll(max(0, int(timeout_s * 1000))):
-            return None
-        frames = self._socket.recv_multipart()
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:  # waiting costs several times as much as looking
+            if not self._socket.poll(max(0, int(timeout_s * 1000))):
+                return None
+            frames = self._socket.recv_multipart()
         peer = frames.pop(0) if self._has_peers else b""
         message = self._reader.read(frames, peer)
         return None if message is None else (peer, message)

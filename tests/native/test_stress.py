@@ -48,7 +48,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("program", ["cst_stress", "core_stress"])
+@pytest.mark.parametrize("program", ["cst_stress", "core_stress", "log_stress"])
 def test_random_work_finds_no_fault(program: str, built: Path) -> None:
     done = run(built / program, str(ROUNDS), folder=built)
     assert done.returncode == 0, done.stderr

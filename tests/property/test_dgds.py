@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,12 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from aseer.core.columns import columns_of
+from aseer.core.outputs import Outputs
 from aseer.dgds.budget import spend
 from aseer.dgds.calibration import rising_fit
 from aseer.dgds.cst import SuffixForest
 from aseer.dgds.log import TokenLog
-from aseer.dgds.messages import Deltas, FetchCst, RegisterGroups
+from aseer.dgds.messages import TO_CLIENT, Deltas, FetchCst, RegisterGroups
 from aseer.dgds.replica import Replica, RequestKey
+from aseer.types import ChunkEnd, ChunkId, ChunkProgress
 
 REQUESTS = [RequestKey(group, f"{group}/{i}") for group in "gh" for i in range(3)]
 PROMPTS = {"g": np.array([1, 2, 3, 1, 2], np.int32), "h": np.array([2, 2], np.int32)}
@@ -30,6 +34,10 @@ class LossyExchange(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.log = TokenLog()
+        self.outputs = Outputs()
+        self.handles = {key: self.outputs.open() for key in REQUESTS}
+        self.followed: set[RequestKey] = set()
+        self.num_chunks = 0
         self.replicas = [Replica(ttl_s=1e9) for _ in range(NUM_ENGINES)]
         self.texts: dict[RequestKey, list[int]] = {key: [] for key in REQUESTS}
         self.where: dict[RequestKey, tuple[int, int]] = {}  # engine, handle
@@ -42,6 +50,10 @@ class LossyExchange(RuleBasedStateMachine):
         """The controller has all tokens before it dispatches the next chunk."""
         self.end_chunk(key)
         self.deliver_reports()
+        if key not in self.followed:
+            self.followed.add(key)
+            self.outputs.share(self.handles[key])
+            self.log.follow(*key, self.outputs, self.handles[key], 0.0)
         handle = self.replicas[engine].begin(
             key, PROMPTS[key.group_id], np.array(self.texts[key], np.int32), now=0.0
         )
@@ -82,7 +94,19 @@ class LossyExchange(RuleBasedStateMachine):
     @rule()
     def deliver_reports(self) -> None:
         for key, start, text in self.reports:
-            self.log.update_cst(*key, start, np.array(text, np.int32).tobytes(), 0.0)
+            handle = self.handles[key]
+            assert start == self.outputs.num_tokens(handle)
+            self.num_chunks += 1
+            self.outputs.begin(self.num_chunks, handle, len(text))
+            tokens = np.array(text, np.int32).tobytes()
+            report = ChunkProgress(
+                chunk_id=ChunkId(self.num_chunks),
+                start=0,
+                tokens=tokens,
+                logprobs=tokens,
+                end=ChunkEnd(reason="length"),
+            )
+            self.outputs.take_columns(columns_of([report]))
         self.reports.clear()
 
     @rule(engine=st.integers(0, NUM_ENGINES - 1))
@@ -123,8 +147,8 @@ class LossyExchange(RuleBasedStateMachine):
                         group.group_id, group.prompt_key, group.ttl_s, 0.0
                     )
             case FetchCst(cache_infos):
-                deltas = Deltas(self.log.fetch_cst(cache_infos, 0.0))
-                self.to_client.append((engine, deltas))
+                packed = self.log.fetch_cst(msgspec.msgpack.encode(cache_infos), 0.0)
+                self.to_client.append((engine, TO_CLIENT.decode(packed)))
 
     @invariant()
     def running_requests_have_their_own_tokens(self) -> None:

@@ -1,19 +1,24 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <string>
 #include <tuple>
 #include <utility>
 
 #include "fleet.h"
 #include "outputs.h"
 #include "residency.h"
+#include "token_log.h"
 #include "waiting.h"
 
 // Every call takes well under a microsecond, or up to some milliseconds for a whole
-// group's requests, and keeps the GIL. Arguments are converted before a call begins and
-// results after it has ended, so that no Python code runs while anything is half done.
+// group's requests, and keeps the GIL, but two, which take longer. Arguments are
+// converted before a call begins and results after it has ended, so that no Python code
+// runs while anything is half done.
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -98,8 +103,31 @@ std::pair<int64_t, std::vector<int64_t>> Take(
 }
 
 std::pair<int64_t, int64_t> LongestRunning(const Outputs& outputs) {
+  const nb::gil_scoped_release release;
   const Outputs::Longest longest = outputs.LongestRunning();
   return {longest.chunk_id, longest.num_tokens};
+}
+
+nb::bytes ToBytes(const std::string& bytes) {
+  return nb::bytes(bytes.data(), bytes.size());
+}
+
+nb::bytes Fetch(TokenLog& log, const nb::bytes& counts, double now) {
+  std::string answer;
+  {
+    const nb::gil_scoped_release release;
+    answer = log.Fetch(View(counts), now);
+  }
+  return ToBytes(answer);
+}
+
+nb::tuple Finish(TokenLog& log, std::string_view group) {
+  const TokenLog::Finished finished = log.Finish(group);
+  nb::dict texts;
+  for (const auto& [request, tokens] : finished.texts) {
+    texts[nb::str(request.data(), request.size())] = ToBytes(tokens);
+  }
+  return nb::make_tuple(ToBytes(finished.prompt_key), texts);
 }
 
 nb::tuple Holders(const PrefixCaches& caches, Handle request) {
@@ -117,6 +145,7 @@ NB_MODULE(_native, m) {
   using aseer::Handle;
   using aseer::Outputs;
   using aseer::PrefixCaches;
+  using aseer::TokenLog;
   using aseer::WaitingOrders;
 
   // An engine that is still open when its program ends keeps these; that is no leak.
@@ -191,6 +220,7 @@ NB_MODULE(_native, m) {
       .def("open", &Outputs::Open)
       .def("close", &Outputs::Close, "request"_a)
       .def("clear", &Outputs::Clear, "request"_a)
+      .def("share", &Outputs::Share, "request"_a)
       .def("num_tokens", &Outputs::NumTokens, "request"_a)
       .def(
           "tokens",
@@ -208,6 +238,30 @@ NB_MODULE(_native, m) {
       .def("take", &aseer::Take, "chunk_ids"_a, "starts"_a, "counts"_a, "tokens"_a,
            "logprobs"_a, "text_starts"_a, "text_counts"_a, "text"_a, "over"_a)
       .def("longest_running", &aseer::LongestRunning);
+
+  nb::class_<TokenLog>(m, "TokenLog")
+      .def(nb::init<>())
+      .def("__len__", &TokenLog::Size)
+      .def("__contains__", &TokenLog::Has, "group"_a)
+      .def("follow", &TokenLog::Follow, "group"_a, "request"_a, "outputs"_a, "handle"_a,
+           "now"_a)
+      .def(
+          "append",
+          [](TokenLog& log, std::string_view group, std::string_view request,
+             int64_t start, const nb::bytes& tokens, double now) {
+            log.Append(group, request, start, aseer::View(tokens), now);
+          },
+          "group"_a, "request"_a, "start"_a, "tokens"_a, "now"_a)
+      .def(
+          "register",
+          [](TokenLog& log, std::string_view group, const nb::bytes& prompt_key,
+             double ttl_s, double now) {
+            return log.Register(group, aseer::View(prompt_key), ttl_s, now);
+          },
+          "group"_a, "prompt_key"_a, "ttl_s"_a, "now"_a)
+      .def("fetch", &aseer::Fetch, "counts"_a, "now"_a)
+      .def("finish", &aseer::Finish, "group"_a)
+      .def("expire", &TokenLog::Expire, "now"_a);
 
   nb::class_<PrefixCaches>(m, "PrefixCaches")
       .def(nb::init<>())

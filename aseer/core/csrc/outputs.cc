@@ -41,22 +41,76 @@ bool Agree(const Columns& c, size_t num) {
          c.text.size() == Sum(c.text_counts);
 }
 
-// Makes room for more values, a sixteenth more than that: a request's tokens are most
-// of the controller's memory.
+// Makes room for more values, an eighth more than that, and for some reports at least:
+// a request's tokens are most of the controller's memory.
 template <typename T>
 void MakeRoom(std::vector<T>& values, size_t num_more) {
   const size_t num = values.size() + num_more;
-  if (num > values.capacity()) values.reserve(num + num / 16 + 8);
+  if (num > values.capacity()) values.reserve(num + num / 8 + 4 * num_more);
 }
 
 }  // namespace
 
-void Outputs::Close(Handle request) {
-  Idle(request);
-  outputs_.Close(request);
+size_t Outputs::Size() const {
+  const std::lock_guard lock(mutex_);
+  return outputs_.Size();
 }
 
-void Outputs::Clear(Handle request) { Idle(request) = {}; }
+Handle Outputs::Open() {
+  const std::lock_guard lock(mutex_);
+  return outputs_.Open({});
+}
+
+void Outputs::Close(Handle request) {
+  const std::lock_guard lock(mutex_);
+  Output& output = Idle(request);
+  if (!output.is_shared) {
+    outputs_.Close(request);
+    return;
+  }
+  output.is_closed = true;
+  output.text = {};
+}
+
+void Outputs::Clear(Handle request) {
+  const std::lock_guard lock(mutex_);
+  Output& output = Idle(request);
+  output = {.is_shared = output.is_shared};
+}
+
+int64_t Outputs::NumTokens(Handle request) const { return At(request).num_tokens; }
+
+void Outputs::Share(Handle request) {
+  const std::lock_guard lock(mutex_);
+  Require(!At(request).is_shared, "the request has a reader");
+  outputs_[request].is_shared = true;
+}
+
+void Outputs::Unshare(Handle request) {
+  const std::lock_guard lock(mutex_);
+  Output& output = outputs_[request];
+  output.is_shared = false;
+  if (output.is_closed) outputs_.Close(request);
+}
+
+void Outputs::Prefetch(Handle request, size_t start) const {
+  const std::vector<Value>& values = outputs_[request].values;
+  if (start < values.size()) __builtin_prefetch(values.data() + start);
+}
+
+size_t Outputs::Read(Handle request, size_t start, size_t max_tokens,
+                     std::string& out) const {
+  const std::vector<Value>& values = outputs_[request].values;
+  if (start >= values.size()) return 0;
+  const size_t num = std::min(max_tokens, values.size() - start);
+  const size_t at = out.size();
+  out.resize(at + num * kTokenBytes);
+  char* to = out.data() + at;
+  for (size_t i = start; i < start + num; ++i, to += kTokenBytes) {
+    std::memcpy(to, &values[i].token, kTokenBytes);
+  }
+  return num;
+}
 
 std::vector<int32_t> Outputs::Tokens(Handle request) const {
   const Output& output = At(request);
@@ -77,6 +131,7 @@ std::vector<float> Outputs::Logprobs(Handle request) const {
 void Outputs::Begin(int64_t chunk_id, Handle request, int64_t max_tokens) {
   Require(chunk_id >= 0, "a chunk's id is not negative");
   Require(max_tokens >= 0, "a chunk's limit is not negative");
+  const std::lock_guard lock(mutex_);
   Output& output = Idle(request);
   size_t row = Find(chunk_id);
   Require(table_[row].chunk_id < 0, "the chunk runs already");
@@ -93,6 +148,11 @@ void Outputs::Begin(int64_t chunk_id, Handle request, int64_t max_tokens) {
 }
 
 void Outputs::End(int64_t chunk_id) {
+  const std::lock_guard lock(mutex_);
+  EndLocked(chunk_id);
+}
+
+void Outputs::EndLocked(int64_t chunk_id) {
   size_t free = Find(chunk_id);
   if (chunk_id < 0 || table_[free].chunk_id < 0) return;
   outputs_[table_[free].request].runs = false;
@@ -120,6 +180,7 @@ Outputs::Taken Outputs::Take(const Columns& report, const std::vector<int64_t>& 
       is_over[static_cast<size_t>(place)] = 1;
     }
   }
+  const std::lock_guard lock(mutex_);
   Prefetch(report.chunk_ids);
   Taken taken;
   const char* tokens = report.tokens.data();
@@ -149,7 +210,7 @@ Outputs::Taken Outputs::Take(const Columns& report, const std::vector<int64_t>& 
       text += std::max<int64_t>(0, part.text_count);
     }
     if (runs && !follows) taken.refused.push_back(static_cast<int64_t>(i));
-    if (runs && !is_over.empty() && is_over[i]) End(chunk_id);
+    if (runs && !is_over.empty() && is_over[i]) EndLocked(chunk_id);
   }
   return taken;
 }
@@ -168,7 +229,8 @@ Outputs::Longest Outputs::LongestRunning() const {
 }
 
 const Outputs::Output& Outputs::At(Handle request) const {
-  Require(outputs_.IsOpen(request), "no such request is open");
+  Require(outputs_.IsOpen(request) && !outputs_[request].is_closed,
+          "no such request is open");
   return outputs_[request];
 }
 
@@ -206,11 +268,13 @@ bool Outputs::Append(Running& chunk, const Part& part) {
     const auto num_new = static_cast<size_t>(part.count - known);
     if (keeps_values_) {
       MakeRoom(output.values, num_new);
-      for (int64_t i = known; i < part.count; ++i) {
-        Value value;
-        std::memcpy(&value.token, part.tokens + i * kTokenBytes, kTokenBytes);
-        std::memcpy(&value.logprob, part.logprobs + i * kTokenBytes, kTokenBytes);
-        output.values.push_back(value);
+      output.values.resize(output.values.size() + num_new);
+      Value* to = output.values.data() + output.values.size() - num_new;
+      const char* tokens = part.tokens + known * kTokenBytes;
+      const char* logprobs = part.logprobs + known * kTokenBytes;
+      for (size_t i = 0; i < num_new; ++i) {
+        std::memcpy(&to[i].token, tokens + i * kTokenBytes, kTokenBytes);
+        std::memcpy(&to[i].logprob, logprobs + i * kTokenBytes, kTokenBytes);
       }
     }
     chunk.num_tokens += static_cast<int64_t>(num_new);

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -22,6 +24,7 @@ struct Columns {
   std::string_view text;
 };
 
+// What one thread writes, others may read, but what is said to be the writer's alone.
 class Outputs {
  public:
   struct Longest {
@@ -37,23 +40,35 @@ class Outputs {
   explicit Outputs(bool keeps_values)
       : keeps_values_(keeps_values), table_(kMinTable) {}
 
-  size_t Size() const { return outputs_.Size(); }
+  size_t Size() const;
   size_t NumRunning() const { return num_running_; }
 
-  Handle Open() { return outputs_.Open({}); }
+  Handle Open();
   void Close(Handle request);
   void Clear(Handle request);
-  int64_t NumTokens(Handle request) const { return At(request).num_tokens; }
+  int64_t NumTokens(Handle request) const;
   std::vector<int32_t> Tokens(Handle request) const;
   std::vector<float> Logprobs(Handle request) const;
   const std::vector<char>& Text(Handle request) const { return At(request).text; }
+
+  // Keeps a request's tokens for a reader, also beyond its close.
+  void Share(Handle request);
+  void Unshare(Handle request);
+  // The rest is of shared requests, and done while the lock is held.
+  std::unique_lock<std::mutex> Lock() const { return std::unique_lock(mutex_); }
+  // Ask for the memory that `Read` will touch, one after the other.
+  void Prefetch(Handle request) const { __builtin_prefetch(&outputs_[request]); }
+  void Prefetch(Handle request, size_t start) const;
+  // Appends tokens from `start` on; returns how many.
+  size_t Read(Handle request, size_t start, size_t max_tokens, std::string& out) const;
 
   // A chunk of a request, or none, runs; of one request at most one does.
   void Begin(int64_t chunk_id, Handle request, int64_t max_tokens);
   void End(int64_t chunk_id);
   // Takes a report. Over: places of the chunks that are over with it.
   Taken Take(const Columns& report, const std::vector<int64_t>& over);
-  // The running request with the most tokens, by its chunk; -1 = none runs.
+  // The running request with the most tokens, by its chunk; -1 = none runs. Takes
+  // milliseconds if very many run; for the writer alone.
   Longest LongestRunning() const;
 
  private:
@@ -64,6 +79,8 @@ class Outputs {
   struct Output {
     int64_t num_tokens = 0;
     bool runs = false;
+    bool is_closed = false;  // and kept for its reader
+    bool is_shared = false;
     std::vector<Value> values{};
     std::vector<char> text{};
   };
@@ -93,10 +110,13 @@ class Outputs {
   // Where a chunk's row is, or would be put.
   size_t Find(int64_t chunk_id) const;
   void Grow();
+  void EndLocked(int64_t chunk_id);
   void Prefetch(std::string_view chunk_ids) const;
   bool Append(Running& chunk, const Part& part);
 
   bool keeps_values_;
+  // Over `outputs_`; rows of the table are the writer's alone.
+  mutable std::mutex mutex_;
   Slots<Output> outputs_;
   // Open addressing, at most half full. Chunk ids are given in turn, so that their
   // lowest bits spread them well.

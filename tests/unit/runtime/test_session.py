@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aseer.context import LengthPriors
+from aseer.core._native import TokenLog
 from aseer.core.columns import columns_of
 from aseer.errors import (
     EngineClosedError,
@@ -26,6 +27,7 @@ from tests.unit.builders import info_of, report_of, task_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aseer.core.outputs import Outputs
     from aseer.instance.messages import Run
     from aseer.types import Chunk, ChunkId, Response
 
@@ -453,22 +455,27 @@ class Drafts:
 
     def __init__(self) -> None:
         self.version = -1
-        self.tokens: dict[str, list[int]] = {}
+        self.tokens: dict[str, array[int]] = {}
+        self.followed: dict[str, tuple[Outputs, int]] = {}
+        self._log = TokenLog()
         self.finished: list[str] = []
 
     def set_weight_version(self, version: int) -> None:
         self.version = version
 
-    def update_cst(
-        self, group_id: str, request_id: str, num_before: int, tokens: bytes
+    def follow(
+        self, group_id: str, request_id: str, outputs: Outputs, handle: int
     ) -> None:
         assert request_id.startswith(group_id)
-        known = self.tokens.setdefault(request_id, [])
-        assert num_before == len(known)
-        known += array("i", tokens)
+        assert request_id not in self.followed
+        self.followed[request_id] = (outputs, handle)
+        outputs.share(handle)
+        self._log.follow(group_id, request_id, outputs, handle, 0.0)
 
     def finish_group(self, group_id: str) -> None:
         self.finished.append(group_id)
+        _, texts = self._log.finish(group_id)
+        self.tokens |= {name: array("i", text) for name, text in texts.items()}
 
 
 class Kv:
@@ -490,7 +497,7 @@ class Kv:
         self.freed.append((len(tokens) // 4, start))
 
 
-async def test_the_draft_server_hears_every_token_once_and_each_groups_end() -> None:
+async def test_the_draft_server_follows_every_request_once_to_its_groups_end() -> None:
     drafts = Drafts()
     rolling = Rolling(draft_server=drafts)
     assert drafts.version == 3
@@ -501,6 +508,7 @@ async def test_the_draft_server_hears_every_token_once_and_each_groups_end() -> 
     assert set(drafts.tokens) == {"100:g/0", "100:g/1", "100:h/0", "100:h/1"}
     assert {len(tokens) for tokens in drafts.tokens.values()} == {16}
     assert sorted(drafts.finished) == ["100:g", "100:h"]
+    assert all(len(outputs) == 0 for outputs, _ in drafts.followed.values())
 
 
 async def test_the_kv_pool_frees_what_nobody_asks_for_again() -> None:
