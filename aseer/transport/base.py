@@ -229,15 +229,17 @@ class QueueingRouter(ABC, Generic[In]):
     def send(self, peer: bytes, message: Message) -> None:
         """See `Router`."""
         queue = self._queues.get(peer)
-        if queue is None:
-            queue = self._queues[peer] = _Queue()
-        elif queue.is_lost:
+        if queue is not None and queue.is_lost:
             return
         try:
             data = encode(self._encoder, message)
         except ProtocolError as error:
-            self._lose(peer, queue, str(error))
+            self._lose(peer, self._queues.setdefault(peer, _Queue()), str(error))
             return
+        if queue is None:
+            if self._is_sent(peer, data):
+                return
+            queue = self._queues[peer] = _Queue()
         num, num_bytes = len(queue.messages) + 1, queue.num_bytes + len(data)
         if num > self._max_queued or num_bytes > self._max_queued_bytes:
             self._lose(
@@ -251,6 +253,13 @@ class QueueingRouter(ABC, Generic[In]):
     def forget(self, peer: bytes) -> None:
         """See `Router`."""
         self._queues.pop(peer, None)
+
+    def _is_sent(self, peer: bytes, data: bytes) -> bool:
+        """Send at once, past the queue; what fails is met again by who empties it."""
+        try:
+            return self._try_send(peer, data) == "sent"
+        except Exception:
+            return False
 
     async def run(
         self,

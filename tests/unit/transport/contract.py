@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 MANY = 1000
 MAX_QUEUED = 5000  # of the routers in these tests
-# More than a peer's queue and all that a transport keeps on the way.
+# More than a peer's queue and all that a transport keeps on the way, the system's own
+# buffers among it.
 TOO_MANY = MAX_QUEUED + 5000
+LARGE = [1 << 40] * 2000
 GARBAGE = {
     "no frame": [],
     "an empty frame": [b""],
@@ -158,7 +160,7 @@ class Contract:
                 await dealer.send(Answer(-1))
             await heard.until(messages=2)
             for i in range(TOO_MANY):
-                ends.router.send(b"slow", AbortChunks([i]))
+                ends.router.send(b"slow", AbortChunks([i, *LARGE]))
                 if i % 1000 == 0:
                     ends.router.send(b"quick", AbortChunks([i]))
                     assert await received(quick) == i
