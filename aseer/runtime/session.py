@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from dataclasses import replace
 from random import Random
@@ -40,10 +39,11 @@ from aseer.errors import (
 from aseer.instance.messages import Run
 from aseer.runtime.calls import LoggedController, Settings
 from aseer.runtime.followers import Followers
+from aseer.runtime.intake import Intake
 from aseer.runtime.recorder import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from aseer.config import PolicyName
     from aseer.context import LengthPriors
@@ -131,9 +131,12 @@ class Session:
         self._seeds = seeds or Random()
         self._started_at = time.monotonic()
         self._post = post
-        self._intake_lock = threading.RLock()  # an iterator's end may come in between
-        self._intake_open = True
-        self._num_offered = 0
+        self._intake = Intake(
+            lambda add: post(lambda: self.guarded(add)),
+            self._add,
+            journal.in_parts if journal is not None else None,
+            self._end_if_over,
+        )
         self._cancelled_early: set[GroupId] = set()
         self._left = False
         self._ends_early = False
@@ -193,15 +196,7 @@ class Session:
 
         What was taken yields a response a request, whatever happens.
         """
-        with self._intake_lock:
-            if not self._intake_open:
-                return False
-            self._num_offered += 1
-        if self._post(lambda: self.guarded(lambda: self._add_offered(tasks))):
-            return True
-        with self._intake_lock:
-            self._num_offered -= 1
-        return False
+        return self._intake.offer(tasks)
 
     def check_group(self, key: GroupKey) -> None:
         """See that a group fits the rollout's journal; from any thread.
@@ -211,27 +206,6 @@ class Session:
         """
         if self._journal is not None:
             self._journal.check_group(key)
-
-    def _add_offered(self, tasks: list[Task]) -> None:
-        if self._journal is None:
-            parts = iter([tasks])
-        else:
-            parts = self._journal.in_parts(tasks)
-        self._add_parts(parts)
-
-    def _add_parts(self, parts: Iterator[list[Task]]) -> None:
-        """Add what was offered, a part in each turn of the loop."""
-        with self._intake_lock:
-            self._num_offered -= 1
-        part = next(parts, None)
-        if part is None:
-            self._end_if_over()
-            return
-        if self._journal is not None:
-            with self._intake_lock:
-                self._num_offered += 1
-            self._post(lambda: self.guarded(lambda: self._add_parts(parts)))
-        self._add(part)
 
     def _add(self, tasks: list[Task]) -> None:
         if self._left or self._failure is not None:
@@ -269,7 +243,7 @@ class Session:
         self._post(lambda: self.guarded(self._close_intake))
 
     def _close_intake(self) -> None:
-        self._stop_intake()
+        self._intake.close()
         self._end_if_over()
 
     def cancel(self, group_id: GroupId) -> None:
@@ -278,7 +252,7 @@ class Session:
             return
         if self._controller.buffer.has_group(group_id):
             self._do(self._controller.cancel_group(group_id, self._now()))
-        elif self._intake_open or self._num_offered:  # it is on its way here
+        elif not self._intake.is_over:  # it is on its way here
             self._cancelled_early.add(group_id)
 
     def leave(self) -> None:
@@ -304,7 +278,7 @@ class Session:
 
     def _end_all(self) -> None:
         self._ends_early = True
-        self._stop_intake()
+        self._intake.close()
         if self._failure is None and not self.over.done():
             self.guarded(self._cancel_some)
 
@@ -315,10 +289,6 @@ class Session:
         self._do(self._controller.cancel_all(self._now(), _CANCEL_AT_ONCE))
         if not self._controller.is_cancelled:
             self._post(lambda: self.guarded(self._cancel_some))
-
-    def _stop_intake(self) -> None:
-        with self._intake_lock:
-            self._intake_open = False
 
     # When something goes wrong
 
@@ -337,7 +307,7 @@ class Session:
         if self.over.done() or self._failure is not None:
             return
         self._failure = error
-        self._stop_intake()
+        self._intake.close()
         self._mailbox.close(error)
         self._pool.abort_all()
         self._end_if_over()
@@ -368,7 +338,7 @@ class Session:
         self._recorder.count_tokens(instance_id)
         self._do(commands, report=report.chunks)
         self._recorder.sample(instance_id, report.load, now)
-        progress = self._recorder.progress(now, intake_open=self._intake_open)
+        progress = self._recorder.progress(now, intake_open=self._intake.is_open)
         if progress is not self.progress:
             self._followers.progressed(self._recorder)
         self.progress = progress
@@ -397,7 +367,7 @@ class Session:
     def exhausted(self, why: str) -> None:
         """Nothing can run any more."""
         self._fatal = why
-        self._stop_intake()
+        self._intake.close()
         if self._failure is None:
             self._do(self._controller.fail_all(self._now(), why))
         else:
@@ -449,7 +419,7 @@ class Session:
             self._mailbox.put(response)
 
     def _end_if_over(self) -> None:
-        if self._intake_open or self._num_offered or self.over.done():
+        if self.over.done() or not self._intake.is_over:
             return
         if self._failure is not None:
             if self._pool.is_idle and self._is_journal_closed():
