@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aseer.counts import DraftCounts, KvCounts
+from aseer.counts import DraftCounts, KvCounts, total
 from aseer.report import InstanceReport
 from aseer.types import InstanceLoad
 
@@ -60,18 +60,31 @@ class InstanceFigures:
     @property
     def drafts(self) -> DraftCounts | None:
         """None if it has never counted any."""
-        now = self._load.drafts
+        plus, minus = self.draft_terms
+        none = DraftCounts()
+        return total(none, plus) - total(none, minus) if plus else None
+
+    @property
+    def draft_terms(self) -> tuple[list[DraftCounts], list[DraftCounts]]:
+        """What is counted, and what of that does not count here."""
+        now, seen = self._load.drafts, self._seen.drafts
+        plus = [] if self._earlier_drafts is None else [self._earlier_drafts]
         if now is None or self._load is self._seen:
-            return self._earlier_drafts
-        new = now if self._seen.drafts is None else now - self._seen.drafts
-        return new if self._earlier_drafts is None else self._earlier_drafts + new
+            return plus, []
+        return [*plus, now], [] if seen is None else [seen]
 
     @property
     def kv(self) -> KvCounts:
+        plus, minus = self.kv_terms
+        return total(KvCounts(), plus) - total(KvCounts(), minus)
+
+    @property
+    def kv_terms(self) -> tuple[list[KvCounts], list[KvCounts]]:
+        """As `draft_terms`."""
         now, seen = self._load.kv, self._seen.kv
         if now is None:
-            return self._earlier_kv
-        return self._earlier_kv + (now if seen is None else now - seen)
+            return [self._earlier_kv], []
+        return [self._earlier_kv, now], [] if seen is None else [seen]
 
     @property
     def drafts_in_all(self) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from aseer.counts import DraftCounts, KvCounts
+from aseer.counts import DraftCounts, KvCounts, total
 from aseer.report import (
     Completions,
     KvReport,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aseer.controller import Controller
+    from aseer.counts import Counts
     from aseer.kv.pool import KvPool
     from aseer.types import (
         InstanceId,
@@ -196,7 +197,8 @@ class Recorder:
             self._sums_at = now
             self._speculation_sum = self._speculation()
             if self._kv_pool is not None:
-                self._kv_sum = sum((r.kv for r in self._in_order), KvCounts())
+                terms = [r.kv_terms for r in self._in_order]
+                self._kv_sum = _difference(KvCounts(), terms)
 
     def _kv(self, now: float) -> KvReport | None:
         """What the KV pool did; None if there is none."""
@@ -232,18 +234,18 @@ class Recorder:
 
     def _speculation(self) -> SpeculationReport | None:
         """What the engines that speculate did; None if there is none."""
-        counted = [r.drafts for r in self._in_order if r.drafts is not None]
-        if not counted:
+        terms = [r.draft_terms for r in self._in_order]
+        if not any(plus for plus, _ in terms):
             return None
-        total = sum(counted, DraftCounts())
+        counts = _difference(DraftCounts(), terms)
         return SpeculationReport(
-            acceptance_length=total.acceptance_length,
-            num_drafts=total.num_drafts,
-            drafted=list(total.drafted),
-            accepted=list(total.accepted),
-            drafting_share=total.drafting_share,
-            drafting_share_p99=total.drafting_share_of(0.99),
-            drafting_share_worst=total.drafting_share_of(1.0),
+            acceptance_length=counts.acceptance_length,
+            num_drafts=counts.num_drafts,
+            drafted=list(counts.drafted),
+            accepted=list(counts.accepted),
+            drafting_share=counts.drafting_share,
+            drafting_share_p99=counts.drafting_share_of(0.99),
+            drafting_share_worst=counts.drafting_share_of(1.0),
         )
 
     def _eta(self, throughput: float) -> float | None:
@@ -305,3 +307,11 @@ class Recorder:
                 key=lambda s: s.t_s,
             ),
         )
+
+
+def _difference(
+    none: Counts, terms: Sequence[tuple[list[Counts], list[Counts]]]
+) -> Counts:
+    """All that is counted, less all that does not count here."""
+    plus = total(none, [c for counts, _ in terms for c in counts])
+    return plus - total(none, [c for _, counts in terms for c in counts])
