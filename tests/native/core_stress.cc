@@ -691,14 +691,14 @@ class Reports {
       Check(outputs_.NumTokens(request.handle) == num, "number of tokens");
       std::vector<int32_t> tokens = outputs_.Tokens(request.handle);
       std::vector<float> logprobs = outputs_.Logprobs(request.handle);
-      const std::vector<char>& text = outputs_.Text(request.handle);
+      const std::string text = outputs_.Text(request.handle);
       if (keeps_values_) {
         Check(tokens == request.tokens, "tokens");
         Check(
             std::equal(tokens.begin(), tokens.end(), logprobs.begin(), logprobs.end(),
                        [](int32_t t, float l) { return -static_cast<float>(t) == l; }),
             "logprobs");
-        Check(std::string(text.begin(), text.end()) == request.text, "text");
+        Check(text == request.text, "text");
       } else {
         Check(static_cast<int64_t>(tokens.size()) == num && text.empty(),
               "only counted");

@@ -41,12 +41,10 @@ bool Agree(const Columns& c, size_t num) {
          c.text.size() == Sum(c.text_counts);
 }
 
-// Makes room for more values, an eighth more than that, and for some reports at least:
-// a request's tokens are most of the controller's memory.
-template <typename T>
-void MakeRoom(std::vector<T>& values, size_t num_more) {
-  const size_t num = values.size() + num_more;
-  if (num > values.capacity()) values.reserve(num + num / 8 + 4 * num_more);
+template <typename To, typename From>
+void Copy(To* to, const From* from, size_t num) {
+  static_assert(sizeof(To) == kTokenBytes || sizeof(To) == sizeof(char));
+  std::memcpy(to, from, num * sizeof(To));
 }
 
 }  // namespace
@@ -94,38 +92,49 @@ void Outputs::Unshare(Handle request) {
 }
 
 void Outputs::Prefetch(Handle request, size_t start) const {
-  const std::vector<Value>& values = outputs_[request].values;
-  if (start < values.size()) __builtin_prefetch(values.data() + start);
+  const Values* block = outputs_[request].values.At(start);
+  if (block) __builtin_prefetch(block->tokens + start % Values::kSize);
 }
 
 size_t Outputs::Read(Handle request, size_t start, size_t max_tokens,
                      std::string& out) const {
-  const std::vector<Value>& values = outputs_[request].values;
-  if (start >= values.size()) return 0;
-  const size_t num = std::min(max_tokens, values.size() - start);
-  const size_t at = out.size();
-  out.resize(at + num * kTokenBytes);
-  char* to = out.data() + at;
-  for (size_t i = start; i < start + num; ++i, to += kTokenBytes) {
-    std::memcpy(to, &values[i].token, kTokenBytes);
-  }
+  const Blocks<Values>& values = outputs_[request].values;
+  if (start >= values.Size()) return 0;
+  const size_t num = std::min(max_tokens, values.Size() - start);
+  values.Read(start, num, [&out](const Values& from, size_t at, size_t, size_t some) {
+    out.append(reinterpret_cast<const char*>(from.tokens + at), some * kTokenBytes);
+  });
   return num;
 }
 
 std::vector<int32_t> Outputs::Tokens(Handle request) const {
   const Output& output = At(request);
   std::vector<int32_t> tokens(static_cast<size_t>(output.num_tokens));
-  for (size_t i = 0; i < output.values.size(); ++i) tokens[i] = output.values[i].token;
+  output.values.Read(0, output.values.Size(),
+                     [&tokens](const Values& from, size_t at, size_t i, size_t some) {
+                       Copy(tokens.data() + i, from.tokens + at, some);
+                     });
   return tokens;
 }
 
 std::vector<float> Outputs::Logprobs(Handle request) const {
   const Output& output = At(request);
   std::vector<float> logprobs(static_cast<size_t>(output.num_tokens));
-  for (size_t i = 0; i < output.values.size(); ++i) {
-    logprobs[i] = output.values[i].logprob;
-  }
+  output.values.Read(0, output.values.Size(),
+                     [&logprobs](const Values& from, size_t at, size_t i, size_t some) {
+                       Copy(logprobs.data() + i, from.logprobs + at, some);
+                     });
   return logprobs;
+}
+
+std::string Outputs::Text(Handle request) const {
+  const Blocks<Characters>& text = At(request).text;
+  std::string bytes(text.Size(), '\0');
+  text.Read(0, text.Size(),
+            [&bytes](const Characters& from, size_t at, size_t i, size_t some) {
+              Copy(bytes.data() + i, from.bytes + at, some);
+            });
+  return bytes;
 }
 
 void Outputs::Begin(int64_t chunk_id, Handle request, int64_t max_tokens) {
@@ -267,15 +276,12 @@ bool Outputs::Append(Running& chunk, const Part& part) {
   if (known < part.count) {
     const auto num_new = static_cast<size_t>(part.count - known);
     if (keeps_values_) {
-      MakeRoom(output.values, num_new);
-      output.values.resize(output.values.size() + num_new);
-      Value* to = output.values.data() + output.values.size() - num_new;
       const char* tokens = part.tokens + known * kTokenBytes;
       const char* logprobs = part.logprobs + known * kTokenBytes;
-      for (size_t i = 0; i < num_new; ++i) {
-        std::memcpy(&to[i].token, tokens + i * kTokenBytes, kTokenBytes);
-        std::memcpy(&to[i].logprob, logprobs + i * kTokenBytes, kTokenBytes);
-      }
+      output.values.Append(num_new, [=](Values& to, size_t at, size_t i, size_t some) {
+        Copy(to.tokens + at, tokens + i * kTokenBytes, some);
+        Copy(to.logprobs + at, logprobs + i * kTokenBytes, some);
+      });
     }
     chunk.num_tokens += static_cast<int64_t>(num_new);
     output.num_tokens += static_cast<int64_t>(num_new);
@@ -284,9 +290,11 @@ bool Outputs::Append(Running& chunk, const Part& part) {
   if (known_text < part.text_count) {
     const auto num_new = static_cast<size_t>(part.text_count - known_text);
     if (keeps_values_) {
-      MakeRoom(output.text, num_new);
-      output.text.insert(output.text.end(), part.text + known_text,
-                         part.text + part.text_count);
+      const char* text = part.text + known_text;
+      output.text.Append(num_new,
+                         [=](Characters& to, size_t at, size_t i, size_t some) {
+                           Copy(to.bytes + at, text + i, some);
+                         });
     }
     chunk.num_text += static_cast<int64_t>(num_new);
   }
@@ -310,8 +318,14 @@ void Outputs::Prefetch(std::string_view chunk_ids) const {
     const Running& chunk = table_[Find(ReadAt<int64_t>(chunk_ids, i))];
     if (chunk.chunk_id < 0) continue;
     const Output& output = outputs_[chunk.request];
-    __builtin_prefetch(output.values.data() + output.values.size(), 1);
-    __builtin_prefetch(output.text.data() + output.text.size(), 1);
+    const size_t num = output.values.Size();
+    if (const Values* block = output.values.At(num)) {
+      __builtin_prefetch(block->tokens + num % Values::kSize, 1);
+      __builtin_prefetch(block->logprobs + num % Values::kSize, 1);
+    }
+    if (const Characters* block = output.text.At(output.text.Size())) {
+      __builtin_prefetch(block->bytes + output.text.Size() % Characters::kSize, 1);
+    }
   }
 }
 

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "blocks.h"
 #include "slots.h"
 
 namespace aseer {
@@ -49,7 +50,7 @@ class Outputs {
   int64_t NumTokens(Handle request) const;
   std::vector<int32_t> Tokens(Handle request) const;
   std::vector<float> Logprobs(Handle request) const;
-  const std::vector<char>& Text(Handle request) const { return At(request).text; }
+  std::string Text(Handle request) const;
 
   // Keeps a request's tokens for a reader, also beyond its close.
   void Share(Handle request);
@@ -72,17 +73,23 @@ class Outputs {
   Longest LongestRunning() const;
 
  private:
-  struct Value {
-    int32_t token;
-    float logprob;
+  // A kilobyte each: a few dozen for a long response, and little room left free.
+  struct Values {
+    static constexpr size_t kSize = 128;
+    int32_t tokens[kSize];
+    float logprobs[kSize];
+  };
+  struct Characters {
+    static constexpr size_t kSize = 1024;
+    char bytes[kSize];
   };
   struct Output {
     int64_t num_tokens = 0;
     bool runs = false;
     bool is_closed = false;  // and kept for its reader
     bool is_shared = false;
-    std::vector<Value> values{};
-    std::vector<char> text{};
+    Blocks<Values> values{};
+    Blocks<Characters> text{};
   };
   // A row of the table of running chunks; a chunk id of -1 = it is free.
   struct Running {
