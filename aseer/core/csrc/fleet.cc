@@ -74,6 +74,7 @@ void Capacity::Add(size_t instance, int64_t pool, int64_t node, int64_t num_kv_b
     instances_.resize(instance + 1);
     room_.resize(instance + 1);
     load_.resize(instance + 1);
+    node_.resize(instance + 1);
     selected_.resize(instance + 1);
   }
   Require(!instances_[instance].is_alive, "it is up already");
@@ -88,6 +89,7 @@ void Capacity::Add(size_t instance, int64_t pool, int64_t node, int64_t num_kv_b
                           .max_num_seqs = max_num_seqs,
                           .free = num_kv_blocks,
                           .shape = std::move(shape)};
+  node_[instance] = node;
   ++num_alive_;
   Update(instance);
 }
@@ -196,9 +198,8 @@ int64_t Capacity::LeastLoaded(const std::vector<int64_t>& nodes, int64_t slack) 
   if (nodes.empty()) return least;
   int64_t near = -1;
   for (size_t i = 0; i < selected_.size(); ++i) {
-    const bool is_candidate =
-        selected_[i] && std::ranges::find(nodes, instances_[i].node) != nodes.end();
-    if (is_candidate && (near < 0 || load_[i] < load_[near])) {
+    if (!selected_[i] || (near >= 0 && load_[i] >= load_[near])) continue;
+    if (std::ranges::find(nodes, node_[i]) != nodes.end()) {
       near = static_cast<int64_t>(i);
     }
   }
@@ -210,9 +211,8 @@ int64_t Capacity::LeastLoaded(const std::vector<int64_t>& nodes, int64_t slack) 
 int64_t Capacity::LeastLoadedOf(int64_t pool, int64_t node) const {
   int64_t least = -1;
   for (size_t i = 0; i < selected_.size(); ++i) {
-    const bool is_candidate =
-        selected_[i] && instances_[i].pool == pool && instances_[i].node == node;
-    if (is_candidate && (least < 0 || load_[i] < load_[least])) {
+    if (!selected_[i] || node_[i] != node) continue;
+    if (instances_[i].pool == pool && (least < 0 || load_[i] < load_[least])) {
       least = static_cast<int64_t>(i);
     }
   }

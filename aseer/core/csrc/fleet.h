@@ -88,6 +88,7 @@ class Capacity {
   // What a decision compares, an entry an instance.
   std::vector<int64_t> room_;  // blocks a further request may take; 0 = none may come
   std::vector<int64_t> load_;  // orders by chunks running, then by free KV
+  std::vector<int64_t> node_;
   std::vector<uint8_t> selected_;
   int64_t held_ = -1;
   int64_t most_room_ = 0;  // of all instances; -1 = to be computed
