@@ -217,7 +217,7 @@ def test_of_a_wheel_only_what_is_read_is_unpacked(root: Path, tmp_path: Path) ->
 
 
 def test_rows_are_read_as_they_are_written() -> None:
-    found = {(u.module, u.path): u for u in uses("vllm")}
+    found = {(u.module, u.path): u for u in reversed(uses("vllm"))}
     generate = found["vllm.v1.engine.async_llm", "AsyncLLM.generate"]
     assert generate.given == {"prompt", "sampling_params", "request_id"}
     assert not generate.is_optional

@@ -44,6 +44,7 @@ def sim(monkeypatch: pytest.MonkeyPatch) -> Sim:
 class _Index:
     tensors = ()
     num_bytes = 0
+    lora_rank = 0
 
 
 def activity(engine: aseer.Engine) -> Activity:

@@ -51,7 +51,7 @@ class FakeLLM:
         return [{"prompt_token_ids": ids}]
 
     async def generate(
-        self, prompt: Any, params: Any, request_id: str
+        self, prompt: Any, params: Any, request_id: str, lora_request: Any
     ) -> AsyncIterator[Any]:
         if self.num_failures:
             self.num_failures -= 1
@@ -88,7 +88,7 @@ def chunk(tmp_path: Path) -> Chunk:
 async def generated(llm: FakeLLM, chunk: Chunk) -> list[str | None]:
     prompts = images_module.ImagePrompts(llm)
     inputs = array("i", chunk.prompt + chunk.generated).tolist()
-    outputs = prompts.generate(chunk, inputs, "salt", None, "r")
+    outputs = prompts.generate(chunk, inputs, "salt", None, "r", None)
     return [each.outputs[0].finish_reason async for each in outputs]
 
 
