@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.slow
 ROUNDING = 1e-4  # sums in another order
 GREEDY = {"temperature": 0.0, "max_tokens": 150, "ignore_eos": True}
 # Longer than a KV block, and the same in every rollout: old KV would be found.
@@ -91,7 +92,6 @@ def test_adapters_compute_what_merged_weights_do(engine: aseer.Engine) -> None:
     same(roll(engine), before, rounding=ROUNDING)
 
 
-@pytest.mark.slow
 def test_an_instance_that_starts_has_the_adapters_of_the_moment(
     engine: aseer.Engine,
 ) -> None:
@@ -115,7 +115,6 @@ def test_adapters_that_vllm_refuses_change_nothing(engine: aseer.Engine) -> None
     same(roll(engine), expected, rounding=ROUNDING)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("always_migrate")
 def test_kv_of_old_adapters_in_the_pool_is_never_read(
     monkeypatch: pytest.MonkeyPatch,

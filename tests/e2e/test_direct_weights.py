@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from aseer.weights.held import HeldTensors
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.slow
 BUFFER_BYTES = 1 << 20  # so that the tiny model takes many
 GREEDY = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
 GROUPS = [aseer.Group([5 + i, 6, 7], n=2, sampling=GREEDY) for i in range(3)]
