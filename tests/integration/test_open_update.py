@@ -53,9 +53,10 @@ def trainer():
 
 
 def folders(target) -> list[str]:
-    """Of its engine's updates."""
+    """Of its engine's updates; one file beside them is kept to be written again."""
     parent = Path(target.directory).parent
-    return sorted(path.name for path in parent.iterdir()) if parent.exists() else []
+    paths = parent.iterdir() if parent.exists() else ()
+    return sorted(path.name for path in paths if path.name != "spare")
 
 
 async def ended(process) -> int:
