@@ -151,7 +151,7 @@ async def test_tokens_that_end_a_response_are_told_with_its_end(tmp_path: Path) 
     class Engine:
         errored = False
 
-        async def generate(self, *args: object) -> Any:
+        async def generate(self, *args: object, lora_request: object) -> Any:
             for token in (20, 21, 22):
                 logprobs = SimpleNamespace(logprobs=[-1.0], start_indices=[0])
                 output = SimpleNamespace(
