@@ -102,10 +102,15 @@ _HOMES = {
 }
 
 
+# Modules that have public names and need no import of their own.
+_MODULES = {"config", "errors", "groups", "report", "sampling", "types"}
+
 if not TYPE_CHECKING:  # a checker would take any name for one that is here
 
     def __getattr__(name: str) -> Any:
-        """Import a public name when it is first used."""
+        """Import a public name, or a module with such, when it is first used."""
+        if name in _MODULES:
+            return importlib.import_module(f"{__name__}.{name}")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         home = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}")

@@ -312,6 +312,11 @@ def test_a_process_of_an_engine_imports_nothing_of_the_users(module: str) -> Non
     ]
 
 
+def test_modules_with_public_names_are_there_without_an_import_of_their_own() -> None:
+    needed = "import aseer\naseer.report.KvReport, aseer.types.InstanceInfo"
+    assert "aseer.report" in imported_by(needed)
+
+
 def test_every_public_name_is_found_and_no_other() -> None:
     assert all(hasattr(aseer, name) for name in aseer.__all__)
     assert set(aseer.__all__) <= set(dir(aseer))

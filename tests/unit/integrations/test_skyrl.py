@@ -10,61 +10,19 @@ from typing import Any
 import pytest
 
 from aseer.errors import ConfigError, WeightUpdateError
+from tests.unit.integrations.actors import Actor, Answer, Call, Target
 from tests.unit.integrations.test_skyrl_settings import SAMPLING, config_of
 
 NAME = "aseer.integrations.skyrl"
 
 
-class Call:
-    """A method of a Ray actor."""
+class Server(Actor):
+    """As SkyRL's workers see it."""
 
-    def __init__(self, method: Any) -> None:
-        self._method = method
-
-    def remote(self, *args: Any, **kwargs: Any) -> Any:
-        return Answer(self._method(*args, **kwargs))
-
-
-class Answer:
-    """What a call returns: Ray gets its value, and so does who awaits it."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __await__(self) -> Any:
-        yield from ()
-        return self.value
-
-
-class Target:
-    """Takes what is sent, or refuses the second tensor."""
-
-    def __init__(self, *, refuses: bool) -> None:
-        self.sent: list[str] = []
-        self._refuses = refuses
-
-    async def send_async(self, pairs: Any) -> None:
-        async for name, _ in pairs:
-            if self._refuses and self.sent:
-                raise WeightUpdateError("no such tensor")
-            self.sent.append(name)
-
-
-class Actor:
     def __init__(self) -> None:
-        self.told: list[Any] = []
-        self.target = Target(refuses=False)
-        self.begin_update = Call(lambda: self.target)
+        super().__init__("stop", "sleep", "wake_up", "hold", "resume_generation")
         self.sample = Call(self._sample)
         self.__ray_call__ = Call(lambda function: function(self))
-        for name in (
-            *("start", "stop", "sleep", "wake_up", "hold", "resume_generation"),
-            *("finish_update", "abandon_update"),
-        ):
-            setattr(self, name, Call(self._teller(name)))
-
-    def _teller(self, name: str) -> Any:
-        return lambda *args: self.told.append((name, *args))
 
     def _sample(self, prompt: Any, sampling: Any, *, n: int) -> Any:
         self.told.append(("sample", tuple(prompt), n))
@@ -113,7 +71,7 @@ class FSDPPolicyWorkerBase:
 @pytest.fixture
 def world(monkeypatch):
     """The module as SkyRL's processes have it, and what stands for the rest."""
-    state = SimpleNamespace(rank=0, node="n0", actor=Actor(), options=None, given=None)
+    state = SimpleNamespace(rank=0, node="n0", actor=Server(), options=None, given=None)
 
     class Remote:
         def __init__(self, what: Any) -> None:

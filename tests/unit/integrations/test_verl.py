@@ -10,43 +10,15 @@ from typing import Any
 import pytest
 
 from aseer.errors import ConfigError, WeightUpdateError
+from tests.unit.integrations.actors import Actor, Call
 from tests.unit.integrations.test_verl_settings import model_of, rollout_of
 
 
-class Call:
-    """A method of a Ray actor."""
+class Server(Actor):
+    """As verl's workers see it."""
 
-    def __init__(self, method: Any) -> None:
-        self._method = method
-
-    async def remote(self, *args: Any) -> Any:
-        return self._method(*args)
-
-
-class Target:
-    """Takes what is sent, or refuses the second tensor."""
-
-    def __init__(self, *, refuses: bool) -> None:
-        self.sent: list[str] = []
-        self._refuses = refuses
-
-    async def send_async(self, pairs: Any) -> None:
-        async for name, _ in pairs:
-            if self._refuses and self.sent:
-                raise WeightUpdateError("no such tensor")
-            self.sent.append(name)
-
-
-class Server:
     def __init__(self, *, refuses: bool = False) -> None:
-        self.told: list[Any] = []
-        self.target = Target(refuses=refuses)
-        self.begin_update = Call(lambda: self.target)
-        for name in ("finish_update", "abandon_update", "wake_up", "sleep", "start"):
-            setattr(self, name, Call(self._teller(name)))
-
-    def _teller(self, name: str) -> Any:
-        return lambda *args: self.told.append((name, *args))
+        super().__init__("wake_up", "sleep", refuses=refuses)
 
 
 class RolloutReplica:
