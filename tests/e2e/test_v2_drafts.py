@@ -30,7 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
 GROUPS = [
     aseer.Group(
         [5, 6, 7 + i] * (1 + 5 * i),
-        n=3,
+        n=6,  # most wait until others have finished, and draft from those
         sampling=GREEDY | settings,
         group_id=f"g{i}",
     )
