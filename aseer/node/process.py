@@ -101,6 +101,9 @@ def describe_exit(status: int) -> str:
     """An exit status in words."""
     if status >= 0:
         return f"exited with status {status}"
-    name = signal.Signals(-status).name
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:  # one of those that have no name, for real time
+        name = f"signal {-status}"
     hint = " (was the machine short of memory?)" if name == "SIGKILL" else ""
     return f"was killed by {name}{hint}"

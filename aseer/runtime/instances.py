@@ -17,7 +17,12 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aseer.errors import EngineError, InstanceLostError, InstanceStartError
+from aseer.errors import (
+    EngineError,
+    InstanceLostError,
+    InstanceStartError,
+    describe,
+)
 from aseer.instance.messages import (
     AbortChunks,
     Answer,
@@ -292,11 +297,19 @@ class InstancePool:
                     tasks.create_task(self._attend(slot))
         except asyncio.CancelledError:
             raise  # `stop` ends them, with all others
-        except BaseException:
+        except BaseException as error:
+            self._leave(slots, f"its node {node.name} is not used: {describe(error)}")
             await self._end_all(slots, 0)
             self._drop(slots)
             raise
         self._drop(slots)
+
+    def _leave(self, slots: list[Slot], why: str) -> None:
+        """Tell of those that are up that nothing runs there any more."""
+        for slot in slots:
+            if slot.up.is_set():
+                slot.is_gone(why)
+                self._owner.instance_left(slot.instance_id, why)
 
     def _drop(self, slots: list[Slot]) -> None:
         for slot in slots:

@@ -47,6 +47,7 @@ def test_exits_are_told_in_words():
         describe_exit(-9) == "was killed by SIGKILL (was the machine short of memory?)"
     )
     assert describe_exit(-11) == "was killed by SIGSEGV"
+    assert describe_exit(-40) == "was killed by signal 40", "it has no name"
 
 
 def test_of_a_long_log_the_end_is_read(tmp_path, monkeypatch):

@@ -113,6 +113,35 @@ async def test_an_instance_that_does_not_start_ends_those_of_its_node(
         assert await run.run_to_its_end(1) == "length"
 
 
+async def test_those_that_were_up_are_gone_for_the_rollout_if_a_sibling_does_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running(monkeypatch) as run:
+        fails = asyncio.Event()
+
+        async def start() -> None:
+            await fails.wait()
+            raise RuntimeError("no memory left on its GPU")
+
+        run.machine.scripts["3.1", "start"] = start
+
+        async def attend() -> None:
+            with suppress(BaseExceptionGroup):
+                await run.pool.attend(far_node(run), launches_of(config_of()))
+
+        attending = run.machine.tasks.create_task(attend())
+        await run.until(("up", C))
+        run.pool.run_chunk(C, Run(chunk_of(1, C, max_tokens=10**6)))
+        run.machine.hold("2.1", "describe_weights")
+        asked = run.pool.ask(C, "describe_weights")
+        fails.set()
+        await attending
+        assert run.owner.kinds() == [("up", C), ("left", C)]
+        assert "no memory left on its GPU" in str(run.owner.told[-1])
+        assert run.pool.is_idle
+        assert isinstance(asked.exception(), InstanceLostError)
+
+
 @pytest.mark.parametrize("max_restarts", [0, 1])
 async def test_a_nodes_instance_that_is_shot_while_it_starts_is_started_again(
     monkeypatch: pytest.MonkeyPatch, max_restarts: int
