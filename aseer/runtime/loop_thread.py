@@ -6,12 +6,16 @@
 
 Whatever ends a call completes the future that somebody waits for: the call's own end,
 its cancellation, and the end of the thread, which fails the calls that are left.
+
+A process that the user forks has a copy of all this, and no thread: what is asked of
+the copy is refused, and to end it does nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
@@ -38,6 +42,7 @@ class LoopThread:
     def __init__(self, name: str) -> None:
         self.ended = threading.Event()
         self.failure: BaseException | None = None
+        self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._calls: asyncio.TaskGroup | None = None
         self._tasks: dict[Future[Any], asyncio.Task[None]] = {}
@@ -48,6 +53,11 @@ class LoopThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     # From other threads
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is this process's, and not that of one which forked this one."""
+        return os.getpid() == self._pid
 
     def start(self, main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
         """Start the thread.
@@ -68,6 +78,8 @@ class LoopThread:
 
     def request_stop(self) -> None:
         """Set `main`'s event; `ended` tells when the thread is over. Idempotent."""
+        if not self.is_here:
+            return
         self._is_stopping = True  # for a thread that has no loop yet
         loop, stop = self._loop, self._stop
         if loop is not None and stop is not None:
@@ -76,6 +88,8 @@ class LoopThread:
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread's end; whether it ended."""
+        if not self.is_here:
+            return True
         clock = WakingClock(2 * _JOIN_STEP_S)
         while self._thread.is_alive() and clock.read() < timeout_s:
             self._thread.join(_JOIN_STEP_S)
@@ -84,7 +98,7 @@ class LoopThread:
     def post(self, function: Callable[[], object]) -> bool:
         """Run a function on the loop, soon; False if the thread has ended."""
         loop = self._loop
-        if loop is None or self.ended.is_set():
+        if loop is None or not self.is_here or self.ended.is_set():
             return False
         try:
             loop.call_soon_threadsafe(self._do, function)
@@ -114,6 +128,11 @@ class LoopThread:
 
     def closed_error(self) -> EngineError:
         """What a call is told once nothing can run any more."""
+        if not self.is_here:
+            return EngineClosedError(
+                f"the engine is open in process {self._pid}, and process {os.getpid()} "
+                "was forked from that one; use it there, or open another engine here"
+            )
         if self.failure is None:
             return EngineClosedError("the engine is closed")
         error = EngineError(f"the engine failed: {describe(self.failure)}")

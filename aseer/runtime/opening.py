@@ -49,6 +49,8 @@ class Opening:
             ConfigError: `log_dir` cannot be used.
         """
         if self._thread is not None:
+            if not self._thread.is_here:
+                raise self._thread.closed_error()
             raise EngineError("the engine is open already")
         folders = Folders.make(self._config)
         thread = LoopThread("aseer-engine")
@@ -73,6 +75,8 @@ class Opening:
             EngineError: the engine has failed; with the cause.
         """
         thread, started = self._thread, self._started
+        if thread is not None and not thread.is_here:
+            raise thread.closed_error()
         if thread is None or not started.done() or started.exception() is not None:
             raise EngineClosedError(
                 "the engine is not open; use it as a context manager, such as "

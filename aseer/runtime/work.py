@@ -74,6 +74,7 @@ class Work:
 
     def cancel(self, group_id: str) -> None:
         """See `Rollout.cancel`."""
+        self._check_here()
         self.source.check_known(group_id)
         with self._lock:
             session = self.session
@@ -84,6 +85,7 @@ class Work:
 
     def open(self, asker: object) -> Future[Session]:
         """The session to come; the same one when a wait for it was broken off."""
+        self._check_here()
         with self._lock:  # who leaves meanwhile must know of it
             self.check_not_left()
             opening = self._opening
@@ -132,6 +134,8 @@ class Work:
 
     def leave(self) -> None:
         """Stop the work, from any thread; nobody will read on. May be called again."""
+        if not self._thread.is_here:  # nor may the fork wait for locks of its parent's
+            return
         with self._lock:
             if self.was_left or self.is_read:
                 return
@@ -150,7 +154,9 @@ class Work:
 
         Raises:
             RolloutClosedError: the rollout was left.
+            EngineClosedError: this process was forked from the one that has it.
         """
+        self._check_here()
         if self.was_left:
             raise RolloutClosedError(
                 "this rollout was left before its end (its loop ended early, or it was "
@@ -159,12 +165,18 @@ class Work:
 
     def close(self) -> Generator[Step, Any, None]:
         """Leave, and wait until the engines have stopped the work (see `steps`)."""
+        if not self._thread.is_here:
+            return
         self.leave()
         opening, host = self._opening, self._host
         with suppress(AseerError):  # it never began, or the engine has ended
             if opening is not None:
                 session: Session = yield opening
                 yield self._thread.submit(lambda: host.drain(session))
+
+    def _check_here(self) -> None:
+        if not self._thread.is_here:
+            raise self._thread.closed_error()
 
     def _post_cancel(self, session: Session, group_id: str) -> None:
         self._thread.post(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class Thread:
     """An engine's thread that does what is posted, and opens when the test says so."""
 
+    is_here = True
+
     def __init__(self) -> None:
         self.submitted: list[Future[Any]] = []
         self.cancelled: list[Future[Any]] = []
