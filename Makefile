@@ -5,17 +5,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# So many processes share the tests; those of one file stay together.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 TRAINERS := verl skyrl verifiers megatron
 CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo grpo test test-wheel test-quick test-v2 test-trainers coverage lint format bench bench-smoke clean
+.PHONY: help setup demo grpo test test-wheel test-quick test-slow test-v2 test-trainers coverage lint format bench bench-smoke clean
 
 help:
 	@echo "make demo        roll out 64 requests on two vLLM engines on this CPU"
 	@echo "make grpo        train a small model by GRPO on this CPU, from nothing"
 	@echo "make test        all tests that need no GPU, real engines included (minutes)"
 	@echo "make test-quick  unit and property tests (under a minute)"
+	@echo "make test-slow   the tests that make test leaves out since they take long (hours)"
 	@echo "make test-wheel  those and a type check, on the wheel instead of the checkout"
 	@echo "make test-v2     the GPUs' model runner, interpreted on this CPU (minutes)"
 	@echo "make test-trainers  real trainers of others on this CPU (sets up 6 GB, half an hour)"
@@ -40,13 +44,16 @@ grpo: setup
 	@$(BIN)/python examples/grpo/train.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not slow and not v2" $(ARGS)
+	$(PYTEST) -m "not gpu and not slow and not v2" $(ARGS)
 
 test-wheel: setup
 	$(BIN)/python scripts/check_wheel.py $(ARGS)
 
 test-quick: setup
-	$(BIN)/python -m pytest tests/unit tests/property $(ARGS)
+	$(PYTEST) tests/unit tests/property $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and not gpu and not v2" $(ARGS)
 
 test-v2: setup
 	@$(PYTHON) scripts/bootstrap.py --v2

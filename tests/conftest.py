@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import inspect
 import os
@@ -23,7 +24,7 @@ import uuid
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import hypothesis
 import psutil
@@ -42,6 +43,9 @@ GRACE_S = 5.0
 MARK = f"ASEER_TEST_RUN={uuid.uuid4().hex}"
 SHARED_MEMORY = Path("/dev/shm")
 
+# Of Linux's <sched.h> and <sys/mount.h>.
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 1 << 14, 1 << 18
+
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 
@@ -52,7 +56,25 @@ def folder_of(path: Path) -> str:
     return parts[0] if len(parts) > 1 else ""
 
 
+def own_shared_memory() -> bool:
+    """Give this process and its children a /dev/shm that nobody else sees.
+
+    Returns:
+        Whether it may have one, which only root may.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    tmpfs, folder = b"tmpfs", os.fsencode(SHARED_MEMORY)
+    return (
+        libc.unshare(_CLONE_NEWNS) == 0
+        and libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None) == 0
+        and libc.mount(tmpfs, folder, tmpfs, 0, None) == 0
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # One of several processes that run tests at once.
+    if hasattr(config, "workerinput") and not own_shared_memory():
+        Held.sees_shared_memory = False
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
     name, value = MARK.split("=")
     old = tempfile.gettempdir()
@@ -90,6 +112,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(E2E_TIMEOUT_S))
 
 
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the garbage collector's sight.
+
+    A collection looks at a million objects of torch's and others otherwise: 0.7 s for
+    each test whose leaks are looked for, on a slow machine.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 # -- leaks -----------------------------------------------------------------------------
 
 
@@ -103,6 +135,8 @@ class Held:
     sockets: dict[str, str]
     shared_memory: dict[int, str]
 
+    sees_shared_memory: ClassVar[bool] = True  # whether it is nobody else's
+
     @classmethod
     def now(cls) -> Held:
         """What this process and its descendants hold."""
@@ -111,7 +145,7 @@ class Held:
             processes=dict(_processes()),
             files={text: text for text in _open_files()},
             sockets={path: path for path in _socket_files()},
-            shared_memory=dict(_shared_memory()),
+            shared_memory=dict(_shared_memory() if cls.sees_shared_memory else ()),
         )
 
     def leaked_since(self, before: Held) -> Held:
@@ -208,6 +242,7 @@ def _names(folder: Path) -> list[str]:
 def leaks_since(before: Held, grace_s: float = GRACE_S) -> list[str]:
     """What is still held after `grace_s` and was not before; processes are killed."""
     gc.collect()
+    gc.freeze()  # what a test has imported stays
     deadline = time.monotonic() + grace_s
     while lines := (leaked := Held.now().leaked_since(before)).lines():
         if time.monotonic() >= deadline:

@@ -31,6 +31,7 @@ def test_a_model_that_does_not_exist_is_named(tmp_path):
     assert "nowhere" in message
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_the_kv_cache_is_the_cause_that_is_given():
     message = start(tiny_config(num_instances=1, kv_cache_bytes=1 << 16))
     cause = message.splitlines()[0]

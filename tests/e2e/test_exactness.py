@@ -315,6 +315,7 @@ def test_the_distribution_after_a_boundary_is_the_one_without(engine):
     assert min(values) > P_VALUE, values
 
 
+@pytest.mark.slow
 def test_the_distribution_test_catches_a_wrong_temperature_after_a_boundary(engine):
     """What a resumed chunk would do if it lost a setting, made by hand."""
     whole = columns(samples(engine, seed=1, chunk_size=0))

@@ -134,6 +134,7 @@ def test_no_admitted_chunk_is_preempted_when_kv_is_short(mixed):
     assert most_used > 0.5, "and the room there is is used"
 
 
+@pytest.mark.slow
 def test_new_weights_reach_every_layer_of_a_mixed_model(mixed):
     if family_of(mixed) not in TRIED:
         pytest.skip("not tried with this family")
@@ -195,5 +196,6 @@ def test_experts_requests_hop_and_draft_and_nothing_changes(experts):
     assert report.num_preemptions == 0
 
 
+@pytest.mark.slow
 def test_new_weights_reach_every_layer_of_experts(experts):
     new_weights_reach_every_layer(experts)

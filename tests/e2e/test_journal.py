@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import aseer
 from tests.e2e.tiny import by_request, same, tiny_config, tiny_model, undivided
 
@@ -51,6 +53,7 @@ def groups() -> list[aseer.Group]:
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_ends_with_what_it_would_have_had(tmp_path):
     script, journals = tmp_path / "train.py", tmp_path / "journals"
     script.write_text(TRAINER)

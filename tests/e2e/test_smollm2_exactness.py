@@ -14,6 +14,8 @@ from tests.e2e.tiny import by_request
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow
+
 # An engine's matrix products round by the shape of the batch, divided or not: a prefix
 # that is computed again in one step has other last bits than one that grew token by
 # token.

@@ -197,6 +197,7 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_still_work(engine,
     assert_same(roll(engine), old)
 
 
+@pytest.mark.slow
 def test_killed_instances_come_back_with_the_new_weights(engine, expected, trained):
     engine.update_weights_sync(trained)
     victims = {instance.pid for instance in engine.instances}
@@ -253,13 +254,8 @@ def make_tied(directory: Path, seed: int, *, twice: bool) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(
-    "twice",
-    [
-        pytest.param(False, id="one name"),
-        pytest.param(True, id="two names", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("twice", [False, True], ids=["one name", "two names"])
 def test_an_output_layer_that_shares_the_embedding_follows_it(engine, tmp_path, twice):
     """Whatever names the engine's checkpoint has, and whatever the trainer gives."""
     old = make_tied(tmp_path / "old", 1, twice=twice)

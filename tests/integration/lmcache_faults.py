@@ -118,8 +118,13 @@ def check_what_the_disk_gives(pool: Pool, folder: Path) -> bool:
     for file in (path for path in folder.rglob("*") if path.is_file()):
         with file.open("r+b") as written:
             written.write(b"\x55" * 64)
-    pool.server.answer(Poll(clear_dram=True))
-    eventually(lambda: num_held()[0] == 0)
+
+    def is_cleared() -> bool:
+        """What is just being written to the disk stays at first."""
+        pool.server.answer(Poll(clear_dram=True))
+        return num_held()[0] == 0
+
+    eventually(is_cleared)
     pool.server.answer(Poll(prefetch=[wanted]))
     loads = pool.server._prefetches._loads
     eventually(lambda: not pool.server.answer(Poll()) or not loads)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.timeout(120)
 
-LONG = {"ignore_eos": True, "max_tokens": 600}
+LONG = {"n": 2, "ignore_eos": True, "max_tokens": 600}
 PAGE = Path(aseer.__file__).parents[1] / "docs" / "cluster.md"
 SHAPES = {"w": (1000, 1000), "v": (3,)}
 
@@ -122,9 +122,9 @@ async def test_a_node_that_is_killed_costs_no_response(nodes):
 
 
 async def test_a_node_that_joins_in_the_middle_gets_the_weights_and_then_work(nodes):
-    groups = groups_of(24, **LONG)
+    groups = groups_of(8, n=2, ignore_eos=True, max_tokens=1200)
     nodes.start("one")
-    config = nodes.config(engine_args={"weights": SHAPES, "step_s": 0.004})
+    config = nodes.config(engine_args={"weights": SHAPES, "step_s": 0.005})
     async with aseer.Engine(config) as engine:
         before, _ = await rolled_out(engine, groups[:2])
         for new in (weights(), current := weights()):
