@@ -14,6 +14,7 @@ from aseer.inputs.fields import (
     check_host_and_port,
     check_int,
     check_seconds,
+    from_fields,
     gpu_ids,
     model_name,
     one_of,
@@ -197,9 +198,9 @@ class EngineConfig:
             nothing, whatever `chunk_size` is: "least-loaded", "group-round-robin",
             "group-least-unfinished".
         speculation: how tokens are drafted: a method's name ("off", "dgds", "suffix",
-            "ngram"), or a `SpeculationConfig`; a name is kept as one.
+            "ngram"), a `SpeculationConfig` or a mapping of its fields; kept as one.
         kv_pool: where KV is kept that other engines can load: a mode of
-            `KvPoolConfig`, or a `KvPoolConfig`; a mode is kept as one.
+            `KvPoolConfig`, a `KvPoolConfig` or a mapping of its fields; kept as one.
         kv_transfer_config: another KV connector of vLLM's, with its settings, as vLLM
             takes them; aseer then has no pool of its own.
         length_priors: whether a group starts with the length of the longest response
@@ -271,8 +272,8 @@ class EngineConfig:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     chunk_size: int = 2048
     policy: PolicyName = "context-aware"
-    speculation: SpeculationConfig | SpeculationMethod = "off"
-    kv_pool: KvPoolConfig | KvPoolMode = "auto"
+    speculation: SpeculationConfig | SpeculationMethod | Mapping[str, Any] = "off"
+    kv_pool: KvPoolConfig | KvPoolMode | Mapping[str, Any] = "auto"
     kv_transfer_config: Mapping[str, Any] | None = None
     length_priors: bool = False
     starvation_interval: int = 256
@@ -389,15 +390,17 @@ def check_policy(policy: object) -> PolicyName:
 
 
 def check_speculation(
-    speculation: SpeculationConfig | SpeculationMethod,
+    speculation: SpeculationConfig | SpeculationMethod | Mapping[str, Any],
 ) -> SpeculationConfig:
-    """The settings that a method's name stands for; settings are returned as they are.
+    """The settings that a method's name, or a mapping of their fields, stands for.
 
     Raises:
         ConfigError: there is no such method.
     """
     if isinstance(speculation, SpeculationConfig):
         return speculation
+    if isinstance(speculation, Mapping):
+        return from_fields(SpeculationConfig, "speculation", speculation)
     return SpeculationConfig(method=speculation)
 
 
@@ -407,14 +410,18 @@ def is_speculating(config: EngineConfig) -> bool:
     return method != "off" or has_drafter(config.engine_args)
 
 
-def check_kv_pool(kv_pool: KvPoolConfig | KvPoolMode) -> KvPoolConfig:
-    """The settings that a mode stands for; settings are returned as they are.
+def check_kv_pool(
+    kv_pool: KvPoolConfig | KvPoolMode | Mapping[str, Any],
+) -> KvPoolConfig:
+    """The settings that a mode, or a mapping of their fields, stands for.
 
     Raises:
         ConfigError: there is no such mode.
     """
     if isinstance(kv_pool, KvPoolConfig):
         return kv_pool
+    if isinstance(kv_pool, Mapping):
+        return from_fields(KvPoolConfig, "kv_pool", kv_pool)
     return KvPoolConfig(mode=kv_pool)
 
 

@@ -6,8 +6,9 @@ allowed.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aseer.errors import ConfigError
 from aseer.inputs.plain import (
@@ -20,11 +21,13 @@ from aseer.inputs.plain import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 # As good as for ever, and what clocks and timers of all kinds can count.
 _MAX_SECONDS = 1e9
 _MAX_PORT = 65_535
+
+Settings = TypeVar("Settings")
 
 
 def refusal(name: str, value: object, allowed: str) -> ConfigError:
@@ -57,10 +60,24 @@ def check_int(
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
-    text = as_text(value)
+    """The word among `allowed` that was given; YAML reads a bare `off` as False."""
+    text = "off" if value is False and "off" in allowed else as_text(value)
     if text is None or text not in allowed:
         raise refusal(name, value, f"one of {', '.join(allowed)}")
     return text
+
+
+def from_fields(cls: type[Settings], name: str, given: Mapping[Any, Any]) -> Settings:
+    """Settings from a mapping of their fields, as a YAML file has them.
+
+    Raises:
+        ConfigError: a key is no field, or a value is not allowed.
+    """
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for key in given:
+        if key not in known:
+            raise refusal(f"{name}'s key", key, f"some of {', '.join(known)}")
+    return cls(**{str(key): value for key, value in given.items()})
 
 
 def gpu_ids(gpus: object) -> tuple[str, ...]:

@@ -229,6 +229,25 @@ def test_numbers_may_be_numpys_and_are_kept_as_plain_data() -> None:
     check_plain([getattr(config, f.name) for f in fields(config)])
 
 
+def test_settings_may_come_from_a_yaml_file() -> None:
+    """There a bare `off` is False, and settings of settings are mappings."""
+    config = EngineConfig(model="m", kv_pool=False, speculation=False)
+    assert config == EngineConfig(model="m", kv_pool="off", speculation="off")
+    config = EngineConfig(
+        model="m",
+        kv_pool={"mode": "lmcache", "chunk_tokens": 64},
+        speculation={"method": "dgds", "max_draft_tokens": 4},
+    )
+    assert config.kv_pool == KvPoolConfig(mode="lmcache", chunk_tokens=64)
+    assert config.speculation == SpeculationConfig(method="dgds", max_draft_tokens=4)
+    with pytest.raises(ConfigError, match=r"kv_pool's key='modes' .* mode, dram_bytes"):
+        EngineConfig(model="m", kv_pool={"modes": "off"})
+    with pytest.raises(ConfigError, match="policy=False is not allowed"):
+        EngineConfig(model="m", policy=False)
+    with pytest.raises(ConfigError, match="kv_pool=True is not allowed"):
+        EngineConfig(model="m", kv_pool=True)
+
+
 def test_settings_do_not_change_with_what_they_were_made_of() -> None:
     args = {"hf_overrides": {"a": 1}}
     config = EngineConfig(model="m", engine_args=args)
