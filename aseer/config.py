@@ -353,8 +353,10 @@ class EngineConfig:
         set_field(self, "env", dict(variable(*item) for item in self.env.items()))
         check_directory(self, "python", "an interpreter's path")
         check_directory(self, "log_dir")
-        if not isinstance(self.logs_calls, bool):
+        logs_calls = as_bool(self.logs_calls)
+        if logs_calls is None:
             raise refusal("logs_calls", self.logs_calls, "True or False")
+        set_field(self, "logs_calls", logs_calls)
         if self.logs_calls and self.log_dir is None:
             raise refusal("log_dir", None, "a directory, since logs_calls is True")
         check_directory(self, "journal_dir")

@@ -143,9 +143,19 @@ def variable(name: object, value: object) -> tuple[str, str]:
 
 
 def check_seconds(config: object, name: str) -> None:
-    value = getattr(config, name)
-    number = as_float(value)
-    if number is None or not 0 < number <= _MAX_SECONDS:
-        allowed = f"a number of seconds above 0, at most {_MAX_SECONDS:g}"
-        raise refusal(name, value, allowed)
-    set_field(config, name, number)
+    set_field(config, name, seconds(name, getattr(config, name)))
+
+
+def seconds(name: str, given: object, *, or_zero: bool = False) -> float:
+    """A time that is given, in seconds.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    number = as_float(given)
+    is_allowed = number is not None and (number > 0 or (or_zero and number == 0))
+    if number is None or not is_allowed or number > _MAX_SECONDS:
+        least = "of 0 or more" if or_zero else "above 0"
+        allowed = f"a number of seconds {least}, at most {_MAX_SECONDS:g}"
+        raise refusal(name, given, allowed)
+    return number

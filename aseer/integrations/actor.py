@@ -123,7 +123,7 @@ class EngineActor:
     async def hold(self) -> None:
         """Begin no more requests, and return once those that run are over."""
         self._is_admitting.clear()
-        await self._nothing_runs.wait()
+        await self._nothing_runs.wait()  # none begins meanwhile
 
     async def abort(self, *, rejects: bool) -> int:
         """End what runs with the tokens that there are; their number.
@@ -179,11 +179,15 @@ class EngineActor:
 
     # Memory
 
-    async def sleep(self) -> None:
-        """End the rollout when its requests are over, and release the GPUs."""
+    async def sleep(self, level: int = _SLEEP_LEVEL) -> None:
+        """End the rollout when its requests are over, and release the GPUs.
+
+        Args:
+            level: see `Engine.sleep`.
+        """
         await self._drain()
         if self._settings.sleeps:
-            await self._get().sleep(_SLEEP_LEVEL)
+            await self._get().sleep(level)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
         """Take the GPUs' memory back: all, or the weights' or the KV cache's."""
@@ -206,7 +210,8 @@ class EngineActor:
             return self._desk
 
     async def _drain(self) -> None:
-        await self._nothing_runs.wait()
+        while self._num_running:  # one may have begun since the last was over
+            await self._nothing_runs.wait()
         await self._close_desk()
 
     async def _close_desk(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError
+from aseer.inputs.fields import seconds
 from aseer.runtime.takes_weights import UPDATE_TIMEOUT_S
 
 #: Siblings come through Ray, one call each, and through a trainer's own balancer. A
@@ -51,12 +52,14 @@ def own_settings(given: Any, where: str) -> OwnSettings:
     """The user's settings below the trainer's key `where`.
 
     Raises:
-        ConfigError: a name is none of aseer's.
+        ConfigError: a name is none of aseer's, or a time is none.
     """
     own = dict(plain(given or {}))
+    join_s = own.pop("join_s", JOIN_S)
+    timeout_s = own.pop("update_timeout_s", UPDATE_TIMEOUT_S)
     times = {
-        "join_s": float(own.pop("join_s", JOIN_S)),
-        "update_timeout_s": float(own.pop("update_timeout_s", UPDATE_TIMEOUT_S)),
+        "join_s": seconds(f"{where}.join_s", join_s, or_zero=True),
+        "update_timeout_s": seconds(f"{where}.update_timeout_s", timeout_s),
     }
     known = {field.name for field in fields(EngineConfig)}
     for name in own:

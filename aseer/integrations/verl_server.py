@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # What verl's generate() is given beside token ids, when there is something of it.
 _MEDIA = ("image_data", "video_data", "audio_data", "mm_processor_kwargs")
+# The level of sleep that does.
+_KEEPING_WEIGHTS = 1
 
 
 class AseerServer(EngineActor):
@@ -107,7 +109,7 @@ class AseerServer(EngineActor):
 
     async def release_kv_cache(self) -> None:
         """End the rollout; as verl's own, it keeps the weights."""
-        await self.sleep()
+        await self.sleep(_KEEPING_WEIGHTS)
         await self.wake_up(["weights"])
 
     async def resume_kv_cache(self) -> None:

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from aseer.errors import AseerError, ConfigError, RolloutClosedError
 from aseer.groups import Group, check_group_id
+from aseer.inputs.fields import refusal
+from aseer.inputs.plain import as_int
 from aseer.runtime.rollout import Rollout
 from aseer.types import GroupId
 
@@ -138,13 +140,19 @@ class Desk:
 
         Raises:
             ConfigError: the request cannot run.
-            RolloutClosedError: the desk is closed.
+            RolloutClosedError: the desk is closed, or was never entered.
             AseerError: what ended the rollout.
         """
         if self._end is not None:
             raise self._end
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise ConfigError(f"n={n!r} is not allowed; give an int >= 1, or None")
+        if self._reader is None:
+            raise RolloutClosedError(
+                "the desk is not open; use it as a context manager: `async with "
+                "engine.open_rollout() as desk:`"
+            )
+        size = None if n is None else as_int(n)
+        if n is not None and (size is None or size < 1):
+            raise refusal("n", n, "an int >= 1, or None")
         given = Group(
             prompt,
             n=1,
@@ -156,7 +164,7 @@ class Desk:
         key = _content_of(task) if group is None else check_group_id(group)
         joining = self._joining.get(key)
         if joining is None:
-            joining = self._joining[key] = _Joining(task, n)
+            joining = self._joining[key] = _Joining(task, size)
             loop = asyncio.get_running_loop()
             joining.deadline = loop.call_later(self._join_s, self._start, key)
         elif _content_of(joining.task) != _content_of(task):

@@ -18,6 +18,7 @@ from aseer.config import (
 )
 from aseer.errors import ConfigError
 from aseer.groups import GroupResolver
+from aseer.inputs.fields import seconds
 from aseer.inputs.tokenizer import HuggingFaceTokenizer
 from aseer.models.traits import read_traits
 from aseer.node.interpreter import interpreter_at
@@ -236,8 +237,7 @@ class Engine(TakesWeights):
             ConfigError: a setting that cannot work.
             EngineClosedError: the engine is not open.
         """
-        if not 0 <= join_s < float("inf"):
-            raise ConfigError(f"join_s={join_s!r} is not allowed; give seconds >= 0")
+        join_s = seconds("join_s", join_s, or_zero=True)
         chosen = None if policy is None else check_policy(policy)
         source = OpenSource(self._resolver(chosen))
         return Desk(self._work(source, chosen, chunk_size), source, join_s)
@@ -268,8 +268,8 @@ class Engine(TakesWeights):
         asleep already stays as it is.
 
         Args:
-            level: 1 keeps the weights in the host's memory; 2 drops them, so that
-                `update_weights` must follow `wake`. Both drop the KV cache.
+            level: 1 keeps the weights in the host's memory; 2 drops them, so that no
+                rollout begins before `update_weights`. Both drop the KV cache.
 
         Raises:
             ConfigError: there is no such level.

@@ -37,7 +37,7 @@ from aseer.runtime.metrics import Figures
 from aseer.runtime.open_update import OpenUpdates
 from aseer.runtime.session import Session
 from aseer.runtime.sleep import Sleep
-from aseer.runtime.weights import NO_INSTANCE, NO_WEIGHTS, WeightKeeper
+from aseer.runtime.weights import DROPPED, NO_INSTANCE, NO_WEIGHTS, WeightKeeper
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
 from aseer.watch import wait_awake
 from aseer.weights.files import no_place
@@ -235,7 +235,7 @@ class Host:
         Raises:
             ConfigError: its journal is another rollout's, or cannot be used.
             RolloutInProgressError: one is in progress.
-            EngineError: the engine is asleep, or no instance is left.
+            EngineError: the engine is asleep, has no weights, or no instance is left.
         """
         self._check_alive()
         claim = await self._take(Call.ROLLOUT, asker)
@@ -244,6 +244,8 @@ class Host:
             self._check_alive()
             if not self.infos and self._pool.in_need_of_weights:
                 raise EngineError(NO_WEIGHTS)
+            if self.weights.lacks_whole:
+                raise EngineError(DROPPED)
             if plan is not None:
                 journal = await self._open_journal(plan)
                 self._check_open()
@@ -302,6 +304,7 @@ class Host:
             RolloutInProgressError: a rollout is in progress, and `pause` is None.
             WeightUpdateError: the version is not a later one.
         """
+        self.weights.next_version(version)  # or a rollout would be aborted for nothing
         claim = await self._take(_CALLS[pause], asker)
         try:
             self._check_alive()
@@ -440,13 +443,14 @@ class Host:
             self._check_alive()
             if not self.infos:
                 raise EngineError(NO_INSTANCE)
-            await self._sleep.begin(self.infos, level)
+            try:
+                await self._sleep.begin(self.infos, level)
+            finally:
+                self.weights.lacks_whole |= self._sleep.drops_weights
             self._check_open()
         except BaseException:
             claim.release()
             raise
-        finally:
-            self.weights.lacks_whole |= self._sleep.drops_weights
         claim.become(Activity.ASLEEP)
 
     async def wake(self, tags: WakeTags) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aseer.config import check_pause, check_transfer
 from aseer.errors import ConfigError, WeightUpdateError, describe
+from aseer.inputs.fields import seconds
 from aseer.report import WeightUpdateReport
 from aseer.runtime.direct_update import EnginesThere
 from aseer.runtime.steps import Either
@@ -154,10 +155,7 @@ def begin_steps(
     check_transfer(transfer)
     # What will be sent is not known yet, nor which processes take part.
     way = "host" if transfer == "auto" else transfer
-    if isinstance(timeout_s, bool) or not 0 < timeout_s < float("inf"):
-        raise ConfigError(
-            f"timeout_s={timeout_s!r} is not allowed; give seconds greater than 0"
-        )
+    timeout_s = seconds("timeout_s", timeout_s)
     begin = partial(host.open_weight_update, version, pause, timeout_s, asker, way)
     target: WeightTarget = yield from _begun(
         thread, thread.submit(begin), host.abandon_open_update

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import msgspec
 
 from aseer.errors import EngineError, InstanceLostError, WeightUpdateError, describe
+from aseer.inputs.plain import as_int
 from aseer.node.cleanup import weights_dir_for
 from aseer.node.machine import free_memory_bytes
 from aseer.weights.checks import ModelSpec
@@ -60,6 +61,11 @@ NO_WEIGHTS = (
     "from the trainer: call update_weights"
 )
 
+DROPPED = (
+    "the engine's weights went with sleep(level=2), and no update has brought others "
+    "since: call update_weights first, or use sleep(level=1), which keeps them"
+)
+
 
 def weights_dir_of(config: EngineConfig, run_dir: Path) -> Path:
     """Where tensors for the engines go: memory, if it can be shared as files."""
@@ -98,6 +104,29 @@ class WeightKeeper:
         self._switch: _Switch | None = None
         self._num_plans = 0
 
+    def next_version(self, given: object) -> int:
+        """The version of the next update, as given, or the one after the current.
+
+        Raises:
+            WeightUpdateError: what is given is not a later one.
+        """
+        wanted = self.version + 1 if given is None else as_int(given)
+        if wanted is None:
+            raise WeightUpdateError(
+                f"version={given!r:.100} is not an int; give one greater than the "
+                f"engine's {self.version}, or none"
+            )
+        if wanted <= self.version:
+            raise WeightUpdateError(
+                f"version={wanted} does not follow the engine's {self.version}; "
+                "give a greater one, or none"
+            )
+        if wanted > MAX_VERSION:
+            raise WeightUpdateError(
+                f"version={wanted} is not allowed; give one up to {MAX_VERSION}"
+            )
+        return wanted
+
     async def begin(
         self,
         pool: InstancePool,
@@ -112,18 +141,7 @@ class WeightKeeper:
                 new weights.
             EngineError: no instance can say what it takes.
         """
-        wanted = self.version + 1 if version is None else version
-        if isinstance(wanted, bool) or not isinstance(wanted, int):
-            raise WeightUpdateError(f"version={version!r} is not an int")
-        if wanted <= self.version:
-            raise WeightUpdateError(
-                f"version={wanted} does not follow the engine's {self.version}; "
-                "give a greater one, or none"
-            )
-        if wanted > MAX_VERSION:
-            raise WeightUpdateError(
-                f"version={wanted} is not allowed; give one up to {MAX_VERSION}"
-            )
+        wanted = self.next_version(version)
         model = self._model = self._model or await _describe(pool, sorted(instances))
         self._num_plans += 1
         directory = self._directory / f"{wanted}-{self._num_plans}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
+import numpy as np
 import pytest
 
 import aseer
@@ -116,5 +117,17 @@ async def test_those_who_wait_when_the_engine_is_lost_are_told():
 
 
 async def test_a_time_to_join_that_makes_no_sense_is_refused(engine):
-    with pytest.raises(aseer.ConfigError, match="join_s=-1"):
-        engine.open_rollout(join_s=-1)
+    for seconds in (-1, "0.1", None, float("inf")):
+        with pytest.raises(aseer.ConfigError, match="join_s="):
+            engine.open_rollout(join_s=seconds)
+
+
+async def test_a_desk_that_nobody_entered_says_so_at_once(engine):
+    desk = engine.open_rollout()
+    with pytest.raises(aseer.RolloutClosedError, match="use it as a context manager"):
+        await desk.submit([5], SAMPLING)
+    async with desk:
+        response = await desk.submit([5], SAMPLING, n=np.int64(1))
+        assert response.finish_reason == "stop"
+        with pytest.raises(aseer.ConfigError, match="n=0"):
+            await desk.submit([5], SAMPLING, n=0)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 import aseer
@@ -314,6 +315,39 @@ async def test_weights_are_updated_before_kv_caches_wake():
         assert await roll(engine) != before
         with pytest.raises(aseer.ConfigError, match="tags"):
             await engine.wake(["graphs"])
+
+
+async def test_no_rollout_samples_from_weights_that_were_dropped():
+    async with aseer.Engine(sims()) as engine:
+        await engine.sleep(level=2)
+        await engine.wake()
+        for _ in range(2):
+            with pytest.raises(aseer.EngineError, match="call update_weights first"):
+                await roll(engine)
+        with pytest.raises(aseer.WeightUpdateError):
+            await engine.update_weights({})
+        with pytest.raises(aseer.EngineError, match="call update_weights first"):
+            await roll(engine)
+        await engine.update_weights(weights(1.0))
+        before = await roll(engine)
+        await engine.sleep(level=1)
+        await engine.wake()
+        assert await roll(engine) == before
+
+
+async def test_a_bad_version_aborts_no_rollout_and_a_good_one_may_be_numpys():
+    async with aseer.Engine(sims()) as engine:
+        await engine.update_weights(weights(1.0), version=np.int64(5))
+        async with engine.rollout(groups_of(2)) as rollout:
+            with pytest.raises(aseer.WeightUpdateError, match="does not follow"):
+                await engine.update_weights(weights(2.0), version=5, pause="abort")
+            with pytest.raises(aseer.WeightUpdateError, match="does not follow"):
+                await engine.begin_update(version=5, pause="abort")
+            reasons = {r.finish_reason async for r in rollout}
+        assert "aborted" not in reasons
+        for seconds in ("60", 0, float("nan"), None):
+            with pytest.raises(aseer.ConfigError, match="timeout_s="):
+                await engine.begin_update(timeout_s=seconds)
 
 
 async def test_what_dies_while_the_engine_sleeps_is_started_again_at_its_waking():

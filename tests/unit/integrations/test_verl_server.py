@@ -160,7 +160,22 @@ async def test_requests_of_a_rollout_share_a_desk_until_the_engine_sleeps(server
     await server.set_global_steps(5)
     await server.release_kv_cache()
     await server.wait_for_requests_to_drain()
-    assert engine.did[-2:] == ["sleep 2", "wake ['weights']"]
+    assert engine.did[-2:] == ["sleep 1", "wake ['weights']"], "they are kept"
+
+
+async def test_a_request_that_begins_as_the_last_one_ends_is_waited_for(server):
+    engine = server._get()
+    first = asked(server)
+    await settled()
+    sleeping = asyncio.get_running_loop().create_task(server.sleep())
+    await settled()
+    engine.desks[0].answer()
+    second = asked(server)  # it begins between the first one's end and who waits for it
+    await settled()
+    assert not sleeping.done(), "something runs"
+    engine.desks[0].answer()
+    await sleeping
+    assert [(await each).stop_reason for each in (first, second)] == ["completed"] * 2
 
 
 async def test_aborted_requests_keep_their_tokens_and_later_ones_wait(server):
