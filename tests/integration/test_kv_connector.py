@@ -7,6 +7,7 @@ at. CPU engines never schedule asynchronously, and GPU engines do by default.
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections import deque
 from itertools import count
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what they use and is deprecated
     import torch
     from lmcache.integration.vllm import lmcache_mp_connector
+    from lmcache.integration.vllm.utils import mm_hash_to_token_values
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
@@ -41,6 +43,8 @@ with warnings.catch_warnings():
     from aseer.kv.connector import LATE_STORES, TransferStats
     from aseer.kv.settings import CONNECTOR, CONNECTOR_MODULE, TIMEOUT_KEY
 
+from aseer.inputs.prompt_image import PromptImage
+from aseer.kv.images import pool_tokens
 from aseer.models.tiny import make_tiny
 
 if TYPE_CHECKING:
@@ -203,3 +207,15 @@ def test_an_engines_times_are_those_of_one_worker_and_its_failures_are_of_all() 
         worker.add_of_worker(4, store_s=2.0, num_failures=1)
         engine.aggregate(worker)
     assert engine.data == {"store_s": 2.0, "num_failures": 4}
+
+
+def test_an_images_tokens_are_those_of_lmcache() -> None:
+    ids = array("i", range(25))
+    images = [
+        PromptImage(key="one", path="", start=1, num_tokens=3),
+        PromptImage(key="other", path="", start=5, num_tokens=20),
+    ]
+    found = pool_tokens(ids.tobytes(), images)
+    ids[1:4] = array("i", mm_hash_to_token_values("one", 3))
+    ids[5:25] = array("i", mm_hash_to_token_values("other", 20))
+    assert found == ids.tobytes()

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 import aseer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "aseer"
@@ -154,19 +160,27 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+def statements_of(
+    nodes: list[ast.AST], *, at_run_time: bool = True
+) -> Iterator[tuple[ast.AST, bool]]:
+    """Every statement, however deep, and whether it is for more than types."""
+    for node in nodes:
+        yield node, at_run_time
+        only_types = isinstance(node, ast.If) and (
+            ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        )
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            yield from statements_of(
+                getattr(node, field, []),
+                at_run_time=at_run_time and not (only_types and field == "body"),
+            )
+
+
+@cache
 def imports_of(source: str) -> list[Import]:
     """Everything a module imports, wherever in it; ours as modules, not names."""
-    tree = ast.parse(source)
-    only_types = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If)
-        and ast.unparse(block.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-        for statement in block.body
-        for node in ast.walk(statement)
-    }
     found = []
-    for node in ast.walk(tree):
+    for node, at_run_time in statements_of([ast.parse(source)]):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -179,7 +193,6 @@ def imports_of(source: str) -> list[Import]:
             ]
         else:
             continue
-        at_run_time = id(node) not in only_types
         found += [
             Import(name, node.lineno, at_run_time) for name in dict.fromkeys(targets)
         ]
@@ -218,9 +231,9 @@ def violations(module: str, source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_modules_import_only_what_their_room_may(module: str) -> None:
-    assert violations(module, MODULES[module].read_text()) == []
+def test_modules_import_only_what_their_room_may() -> None:
+    found = [violations(module, path.read_text()) for module, path in MODULES.items()]
+    assert list(chain.from_iterable(found)) == []
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -310,6 +323,25 @@ def test_a_process_of_an_engine_imports_nothing_of_the_users(module: str) -> Non
         for name in imported
         if name.startswith(("aseer.runtime", "aseer.controller", "aseer.scheduler"))
     ]
+
+
+# Every process of a parallel run collects all tests, and imports their modules.
+SLOW = "lmcache|peft|safetensors.torch|torch|transformers|trl|vllm"
+IMPORTS_SLOW = re.compile(
+    rf"""^(?:import |from |(?:\w+ = )?pytest\.importorskip\(")(?:{SLOW})\b.*""", re.M
+)
+
+
+def test_collecting_unit_and_property_tests_imports_nothing_slow() -> None:
+    assert IMPORTS_SLOW.search('import os\ntorch = pytest.importorskip("torch")')
+    assert IMPORTS_SLOW.search("from vllm.config import VllmConfig")
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for folder in ("unit", "property")
+        for path in (ROOT / "tests" / folder).rglob("*.py")
+        if (lines := IMPORTS_SLOW.findall(path.read_text()))
+    }
+    assert found == {}, "take them from tests/lazy.py, or import them in a function"
 
 
 def test_modules_with_public_names_are_there_without_an_import_of_their_own() -> None:

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-pytest.importorskip("matplotlib")
-
 END_S = 10.0
 TAIL_S = 2.5
+
+
+@pytest.fixture(autouse=True)
+def _matplotlib_is_there() -> None:
+    pytest.importorskip("matplotlib")
 
 
 def samples(instance_id: int, *, rate: int = 100) -> list[TimelineSample]:

@@ -7,10 +7,11 @@ import copy
 import pytest
 
 from aseer.weights.adapters import has_adapters, merged_weights
+from tests.lazy import Lazy
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+torch = Lazy("torch")
+transformers = Lazy("transformers")
+peft = Lazy("peft")
 
 
 def base_model(dtype):
@@ -27,7 +28,7 @@ def base_model(dtype):
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -38,6 +39,7 @@ def base_model(dtype):
     ids=["lora", "dora", "lm_head trained whole"],
 )
 def test_adapters_are_merged_in_copies(settings, dtype):
+    dtype = getattr(torch, dtype)
     base = base_model(dtype)
     names = set(base.state_dict())
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, **settings))

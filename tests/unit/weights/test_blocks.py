@@ -9,11 +9,12 @@ import pytest
 
 from aseer.weights import blocks
 from aseer.weights.blocks import BlockWriter
+from tests.lazy import Lazy
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-torch = pytest.importorskip("torch")
+torch = Lazy("torch")
 
 
 class Device:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,8 +16,12 @@ from aseer.weights.checks import ModelSpec, TensorSpec
 from aseer.weights.direct import chosen_way
 from aseer.weights.finite import FiniteCheck
 from aseer.weights.held import HeldTensors
+from tests.lazy import Lazy
 
-torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+torch = Lazy("torch")
 
 MODEL = ModelSpec(
     {
@@ -41,21 +46,25 @@ def held(source: Any, device: str = "cpu") -> HeldTensors:
     return HeldTensors(source, MODEL, "ipc", device)
 
 
-class Sharded(torch.Tensor):  # type: ignore[misc]
-    """What a DTensor is to us: its own part, and the whole of all processes."""
+@cache
+def sharded_type() -> Any:
+    class Sharded(torch.Tensor):  # type: ignore[misc]
+        """What a DTensor is to us: its own part, and the whole of all processes."""
 
-    num_gathered = 0
+        num_gathered = 0
 
-    def to_local(self) -> Any:
-        return self.as_subclass(torch.Tensor)[:1]
+        def to_local(self) -> Any:
+            return self.as_subclass(torch.Tensor)[:1]
 
-    def full_tensor(self) -> Any:
-        self.num_gathered += 1
-        return self.as_subclass(torch.Tensor)
+        def full_tensor(self) -> Any:
+            self.num_gathered += 1
+            return self.as_subclass(torch.Tensor)
+
+    return Sharded
 
 
 def sharded(values: Any) -> Any:
-    return values.as_subclass(Sharded)
+    return values.as_subclass(sharded_type())
 
 
 @pytest.fixture
@@ -140,22 +149,31 @@ def test_sharded_tensors_are_gathered_once_each_whether_they_are_sent_or_not() -
 
 
 @pytest.mark.parametrize(
-    ("source", "why"),
+    ("made", "why"),
     [
-        (tensors(**{"layer.weight": torch.full((3,), float("inf"))}), "NaN or inf"),
-        (tensors(**{"layer.weight": torch.ones(4)}), r"shape \[4\]"),
-        (tensors(extra=torch.ones(1)), "no tensor 'extra'"),
-        (tensors(**{"lm_head.weight": torch.zeros(4, 2)}), "has one tensor for both"),
-        (iter(tensors().items()), "takes an nn.Module or a state_dict"),
-        (SimpleNamespace(peft_config={}, get_base_model=None), "a layer at a time"),
-        ({}, "were not given"),
+        (
+            lambda: tensors(**{"layer.weight": torch.full((3,), float("inf"))}),
+            "NaN or inf",
+        ),
+        (lambda: tensors(**{"layer.weight": torch.ones(4)}), r"shape \[4\]"),
+        (lambda: tensors(extra=torch.ones(1)), "no tensor 'extra'"),
+        (
+            lambda: tensors(**{"lm_head.weight": torch.zeros(4, 2)}),
+            "has one tensor for both",
+        ),
+        (lambda: iter(tensors().items()), "takes an nn.Module or a state_dict"),
+        (
+            lambda: SimpleNamespace(peft_config={}, get_base_model=None),
+            "a layer at a time",
+        ),
+        (dict, "were not given"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_sent(
-    source: Any, why: str
+    made: Callable[[], Any], why: str
 ) -> None:
     with pytest.raises(WeightUpdateError, match=why):
-        held(source)
+        held(made())
 
 
 def test_tensors_elsewhere_are_refused_by_name_with_what_to_do() -> None:

@@ -14,10 +14,11 @@ from aseer.weights.files import (
     map_tensors,
     read_index,
 )
+from tests.lazy import Lazy
 from tests.unit.weights.made import send
 
-torch = pytest.importorskip("torch")
-safetensors = pytest.importorskip("safetensors.torch")
+torch = Lazy("torch")
+safetensors = Lazy("safetensors.torch")
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LISTING = "model.safetensors.index.json"

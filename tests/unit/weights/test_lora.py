@@ -12,13 +12,14 @@ from aseer.weights.checks import ModelSpec, TensorSpec
 from aseer.weights.files import INDEX, map_tensors, read_index
 from aseer.weights.lora import module_of
 from aseer.weights.sending import send
+from tests.lazy import Lazy
 from tests.unit.weights.test_adapters import base_model
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
+torch = Lazy("torch")
+peft = Lazy("peft")
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -13,16 +13,17 @@ from aseer.weights import sending
 from aseer.weights.checks import ModelSpec, TensorSpec
 from aseer.weights.files import describe_checkpoint, map_tensors, read_index
 from aseer.weights.sending import check_source
+from tests.lazy import Lazy
 from tests.unit.weights.made import send, send_async
 
-torch = pytest.importorskip("torch")
+torch = Lazy("torch")
 
 NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3",
+    "torch.float32": "F32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.int64": "I64",
+    "torch.float8_e4m3fn": "F8_E4M3",
 }
 Space = namedtuple("Space", "f_blocks f_bavail f_frsize")
 
@@ -39,7 +40,9 @@ def tensors():
 
 
 def model_of(given, dtype="F32", tied=()):
-    specs = {k: TensorSpec(NAMES[t.dtype], tuple(t.shape)) for k, t in given.items()}
+    specs = {
+        k: TensorSpec(NAMES[str(t.dtype)], tuple(t.shape)) for k, t in given.items()
+    }
     return ModelSpec(specs, dtype, list(tied))
 
 
@@ -238,28 +241,36 @@ def test_a_checkpoint_with_a_bad_value_is_refused(tmp_path):
 
 
 def fake():
-    from torch._subclasses import FakeTensorMode
-
-    with FakeTensorMode():
+    with Lazy("torch._subclasses").FakeTensorMode():
         return torch.ones(2)
 
 
 @pytest.mark.parametrize("is_held", [True, False])
 @pytest.mark.parametrize(
-    ("values", "match"),
+    ("made", "match"),
     [
-        (torch.ones(2, device="meta"), "'w' has no values: it is on the meta device"),
-        (torch.ones(2).to_sparse(), r"'w' is torch.sparse_coo; .*\.to_dense"),
-        (fake(), "'w', a FakeTensor, cannot be read"),
-        (torch.ones(2).numpy(), "'w' is a ndarray, not a tensor; torch.from_numpy"),
-        ([1.0, 1.0], "'w' is a list, not a tensor"),
-        (None, "'w' is a NoneType, not a tensor"),
-        (torch.ones(2, dtype=torch.complex64), "dtype complex64; the model's has F32"),
+        (
+            lambda: torch.ones(2, device="meta"),
+            "'w' has no values: it is on the meta device",
+        ),
+        (lambda: torch.ones(2).to_sparse(), r"'w' is torch.sparse_coo; .*\.to_dense"),
+        (fake, "'w', a FakeTensor, cannot be read"),
+        (
+            lambda: torch.ones(2).numpy(),
+            "'w' is a ndarray, not a tensor; torch.from_numpy",
+        ),
+        (lambda: [1.0, 1.0], "'w' is a list, not a tensor"),
+        (lambda: None, "'w' is a NoneType, not a tensor"),
+        (
+            lambda: torch.ones(2, dtype=torch.complex64),
+            "dtype complex64; the model's has F32",
+        ),
     ],
 )
 def test_what_is_no_tensor_with_values_is_refused_by_its_name(
-    values, match, is_held, tmp_path
+    made, match, is_held, tmp_path
 ):
+    values = made()
     model = model_of({"w": torch.ones(2)})
     source = {"w": values} if is_held else iter([("w", values)])
     with pytest.raises(WeightUpdateError, match=match):
@@ -268,24 +279,25 @@ def test_what_is_no_tensor_with_values_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize(
-    ("source", "match"),
+    ("made", "match"),
     [
-        (5, "not a int"),
-        (None, "not a NoneType"),
-        (b"weights", "not a bytes"),
-        ("/no/such/directory", "there is no directory '/no/such/directory'"),
-        (torch.nn.Linear(1, 1).named_parameters, "not a method"),
-        (torch.nn.Linear, "not a type"),
-        ([torch.ones(2, 2)], "gave a Tensor, which is no pair"),
-        (["w"], "gave a str, which is no pair"),
-        ([("w", torch.ones(2), 3)], "gave a tuple, which is no pair"),
-        ([(5, torch.ones(2))], "a name is a int"),
-        ({5: torch.ones(2)}, "a name is a int"),
-        ([], "1 of the model's 1 tensors were not given: 'w'"),
-        ({}, "1 of the model's 1 tensors were not given: 'w'"),
+        (lambda: 5, "not a int"),
+        (lambda: None, "not a NoneType"),
+        (lambda: b"weights", "not a bytes"),
+        (lambda: "/no/such/directory", "there is no directory '/no/such/directory'"),
+        (lambda: torch.nn.Linear(1, 1).named_parameters, "not a method"),
+        (lambda: torch.nn.Linear, "not a type"),
+        (lambda: [torch.ones(2, 2)], "gave a Tensor, which is no pair"),
+        (lambda: ["w"], "gave a str, which is no pair"),
+        (lambda: [("w", torch.ones(2), 3)], "gave a tuple, which is no pair"),
+        (lambda: [(5, torch.ones(2))], "a name is a int"),
+        (lambda: {5: torch.ones(2)}, "a name is a int"),
+        (list, "1 of the model's 1 tensors were not given: 'w'"),
+        (dict, "1 of the model's 1 tensors were not given: 'w'"),
     ],
 )
-def test_what_are_no_weights_is_said(source, match, tmp_path):
+def test_what_are_no_weights_is_said(made, match, tmp_path):
+    source = made()
     with pytest.raises(WeightUpdateError, match=match):
         sent(source, model_of({"w": torch.ones(2)}), tmp_path / "new")
 

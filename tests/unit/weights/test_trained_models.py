@@ -13,11 +13,12 @@ import pytest
 from aseer.errors import WeightUpdateError
 from aseer.weights.files import describe_checkpoint, map_tensors
 from aseer.weights.sending import check_source
+from tests.lazy import Lazy
 from tests.unit.weights.made import send
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
+torch = Lazy("torch")
+transformers = Lazy("transformers")
+safetensors = Lazy("safetensors.torch")
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -73,10 +74,10 @@ SOURCES = {
     "gathered": gathered,
     "gathered pairs": lambda model: iter(gathered(model).items()),
     "the output layer first": lambda model: reversed(gathered(model).items()),
-    "data parallel": torch.nn.DataParallel,
+    "data parallel": lambda model: torch.nn.DataParallel(model),
     "its state_dict": lambda model: torch.nn.DataParallel(model).state_dict(),
     "its pairs": lambda model: torch.nn.DataParallel(model).named_parameters(),
-    "compiled": torch.compile,
+    "compiled": lambda model: torch.compile(model),
     "compiled pairs": lambda model: torch.compile(model).named_parameters(),
     "both pairs": lambda model: torch.nn.DataParallel(
         torch.compile(model)
@@ -112,7 +113,7 @@ def test_a_whole_checkpoint_is_whole_however_it_was_saved(
 @pytest.fixture
 def process_group():
     """Of one process, which talks to nobody."""
-    import torch.distributed as dist
+    dist = pytest.importorskip("torch.distributed")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
