@@ -23,7 +23,12 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
-from aseer.errors import AseerError, ConfigError, RolloutClosedError
+from aseer.errors import (
+    AseerError,
+    ConfigError,
+    RolloutClosedError,
+    RolloutError,
+)
 from aseer.groups import Group, check_group_id
 from aseer.inputs.fields import refusal
 from aseer.inputs.plain import as_int
@@ -213,7 +218,9 @@ class Desk:
                 if waiting is not None and not waiting[response.index].done():
                     waiting[response.index].set_result(response)
         except AseerError as ended:
-            error = ended
+            # What a rollout says of requests that failed is nothing to the others.
+            if not (isinstance(ended, RolloutError) and self._work.is_over):
+                error = ended
         self._fail(error)
 
     def _fail(self, error: BaseException) -> None:

@@ -69,6 +69,11 @@ class Work:
             raise AseerError("the rollout is not finished; iterate it to its end first")
         return report
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the rollout came to its own end, and so has a report."""
+        return self.session is not None and self.session.report is not None
+
     def progress(self) -> Progress | None:
         return self.session.progress if self.session is not None else None
 

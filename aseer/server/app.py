@@ -114,7 +114,9 @@ class App:
     ) -> web.StreamResponse:
         if self._api_key is not None and request.path != "/health":
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._api_key.encode()):
+            # What is no UTF-8 comes with surrogates in its place.
+            shown = given.encode(errors="surrogateescape")
+            if not hmac.compare_digest(shown, self._api_key.encode()):
                 return _error(
                     401,
                     "a key is missing or wrong; send `Authorization: Bearer <key>` "
@@ -184,7 +186,7 @@ class App:
         body = await request.read()
         try:
             asked = msgspec.json.decode(body, type=UpdateWeights)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise ConfigError(
                 f'the body must be {{"weight_dir": "a directory"}}: {error}'
             ) from None

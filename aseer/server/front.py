@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from aseer.errors import AseerError, ConfigError, RolloutClosedError
 from aseer.runtime.desk import JOIN_S
+from aseer.weights.sending import check_source
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -114,8 +115,8 @@ class Front:
                     return await self._submit(desk, ask)
                 except ExceptionGroup as several:
                     error = several.exceptions[0]
-                if isinstance(error, ConfigError):
-                    raise error
+                if isinstance(error, ConfigError) or not isinstance(error, AseerError):
+                    raise error  # of this request alone
                 self._has_ended = True
                 if not isinstance(error, RolloutClosedError):
                     raise error
@@ -140,8 +141,10 @@ class Front:
         """End early what runs; requests that come after it are sampled."""
         async with self._control:
             if not self._is_paused:
-                await self._pause("abort")
-                await self._set_paused(False)
+                try:
+                    await self._pause("abort")
+                finally:  # also for a client that does not wait for the answer
+                    await self._set_paused(False)
 
     async def update_weights(self, directory: str, version: int | None) -> int:
         """Let what runs finish, and switch to a checkpoint; the new version.
@@ -149,6 +152,7 @@ class Front:
         Raises:
             WeightUpdateError: the weights are as before.
         """
+        check_source(directory, awaits=False)  # or all would wait for nothing
         async with self._control:
             was_paused = self._is_paused
             try:
@@ -215,7 +219,7 @@ class Front:
 
     async def _set_paused(self, is_paused: bool) -> None:
         self._is_paused = is_paused
-        await self._notify()
+        await asyncio.shield(self._notify())
 
     async def _set_desk(self, desk: Desk | None) -> None:
         self._desk = desk

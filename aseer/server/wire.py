@@ -134,7 +134,7 @@ def decode_request(body: bytes) -> GenerateRequest:
     """
     try:
         request = _DECODER.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:  # it nests too deep
         raise ConfigError(f"the body is no generate request: {error}") from None
     for name, instead in _REFUSED.items():
         value = getattr(request, name)

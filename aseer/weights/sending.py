@@ -65,9 +65,13 @@ def check_source(source: WeightSource, *, awaits: bool) -> None:
         WeightUpdateError: it is not one of those that are taken.
     """
     if isinstance(source, str | os.PathLike):
-        if not Path(source).is_dir():
+        try:
+            is_there, why = Path(source).is_dir(), ""
+        except OSError as error:  # it may not be looked at, or is no path
+            is_there, why = False, f" ({error.strerror})"
+        if not is_there:
             raise WeightUpdateError(
-                f"{_KINDS}; there is no directory {os.fspath(source)!r}"
+                f"{_KINDS}; there is no directory {os.fspath(source)!r:.300}{why}"
             )
         return
     is_class = isinstance(source, type)

@@ -131,3 +131,18 @@ async def test_a_desk_that_nobody_entered_says_so_at_once(engine):
         assert response.finish_reason == "stop"
         with pytest.raises(aseer.ConfigError, match="n=0"):
             await desk.submit([5], SAMPLING, n=0)
+
+
+async def test_a_request_that_failed_is_nothing_to_those_that_still_join():
+    config = config_of(max_request_retries=0, engine_args={"fatal_prompt": [9, 9]})
+    async with (
+        aseer.Engine(config) as engine,
+        engine.open_rollout(join_s=60) as desk,
+    ):
+        failed = await desk.submit([9, 9], SAMPLING, n=1)
+        assert failed.finish_reason == "error"
+        joining = asyncio.ensure_future(desk.submit([5], SAMPLING, n=2))  # noqa: TID251
+        await asyncio.sleep(0)
+        await engine.abort_rollout()
+        with pytest.raises(aseer.RolloutClosedError, match="rollout has ended"):
+            await joining

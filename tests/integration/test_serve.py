@@ -109,12 +109,16 @@ async def test_a_bad_request_says_what_is_wrong_and_costs_nobody_else_anything()
         bad = await generate(session, sampling={"temperature": 7})
         long = await generate(session, [5] * 100_000)
         model = await generate(session, model="gpt-4")
+        depth = 5000
+        deep = b'{"token_ids": [5], "group": ' + b"[" * depth + b"]" * depth + b"}"
+        async with session.post("/inference/v1/generate", data=deep) as answer:
+            nested = answer.status
         async with session.post("/inference/v1/generate", data=b"\xff") as answer:
             nonsense = answer.status
         async with session.get("/v1/chat/completions") as answer:
             lost = answer.status, await answer.json()
         answered = await other
-    assert bad[0] == long[0] == nonsense == 400
+    assert bad[0] == long[0] == nonsense == nested == 400
     assert "temperature=7" in bad[1]["error"]["message"]
     assert "100000" in long[1]["error"]["message"]
     assert model[0] == 404
@@ -132,6 +136,12 @@ async def test_a_key_is_wanted_where_there_is_one():
         wrong = await generate(session)
         async with session.get("/health") as answer:
             health = answer.status
+            port = answer.url.port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /is_paused HTTP/1.0\r\nAuthorization: Bearer \xff\r\n\r\n")
+        no_text = await reader.read()
+        writer.close()
+    assert no_text.split()[1] == b"401"
     assert (without[0], with_key[0], wrong[0], health) == (401, 200, 401, 200)
     assert "Authorization: Bearer" in without[1]["error"]["message"]
 
