@@ -176,12 +176,18 @@ class ImageStore:
         Args:
             start: its first token in the prompt.
             num_tokens: that it takes there.
+        Raises:
+            OSError: there is no room for it.
         """
         path = self._directory / picture.key
         with self._lock:
             self._num_users[picture.key] += 1
             if self._num_users[picture.key] == 1:
-                self._write(path, picture.data)
+                try:
+                    self._write(path, picture.data)
+                except BaseException:  # whoever comes next tries again
+                    del self._num_users[picture.key]
+                    raise
         image = PromptImage(
             key=picture.key, path=str(path), start=start, num_tokens=num_tokens
         )
@@ -198,8 +204,12 @@ class ImageStore:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Engines open the file under its name only once it is whole.
         unfinished = path.with_suffix(".part")
-        unfinished.write_bytes(data)
-        unfinished.rename(path)
+        try:
+            unfinished.write_bytes(data)
+            unfinished.rename(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
 
     def _let_go(self, key: str) -> None:
         if os.getpid() != self._pid:  # a copy, in a process that the user forked

@@ -7,11 +7,11 @@
         trainer.train()
 
 Before a rollout the engines get the weights that the trainer has, whenever it has taken
-a step since the last. Prompts are encoded by the trainer itself, as they are where it
-generates: with its own processing class, chat template, `chat_template_kwargs`, tools
-and environments, and go to the engines with their images. TRL hands over every prompt
-as often as it wants completions of it, one after the other; neighbours that are equal
-become one group.
+a step since the last, or it is another trainer or another training. Prompts are encoded
+by the trainer itself, as they are where it generates: with its own processing class,
+chat template, `chat_template_kwargs`, tools and environments, and go to the engines
+with their images. TRL hands over every prompt as often as it wants completions of it,
+one after the other; neighbours that are equal become one group.
 
 Of a trainer of several processes the main one has the engine, and the others give None:
 
@@ -77,7 +77,8 @@ class _RolloutFunc:
     def __init__(self, engine: Engine | None, sampling: dict[str, Any]) -> None:
         self._engine = engine
         self._sampling = sampling
-        self._synced_step: int | None = None
+        # The state is the trainer's own, and a new one each time that it trains.
+        self._synced: tuple[Any, int] = (None, 0)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         is_main = trainer.accelerator.is_main_process
@@ -87,13 +88,14 @@ class _RolloutFunc:
                 f"None in the others; process {trainer.accelerator.process_index} of "
                 f"{trainer.accelerator.num_processes} gave {self._engine!r}"
             )
-        step = trainer.state.global_step
-        weights = None if step == self._synced_step else _weights_of(trainer)
+        state, step = trainer.state, trainer.state.global_step
+        is_synced = state is self._synced[0] and step == self._synced[1]
+        weights = None if is_synced else _weights_of(trainer)
         everyones = self._processes.gather(encoded(trainer, prompts))
         columns = self._processes.scatter(
             lambda: self._rollout(everyones, trainer.args, weights)
         )
-        self._synced_step = step
+        self._synced = state, step
         return columns
 
     @cached_property

@@ -109,8 +109,8 @@ async def test_a_bad_request_says_what_is_wrong_and_costs_nobody_else_anything()
         bad = await generate(session, sampling={"temperature": 7})
         long = await generate(session, [5] * 100_000)
         model = await generate(session, model="gpt-4")
-        depth = 5000
-        deep = b'{"token_ids": [5], "group": ' + b"[" * depth + b"]" * depth + b"}"
+        depths = b'{"a":' * 5000 + b"1" + b"}" * 5000
+        deep = b'{"token_ids": [5], "sampling_params": ' + depths + b"}"
         async with session.post("/inference/v1/generate", data=deep) as answer:
             nested = answer.status
         async with session.post("/inference/v1/generate", data=b"\xff") as answer:

@@ -106,6 +106,25 @@ def test_an_images_file_is_there_as_long_as_something_refers_to_it(
     assert (again.start, again.num_tokens) == (0, 8)
 
 
+def test_an_image_for_which_there_was_no_room_is_written_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ImageStore(tmp_path / "images")
+    picture = read_image(np.full((8, 8, 3), 7, np.uint8))
+
+    def full(path: Path, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        with pytest.raises(OSError, match="No space left"):
+            store.keep(picture, 0, 8)
+    assert not store.keys
+    assert not list((tmp_path / "images").iterdir())
+    image = store.keep(picture, 0, 8)
+    assert Path(image.path).read_bytes() == picture.data
+
+
 def test_an_image_is_plain_data_on_its_way() -> None:
     image = PromptImage(key="k", path="/p", start=2, num_tokens=3)
     sent = msgspec.msgpack.encode(image)

@@ -81,8 +81,12 @@ class Trainer:
 class Engine:
     """Answers every request with its prompt's last token."""
 
+    def __init__(self):
+        self.num_updates = 0
+
     def update_weights_sync(self, source):
         del source
+        self.num_updates += 1
 
     def rollout_sync(self, groups):
         self.groups = groups
@@ -139,3 +143,20 @@ def test_the_main_process_alone_has_the_engine(is_main, engine):
     trainer = SimpleNamespace(accelerator=accelerator)
     with pytest.raises(ConfigError, match=f"process {1 - is_main} of 2 gave"):
         rollout_func(engine)(["a"], trainer)
+
+
+def test_weights_are_sent_after_a_step_and_to_another_trainer_or_training():
+    engine = Engine()
+    rollout, trainer = rollout_func(engine), Trainer()
+    updates = []
+    for change in ("none", "none", "step", "none", "trains again", "another trainer"):
+        if change == "step":
+            trainer.state.global_step = 1
+        elif change == "trains again":
+            trainer.state = SimpleNamespace(global_step=1)
+        elif change == "another trainer":
+            trainer = Trainer()
+            trainer.state.global_step = 1
+        rollout(["abc"], trainer)
+        updates.append(engine.num_updates)
+    assert updates == [1, 1, 2, 2, 3, 4]
