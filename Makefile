@@ -5,14 +5,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
-# So many processes share the tests; those of one file stay together.
+# So many processes share the tests; those that share engines stay together.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 TRAINERS := verl skyrl verifiers megatron
 CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo grpo test test-wheel test-quick test-slow test-v2 test-trainers coverage lint format bench bench-smoke clean
+.PHONY: help setup demo grpo test test-wheel test-quick test-slow test-v2 test-oldest test-trainers coverage lint format bench bench-smoke clean
 
 help:
 	@echo "make demo        roll out 64 requests on two vLLM engines on this CPU"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-slow   the tests that make test leaves out since they take long (hours)"
 	@echo "make test-wheel  those and a type check, on the wheel instead of the checkout"
 	@echo "make test-v2     the GPUs' model runner, interpreted on this CPU (minutes)"
+	@echo "make test-oldest  real engines of the oldest vLLM that can be had here (minutes)"
 	@echo "make test-trainers  real trainers of others on this CPU (sets up 6 GB, half an hour)"
 	@echo "make coverage    those, and what of aseer/ they do not run (minutes)"
 	@echo "make lint        ruff, mypy, clang-format, codespell; changes nothing"
@@ -58,6 +59,11 @@ test-slow: setup
 test-v2: setup
 	@$(PYTHON) scripts/bootstrap.py --v2
 	$(BIN)/python -m pytest -m v2 tests/e2e/test_v2.py tests/e2e/test_v2_drafts.py $(ARGS)
+
+test-oldest: setup
+	@$(BIN)/python scripts/other_env.py oldest
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --no-loadscope-reorder \
+	    -m "not gpu and not slow and not v2" tests/e2e $(ARGS)
 
 test-trainers: setup
 	@for name in $(TRAINERS); do \

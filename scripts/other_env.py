@@ -1,6 +1,6 @@
 """Make an environment beside .venv, for tests that need one; do nothing if it is there.
 
-    python scripts/other_env.py verl|skyrl|verifiers|megatron
+    python scripts/other_env.py verl|skyrl|verifiers|megatron|oldest
 
 It is .venv-NAME, with the packages of requirements/NAME.lock. Trainers that use aseer
 have it from a wheel, as their users do, anew each time: the wheel is built from .venv,
@@ -38,6 +38,7 @@ ENVIRONMENTS = {
     "skyrl": Environment(),
     "verifiers": Environment(torch=False, aseer=None),  # a client over HTTP
     "megatron": Environment(),
+    "oldest": Environment(aseer="checkout"),
 }
 
 

@@ -3,7 +3,7 @@
 The leak check compares what this process and its descendants hold before a test's
 set-up with what they hold after its teardown: threads, processes, open files, tasks,
 socket files, shared memory. In integration/ it is made for each test, in e2e/ for each
-module, since engines are shared there.
+module or folder, since engines are shared there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import uuid
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import hypothesis
 import psutil
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parent
 FOLDERS = ("unit", "property", "integration", "e2e", "native", "typing")
 E2E_TIMEOUT_S = 600
+SHARING = ("tests/e2e/pair",)  # folders whose tests share engines
 # What is ending may take this long to be gone.
 GRACE_S = 5.0
 # Inherited by every process a test starts, however deep, also when its parent is gone.
@@ -69,6 +70,25 @@ def own_shared_memory() -> bool:
         and libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None) == 0
         and libc.mount(tmpfs, folder, tmpfs, 0, None) == 0
     )
+
+
+def scope_of(nodeid: str) -> str:
+    """Tests of one scope share what they have started: a file, or a folder."""
+    file = nodeid.split("::")[0]
+    folder = file.rpartition("/")[0]
+    return folder if folder in SHARING else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep what is shared in one process, where several share the tests."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByScope(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid)
+
+    return ByScope(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -262,7 +282,7 @@ def _leak_scope(item: pytest.Item | None) -> str:
     folder = folder_of(item.path) if item else ""
     if item is None or folder not in ("integration", "e2e"):
         return ""
-    return item.nodeid if folder == "integration" else str(item.path)
+    return item.nodeid if folder == "integration" else scope_of(item.nodeid)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import aseer
 from aseer import scheduler
+from tests.e2e.pair.test_exactness import CASES, PROMPTS
 from tests.e2e.placing import elsewhere
-from tests.e2e.test_exactness import CASES, PROMPTS
 from tests.e2e.tiny import tiny_config
 
 # Cases that divide, one that does not, and one that is over at once.

@@ -15,7 +15,7 @@ import pytest
 
 from aseer.node.leftovers import sweep
 from tests.e2e.cluster_trainer import NAMES
-from tests.e2e.test_exactness import CASES, PROMPTS, plain_vllm
+from tests.e2e.pair.test_exactness import CASES, PROMPTS, plain_vllm
 from tests.e2e.tiny import tiny_model
 from tests.integration.hosts import hosts
 from tests.integration.nodes import TrainerProcess, nodes_in

@@ -20,7 +20,7 @@ import pytest
 
 import aseer
 from aseer.errors import RolloutError
-from tests.e2e.tiny import by_request, tiny_config, tiny_model
+from tests.e2e.tiny import by_request, tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,12 +127,6 @@ def plain_vllm(tmp: Path) -> Iterator[Callable[[Work], list[Any]]]:
             assert process.wait(60) == 0
         finally:
             process.kill()
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[aseer.Engine]:
-    with aseer.Engine(tiny_config(num_instances=2, chunk_size=32)) as engine:
-        yield engine
 
 
 def matches(response: aseer.Response, expected: dict[str, Any]) -> None:

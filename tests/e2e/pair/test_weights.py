@@ -25,7 +25,7 @@ from tests.e2e.extension import SAYS
 from tests.e2e.tiny import by_request, tiny_config, tiny_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 torch = pytest.importorskip("torch")
@@ -97,14 +97,6 @@ def expected(checkpoint: Path) -> dict[str, Any]:
     """What a fresh engine makes of the trained model."""
     with aseer.Engine(tiny_config(num_instances=1, model=checkpoint)) as engine:
         return roll(engine)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[aseer.Engine]:
-    args = {"worker_extension_cls": "tests.e2e.extension.Extension"}
-    config = tiny_config(num_instances=2, chunk_size=64, engine_args=args)
-    with aseer.Engine(config) as engine:
-        yield engine
 
 
 def until(condition: Callable[[], object], timeout_s: float = 200.0) -> None:
