@@ -141,6 +141,8 @@ class RemoteNode:
     ) -> asyncio.Future[str]:
         """Have the node fetch files, once for all that ask; where their index is.
 
+        If they did not come, they are fetched anew for whoever asks then.
+
         Args:
             key: that tells these files from others.
             paths: of the files, on this machine.
@@ -148,6 +150,8 @@ class RemoteNode:
 
         The future raises EngineError if it cannot.
         """
+        if key in self._fetches and self._fetches[key].has_failed:
+            self.drop(key)
         if key not in self._fetches:
             self._num_fetches += 1
             folder = str(self._num_fetches)
@@ -239,6 +243,10 @@ class _Fetch:
         self.paths = paths
         self.index = ""
         self.done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @property
+    def has_failed(self) -> bool:
+        return self.done.done() and self.done.exception() is not None
 
     def set_done(self, error: str) -> None:
         if error:

@@ -217,7 +217,8 @@ class Host:
     @property
     def image_store(self) -> ImageStore | None:
         """Keeps prompts' images; None while instances on other hosts take part."""
-        is_here = not any(info.node for info in self.infos.values())
+        infos = list(self.infos.values())  # at once: this is called on users' threads
+        is_here = not any(info.node for info in infos)
         return self._images if is_here else None
 
     # Calls from users' threads

@@ -504,7 +504,7 @@ class InstancePool:
             _log.info("instance %d is up after %.1f s", slot.instance_id, took)
             return
         await process.end(0)
-        self._forget(slot, "it did not come up")
+        self._forget(slot, slot.killed_because or "it did not come up")
         what = f"was not ready after start_timeout_s={timeout_s:g}"
         if not dead.cancelled():
             what = describe_exit(dead.result())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aseer.errors import EngineError, describe
 from aseer.weights.files import read_index
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ def once_there(
     Args:
         index: path of an `Index`, on this machine.
         ask: is given the path of the index on the node.
+
+    The future raises EngineError if the weights are gone or do not come, as it does if
+    the instance cannot take them.
     """
     outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -59,5 +63,7 @@ def _index_at(index: Index, paths: list[str]) -> bytes:
 
 def _fail(outcome: asyncio.Future[Any], error: BaseException) -> None:
     if not outcome.done():
+        if not isinstance(error, EngineError):
+            error = EngineError(describe(error))
         outcome.set_exception(error)
         outcome.exception()  # whoever asked may not wait for it

@@ -70,7 +70,8 @@ class Slot:
         Args:
             patience_s: for one whose connection broke, so that its end is seen first.
         """
-        if not self.up.is_set():
+        # A start has a time-out of its own; to wait for weights has none.
+        if not (self.up.is_set() or self.needs_weights):
             return ""
         silent = now - self.last_heard
         stuck = now - self.last_progress if self.running else 0.0

@@ -97,7 +97,11 @@ def _direct_steps(
 
     Whatever ends it, engines that had begun to change are started again.
     """
-    update = host.direct_update(way)
+    try:
+        update: DirectUpdate = yield thread.submit(partial(_direct_update, host, way))
+    except BaseException:
+        thread.post(lambda: host.weights.abandon(plan))
+        raise
     engines = EnginesThere(thread, update)
     started = time.monotonic()
 
@@ -122,6 +126,10 @@ def _direct_steps(
     settle = partial(host.settle_direct, plan, update, verify=verify)
     yield thread.submit(settle)
     return _direct_report(plan.version, update, whole_s)
+
+
+async def _direct_update(host: Host, way: str) -> DirectUpdate:
+    return host.direct_update(way)
 
 
 async def _failing(host: Host, plan: Plan, update: DirectUpdate, why: str) -> str:

@@ -22,6 +22,7 @@ from aseer.node.messages import (
     Join,
 )
 from aseer.node.remote import RemoteNode
+from aseer.runtime.remote_weights import once_there
 
 if TYPE_CHECKING:
     import asyncio
@@ -125,12 +126,26 @@ async def test_a_node_fetches_files_once_for_all_that_ask(tmp_path: Path) -> Non
     node.take(Fetched("2", "No space left"), nothing, nothing, nothing)
     with pytest.raises(EngineError, match="did not come: No space left"):
         await other
+    again = fetch("b")
+    assert [type(each) for each in said[-2:]] == [DropFiles, FetchFiles]
+    assert said[-1].folder == "3"
+    node.take(Fetched("2", "too late"), nothing, nothing, nothing)
+    node.take(Fetched("3"), nothing, nothing, nothing)
+    assert await again == "/weights/3/index.json"
     node.drop("b")
     node.drop("b")
-    assert said[-1] == DropFiles("2")
+    assert said[-1] == DropFiles("3")
     path.unlink()
     with pytest.raises(EngineError, match="No such file"):
         await fetch("c")
+
+
+async def test_weights_that_are_gone_are_an_error_of_the_instance(tmp_path) -> None:
+    node = RemoteNode(JOIN, lambda data: None)
+    nothing: Any = None
+    asked = once_there(node, str(tmp_path / "index.json"), nothing)
+    with pytest.raises(EngineError, match="the new weights are gone"):
+        await asked
 
 
 async def test_a_lost_nodes_processes_and_files_are_over() -> None:

@@ -213,6 +213,19 @@ async def test_one_that_came_up_meanwhile_is_started_again(
         assert up.weights() == {"0.1": "sent-1", "1.3": ""}
 
 
+async def test_one_that_waits_for_weights_and_answers_nothing_ends_the_update(
+    monkeypatch, tmp_path
+) -> None:
+    async with sending(monkeypatch, tmp_path, start_timeout_s=0.5) as up:
+        await up.send(1)
+        up.run.process("1.1").kill()
+        await up.run.machine.until(lambda: up.run.pool.in_need_of_weights == [B])
+        up.run.machine.hold("1.2", "update")
+        async with asyncio.timeout(20):
+            with pytest.raises(WeightUpdateError, match="a question unanswered"):
+                await up.send(2)
+
+
 async def test_engines_for_another_transfer_are_refused(monkeypatch, tmp_path) -> None:
     async with sending(monkeypatch, tmp_path) as up:
         update = DirectUpdate(up.run.pool, [A, B], "nccl")
