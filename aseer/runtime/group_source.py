@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterable, Iterator
@@ -91,6 +92,9 @@ class GroupSource:
         self._sizes: dict[str, int] = {}
         self._refused: deque[Response] = deque()
         self._room = asyncio.Event()
+        self._pulling = threading.Lock()  # several threads may read one rollout
+        self._puller = 0
+        self._lock = threading.Lock()
         self._pump: asyncio.Task[None] | None = None
         self._ready: list[Task] = []
         check_groups(groups)
@@ -137,7 +141,25 @@ class GroupSource:
 
         Returns:
             Whether it is worth calling again at once.
+
+        Raises:
+            RolloutError: the iterator itself called.
         """
+        if not self._pulling.acquire(blocking=False):
+            if self._puller == threading.get_ident():
+                raise RolloutError(
+                    "the iterator of groups reads from the rollout that it feeds; "
+                    "hand over what it needs in another way"
+                )
+            return False  # another thread takes groups
+        try:
+            self._puller = threading.get_ident()
+            return self._pull()
+        finally:
+            self._puller = 0
+            self._pulling.release()
+
+    def _pull(self) -> bool:
         if self._source is None or not self._has_room:
             return False
         tasks: list[Task] = []
@@ -209,12 +231,14 @@ class GroupSource:
 
     def yielded(self) -> None:
         """The user got a response: there is room for another request."""
-        self._num_yielded += 1
+        with self._lock:
+            self._num_yielded += 1
         self._room.set()
 
     def next_refused(self) -> Response | None:
         """The next response of a group that the session took no more."""
-        return self._refused.popleft() if self._refused else None
+        with self._lock:
+            return self._refused.popleft() if self._refused else None
 
     def raise_error(self) -> None:
         """At the end, after every response: what went wrong with the user's groups."""

@@ -130,11 +130,12 @@ class Work:
 
     def complete_group(self, response: Response) -> list[Response] | None:
         """The response's group, by index, if this was its last."""
-        members = self._groups.setdefault(response.group_id, [])
-        members.append(response)
-        if len(members) < self.source.size_of(response.group_id):
-            return None
-        del self._groups[response.group_id]
+        with self._lock:
+            members = self._groups.setdefault(response.group_id, [])
+            members.append(response)
+            if len(members) < self.source.size_of(response.group_id):
+                return None
+            del self._groups[response.group_id]
         return sorted(members, key=lambda r: r.index)
 
     def leave(self) -> None:

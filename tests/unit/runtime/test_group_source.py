@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -381,3 +382,36 @@ def test_a_source_without_an_end_does_not_grow():
     assert len(session.taken) == 300
     held = [value for value in vars(source).values() if isinstance(value, dict | list)]
     assert sum(map(len, held)) == 0
+
+
+def test_while_one_thread_takes_groups_others_that_read_take_none() -> None:
+    is_asked, goes_on = threading.Event(), threading.Event()
+
+    def groups() -> Iterator[Group]:
+        yield group("a")
+        is_asked.set()
+        assert goes_on.wait(10)
+        yield group("b")
+
+    source, session = begun(groups())
+    pulling = threading.Thread(target=source.pull)
+    pulling.start()
+    assert is_asked.wait(10)
+    assert not source.pull(), "it is not worth trying again at once"
+    goes_on.set()
+    pulling.join(10)
+    assert session.taken == ["a", "b"]
+    assert session.is_closed
+    source.raise_error()
+
+
+def test_an_iterator_that_reads_what_it_feeds_is_told_so() -> None:
+    def groups() -> Iterator[Group]:
+        yield group("a")
+        source.pull()
+
+    source, session = begun(groups())
+    source.pull()
+    with pytest.raises(RolloutError, match="reads from the rollout that it feeds"):
+        source.raise_error()
+    assert session.taken == ["a"]
