@@ -307,7 +307,8 @@ class _Service:
             case FetchFiles(folder):
                 _log.info("fetching weights, %.2f GB", sum(message.sizes) / 1e9)
                 place = self._weights_dir / folder
-                self._fetches[folder] = Fetching(message, place, self._say)
+                self._fetches[folder] = coming = Fetching(message, place, self._say)
+                self._tasks.create_task(coming.begin())
             case Block(folder) if folder in self._fetches:
                 self._figures.fetched_bytes += len(message.data)
                 self._fetches[folder].take(message)

@@ -4,21 +4,31 @@ An engine that is killed cannot remove the shared memory it made, and vLLM kills
 workers when they are slow to end. So what a group has mapped is noted while it lives
 (`shared_memory_of`), and removed once no process has it mapped any more
 (`remove_shared_memory`); what another process shares with it is not touched.
+
+A model's weights in shared memory take the system tens of seconds to give back, in
+which an event loop must not stand still (`remove_folder`).
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 
+from aseer.node.forks import forget, keep_from_forks
 from aseer.watch import WakingClock
 
 SHARED_MEMORY = Path("/dev/shm")
 _EXIT_TIMEOUT_S = 5.0
 _POLL_S = 0.01
+# What the system gives back in a tenth of a second.
+_LARGE_BYTES = 256 << 20
+_freeing: set[threading.Thread] = set()
 
 
 def shared_memory_of(group: int) -> set[Path]:
@@ -64,6 +74,51 @@ def remove_shared_memory(paths: set[Path], *, group: int | None = None) -> None:
                 path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of files, at once by their names.
+
+    The memory of large ones is given back by a thread; `wait_until_freed` waits for it.
+    """
+    held = [file for path in _entries(folder) if (file := _held_if_large(path)) >= 0]
+    shutil.rmtree(folder, ignore_errors=True)
+    if held:
+        thread = threading.Thread(
+            target=_let_go, args=(held,), name="aseer-free", daemon=True
+        )
+        _freeing.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:  # none can be had
+            _freeing.discard(thread)
+            _let_go(held)
+
+
+def wait_until_freed() -> None:
+    """Wait until the memory of all that was removed so far can be had again."""
+    for thread in list(_freeing):
+        if thread.is_alive():
+            thread.join()
+
+
+def _held_if_large(path: Path) -> int:
+    """A large file, held open, so that its name can go without its memory; else -1."""
+    try:
+        status = path.lstat()
+        is_large = S_ISREG(status.st_mode) and status.st_size >= _LARGE_BYTES
+        return os.open(path, os.O_RDONLY) if is_large else -1
+    except OSError:  # gone, or not ours to read
+        return -1
+
+
+def _let_go(files: list[int]) -> None:
+    """Close files, each the last of its names; a fork must not keep them meanwhile."""
+    kept = [keep_from_forks(file) for file in files]
+    for file, entry in zip(files, kept, strict=True):
+        os.close(file)
+        forget(entry)
+    _freeing.discard(threading.current_thread())
+
+
 def _members(group: int) -> set[int]:
     found = set()
     for pid in _processes():
@@ -95,22 +150,26 @@ def _is_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
-def _mapped_by(pids: set[int]) -> set[int]:
-    """Inodes in shared memory that any of the processes has mapped.
+def _mapped_by(pids: set[int]) -> set[tuple[int, int]]:
+    """Devices and inodes of what any of the processes has mapped of shared memory.
 
-    Not names: a named semaphore is mapped under a name of glibc's that is gone.
+    Not names: a named semaphore is mapped under a name of glibc's that is gone, and
+    another container's processes have a shared memory of their own.
     """
     found = set()
     for pid in pids:
         with suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                 if f" {SHARED_MEMORY}/" in line:
-                    found.add(int(line.split(maxsplit=5)[4]))
+                    _, _, _, device, inode, _ = line.split(maxsplit=5)
+                    major, minor = (int(part, 16) for part in device.split(":"))
+                    found.add((os.makedev(major, minor), int(inode)))
     return found
 
 
-def _inode(path: Path) -> int | None:
+def _inode(path: Path) -> tuple[int, int] | None:
     try:
-        return path.stat().st_ino
+        status = path.stat()
     except OSError:
         return None
+    return status.st_dev, status.st_ino

@@ -7,12 +7,14 @@ end keeps more of a file than that, and what else is said does not wait behind i
 from __future__ import annotations
 
 import os
-import shutil
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aseer.errors import describe
+from aseer.node.children import in_thread
+from aseer.node.cleanup import remove_folder, wait_until_freed
 from aseer.node.messages import Fetched, GetBlock
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 20
 # On their way at once: more than a round trip takes, on a fast network.
 MAX_BLOCKS_ASKED = 16
+# Room that is asked for at once: what takes the system a fraction of a second.
+_ROOM_AT_ONCE = 256 << 20
 # Above any file's size, and what a system's calls take for an offset.
 MAX_FILE_BYTES = 1 << 62
 
@@ -40,7 +44,7 @@ class Fetching:
         directory: Path,
         say: Callable[[msgspec.Struct], None],
     ) -> None:
-        """Make the directory and ask for the first blocks.
+        """Prepare; `begin` begins.
 
         Args:
             directory: of the order; it is removed if it cannot be filled.
@@ -52,14 +56,20 @@ class Fetching:
         self._files: list[int] = []
         self._blocks = self._all_blocks()
         self._num_missing = 0
+        self._lock = threading.Lock()
+        self._is_making = True
         self.is_over = False
+
+    async def begin(self) -> None:
+        """Make the files, and ask for the first blocks.
+
+        The system takes tens of seconds to find the memory of a large model.
+        """
         try:
-            directory.mkdir(mode=0o700, parents=True)
-            for number, size in enumerate(order.sizes):
-                self._files.append(_make(directory / str(number), size))
-            (directory / order.index_name).write_bytes(order.index)
+            await in_thread(self._make)
         except OSError as error:
             self._fail(describe(error))
+        if self.is_over:
             return
         for _ in range(MAX_BLOCKS_ASKED):
             self._ask()
@@ -83,9 +93,38 @@ class Fetching:
 
     def close(self) -> None:
         """Take no more, and remove what has come."""
-        self.is_over = True
+        with self._lock:
+            self.is_over = True
+            if not self._is_making:  # else whoever makes the files removes them
+                self._remove()
+
+    def _make(self) -> None:
+        """Make the directory and the files, as long as they are wanted; in a thread.
+
+        Raises:
+            OSError: there is no room.
+        """
+        try:
+            wait_until_freed()
+            self._directory.mkdir(mode=0o700, parents=True)
+            for number, size in enumerate(self._order.sizes):
+                self._files.append(_open(self._directory / str(number)))
+                for offset in range(0, size, _ROOM_AT_ONCE):
+                    if self.is_over:
+                        return
+                    room = min(_ROOM_AT_ONCE, size - offset)
+                    os.posix_fallocate(self._files[-1], offset, room)
+            index = self._directory / self._order.index_name
+            index.write_bytes(self._order.index)
+        finally:
+            with self._lock:
+                self._is_making = False
+                if self.is_over:
+                    self._remove()
+
+    def _remove(self) -> None:
         self._close_files()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        remove_folder(self._directory)
 
     def _all_blocks(self) -> Iterator[tuple[int, int, int]]:
         for number, size in enumerate(self._order.sizes):
@@ -115,20 +154,8 @@ class Fetching:
         self._files.clear()
 
 
-def _make(path: Path, size: int) -> int:
-    """Make a file with room for so many bytes; its descriptor.
-
-    Raises:
-        OSError: there is no room.
-    """
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        if size:
-            os.posix_fallocate(file, 0, size)
-    except BaseException:
-        os.close(file)
-        raise
-    return file
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
 
 def read_block(path: str, offset: int, size: int) -> bytes:

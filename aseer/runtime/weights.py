@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,8 @@ import msgspec
 
 from aseer.errors import EngineError, InstanceLostError, WeightUpdateError, describe
 from aseer.inputs.plain import as_int
-from aseer.node.cleanup import weights_dir_for
+from aseer.node.children import in_thread
+from aseer.node.cleanup import remove_folder, wait_until_freed, weights_dir_for
 from aseer.node.machine import free_memory_bytes
 from aseer.weights.checks import ModelSpec
 from aseer.weights.current import CurrentWeights, TrainersWeights
@@ -143,6 +143,7 @@ class WeightKeeper:
         """
         wanted = self.next_version(version)
         model = self._model = self._model or await _describe(pool, sorted(instances))
+        await in_thread(wait_until_freed)  # or there would seem to be no room
         self._num_plans += 1
         directory = self._directory / f"{wanted}-{self._num_plans}"
         make_directory(directory)
@@ -152,7 +153,7 @@ class WeightKeeper:
 
     def abandon(self, plan: Plan) -> None:
         """Give an update up that was only begun."""
-        shutil.rmtree(plan.directory, ignore_errors=True)
+        remove_folder(plan.directory)
         plan.claim.release()
 
     async def switch(
@@ -206,11 +207,11 @@ class WeightKeeper:
         for path in old.paths:
             self._drop_files(pool, path)
         self._spare.unlink(missing_ok=True)
-        shutil.rmtree(plan.directory, ignore_errors=True)
+        remove_folder(plan.directory)
 
     def failed(self, plan: Plan, pool: InstancePool) -> str:
         """A direct update ended without new weights; what the engine has, in words."""
-        shutil.rmtree(plan.directory, ignore_errors=True)
+        remove_folder(plan.directory)
         if isinstance(pool.weights.whole, TrainersWeights):
             return (
                 f"the weights of version {self.version} came straight from the trainer "
@@ -230,7 +231,7 @@ class WeightKeeper:
         with suppress(OSError):  # nothing was written: a checkpoint's own files count
             if _is_ample(written.stat().st_size, self._directory):
                 written.rename(self._spare)
-        shutil.rmtree(written.parent, ignore_errors=True)
+        remove_folder(written.parent)
 
     def instance_up(self, instance_id: InstanceId) -> None:
         """It has the weights that are current at this moment."""

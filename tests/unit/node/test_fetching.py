@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aseer.errors import EngineError
 from aseer.node import fetching
+from aseer.node.cleanup import remove_folder, wait_until_freed
 from aseer.node.fetching import Fetching, read_block
 from aseer.node.machine import Machine
 from aseer.node.messages import (
@@ -25,7 +29,6 @@ from aseer.node.remote import RemoteNode
 from aseer.runtime.remote_weights import once_there
 
 if TYPE_CHECKING:
-    import asyncio
     from pathlib import Path
 
 JOIN = Join(
@@ -54,7 +57,7 @@ def order_of(sizes: list[int]) -> FetchFiles:
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [10], [1, 0, 25], [1000, 333]])
-def test_all_blocks_come_to_their_places_in_any_order(
+async def test_all_blocks_come_to_their_places_in_any_order(
     tmp_path: Path, sizes: list[int]
 ) -> None:
     rng = random.Random(1)
@@ -62,6 +65,7 @@ def test_all_blocks_come_to_their_places_in_any_order(
     said: list[Any] = []
     folder = tmp_path / "1"
     coming = Fetching(order_of(sizes), folder, said.append)
+    await coming.begin()
     while wanted := [m for m in said if isinstance(m, GetBlock)]:
         assert len(wanted) <= 16
         next_one = rng.choice(wanted)
@@ -76,14 +80,15 @@ def test_all_blocks_come_to_their_places_in_any_order(
     assert not folder.exists()
 
 
-def test_what_cannot_be_read_there_or_written_here_leaves_nothing(
+async def test_what_cannot_be_read_there_or_written_here_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[Any] = []
     coming = Fetching(order_of([25]), tmp_path / "1", said.append)
+    await coming.begin()
     coming.take(Block("1", 0, 0, error="the file is gone"))
     assert said[-1] == Fetched("1", "the file is gone")
-    assert list(tmp_path.iterdir()) == []
+    assert not os.listdir(tmp_path)
     coming.take(Block("1", 0, 10, bytes(10)))
     assert len(said) == 4, "three blocks were asked for"
 
@@ -91,9 +96,56 @@ def test_what_cannot_be_read_there_or_written_here_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("aseer.node.fetching.os.posix_fallocate", no_room)
-    Fetching(order_of([25]), tmp_path / "2", said.append)
+    await Fetching(order_of([25]), tmp_path / "2", said.append).begin()
     assert said[-1] == Fetched("1", "OSError: [Errno 28] No space left on device")
-    assert list(tmp_path.iterdir()) == []
+    assert not os.listdir(tmp_path)
+
+
+async def test_the_loop_goes_on_while_room_is_made_and_what_is_dropped_then_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, goes_on = threading.Event(), threading.Event()
+    allocate = os.posix_fallocate
+
+    def slowly(file: int, offset: int, size: int) -> None:
+        has_begun.set()
+        assert goes_on.wait(10)
+        allocate(file, offset, size)
+
+    monkeypatch.setattr("aseer.node.fetching.os.posix_fallocate", slowly)
+    said: list[Any] = []
+    coming = Fetching(order_of([25, 25]), tmp_path / "1", said.append)
+    beginning = asyncio.get_running_loop().create_task(coming.begin())
+    assert await asyncio.to_thread(has_begun.wait, 10)
+    assert not beginning.done()
+    coming.close()
+    goes_on.set()
+    await beginning
+    assert said == []
+    assert not os.listdir(tmp_path)
+
+
+def test_a_large_files_memory_is_given_back_by_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aseer.node.cleanup._LARGE_BYTES", 10)
+    closed_by: list[str] = []
+    close = os.close
+
+    def noting(file: int) -> None:
+        closed_by.append(threading.current_thread().name)
+        close(file)
+
+    folder = tmp_path / "1"
+    (folder / "below").mkdir(parents=True)
+    (folder / "large").write_bytes(bytes(10))
+    (folder / "small").write_bytes(bytes(9))
+    monkeypatch.setattr("aseer.node.cleanup.os.close", noting)
+    remove_folder(folder)
+    assert not folder.exists()
+    wait_until_freed()
+    assert "aseer-free" in closed_by
+    remove_folder(folder)
 
 
 def test_a_block_is_read_as_a_whole_or_not(tmp_path: Path) -> None:
