@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,6 +11,11 @@ import pytest
 from aseer import scheduler
 from tests.e2e.placing import elsewhere
 from tests.e2e.vision import TORCHVISION
+
+with suppress(ImportError):
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # a bar starts a thread that never ends
 
 # Here, since transformers looks once whether torchvision is there.
 if TORCHVISION.is_dir():

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-tqdm = pytest.importorskip("tqdm")
-tqdm.tqdm.monitor_interval = 0  # a thread that never ends
 
 pytestmark = pytest.mark.slow
 ROUNDING = 1e-4  # sums in another order

@@ -20,8 +20,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the pages take for granted; their models would take minutes."""
     transformers = pytest.importorskip("transformers")
-    # The bar over a model's loading would leave a thread that watches it.
-    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
     fixed = {"model": tiny_model(), "num_instances": 2, "max_model_len": 96}
     config = tiny_config(**fixed)
 

@@ -66,7 +66,6 @@ def test_a_trainer_of_trl_trains_on_what_its_own_weights_generate(
     tmp_path, monkeypatch, num_processes, args, tied, weights
 ):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # a thread that never ends
     make_model(tmp_path / "model", tied=tied)
     for seen in train(tmp_path, num_processes, *args):
         assert seen["weights"] == weights, "sharded, or not"
