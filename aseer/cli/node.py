@@ -12,6 +12,7 @@ import socket
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ from aseer.transport.tcp import check_key_is_there
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Mapping
+
+    from aseer.transport.keys import Keys
 
 _log = logging.getLogger("aseer")
 
@@ -196,7 +199,8 @@ async def _serve(args: argparse.Namespace, figures: AgentFigures) -> str:
         address = await _find(args, os.environ, leave)
         if address is None:
             return "it was told to end"
-        return await run_agent(_offer(args, address), leave, figures)
+        offer = _offer(args, address, _file_of(args, os.environ))
+        return await run_agent(offer, leave, figures)
     except asyncio.CancelledError:
         return "it was told to end at once"
     finally:
@@ -218,7 +222,7 @@ def _warn_of_little_memory(folder: Path = SHARED_MEMORY) -> None:
         )
 
 
-def _offer(args: argparse.Namespace, controller: str) -> Offer:
+def _offer(args: argparse.Namespace, controller: str, path: Path | None) -> Offer:
     python = interpreter_at(args.python)
     machine = this_machine(python.packages)
     if args.gpus is not None:
@@ -241,6 +245,7 @@ def _offer(args: argparse.Namespace, controller: str) -> Offer:
         num_instances=args.num_instances,
         log_dir=None if log_dir is None else log_dir.absolute(),
         death_timeout_s=_death_timeout_s(args),
+        look_again=partial(_look_again, path, keys),
     )
 
 
@@ -260,11 +265,9 @@ async def _find(
     """
     if args.controller is not None:
         return check_address("--controller", args.controller)
-    path = args.controller_file
+    path = _file_of(args, environ)
     if path is None and _VARIABLE in environ:
         return check_address(_VARIABLE, environ[_VARIABLE])
-    if path is None and _FILE_VARIABLE in environ:
-        path = Path(environ[_FILE_VARIABLE])
     if path is None:
         raise ConfigError(
             "nothing says where the controller is; give --controller tcp://HOST:PORT "
@@ -278,11 +281,46 @@ async def _find(
         if loop.time() > deadline:
             raise NoController(f"there is no file {path} that names a controller")
         await asyncio.sleep(_LOOK_INTERVAL_S)
+    return _address_in(path)
+
+
+def _file_of(args: argparse.Namespace, environ: Mapping[str, str]) -> Path | None:
+    """The file that says where the controller is, if one does."""
+    if args.controller is not None:
+        return None
+    if args.controller_file is not None:
+        return Path(args.controller_file)
+    if _VARIABLE in environ or _FILE_VARIABLE not in environ:
+        return None
+    return Path(environ[_FILE_VARIABLE])
+
+
+def _address_in(path: Path) -> str:
+    """The address in a controller's file.
+
+    Raises:
+        ConfigError: there is none.
+    """
     try:
         address = json.loads(path.read_text())["address"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{path} names no controller: {error!r}") from error
     return check_address(str(path), address)
+
+
+def _look_again(path: Path | None, keys: Keys | None) -> str | None:
+    """The address in the file by now, if there is one that may be connected to.
+
+    A controller that was killed leaves its file, and the next one may be elsewhere.
+    """
+    if path is None:
+        return None
+    try:
+        address = _address_in(path)
+        check_key_is_there("controller", address, keys)
+    except ConfigError:
+        return None
+    return address
 
 
 def _fail(message: str, code: int) -> int:

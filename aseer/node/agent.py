@@ -14,7 +14,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aseer.errors import EngineError, InstanceStartError, root_of
+from aseer.errors import EngineError, InstanceStartError, describe, root_of
 from aseer.node.cleanup import weights_dir_for
 from aseer.node.fetching import Fetching
 from aseer.node.janitor import start_janitor
@@ -54,6 +54,7 @@ from aseer.transport.zeromq import bind_router, make_socket_dir
 from aseer.version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import msgspec
@@ -86,6 +87,8 @@ class Offer:
 
     Attributes:
         controller: its address.
+        look_again: says the address by now, if anything does; asked before each
+            connection, since the next controller may be elsewhere.
         log_dir: for the logs of instances; None = a directory that goes with the agent.
         death_timeout_s: how long a controller is looked for.
         needs_janitor: whether the agent is killed together with its children, by whom
@@ -101,6 +104,7 @@ class Offer:
     log_dir: Path | None
     death_timeout_s: float
     needs_janitor: bool = False
+    look_again: Callable[[], str | None] = lambda: None
 
 
 async def run_agent(
@@ -159,6 +163,7 @@ class _Service:
         figures: AgentFigures,
     ) -> None:
         self._offer = offer
+        self._controller = offer.controller
         self._figures = figures
         self._weights_dir = weights_dir
         self._fetches: dict[str, Fetching] = {}
@@ -166,7 +171,7 @@ class _Service:
         self._router = router
         self._drafts = drafts
         self._session = Session(
-            lambda name: connect_tcp(offer.controller, name, FRAME, offer.keys),
+            lambda name: connect_tcp(self._where(), name, FRAME, offer.keys),
             timeout_s=offer.death_timeout_s,
             keys_are_right=figures.sessions > 0,
         )
@@ -193,7 +198,7 @@ class _Service:
 
     async def run(self, leave: asyncio.Event) -> str | None:
         """Serve until the session is over; why, or None if another may follow."""
-        _log.info("looking for a controller at %s", self._offer.controller)
+        _log.info("looking for a controller at %s", self._controller)
         async with asyncio.TaskGroup() as self._tasks:
             carrying = self._tasks.create_task(
                 self._router.run(self._on_peer, self._on_peer_lost, self._on_peer_gone)
@@ -232,11 +237,19 @@ class _Service:
                 _log.warning("the controller is lost: %s", error)
                 self._end(None)
             else:
-                where = self._offer.controller
+                where = self._controller
                 self._fail(NoController(f"there is no controller at {where}: {error}"))
         except ConnectionRefused as error:
             self._is_parted = True
             self._fail(error)
+
+    def _where(self) -> str:
+        """Where the controller is by now."""
+        found = self._offer.look_again() or self._controller
+        if found != self._controller:
+            _log.info("looking for a controller at %s", found)
+            self._controller = found
+        return found
 
     def _on_goodbye(self, reason: bytes) -> None:
         if not reason:
@@ -288,7 +301,7 @@ class _Service:
                 self._figures.joined = 1
                 self._figures.sessions += 1
                 self._session.timeout_s = lease_s
-                _log.info("joined the controller at %s", self._offer.controller)
+                _log.info("joined the controller at %s", self._controller)
             case StartProcess(peer):
                 self._running[peer] = running = _Running()
                 self._tasks.create_task(self._live(message, running))
@@ -334,6 +347,9 @@ class _Service:
             )
         except InstanceStartError as error:
             self._say(Ended(peer, status=1, cause=str(error)))
+        except Exception as error:  # of this process alone
+            _log.exception("%s is given up", start.name)
+            self._say(Ended(peer, status=1, cause=describe(error)))
         finally:
             del self._running[peer]
             running.over.set_result(None)

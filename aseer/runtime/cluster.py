@@ -120,7 +120,7 @@ class Cluster:
             try:
                 data = await in_thread(read_block, path, wanted.offset, wanted.size)
                 block = msgspec.structs.replace(block, data=data)
-            except OSError as error:
+            except Exception as error:  # of this file alone
                 block = msgspec.structs.replace(block, error=describe(error))
             node.say(block)
 

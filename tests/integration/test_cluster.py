@@ -410,6 +410,18 @@ async def test_the_controllers_file_tells_nodes_where_it_is(nodes, tmp_path):
     assert not path.exists()
 
 
+async def test_a_file_that_a_killed_controller_left_keeps_no_node_from_the_next(
+    nodes, tmp_path
+):
+    path = tmp_path / "controller.json"
+    path.write_text('{"address": "tcp://127.0.0.1:9"}')  # where nothing listens
+    node = nodes.start("one", where=("--controller-file", str(path)))
+    await until(lambda: "looking for a controller" in node.said)
+    async with aseer.Engine(nodes.config(controller_file=path)) as engine:
+        assert len(engine.instances) == 2
+    assert await node.wait() == 0
+
+
 async def test_engines_of_a_node_learn_what_siblings_elsewhere_wrote(nodes):
     """As vLLM's workers there would, by their draft clients."""
     nodes.start("one", num_instances=1)
