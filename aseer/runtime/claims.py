@@ -24,6 +24,10 @@ class InTheWay(Protocol):
         """Whether nobody will read on, as far as whoever asks can know."""
         ...
 
+    def is_held_up_by(self, asker: object) -> bool:
+        """Whether it cannot end while whoever asks waits."""
+        ...
+
     def description(self) -> str:
         """The rollout in a few words, for an error."""
         ...
@@ -73,11 +77,12 @@ class Claims:
         """Take the engine for a call; None if nothing is to be done for it.
 
         Args:
-            asker: the task that calls, which knows whether it gave a rollout up.
+            asker: the task or thread that calls, which knows whether it gave a rollout
+                up, and may be its reader.
 
         Raises:
             RolloutInProgressError: a rollout is in progress, and the call does not wait
-                for such.
+                for such, or would wait for what it holds up itself.
             EngineError: the engine is asleep, closed, or has failed.
         """
         while True:
@@ -92,6 +97,7 @@ class Claims:
                 case Verdict.DONE:
                     return None
                 case Verdict.WAIT:
+                    self._check_can_end(asker)
                     await self._change()
                 case Verdict.END:
                     assert self._rollout is not None
@@ -152,6 +158,20 @@ class Claims:
             self._holder = self._rollout = None
             self._activity = claim.after
             self._wake()
+
+    def _check_can_end(self, asker: object) -> None:
+        rollout = self._rollout
+        if (
+            self._activity is Activity.ROLLING_OUT
+            and rollout is not None
+            and rollout.is_held_up_by(asker)
+        ):
+            raise RolloutInProgressError(
+                f"the rollout in progress, {rollout.description()}, takes further "
+                "groups from its iterator only as it is read, and who reads it would "
+                "wait for its end here, for ever; read it to its end first, or give "
+                "pause='abort'"
+            )
 
     async def _change(self) -> None:
         changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -106,6 +106,11 @@ class GroupSource:
             self._ready = [self._count(task) for task in resolver.resolve_all(groups)]
 
     @property
+    def is_pulled(self) -> bool:
+        """Whether there may be more groups, which are taken as somebody reads."""
+        return self._source is not None and not self._is_stopped
+
+    @property
     def keys(self) -> list[GroupKey] | None:
         """Of all groups, where they came as a list that has not begun; else None."""
         if self._source is not None or self._async_source is not None:

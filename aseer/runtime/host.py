@@ -566,6 +566,9 @@ class _InTheWay:
     def was_left(self, asker: object) -> bool:
         return self._session.was_left(asker)
 
+    def is_held_up_by(self, asker: object) -> bool:
+        return self._session.is_held_up_by(asker)
+
     def description(self) -> str:
         return self._session.description()
 

@@ -9,7 +9,10 @@ import threading
 import weakref
 from collections import deque
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 T = TypeVar("T")
 
@@ -31,6 +34,10 @@ class Mailbox(Generic[T]):
         self._closed = False
         self._error: BaseException | None = None
         self._gave_up: weakref.ref[object] | None = None
+        self._reader: weakref.ref[object] | None = None  # the last that asked
+        self._num_blocked = 0
+        #: Whether nothing more comes beyond what is on its way, unless somebody reads.
+        self.needs_reader: Callable[[], bool] = lambda: False
 
     @property
     def is_closed(self) -> bool:
@@ -56,6 +63,12 @@ class Mailbox(Generic[T]):
         gave_up = self._gave_up
         return reader is not None and gave_up is not None and gave_up() is reader
 
+    def is_held_up_by(self, reader: object) -> bool:
+        """Whether the end cannot come before this task or thread reads on."""
+        if self._reader is None or self._waiters or self._num_blocked:
+            return False
+        return self._reader() is reader and self.needs_reader()
+
     def put(self, item: T) -> None:
         """Add an item."""
         with self._changed:
@@ -78,6 +91,7 @@ class Mailbox(Generic[T]):
         """
         loop = asyncio.get_running_loop()
         self._gave_up = None
+        self._reader = weakref.ref(asyncio.current_task(loop))
         while True:
             with self._changed:
                 if self._items or self._closed:
@@ -97,10 +111,15 @@ class Mailbox(Generic[T]):
         Raises:
             MailboxClosed: there is none and it is closed.
         """
+        self._reader = weakref.ref(threading.current_thread())
         with self._changed:
-            while not (self._items or self._closed):
-                self._changed.wait()
-            return self._take()
+            self._num_blocked += 1
+            try:
+                while not (self._items or self._closed):
+                    self._changed.wait()
+                return self._take()
+            finally:
+                self._num_blocked -= 1
 
     def _take(self) -> T:
         if self._items:

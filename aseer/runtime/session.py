@@ -168,6 +168,10 @@ class Session:
         mailbox = self._mailbox
         return self._left or mailbox.is_closed or mailbox.was_given_up_by(asker)
 
+    def is_held_up_by(self, asker: object) -> bool:
+        """Whether it cannot end before the asking task or thread reads on."""
+        return self._intake.is_open and self._mailbox.is_held_up_by(asker)
+
     def description(self) -> str:
         """The rollout in a few words, for whoever wants the engine meanwhile."""
         num = self._controller.num_unfinished

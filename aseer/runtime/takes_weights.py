@@ -6,6 +6,7 @@ A base class, since these methods share nothing with rollouts but the way to the
 from __future__ import annotations
 
 import asyncio
+import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,8 @@ class TakesWeights(ABC):
                 engines' weights with one another, which takes a second or so a GB.
         Raises:
             WeightUpdateError: every instance has the weights it had before.
-            RolloutInProgressError: a rollout is in progress, and `pause` is None.
+            RolloutInProgressError: a rollout is in progress, and `pause` is None; or
+                with "wait" it takes its groups as the caller reads it.
             EngineClosedError: the engine is not open.
         """
         thread, host = self._open()
@@ -115,8 +117,9 @@ class TakesWeights(ABC):
         """
         thread, host = self._open()
         check_source(source, awaits=False)
+        asker = threading.current_thread()
         steps = update_steps(
-            thread, host, source, version, pause, None, transfer, verify=verify
+            thread, host, source, version, pause, asker, transfer, verify=verify
         )
         return drive_blocking(steps)
 
@@ -171,7 +174,8 @@ class TakesWeights(ABC):
     ) -> WeightTarget:
         """As `begin_update`, for code without an event loop."""
         thread, host = self._open()
-        steps = begin_steps(thread, host, version, pause, timeout_s, None, transfer)
+        asker = threading.current_thread()
+        steps = begin_steps(thread, host, version, pause, timeout_s, asker, transfer)
         return drive_blocking(steps)
 
     async def finish_update(self, target: WeightTarget) -> WeightUpdateReport:

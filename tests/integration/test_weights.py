@@ -350,6 +350,28 @@ async def test_a_bad_version_aborts_no_rollout_and_a_good_one_may_be_numpys():
                 await engine.begin_update(timeout_s=seconds)
 
 
+async def test_who_reads_a_rollout_is_told_that_it_would_wait_for_itself():
+    async with aseer.Engine(sims(max_pending_requests=2)) as engine:
+        groups = groups_of(6, n=1, max_tokens=5)
+        async with engine.rollout(iter(groups)) as rollout, asyncio.timeout(20):
+            responses = aiter(rollout)
+            seen = [await anext(responses)]
+            with pytest.raises(aseer.RolloutInProgressError, match="as it is read"):
+                await engine.update_weights(weights(1.0), pause="wait")
+            seen += [response async for response in responses]
+            await engine.update_weights(weights(1.0), pause="wait")
+
+        def plainly() -> int:
+            with engine.rollout_sync(iter(groups)) as rollout:
+                for num, _ in enumerate(rollout):
+                    if not num:
+                        with pytest.raises(aseer.RolloutInProgressError):
+                            engine.begin_update_sync(pause="wait")
+            return num + 1
+
+        assert [len(seen), await asyncio.to_thread(plainly)] == [6, 6]
+
+
 async def test_what_dies_while_the_engine_sleeps_is_started_again_at_its_waking():
     async with aseer.Engine(sims()) as engine:
         before = await roll(engine)

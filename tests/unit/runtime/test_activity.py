@@ -36,6 +36,9 @@ class Rollout:
         self.ended: list[str] = []
         self.over: list = []
 
+    def is_held_up_by(self, asker: object) -> bool:
+        return False
+
     def was_left(self, asker: object) -> bool:
         return self._left_by is not None and self._left_by in ("everyone", asker)
 
