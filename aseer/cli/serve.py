@@ -17,6 +17,7 @@ from aseer.cli.arguments import positive_int
 from aseer.cli.summary import Stages
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError
+from aseer.inputs.fields import MAX_PORT
 from aseer.runtime.desk import JOIN_S
 from aseer.runtime.engine import Engine
 
@@ -164,6 +165,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: the address cannot be had.
     """
+    if not 0 <= port <= MAX_PORT:  # the system would take another, by its lowest bits
+        raise ConfigError(f"--port {port} is not allowed; give one up to {MAX_PORT}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -175,7 +178,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"--host {host} --port {port}: {error}") from None
     return listener
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # As good as for ever, and what clocks and timers of all kinds can count.
 _MAX_SECONDS = 1e9
-_MAX_PORT = 65_535
+MAX_PORT = 65_535
 
 Settings = TypeVar("Settings")
 
@@ -129,7 +129,7 @@ def check_host_and_port(config: object, name: str, example: str) -> None:
         return
     text = as_text(given) or ""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > _MAX_PORT:
+    if not host or not port.isdecimal() or int(port) > MAX_PORT:
         raise refusal(name, given, f"a host and a port, such as {example!r}, or None")
     set_field(config, name, text)
 

@@ -30,13 +30,16 @@ def start_error(
     )
 
 
-def death(slot: Slot, process: Process, status: int, hint: str) -> str:
+def death(slot: Slot, process: Process, status: int | None, hint: str) -> str:
     """Why an instance is gone, and where to read on.
 
     Args:
-        status: that its process exited with. hint: how the log is kept.
+        status: that its process exited with; None = it was killed, and lives on.
+        hint: how the log is kept.
     """
-    why = _own_cause(slot, process) or slot.killed_because or describe_exit(status)
+    why = _own_cause(slot, process) or slot.killed_because
+    if not why:
+        why = "it does not end" if status is None else describe_exit(status)
     return f"{why} (its log: {slot.log}{hint})"
 
 

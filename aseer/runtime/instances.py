@@ -42,7 +42,7 @@ from aseer.runtime.restarts import RestartBudget, lacks_device_memory
 from aseer.runtime.slot import Slot
 from aseer.runtime.specs import Specs
 from aseer.transport.base import PROTOCOL_VERSION
-from aseer.watch import WakingClock
+from aseer.watch import WakingClock, wait_awake, waking_timeout
 from aseer.weights.current import CurrentWeights, TrainersWeights
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ _RETRY_PAUSE_S = 1.0
 # pool after two minutes. For so long starts that lack memory cost no restart.
 _MEMORY_PATIENCE_S = 300.0
 _MEMORY_PAUSE_S = 10.0
+# From SIGKILL to a process's end. To take hundreds of gigabytes from one, and GPUs,
+# lasts tens of seconds; one that a driver or a file system holds up may never end.
+_LONGEST_DEATH_S = 60.0
+# For those that have ended since, once the engine is closed.
+_LAST_LOOK_S = 1.0
 # Counts between two looks at a start; reading a busy machine's /proc takes some of it.
 _LONGEST_NOTE_S = 5.0
 
@@ -123,6 +128,7 @@ class InstancePool:
         self._slots: dict[InstanceId, Slot] = {}
         self._num_restarts: dict[InstanceId, int] = {}
         self._by_identity: dict[bytes, Slot] = {}
+        self._undead: list[Process] = []  # killed, and not gone when last seen
         self._forgiven = asyncio.Event()
         self._num_asked = 0
         self._may_grow = config.listen is not None
@@ -337,6 +343,9 @@ class InstancePool:
         Supervision must have ended. May be called again.
         """
         await self._end_all(list(self._slots.values()), grace_s)
+        undead, self._undead = self._undead, []
+        for process in undead:
+            await self._kill(process, _LAST_LOOK_S)
 
     async def _end_all(self, slots: list[Slot], grace_s: float) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -503,7 +512,7 @@ class InstancePool:
             took = time.monotonic() - started
             _log.info("instance %d is up after %.1f s", slot.instance_id, took)
             return
-        await process.end(0)
+        await self._kill(process)
         self._forget(slot, slot.killed_because or "it did not come up")
         what = f"was not ready after start_timeout_s={timeout_s:g}"
         if not dead.cancelled():
@@ -537,14 +546,18 @@ class InstancePool:
         while True:
             process = slot.process
             assert process is not None
-            status = await process.wait()
-            await process.end(0)  # the rest of its process group
+            status = await self._death_of(slot, process)
+            if status is not None:
+                await self._kill(process)  # the rest of its process group
             if (gone := slot.node.lost_because) is not None:
                 self._forget(slot, gone)
                 self._owner.instance_left(slot.instance_id, gone)
                 return
             hint = "" if self._config.log_dir else "; EngineConfig.log_dir keeps it"
             why = death(slot, process, status, hint)
+            if status is None:
+                self._undead.append(process)
+                why += f"; it was killed, and lives on {_LONGEST_DEATH_S:g} s later"
             self._forget(slot, why)
             _log.warning("instance %d is lost: %s", slot.instance_id, why)
             self._last_died_on = slot.restarts
@@ -552,6 +565,29 @@ class InstancePool:
             self._tell_if_weights_are_needed(why)
             if not await self._restart(slot, why):
                 return
+
+    async def _death_of(self, slot: Slot, process: Process) -> int | None:
+        """Wait for a process's end; its exit status, or None if it cannot be killed.
+
+        One that a driver holds up is not waited for: its requests go on elsewhere.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            ended = tasks.create_task(process.wait())
+            killed = tasks.create_task(slot.killed.wait())
+            await asyncio.wait((ended, killed), return_when=asyncio.FIRST_COMPLETED)
+            await wait_awake(ended, _LONGEST_DEATH_S)
+            killed.cancel()
+            ended.cancel()
+        return None if ended.cancelled() else ended.result()
+
+    async def _kill(self, process: Process, timeout_s: float | None = None) -> None:
+        """End a process with all that it started, unless it cannot be killed."""
+        try:
+            async with waking_timeout(timeout_s or _LONGEST_DEATH_S):
+                await process.end(0)
+        except TimeoutError:
+            _log.error("a process was killed and lives on; what it has stays taken")
+            self._undead.append(process)
 
     async def _restart(self, slot: Slot, why: str) -> bool:
         """Start a dead instance again; False once no instance can be any more."""

@@ -47,6 +47,7 @@ class Slot:
         self.info: InstanceInfo | None = None
         self.failure: str | None = None
         self.killed_because: str | None = None
+        self.killed = asyncio.Event()
         self.was_shot = (
             False  # a signal ended it before it was up, which we did not send
         )
@@ -92,6 +93,7 @@ class Slot:
         """Kill the process, if there is one; its death is handled like any other."""
         if self.process is not None:
             self.killed_because = why
+            self.killed.set()
             self.process.kill()
 
     def is_unreachable(self) -> None:

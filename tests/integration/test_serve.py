@@ -227,6 +227,9 @@ def test_an_address_that_others_reach_needs_a_key():
     ):
         taken.listen()
         bound_socket("127.0.0.1", taken.getsockname()[1])
+    for port in (99_999, -1):
+        with pytest.raises(aseer.ConfigError, match=r"--port .* is not allowed"):
+            bound_socket("127.0.0.1", port)
 
 
 def test_options_become_settings_and_unknown_ones_are_named():

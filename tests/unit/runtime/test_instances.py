@@ -450,3 +450,33 @@ async def test_all_that_runs_is_aborted_whoever_it_is_for(monkeypatch) -> None:
         run.pool.abort_all()
         await run.machine.until(lambda: run.pool.is_idle)
         assert run.ends() == dict.fromkeys(range(4), "aborted")
+
+
+@pytest.mark.parametrize("when", ["it runs", "it starts"])
+async def test_nobody_waits_for_a_process_that_cannot_be_killed(
+    monkeypatch, when
+) -> None:
+    monkeypatch.setattr("aseer.runtime.instances._LONGEST_DEATH_S", 0.2)
+    monkeypatch.setattr("aseer.runtime.instances._LAST_LOOK_S", 0.05)
+    config = config_of(start_timeout_s=1.0)
+    async with running(monkeypatch, config) as run, asyncio.timeout(20):
+        if when == "it starts":
+            run.machine.hold("0.2", "start")
+            run.process("0.1").kill()
+            await run.machine.until_asked("0.2", "start")
+        undead = run.process("0.1" if when == "it runs" else "0.2")
+        kill = undead.kill
+        with monkeypatch.context() as patch:
+            patch.setattr(undead, "kill", lambda: None)
+            if when == "it runs":
+                run.pool.run_chunk(A, Run(chunk_of(1, A, max_tokens=10**6)))
+                run.pool.kill_busy("it made no token")
+            await run.until(("down", A), ("up", A))
+            assert await run.run_to_its_end(2, A) == "length"
+            assert not undead.has_ended
+            if when == "it runs":
+                (why,) = run.owner.whys()
+                assert why.startswith("it made no token")
+                assert "it was killed, and lives on" in why
+            await run.pool.stop(1.0)
+        kill()
