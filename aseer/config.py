@@ -385,10 +385,8 @@ def check_policy(policy: object) -> PolicyName:
     Raises:
         ConfigError: there is none of that name.
     """
-    for name in POLICY_NAMES:
-        if policy == name:
-            return name
-    raise refusal("policy", policy, f"one of {', '.join(POLICY_NAMES)}")
+    found = one_of("policy", policy, POLICY_NAMES)
+    return next(name for name in POLICY_NAMES if name == found)
 
 
 def check_speculation(
@@ -433,7 +431,7 @@ def check_pause(pause: object) -> None:
     Raises:
         ConfigError: it is not one.
     """
-    if pause not in (None, "abort", "wait"):
+    if pause is not None and as_text(pause) not in ("abort", "wait"):
         raise refusal("pause", pause, "'abort', 'wait', or None")
 
 
@@ -443,7 +441,7 @@ def check_transfer(transfer: object) -> None:
     Raises:
         ConfigError: it is not one.
     """
-    if transfer not in ("auto", "host", "ipc", "nccl"):
+    if as_text(transfer) not in ("auto", "host", "ipc", "nccl"):
         raise refusal("transfer", transfer, "'auto', 'host', 'ipc' or 'nccl'")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from aseer.errors import ConfigError
-from aseer.inputs.plain import INT32_MAX, as_int, as_list, as_text
+from aseer.inputs.plain import INT32_MAX, as_int, as_list, as_text, can_be_sent
 from aseer.inputs.prompt import PromptEncoder
 from aseer.sampling import SamplingParams, resolve_sampling
 from aseer.types import GroupId, Task
@@ -76,7 +76,9 @@ def check_groups(groups: G) -> G:
     is_source = isinstance(groups, Iterable | AsyncIterable) or hasattr(
         groups, "__getitem__"
     )
-    if is_source and not isinstance(groups, Group | str | bytes | Mapping):
+    is_one = isinstance(groups, Group | str | bytes | Mapping)
+    # numpy's numbers and arrays of one say that they can be iterated.
+    if is_source and not is_one and getattr(groups, "shape", None) != ():
         return groups
     advice = "a list or an iterator of aseer.Group"
     if isinstance(groups, Group):
@@ -95,9 +97,13 @@ def check_group_id(group_id: object) -> GroupId:
     """The group's id as plain text; responses carry it, and `cancel` takes it.
 
     Raises:
-        ConfigError: it is no text.
+        ConfigError: it is no text that can be sent.
     """
     text = as_text(group_id)
+    if text is not None and not can_be_sent(text):
+        raise ConfigError(
+            f"group_id={text!r:.100} cannot be told to an engine; give valid Unicode"
+        )
     if text is None:
         raise ConfigError(
             f"group_id={group_id!r:.100} is a {type(group_id).__name__}; give a str, "

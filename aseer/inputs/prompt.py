@@ -71,6 +71,7 @@ class PromptEncoder:
         Raises:
             ConfigError: it is none, or not one that the model can read.
         """
+        _check_template(tools, template_kwargs)
         text = as_text(prompt)
         items = _items(prompt) if text is None else []
         given = _given_images(images)
@@ -106,10 +107,6 @@ class PromptEncoder:
         template_kwargs: Mapping[str, Any] | None,
     ) -> list[int]:
         settings = template_kwargs or {}
-        if not isinstance(settings, Mapping):
-            raise ConfigError(
-                f"chat_template_kwargs={settings!r:.100} is not allowed; give a mapping"
-            )
         own = sorted(_OWN_TEMPLATE_SETTINGS & set(settings))
         if own:
             raise ConfigError(
@@ -217,6 +214,20 @@ def _kept(
             f"its images cannot be kept for the engines ({error}); there must be room "
             "in /dev/shm, or give EngineConfig(weights_dir=...)"
         ) from error
+
+
+def _check_template(tools: object, template_kwargs: object) -> None:
+    if not (template_kwargs is None or isinstance(template_kwargs, Mapping)):
+        raise ConfigError(
+            f"chat_template_kwargs={template_kwargs!r:.100} is not allowed; give a "
+            "mapping"
+        )
+    is_text = isinstance(tools, str | bytes | bytearray)
+    if tools is not None and (is_text or not isinstance(tools, Sequence)):
+        raise ConfigError(
+            f"tools={tools!r:.100} is not allowed; give a list of functions, or of "
+            "JSON schemas of functions"
+        )
 
 
 def _given_images(images: object) -> list[Any]:

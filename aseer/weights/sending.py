@@ -84,7 +84,8 @@ def check_source(source: WeightSource, *, awaits: bool) -> None:
             )
         return
     is_bytes = isinstance(source, bytes | bytearray)
-    if is_class or is_bytes or not isinstance(source, Iterable):
+    is_number = getattr(source, "shape", None) == ()
+    if is_class or is_bytes or is_number or not isinstance(source, Iterable):
         raise WeightUpdateError(f"{_KINDS}, not a {type(source).__name__}")
 
 
@@ -218,6 +219,8 @@ def _whole(pair: object) -> tuple[str, Any]:
             f"{_KINDS}; this iterable gave a {type(pair).__name__}, which is no pair"
         )
     name, values = pair
+    if not isinstance(name, str):  # before it is looked for among names
+        raise WeightUpdateError(f"{_KINDS}; a name is a {type(name).__name__}")
     gather = getattr(values, "full_tensor", None)
     return name, values if gather is None else gather()
 

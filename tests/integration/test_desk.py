@@ -65,6 +65,10 @@ async def test_a_bad_request_fails_its_caller_alone(engine):
             await desk.submit([99999], SAMPLING)
         with pytest.raises(aseer.ConfigError, match="n=0"):
             await desk.submit([5], SAMPLING, n=0)
+        with pytest.raises(aseer.ConfigError, match="give valid Unicode"):
+            await desk.submit([5], SAMPLING, group="\ud800", n=1)
+        response = await desk.submit([5], SAMPLING, group="7", n=1)
+        assert response.finish_reason == "stop"
         with pytest.raises(aseer.ConfigError, match="unknown settings"):
             await desk.submit([5], {"warmth": 1})
         assert (await running).token_ids

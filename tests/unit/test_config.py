@@ -17,7 +17,9 @@ from aseer.config import (
     KvPoolConfig,
     SpeculationConfig,
     check_chunk_size,
+    check_pause,
     check_policy,
+    check_transfer,
     is_speculating,
 )
 from aseer.errors import ConfigError
@@ -339,6 +341,14 @@ def test_every_policy_named_exists_and_is_named_after_itself() -> None:
     assert set(POLICIES) == set(POLICY_NAMES)
     assert all(policy.name == name for name, policy in POLICIES.items())
     assert [check_policy(name) for name in POLICY_NAMES] == list(POLICY_NAMES)
+
+
+def test_what_is_no_choice_is_refused_whatever_it_is() -> None:
+    choices = ((check_policy, "fcfs"), (check_pause, "wait"), (check_transfer, "ipc"))
+    for check, name in choices:
+        with pytest.raises(ConfigError, match="is not allowed; give"):
+            check(np.ones(2))
+        check(np.str_(name))
 
 
 def test_no_chunks_is_a_chunk_size() -> None:

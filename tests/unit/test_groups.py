@@ -135,6 +135,12 @@ def test_a_prompt_is_ids_or_text_or_messages(prompt, tokens):
             r"'a': chat_template_kwargs has \['tokenize'\]",
         ),
         (Group(CHAT, chat_template_kwargs=7, group_id="a"), r"'a'.*=7.*a mapping"),
+        (
+            Group(CHAT, chat_template_kwargs=np.ones(2), group_id="a"),
+            r"'a': chat_template_kwargs=array.*a mapping",
+        ),
+        (Group(CHAT, tools=np.ones(2), group_id="a"), r"'a': tools=array.*a list"),
+        (Group(CHAT, tools="search", group_id="a"), r"'a': tools='search'.*a list"),
         (Group([1], n=2, known_lengths=[1], group_id="a"), r"'a'.*1 entries for n=2"),
         (
             Group([1], n=1, known_lengths=[1 << 31], group_id="a"),
@@ -215,6 +221,7 @@ def test_an_id_is_plain_text():
         ("to be", r"not a str .*give \[aseer.Group\(prompt\)\]"),
         ({"prompt": [1]}, r"not a dict .*give a list or an iterator"),
         (lambda: [], r"not a function .*call it"),
+        (np.float32(2), r"not a float32 .*give a list or an iterator"),
     ],
 )
 def test_what_is_no_source_of_groups_is_refused_with_what_to_give(groups, advice):

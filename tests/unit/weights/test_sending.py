@@ -292,6 +292,8 @@ def test_what_is_no_tensor_with_values_is_refused_by_its_name(
         (lambda: [("w", torch.ones(2), 3)], "gave a tuple, which is no pair"),
         (lambda: [(5, torch.ones(2))], "a name is a int"),
         (lambda: {5: torch.ones(2)}, "a name is a int"),
+        (lambda: [(["w"], torch.ones(2))], "a name is a list"),
+        (lambda: torch.tensor(5.0), "not a Tensor"),
         (list, "1 of the model's 1 tensors were not given: 'w'"),
         (dict, "1 of the model's 1 tensors were not given: 'w'"),
     ],
