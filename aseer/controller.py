@@ -130,7 +130,7 @@ class Controller:
             if task.group_id in ids or self.buffer.has_group(task.group_id):
                 raise ValueError(f"group {task.group_id!r} is in this rollout already")
             ids.add(task.group_id)
-        self._forget_finished()
+        self.forget_finished()
         commands: list[Command] = []
         try:
             for task in tasks:
@@ -151,7 +151,7 @@ class Controller:
         Raises:
             ValueError: the instance is up already.
         """
-        self._forget_finished()
+        self.forget_finished()
         pool = self.residency.pool_of(info.instance_id)
         self.scheduler.add_instance(info, pool)
         num_blocks = info.num_kv_blocks if info.keeps_kv else 0
@@ -169,7 +169,7 @@ class Controller:
         self, instance_id: InstanceId, now: float, why: str
     ) -> list[Command]:
         """An instance is gone; its requests wait again, with the tokens they have."""
-        self._forget_finished()
+        self.forget_finished()
         return self._lose_instance(instance_id, now, why) + self.schedule(now)
 
     def instance_left(
@@ -180,7 +180,7 @@ class Controller:
         Its requests go on elsewhere at once, with the tokens they have, however often
         that happens to them.
         """
-        self._forget_finished()
+        self.forget_finished()
         lost = self._lose_instance(instance_id, now, why, is_blameless=True)
         return lost + self.schedule(now)
 
@@ -188,7 +188,7 @@ class Controller:
         self, report: Columns | Iterable[ChunkProgress], now: float
     ) -> list[Command]:
         """Take what an instance reports of its chunks."""
-        self._forget_finished()
+        self.forget_finished()
         if not isinstance(report, Columns):
             report = columns_of(report)
         taken = self.buffer.take(report)
@@ -232,7 +232,7 @@ class Controller:
             KeyError: no such group.
         """
         self.buffer.group(group_id)
-        self._forget_finished()
+        self.forget_finished()
         # Requests that the group held up (an instance may have been kept for it) can go
         # on.
         return self._cancel(group_id, now) + self.schedule(now)
@@ -244,7 +244,7 @@ class Controller:
             max_requests: about how many requests to end in this call; further calls
                 end the rest, until `is_cancelled`.
         """
-        self._forget_finished()
+        self.forget_finished()
         if self._to_cancel is None:
             self._to_cancel = deque(self._unfinished_in_group)
         commands: list[Command] = []
@@ -261,7 +261,7 @@ class Controller:
 
     def fail_all(self, now: float, why: str) -> list[Command]:
         """Nothing can run any more: every unfinished request ends as an error."""
-        self._forget_finished()
+        self.forget_finished()
         commands: list[Command] = []
         for instance_id in list(self.running):
             commands += self._lose_instance(instance_id, now, why)
@@ -496,7 +496,7 @@ class Controller:
         request.drop_output()
         return [Finished(response, held_text)]
 
-    def _forget_finished(self) -> None:
+    def forget_finished(self) -> None:
         """Forget groups that finished in the last call.
 
         Whoever took that call's commands has asked about these groups by now.

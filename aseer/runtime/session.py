@@ -321,7 +321,7 @@ class Session:
         if not self.over.done():
             self.fail(RolloutError("the engines did not stop this rollout's work"))
         if not self.over.done():
-            self.over.set_result(None)
+            self._be_over()
 
     # From the pool
 
@@ -427,7 +427,7 @@ class Session:
             return
         if self._failure is not None:
             if self._pool.is_idle and self._is_journal_closed():
-                self.over.set_result(None)
+                self._be_over()
             return
         if self._controller.num_unfinished or not self._is_journal_closed():
             return
@@ -438,8 +438,13 @@ class Session:
         if self._journal is not None:
             self.report = replace(self.report, journal_error=self._journal.error)
         self.progress = self._recorder.progress(now, intake_open=False, is_over=True)
-        self.over.set_result(None)
+        self._be_over()
         self._mailbox.close(self._error())
+
+    def _be_over(self) -> None:
+        """Let go of what groups had, such as images, whoever keeps this rollout."""
+        self._controller.forget_finished()
+        self.over.set_result(None)
 
     def _is_journal_closed(self) -> bool:
         """Whether nothing is left to be written; if not, the end comes again then."""

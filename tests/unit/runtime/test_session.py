@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -384,6 +385,21 @@ async def test_books_that_do_not_agree_fail_the_rollout_if_they_are_compared(
     assert isinstance(error, RolloutError) == is_checked
     if error is not None:
         assert isinstance(error.__cause__, AssertionError)
+
+
+async def test_what_a_group_had_goes_with_the_rollout_whoever_keeps_that() -> None:
+    """Images' files are there as long as a group is, and garbage is collected late."""
+    had = Weakly()
+    is_there = weakref.ref(had)
+    rolling = Rolling()
+    rolling.offer("g", metadata=had)
+    del had
+    rolling.session.close_intake_soon()
+    rolling.work()
+    rolling.end_all()
+    assert rolling.is_over
+    assert await rolling.read() == each("length")
+    assert is_there() is None
 
 
 async def test_a_group_on_its_way_to_a_rollout_that_failed_ends_it() -> None:
