@@ -65,6 +65,7 @@ class ServerProcess:
     ) -> None:
         self._plan = plan
         self._interpreter = interpreter or this_interpreter()
+        self._environment = {**self._interpreter.environment(), **_ENV}
         self._name = f"aseer-{os.getpid()}-{secrets.token_hex(3)}-{index}"
         self._memory = SHARED_MEMORY / f"{SHM_PREFIX}{self._name}"
         self._disk_dir = plan.disk_dir and Path(plan.disk_dir).resolve() / self._name
@@ -169,7 +170,7 @@ class ServerProcess:
             self._leftovers.add(disk_dir)
         self._process = process = await Child.start(
             self._interpreter.command(*MODULE),
-            {**self._interpreter.environment(), **_ENV},
+            self._environment,
             self.log_path,
             self._leftovers,
             answers=True,

@@ -67,8 +67,12 @@ def inherited(environ: Mapping[str, str], path: Sequence[str]) -> dict[str, str]
         path: where we import from, first to last.
     """
     kept = {k: v for k, v in environ.items() if not _WORKERS_ONLY.fullmatch(k)}
-    folders = [folder or str(Path.cwd()) for folder in path]
-    return {**kept, "PYTHONPATH": os.pathsep.join(folders)}
+    here = ""
+    with suppress(OSError):  # the working directory was removed
+        here = str(Path.cwd())
+    # Python itself passes over what is no text, such as a Path.
+    folders = [folder or here for folder in path if isinstance(folder, str)]
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 class Child:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from aseer.node.interpreter import this_interpreter
 from aseer.node.process import InstanceProcess
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ class LocalNode:
         self._router = router
         self._leftovers = leftovers
         self._log_dir = log_dir
-        self._interpreter = interpreter
+        self._interpreter = interpreter or this_interpreter()
+        # Those that are started again are as the first ones, whatever has become of
+        # this process's environment and working directory.
+        self._environment = self._interpreter.environment()
         self.name = ""
         self.endpoint = endpoint
         self.drafts = f"ipc://{leftovers.run_dir}/dgds"
@@ -60,7 +64,7 @@ class LocalNode:
         return await InstanceProcess.start(
             name,
             line,
-            {**ours, **env},
+            {**self._environment, **ours, **env},
             self._path_of(name),
             self._leftovers,
             self._interpreter,

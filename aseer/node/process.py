@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from aseer.errors import InstanceStartError, describe
 from aseer.node.children import Child
-from aseer.node.interpreter import this_interpreter
 from aseer.node.logs import cause_from_log
 
 if TYPE_CHECKING:
@@ -41,23 +40,20 @@ class InstanceProcess:
         env: Mapping[str, str],
         log_path: Path,
         leftovers: Leftovers,
-        interpreter: Interpreter | None = None,
+        interpreter: Interpreter,
     ) -> InstanceProcess:
         """Start the process and hand it its spec.
 
         Args:
             name: of the instance. line: its spec, in JSON.
-            interpreter: that it runs on; None = the one of this process.
+            env: the whole environment.
+            interpreter: that it runs on.
         Raises:
             InstanceStartError: the system has no room for it; nothing of it remains.
         """
         try:
-            python = interpreter or this_interpreter()
             child = await Child.start(
-                python.command(*MODULE),
-                {**python.environment(), **env},
-                log_path,
-                leftovers,
+                interpreter.command(*MODULE), env, log_path, leftovers
             )
             try:
                 child.tell(line + b"\n")

@@ -12,6 +12,7 @@ iterator is raised at the end, too, after every response.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import threading
 import time
@@ -25,15 +26,20 @@ from aseer.buffer import aborted_responses
 from aseer.errors import ConfigError, RolloutError, describe
 from aseer.groups import check_group_id, check_groups
 from aseer.journal.keys import KeyMaker
+from aseer.watch import wait_awake
 
 if TYPE_CHECKING:
     from aseer.groups import Group, GroupResolver, Groups
     from aseer.types import GroupKey, Response, Task
 
+_log = logging.getLogger("aseer")
+
 # Groups that one call to `pull` takes at most: encoding their prompts takes
 # milliseconds, in which no response is read.
 _PULL_AT_ONCE = 256
 _NO_MORE: Any = object()
+# For an async iterator that is cancelled to end, and clean up what it has.
+_LONGEST_STOP_S = 30.0
 # An async iterator that never waits is interrupted this often for others on its loop.
 _LONGEST_TURN_S = 0.002
 
@@ -231,8 +237,15 @@ class GroupSource:
         """Stop, and wait until nothing is taken from the user's iterator any more."""
         self.stop()
         pump = self._pump
-        if pump is not None and pump.get_loop() is asyncio.get_running_loop():
-            await asyncio.wait([pump])
+        if pump is None or pump.get_loop() is not asyncio.get_running_loop():
+            return
+        await wait_awake(pump, _LONGEST_STOP_S)
+        if not pump.done():
+            _log.warning(
+                "the async iterator of groups was cancelled %g s ago and still waits "
+                "for something; the rollout does not wait for it any longer",
+                _LONGEST_STOP_S,
+            )
 
     def yielded(self) -> None:
         """The user got a response: there is room for another request."""

@@ -186,10 +186,10 @@ class InstancePool:
     def run_chunk(self, instance_id: InstanceId, message: Run) -> None:
         """Send an instance a chunk."""
         slot = self._slots[instance_id]
+        slot.send(message)
         if not slot.running:
             slot.last_progress = self._clock.read()
-        slot.running.add(message.chunk.chunk_id)
-        slot.send(message)
+        slot.running.add(message.chunk.chunk_id)  # what cannot be sent does not run
 
     def abort_chunks(self, instance_id: InstanceId, chunk_ids: list[ChunkId]) -> None:
         """Ask an instance to end chunks."""

@@ -34,3 +34,14 @@ def test_a_child_imports_from_where_its_parent_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = inherited({"PYTHONPATH": "/old"}, ["", "/scripts", "/lib"])
     assert found == {"PYTHONPATH": f"{tmp_path}:/scripts:/lib"}
+
+
+def test_a_working_directory_that_is_gone_and_paths_that_are_no_texts_are_left_out(
+    tmp_path, monkeypatch
+):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    found = inherited({}, ["", tmp_path, "/lib"])
+    assert found == {"PYTHONPATH": "/lib"}

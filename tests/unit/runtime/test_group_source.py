@@ -415,3 +415,30 @@ def test_an_iterator_that_reads_what_it_feeds_is_told_so() -> None:
     with pytest.raises(RolloutError, match="reads from the rollout that it feeds"):
         source.raise_error()
     assert session.taken == ["a"]
+
+
+async def test_an_iterator_that_ignores_its_cancellation_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("aseer.runtime.group_source._LONGEST_STOP_S", 0.05)
+    goes_on = asyncio.Event()
+
+    async def groups() -> AsyncIterator[Group]:
+        while not goes_on.is_set():
+            try:
+                await goes_on.wait()
+            except asyncio.CancelledError:
+                continue
+        yield group("late")
+
+    source, session = begun(groups())
+    source.start_pump()
+    await settled()
+    async with asyncio.timeout(10):
+        await source.wait_stopped()
+    assert "was cancelled 0.05 s ago" in caplog.text
+    goes_on.set()
+    await settled()
+    assert session.is_closed
+    assert refused(source) == []
+    assert session.taken == ["late"], "it was taken from the user, and is not lost"

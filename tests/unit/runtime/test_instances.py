@@ -480,3 +480,13 @@ async def test_nobody_waits_for_a_process_that_cannot_be_killed(
                 assert "it was killed, and lives on" in why
             await run.pool.stop(1.0)
         kill()
+
+
+async def test_a_chunk_that_cannot_be_sent_keeps_no_instance_busy(monkeypatch) -> None:
+    async with running(monkeypatch) as run:
+        bad = chunk_of(1, A)
+        object.__setattr__(bad, "group_id", "\ud800")
+        with pytest.raises(UnicodeEncodeError):
+            run.pool.run_chunk(A, Run(bad))
+        assert run.pool.is_idle
+        assert await run.run_to_its_end(2, A) == "length"
