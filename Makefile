@@ -73,8 +73,8 @@ test-trainers: setup
 	ASEER_SKYRL_PYTHON=$(CURDIR)/.venv-skyrl/bin/python \
 	ASEER_VERIFIERS_PYTHON=$(CURDIR)/.venv-verifiers/bin/python \
 	ASEER_MEGATRON_PYTHON=$(CURDIR)/.venv-megatron/bin/python \
-	    $(BIN)/python -m pytest -m "e2e and slow" \
-	    $(TRAINERS:%=tests/e2e/test_%.py) $(ARGS)
+	    $(BIN)/python -m pytest -m slow \
+	    $(TRAINERS:%=tests/e2e/test_%.py) tests/integration/test_ray.py $(ARGS)
 
 coverage: setup
 	$(BIN)/python -m pytest tests/unit tests/property --cov --cov-report=term $(ARGS)

@@ -163,7 +163,8 @@ class EngineConfig:
         tokenizer: name or directory; None = the model's.
         num_instances: vLLM engines to start on this machine; None = one for every
             `gpus_per_instance` of the GPUs, or on a CPU one a core, at most 2. 0 = none
-            here, only on the nodes that join (`listen`, `min_nodes`).
+            here, only on the nodes that join (`listen`, `min_nodes`). With `nodes`, on
+            each of the hosts that are taken.
         gpus: ids of the GPUs to use, as CUDA_VISIBLE_DEVICES names them, whatever the
             trainer itself may see; None = those that are visible.
         gpus_per_instance: GPUs of one engine (tensor parallel). On a CPU as many
@@ -241,11 +242,15 @@ class EngineConfig:
             the engine's figures (`/metrics`); None = nowhere. Port 0 is any that is
             free: `Engine.metrics_url` has it.
         listen: address at which nodes on other hosts may join this engine, such as
-            "tcp://0.0.0.0:5557"; None = this machine alone. Connections are encrypted,
-            with a key that all hosts share; without a key only an address of this
-            machine is allowed. See docs/cluster.md.
+            "tcp://0.0.0.0:5557"; None = this machine alone, or with `nodes` any free
+            port. Connections are encrypted, with a key that all hosts share; without a
+            key only an address of this machine is allowed. See docs/cluster.md.
+        nodes: what starts the nodes; None = you do, by `aseer node`. "ray" has Ray
+            place them, one a host, with the GPUs reserved that their engines use; then
+            all engines run there. See docs/cluster.md.
         min_nodes: nodes of other hosts that must be up before the engine is open; more
-            may join at any time.
+            may join at any time. With `nodes`, how many hosts are taken; 0 = all that
+            have the GPUs.
         node_timeout_s: a node of which nothing is heard for so many seconds is lost,
             and its work goes on elsewhere.
         key_file: path of the file with the key; None = what ASEER_KEY or ASEER_KEY_FILE
@@ -293,6 +298,7 @@ class EngineConfig:
     journal_dir: Path | str | None = None
     metrics_address: str | None = None
     listen: str | None = None
+    nodes: Literal["ray"] | None = None
     min_nodes: int = 0
     node_timeout_s: float = 30.0
     key_file: Path | str | None = None
@@ -307,7 +313,7 @@ class EngineConfig:
         if not dtype or not can_be_sent(dtype):
             raise refusal("dtype", self.dtype, 'a name, such as "bfloat16"')
         set_field(self, "dtype", dtype)
-        least = 1 if self.listen is None else 0
+        least = 0 if self.listen is not None and self.nodes is None else 1
         check_int(self, "num_instances", least, optional=True)
         for name in ("max_model_len", "max_num_seqs"):
             check_int(self, name, 1, optional=True)
@@ -371,12 +377,24 @@ class EngineConfig:
         check_directory(self, "controller_file", "a file's path")
         if self.listen is not None:
             check_address("listen", self.listen)
-        elif self.min_nodes:
+        if self.nodes is not None:
+            if self.nodes != "ray":
+                raise refusal("nodes", self.nodes, "'ray', or None, and start nodes")
+            if self.gpus is not None:
+                allowed = "num_instances instead: with nodes='ray' Ray says which GPUs"
+                raise refusal("gpus", self.gpus, allowed)
+            return
+        if self.listen is None and self.min_nodes:
             raise refusal("listen", None, "an address, since min_nodes is above 0")
-        elif self.controller_file is not None:
+        if self.listen is None and self.controller_file is not None:
             raise refusal("listen", None, "an address, since controller_file is given")
         if self.num_instances == 0 and not self.min_nodes:
             raise refusal("min_nodes", 0, "one >= 1, since num_instances is 0")
+
+
+def takes_nodes(config: EngineConfig) -> bool:
+    """Whether nodes on other hosts may join the engine."""
+    return config.listen is not None or config.nodes is not None
 
 
 def check_policy(policy: object) -> PolicyName:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aseer.compat.versions import check_vllm
+from aseer.config import takes_nodes
 from aseer.dgds.messages import TO_SERVER
 from aseer.errors import AseerError, ConfigError, EngineError, describe, root_of
 from aseer.instance.messages import FROM_INSTANCE
@@ -43,8 +44,9 @@ from aseer.node.messages import (
 )
 from aseer.node.remote import RemoteNode
 from aseer.runtime.launch import plan_instances
+from aseer.runtime.launcher import launcher_of
 from aseer.transport.base import PROTOCOL_VERSION, Reader
-from aseer.transport.keys import find_keys
+from aseer.transport.keys import find_keys, new_keys
 from aseer.transport.sessions import FRAME, Sessions
 from aseer.transport.tcp import bind_tcp, check_key_is_there
 from aseer.version import __version__
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from aseer.models.traits import ModelTraits
     from aseer.node.machine import Launch
     from aseer.runtime.instances import InstancePool
+    from aseer.runtime.launcher import Launcher
     from aseer.runtime.serving import Listening
     from aseer.transport.keys import Keys
     from aseer.transport.sessions import Frame
@@ -80,8 +83,17 @@ class Cluster:
         config: EngineConfig,
         traits: ModelTraits | None,
         router: TcpRouter[Frame],
+        launcher: Launcher | None = None,
+        keys: Keys | None = None,
     ) -> None:
+        """Have no nodes yet.
+
+        Args:
+            launcher: starts some; it is given the keys.
+        """
         self._config = config
+        self._launcher = launcher
+        self._keys = keys
         self._traits = traits
         self._sessions = Sessions(router, timeout_s=config.node_timeout_s)
         self._reader = Reader(FROM_INSTANCE)
@@ -125,30 +137,41 @@ class Cluster:
             node.say(block)
 
     async def work(self) -> None:
-        """Put nodes to work as they come, until cancelled."""
+        """Start nodes, if that is ours, and put them to work as they come, until
+        cancelled.
+        """
         async with asyncio.TaskGroup() as tasks:
+            if self._launcher is not None and self._keys is not None:
+                address = reachable(self.address, self._launcher.host)
+                tasks.create_task(self._launcher.run(address, self._keys))
             while True:
                 tasks.create_task(self._attend(*await self._joined.get()))
 
-    async def wait_for(self, num_nodes: int) -> None:
-        """Wait until so many nodes have instances that are up.
+    async def wait_for_nodes(self) -> None:
+        """Wait until as many nodes as are wanted have instances that are up.
 
         Raises:
             InstanceStartError: an instance of one did not come up.
-            EngineError: too few came within `start_timeout_s`.
+            EngineError: a node could not be started, or too few came within
+                `start_timeout_s`.
         """
         clock, next_line_s = WakingClock(2 * _LOOK_INTERVAL_S), 0.0
         timeout_s = self._config.start_timeout_s
+        launcher, num_nodes = self._launcher, self._config.min_nodes
+        wanted = f"min_nodes={num_nodes}"
+        if launcher is not None:
+            num_nodes, wanted = launcher.num_nodes, str(launcher.num_nodes)
         while True:
             num = sum(self._pool.is_up(node) for node in self.nodes)
             if num >= num_nodes:
                 return
             if self._failure is not None:
                 raise self._failure
+            if launcher is not None and launcher.failure is not None:
+                raise launcher.failure
             what = (
-                f"{num} of min_nodes={num_nodes} nodes are up ({len(self.nodes)} have "
-                f"joined); on each host run `aseer node --controller "
-                f"{reachable(self.address)}`{self._refusal}"
+                f"{num} of {wanted} nodes are up ({len(self.nodes)} have joined); "
+                f"{self._advice}{self._refusal}"
             )
             if clock.read() > timeout_s:
                 raise EngineError(f"after start_timeout_s={timeout_s:g} {what}")
@@ -156,6 +179,13 @@ class Cluster:
                 _log.warning("%s", what)
                 next_line_s += _TELL_INTERVAL_S
             await asyncio.sleep(_LOOK_INTERVAL_S)
+
+    @property
+    def _advice(self) -> str:
+        if self._launcher is not None:
+            return self._launcher.state
+        where = reachable(self.address)
+        return f"on each host run `aseer node --controller {where}`"
 
     async def dismiss(self, why: str) -> None:
         """Tell all nodes that the engine is over, and take no more."""
@@ -278,11 +308,15 @@ class Cluster:
         self._sessions.close(session, encode(goodbye))
 
 
-def reachable(address: str) -> str:
-    """An address that is listened at, as others reach it."""
-    host, _, port = address.rpartition(":")
-    if host in ("tcp://0.0.0.0", "tcp://[::]"):
-        return f"tcp://{socket.gethostname()}:{port}"
+def reachable(address: str, host: str = "") -> str:
+    """An address that is listened at, as others reach it.
+
+    Args:
+        host: by which they reach this machine; "" = by its name.
+    """
+    listened, _, port = address.rpartition(":")
+    if listened in ("tcp://0.0.0.0", "tcp://[::]"):
+        return f"tcp://{host or socket.gethostname()}:{port}"
     return address
 
 
@@ -290,27 +324,36 @@ def listening(config: EngineConfig, traits: ModelTraits | None) -> Listening:
     """What gives an engine's nodes, while it is open.
 
     Raises:
-        ConfigError: the address needs a key, or the key cannot be used.
+        ConfigError: the address needs a key, the key cannot be used, or what is to
+            start the nodes cannot.
     """
-    if config.listen is None:
+    if not takes_nodes(config):
         return nullcontext
     keys = find_keys(None if config.key_file is None else str(config.key_file))
-    check_key_is_there("listen", config.listen, keys)
-    return partial(_listen, config, config.listen, traits, keys)
+    if (launcher := launcher_of(config)) is not None:
+        keys = keys or new_keys()
+    address = config.listen
+    if address is None:
+        assert launcher is not None
+        address = f"tcp://{launcher.host}:*"
+    check_key_is_there("listen", address, keys)
+    return partial(_listen, config, address, traits, keys)
 
 
 @asynccontextmanager
 async def _listen(
     config: EngineConfig, address: str, traits: ModelTraits | None, keys: Keys | None
 ) -> AsyncIterator[Cluster]:
-    """Listen for nodes; the file that tells them where goes at the end.
+    """Listen for nodes; the file that tells them where goes at the end, and so do the
+    nodes that were started.
 
     Raises:
         EngineError: the address cannot be had.
-        ConfigError: the file cannot be written.
+        ConfigError: the file cannot be written, or nodes cannot be started.
     """
+    launcher = launcher_of(config)
     async with bind_tcp(address, FRAME, keys) as router:
-        cluster = Cluster(config, traits, router)
+        cluster = Cluster(config, traits, router, launcher, keys)
         path = None if config.controller_file is None else Path(config.controller_file)
         if path is not None:
             _write(path, reachable(cluster.address))
@@ -320,6 +363,8 @@ async def _listen(
             if path is not None:
                 with suppress(OSError):
                     path.unlink()
+            if launcher is not None:
+                await launcher.close()
 
 
 def _write(path: Path, address: str) -> None:

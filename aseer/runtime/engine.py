@@ -87,7 +87,7 @@ class Engine(TakesWeights):
             revision, token = args.get("revision"), args.get("hf_token")
             traits = read_traits(config.model, revision, token=token)
         self._launches: list[Launch] = []
-        if config.num_instances != 0:
+        if config.num_instances != 0 and config.nodes is None:
             machine = this_machine(python.packages)
             self._launches = plan_instances(config, machine, traits, python)
             if self._launches[0].backend == "vllm":

@@ -185,7 +185,7 @@ class Host:
                 await self._pool.start()
                 tasks.create_task(self._pool.supervise())
                 if self.cluster is not None:
-                    await self.cluster.wait_for(self._config.min_nodes)
+                    await self.cluster.wait_for_nodes()
                 started.set_result(self)
         except Exception as error:
             if self.cluster is not None:

@@ -17,6 +17,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from aseer.config import takes_nodes
 from aseer.errors import (
     EngineError,
     InstanceLostError,
@@ -131,7 +132,7 @@ class InstancePool:
         self._undead: list[Process] = []  # killed, and not gone when last seen
         self._forgiven = asyncio.Event()
         self._num_asked = 0
-        self._may_grow = config.listen is not None
+        self._may_grow = takes_nodes(config)
         self._exhausted_at: float | None = None
         self._may_start = asyncio.Event()
         self._may_start.set()

@@ -61,6 +61,11 @@ def derive_keys(secret: bytes) -> Keys:
     return Keys(_pair(secret, b"aseer-head"), _pair(secret, b"aseer-node"))
 
 
+def new_keys() -> Keys:
+    """Keys of a secret that nobody has."""
+    return derive_keys(secrets.token_bytes(_NEW_BYTES))
+
+
 def _pair(secret: bytes, who: bytes) -> KeyPair:
     key = z85.encode(hashlib.blake2b(secret, digest_size=32, person=who).digest())
     return KeyPair(zmq.curve_public(key), key)

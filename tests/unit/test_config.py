@@ -21,6 +21,7 @@ from aseer.config import (
     check_policy,
     check_transfer,
     is_speculating,
+    takes_nodes,
 )
 from aseer.errors import ConfigError
 from aseer.inputs.engine_args import _DRAFTER, _OWN, _REFUSED
@@ -33,6 +34,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_instances": True}, "an int >= 1"),
     ({"min_nodes": -1}, "an int >= 0"),
     ({"listen": "head:5557"}, "tcp://HOST:PORT"),
+    ({"nodes": "slurm"}, "'ray', or None"),
     ({"node_timeout_s": 0}, "a number of seconds above 0"),
     ({"max_model_len": 0}, "an int >= 1, or None"),
     ({"max_num_seqs": "many"}, "an int >= 1, or None"),
@@ -195,6 +197,17 @@ def test_an_engine_without_instances_of_its_own_waits_for_a_node() -> None:
     for setting in ({"min_nodes": 1}, {"controller_file": "run.json"}):
         with pytest.raises(ConfigError, match=r"listen=None is not allowed"):
             EngineConfig(model="m", **setting)
+
+
+def test_nodes_that_ray_places_need_no_address_and_are_given_their_gpus() -> None:
+    config = EngineConfig(model="m", nodes="ray", min_nodes=2, controller_file="run")
+    assert (takes_nodes(config), config.listen) == (True, None)
+    assert not takes_nodes(EngineConfig(model="m"))
+    with pytest.raises(ConfigError, match=r"gpus=.*Ray says which GPUs"):
+        EngineConfig(model="m", nodes="ray", gpus=[0])
+    listen = "tcp://127.0.0.1:5557"
+    with pytest.raises(ConfigError, match=r"num_instances=0 is not .* an int >= 1"):
+        EngineConfig(model="m", nodes="ray", num_instances=0, listen=listen)
 
 
 def test_numbers_may_be_numpys_and_are_kept_as_plain_data() -> None:

@@ -136,11 +136,12 @@ HOMES = {
     "matplotlib": ("aseer.plot",),
     "prometheus_client": ("aseer.node.metrics",),
     "aiohttp": ("aseer.server", "aseer.cli.serve"),
+    "ray": ("aseer.integrations",),
 }
 # Slow to import or not always there: `import aseer` must work without.
 HEAVY = (
     *("vllm", "lmcache", "torch", "transformers", "matplotlib", "tokenizers", "gguf"),
-    "prometheus_client",
+    *("prometheus_client", "ray"),
 )
 
 

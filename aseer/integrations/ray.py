@@ -1,0 +1,275 @@
+"""Nodes on a cluster of Ray's: `EngineConfig(nodes="ray")`.
+
+Ray reserves a bundle of GPUs on each host, in one placement group, and keeps an actor
+in each, which is what `aseer node` is elsewhere. So no other placement group or actor
+is given those GPUs, also while an actor that died is started again. Ray starts, places
+and ends; all else goes over the connections of aseer's own nodes:
+
+    trainer's process    RayNodes --- placement group, actors ---> NodeActor, one a host
+                         Cluster  <------- tcp, encrypted --------- its agent: instances
+
+Actors end with the trainer's process, whose job or actor owns them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from aseer.errors import AseerError, ConfigError, EngineError, describe
+from aseer.node.agent import Offer, run_agent
+from aseer.node.children import in_thread
+from aseer.node.interpreter import interpreter_at
+from aseer.node.machine import this_machine
+
+try:
+    import ray
+    from ray.util import get_node_ip_address, placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+except ImportError as error:
+    raise ConfigError(
+        f"nodes='ray' needs Ray, which cannot be imported here ({describe(error)}); "
+        'run `pip install "aseer[ray]"`, in the environments of all hosts'
+    ) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from aseer.config import EngineConfig
+    from aseer.transport.keys import Keys
+
+_log = logging.getLogger("aseer")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Between two looks whether Ray has found room; also how long a thread may outlive them.
+_LOOK_S = 1.0
+# For agents that were told goodbye to remove their files before they are killed.
+_GOODBYE_S = 3.0
+# For Ray to do what it is asked at the end.
+_END_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentSettings:
+    """What an actor is told; the fields are those of `Offer`."""
+
+    controller: str
+    keys: Keys
+    num_instances: int | None
+    python: str | None
+    log_dir: Path | None
+
+
+class NodeActor:
+    """A node, on a host that Ray chose."""
+
+    async def serve(self, settings: AgentSettings) -> str:
+        """Run instances until the controller says goodbye; why it did.
+
+        Ray calls this anew whenever it has started the actor again.
+
+        Raises:
+            ConfigError: the host has not what the node needs.
+            NodeRefused: the controller has no use for the node.
+        """
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        if settings.log_dir is not None:
+            settings.log_dir.mkdir(parents=True, exist_ok=True)
+        interpreter = await in_thread(interpreter_at, settings.python)
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        machine = this_machine(interpreter.packages)
+        offer = Offer(
+            controller=settings.controller,
+            keys=settings.keys,
+            name=socket.gethostname(),
+            machine=replace(machine, gpus=tuple(gpus)),
+            interpreter=interpreter,
+            num_instances=settings.num_instances,
+            log_dir=settings.log_dir,
+            death_timeout_s=math.inf,  # Ray ends the actor, when its trainer has ended
+            needs_janitor=True,  # Ray kills it with its children
+        )
+        return await run_agent(offer, asyncio.Event())
+
+
+def launcher(config: EngineConfig) -> RayNodes:
+    """What starts the nodes that an engine wants; nothing is reserved yet.
+
+    Raises:
+        ConfigError: Ray is not initialised, or has no hosts for them.
+    """
+    if not ray.is_initialized():
+        raise ConfigError(
+            "nodes='ray', but this process is not connected to Ray; call ray.init(), "
+            "for a cluster that runs ray.init(address='auto'), before aseer.Engine"
+        )
+    hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return RayNodes(config, bundles_for(config, hosts), get_node_ip_address())
+
+
+def bundles_for(
+    config: EngineConfig, hosts: Sequence[Mapping[str, float]]
+) -> list[dict[str, int]]:
+    """What to reserve on each host that is taken, those with the most GPUs first.
+
+    Args:
+        hosts: of each that is alive, all that Ray has there, in use or not.
+    Raises:
+        ConfigError: they have not what the settings ask for.
+    """
+    total = [int(host.get("GPU", 0)) for host in hosts]
+    if config.device == "cpu" or (config.device != "cuda" and not any(total)):
+        bundles = [{"CPU": 1} for host in hosts if host.get("CPU", 0) >= 1]
+        what = "a CPU"
+    else:
+        per, wanted = config.gpus_per_instance, config.num_instances
+        least = per * (wanted or 1)
+        sizes = sorted((n for n in total if n >= least), reverse=True)
+        bundles = [{"GPU": least if wanted else n - n % per} for n in sizes]
+        what = f"{least} GPUs" if least > 1 else "a GPU"
+    if len(bundles) < max(config.min_nodes, 1):
+        raise ConfigError(
+            f"{max(config.min_nodes, 1)} hosts with {what} each are wanted, and "
+            f"{len(bundles)} of the {len(hosts)} in Ray's cluster have that (GPUs by "
+            f"host: {total}); start Ray on more, or lower min_nodes, num_instances or "
+            "gpus_per_instance"
+        )
+    return bundles[: config.min_nodes or None]
+
+
+class RayNodes:
+    """See `Launcher`; for one opening of an engine."""
+
+    def __init__(
+        self, config: EngineConfig, bundles: list[dict[str, int]], host: str
+    ) -> None:
+        """Ask nothing of Ray yet.
+
+        Args:
+            bundles: to reserve, one a host.
+            host: the address that Ray has of this one.
+        """
+        self.host = f"[{host}]" if ":" in host else host
+        self.num_nodes = len(bundles)
+        self.state = "Ray is asked to place them"
+        self.failure: AseerError | None = None
+        self._config = config
+        self._bundles = bundles
+        self._lock = threading.Lock()  # nothing is begun once the end has come
+        self._is_over = False
+        self._group: Any = None
+        self._actors: list[Any] = []
+        self._serving: list[Any] = []  # an object reference for each actor
+
+    async def run(self, address: str, keys: Keys) -> None:
+        """See `Launcher`.
+
+        Raises:
+            EngineError: Ray does not do it.
+        """
+        config = self._config
+        settings = AgentSettings(
+            controller=address,
+            keys=keys,
+            num_instances=config.num_instances,
+            python=None if config.python is None else str(config.python),
+            log_dir=None if config.log_dir is None else Path(config.log_dir),
+        )
+        await _asked(self._reserve)
+        while not await _asked(self._has_room):
+            pass
+        await _asked(self._start, settings)
+        self.state = (
+            f"Ray has placed them, and they connect to {address}, which has to be open "
+            "to their hosts; what they say is in Ray's logs"
+        )
+        async with asyncio.TaskGroup() as tasks:
+            for serving in self._serving:
+                tasks.create_task(self._watch(serving))
+
+    async def close(self) -> None:
+        """See `Launcher`."""
+        try:
+            async with asyncio.timeout(_END_S):
+                await in_thread(self._end)
+        except Exception as error:
+            _log.warning("Ray may not have ended its agents: %s", describe(error))
+
+    def _reserve(self) -> None:
+        with self._lock:
+            if not self._is_over:
+                bundles = [dict(bundle) for bundle in self._bundles]
+                self._group = placement_group(bundles, strategy="STRICT_SPREAD")
+
+    def _has_room(self) -> bool:
+        if self._group.wait(timeout_seconds=_LOOK_S):
+            return True
+        total, free = ray.cluster_resources(), ray.available_resources()
+        wanted = ", ".join(str(bundle) for bundle in self._bundles)
+        self.state = (
+            f"Ray has no room for {wanted}, each on a host of its own: of "
+            f"{total.get('GPU', 0):g} GPUs {free.get('GPU', 0):g} are free, of "
+            f"{total.get('CPU', 0):g} CPUs {free.get('CPU', 0):g}; release what others "
+            "have reserved, or lower num_instances or min_nodes"
+        )
+        return False
+
+    def _start(self, settings: AgentSettings) -> None:
+        with self._lock:
+            if self._is_over:
+                return
+            remote = ray.remote(NodeActor)
+            for index, bundle in enumerate(self._bundles):
+                actor = remote.options(
+                    num_cpus=bundle.get("CPU", 0),
+                    num_gpus=bundle.get("GPU", 0),
+                    max_restarts=-1,
+                    max_task_retries=-1,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        self._group, placement_group_bundle_index=index
+                    ),
+                ).remote()
+                self._actors.append(actor)
+                self._serving.append(actor.serve.remote(settings))
+
+    def _end(self) -> None:
+        with self._lock:
+            self._is_over = True
+            if self._group is None or not ray.is_initialized():
+                return
+            if self._serving:
+                num = len(self._serving)
+                ray.wait(self._serving, num_returns=num, timeout=_GOODBYE_S)
+            for actor in self._actors:
+                ray.kill(actor, no_restart=True)
+            remove_placement_group(self._group)
+
+    async def _watch(self, serving: Any) -> None:
+        try:
+            why = await asyncio.wrap_future(serving.future())
+            _log.info("an agent that Ray had placed has ended: %s", why)
+        except Exception as error:
+            cause = getattr(error, "cause", None) or error
+            told = f"an agent that Ray has placed failed: {describe(cause)}"
+            _log.error("%s", told)
+            self.failure = self.failure or EngineError(told)
+
+
+async def _asked(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call what asks Ray for something, in a thread.
+
+    Raises:
+        EngineError: Ray does not do it.
+    """
+    try:
+        return await in_thread(function, *args, **kwargs)
+    except Exception as error:
+        raise EngineError(f"Ray cannot start the nodes: {describe(error)}") from error
