@@ -13,6 +13,8 @@ from aseer.dgds.server import make_draft_server
 from aseer.errors import ConfigError, root_of
 from aseer.instance.messages import FROM_INSTANCE
 from aseer.kv.pool import KvPool, plan_kv_pool
+from aseer.node.children import in_thread
+from aseer.node.janitor import start_janitor
 from aseer.node.leftovers import Leftovers, sweep
 from aseer.runtime.host import Host
 from aseer.runtime.metrics import metrics_of, note_url
@@ -86,6 +88,8 @@ async def serve(
         listening: gives the nodes of other hosts, if any may join.
     """
     try:
+        if not launches:  # no process of ours outlives this one, to clean up
+            await in_thread(start_janitor, folders.run)
         interpreter = launches[0].interpreter if launches else None
         pool_plan = plan_kv_pool(config, launches)
         kv_pool = None

@@ -152,14 +152,16 @@ class Nodes:
         return node
 
     def start_trainer(self, **settings: Any) -> subprocess.Popen[bytes]:
-        """An engine in a process of its own, that says when it is open."""
+        """An engine in a process of its own, that says where its files are, once it is
+        open.
+        """
         code = (
             "import aseer, time\n"
             "from pathlib import Path\n"
             "from tests.integration.nodes import Nodes\n"
             f"nodes = Nodes(Path({str(self.folder)!r}), {self.port})\n"
-            f"with aseer.Engine(nodes.config(**{settings!r})):\n"
-            "    print('open', flush=True)\n"
+            f"with aseer.Engine(nodes.config(**{settings!r})) as engine:\n"
+            "    print(engine.run_dir, flush=True)\n"
             "    time.sleep(100)\n"
         )
         return subprocess.Popen(

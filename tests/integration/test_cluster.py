@@ -389,12 +389,15 @@ async def test_nodes_outlive_a_trainer_that_is_killed_and_serve_the_next(nodes):
     trainer = nodes.start_trainer(node_timeout_s=2.0)
     assert trainer.stdout is not None
     loop = asyncio.get_running_loop()
-    assert await loop.run_in_executor(None, trainer.stdout.readline) == b"open\n"
+    said = await loop.run_in_executor(None, trainer.stdout.readline)
+    run_dir = Path(said.decode().strip())
+    assert run_dir.name.startswith("aseer-")
     below = psutil.Process(node.pid).children(recursive=True)
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
     await until(lambda: not any(process.is_running() for process in below))
+    await until(lambda: not run_dir.exists())
     async with aseer.Engine(nodes.config()) as engine:
         responses, _ = await rolled_out(engine, groups)
     assert await node.wait() == 0
