@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aseer.errors import WeightUpdateError
 from aseer.watch import WakingClock
+from aseer.weights.direct import withdraw_engines
 from aseer.weights.target import WeightTarget, open_target
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ class OpenUpdates:
 
     def _close(self, why: str) -> None:
         assert self._plan is not None
-        self._ends = {str(self._plan.directory): why}
+        directory = str(self._plan.directory)
+        withdraw_engines(directory)
+        self._ends = {directory: why}
         self._plan = self.direct = None
         if self._timer is not None:
             self._timer.cancel()

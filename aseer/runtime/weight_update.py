@@ -21,7 +21,6 @@ from aseer.weights.direct import (
     chosen_way,
     offer_engines,
     send_directly,
-    withdraw_engines,
 )
 from aseer.weights.sending import send, send_async
 from aseer.weights.target import WeightTarget
@@ -179,7 +178,6 @@ def finish_steps(
 ) -> Generator[Step, Any, WeightUpdateReport]:
     """The steps of `Engine.finish_update`; a switch goes on if nobody waits for it."""
     check_target(target)
-    withdraw_engines(target.directory)
     if target.transfer != "host":
         finish = partial(host.finish_direct_update, target)
         return _direct_report(target.version, (yield thread.submit(finish)), 0.0)

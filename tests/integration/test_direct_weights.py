@@ -217,6 +217,7 @@ async def test_a_begun_update_that_was_sent_and_abandoned_starts_all_again() -> 
         target = await engine.begin_update(transfer="ipc")
         await target.send_async(weights(1.0))
         await engine.abandon_update(target)
+        assert direct.engines_of(target.directory) is None, "nothing is kept of it"
         assert engine.weight_version == 0
         await until(lambda: len(engine.instances) == 2)
         assert await roll(engine) == before
