@@ -37,6 +37,7 @@ from skyrl.train.config import SkyRLTrainConfig
 from skyrl.train.entrypoints.main_base import BasePPOExp
 from skyrl.train.utils import validate_cfg
 from skyrl.train.utils.utils import initialize_ray
+from transformers import AutoConfig
 
 from aseer.errors import ConfigError
 from aseer.integrations import skyrl_settings as settings
@@ -273,6 +274,11 @@ class AseerPPOExp(BasePPOExp):  # type: ignore[misc]
 
     def get_inference_client(self) -> AseerClient:
         """Start the engine, in an actor; asleep, if it shares the trainer's GPUs."""
+        trainer = self.cfg.trainer
+        model = AutoConfig.from_pretrained(
+            trainer.policy.model.path, trust_remote_code=True
+        )
+        settings.check_trains_what_generates(trainer.strategy, model)
         group = self.colocate_pg
         each = int(self.cfg.generator.inference_engine.tensor_parallel_size)
         options: dict[str, Any] = {"num_gpus": settings.num_gpus(self.cfg)}

@@ -195,3 +195,26 @@ def check_supported(config: Any) -> None:
     found = [words for words, is_set in refusals.items() if is_set]
     if found:
         raise ConfigError("aseer does not support in SkyRL " + "; nor ".join(found))
+
+
+def check_trains_what_generates(strategy: str, model_config: Any) -> None:
+    """Refuse a model with one tensor for embedding and output layer under FSDP.
+
+    SkyRL moves a model to the device "meta" before it shards it, and two parameters
+    come back, which are trained apart. An engine has one, and would generate with
+    what nobody trains.
+
+    Args:
+        model_config: the policy's, of transformers.
+    Raises:
+        ConfigError: it is such a model.
+    """
+    is_tied = getattr(model_config.get_text_config(), "tie_word_embeddings", False)
+    if is_tied and strategy != "megatron":
+        raise ConfigError(
+            f"trainer.strategy={strategy} of SkyRL trains this model's embedding and "
+            "its output layer apart, though its config has tie_word_embeddings=true"
+            ", and an engine has one tensor for both; give "
+            "trainer.policy.model.path a copy of the checkpoint with both tensors and "
+            "tie_word_embeddings=false (docs/skyrl.md has the lines that make it)"
+        )

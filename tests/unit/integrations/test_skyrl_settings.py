@@ -11,6 +11,7 @@ from aseer.config import EngineConfig
 from aseer.errors import ConfigError
 from aseer.integrations.skyrl_settings import (
     actor_settings,
+    check_trains_what_generates,
     group_size,
     group_sizes,
     num_gpus,
@@ -178,6 +179,18 @@ def test_what_is_set_for_vllm_and_for_aseer_comes_last():
 def test_what_would_be_ignored_is_refused_in_words(name, value, words):
     with pytest.raises(ConfigError, match=words):
         actor_settings(config_of(**{name: value}), None)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_a_model_that_fsdp_would_untie_is_refused(strategy):
+    def model_of(*, tied: bool) -> SimpleNamespace:
+        text = SimpleNamespace(tie_word_embeddings=tied)
+        return SimpleNamespace(get_text_config=lambda: text)
+
+    with pytest.raises(ConfigError, match="trains this model's embedding and its out"):
+        check_trains_what_generates(strategy, model_of(tied=True))
+    check_trains_what_generates(strategy, model_of(tied=False))
+    check_trains_what_generates("megatron", model_of(tied=True))
 
 
 def test_merged_weights_of_lora_are_whole_weights():
