@@ -59,8 +59,10 @@ class Mailbox(Generic[T]):
         self._gave_up = weakref.ref(reader)
 
     def was_given_up_by(self, reader: object) -> bool:
-        """Whether this reader broke a wait off, and nobody has waited since."""
+        """Whether this reader broke a wait off, and nobody waits, or has since."""
         gave_up = self._gave_up
+        if self._waiters or self._num_blocked:
+            return False
         return reader is not None and gave_up is not None and gave_up() is reader
 
     def is_held_up_by(self, reader: object) -> bool:

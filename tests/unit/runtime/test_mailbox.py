@@ -44,6 +44,25 @@ async def test_a_reader_that_gave_up_is_known_until_somebody_reads_again():
     assert not mailbox.was_given_up_by(task)
 
 
+async def test_while_another_reads_nobody_has_given_up_or_holds_anything_up():
+    mailbox = Mailbox()
+    mailbox.needs_reader = lambda: True
+    task = asyncio.current_task()
+    mailbox.put(0)
+    await mailbox.get()
+    assert mailbox.is_held_up_by(task)
+    assert not mailbox.is_held_up_by(None)
+    other = asyncio.get_running_loop().create_task(mailbox.get())
+    await asyncio.sleep(0)
+    mailbox.give_up(task)
+    assert not mailbox.was_given_up_by(task)
+    assert not mailbox.is_held_up_by(task)
+    mailbox.put(1)
+    assert await other == 1
+    assert not mailbox.is_held_up_by(task), "it is the other who has to read on"
+    assert mailbox.was_given_up_by(task)
+
+
 async def test_a_cancelled_wait_loses_no_item():
     mailbox = Mailbox()
     with pytest.raises(TimeoutError):
