@@ -206,9 +206,11 @@ class Cluster:
         why = "the engine has ended"
         try:
             await self._pool.attend(node, launches)
-        except* AseerError as group:
+        except* Exception as group:
             error = root_of(group)
-            assert isinstance(error, AseerError)
+            if not isinstance(error, AseerError):  # a fault of ours costs no more
+                _log.error("the work of node %s failed", node.name, exc_info=error)
+                error = EngineError(describe(error))
             why = str(error)
             _log.error("node %s is not used: %s", node.name, why)
             self._failure = self._failure or error
