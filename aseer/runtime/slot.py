@@ -104,6 +104,7 @@ class Slot:
     def begin_incarnation(self) -> None:
         """A new process takes the place."""
         self.incarnation += 1
+        self.process = None  # a kill is of the one that is to come
         self._reset()
 
     def take_answer(self, answer: Answer) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -94,4 +95,14 @@ def test_only_a_chunk_that_ends_well_shows_that_engines_work(slot: Slot) -> None
 
 def test_killing_a_place_without_a_process_does_nothing(slot: Slot) -> None:
     slot.kill("a test")
+    assert slot.killed_because is None
+
+
+async def test_a_kill_between_two_processes_is_of_neither(slot: Slot) -> None:
+    killed: list[str] = []
+    slot.process = cast("Any", SimpleNamespace(kill=lambda: killed.append("the old")))
+    slot.begin_incarnation()
+    slot.kill("it comes too late")
+    assert not killed
+    assert not slot.killed.is_set()
     assert slot.killed_because is None
