@@ -68,6 +68,15 @@ class FSDPPolicyWorkerBase:
         self.sender = strategy.create_sender(info, inference_client=client)
 
 
+class AutoConfig:
+    """Of a model with two tensors, unless its name says otherwise."""
+
+    @staticmethod
+    def from_pretrained(path: str, *, trust_remote_code: bool) -> Any:
+        text = SimpleNamespace(tie_word_embeddings=path.endswith("tied"))
+        return SimpleNamespace(get_text_config=lambda: text)
+
+
 @pytest.fixture
 def world(monkeypatch):
     """The module as SkyRL's processes have it, and what stands for the rest."""
@@ -134,6 +143,7 @@ def world(monkeypatch):
         "skyrl.train.entrypoints.main_base": {"BasePPOExp": BasePPOExp},
         "skyrl.train.utils": {"validate_cfg": lambda config: None},
         "skyrl.train.utils.utils": {"initialize_ray": lambda config: None},
+        "transformers": {"AutoConfig": AutoConfig},
     }
     for name, content in names.items():
         module = ModuleType(name)
@@ -153,6 +163,12 @@ def world(monkeypatch):
 def client_of(world: Any, **changes: Any) -> Any:
     experiment = world.module.AseerPPOExp(config_of(**changes))
     return experiment.get_inference_client()
+
+
+async def test_a_model_that_skyrl_would_untie_starts_no_engine(world):
+    with pytest.raises(ConfigError, match="tie_word_embeddings=false"):
+        client_of(world, trainer__policy__model__path="a-model-tied")
+    assert world.given is None
 
 
 async def test_a_batch_of_prompts_is_sampled_as_groups(world):
