@@ -47,8 +47,10 @@ SHARED_MEMORY = Path("/dev/shm")
 # Of Linux's <sched.h> and <sys/mount.h>.
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 1 << 14, 1 << 18
 
-hypothesis.settings.register_profile("default", deadline=None)
+# Each run tries other examples than the last, but in CI, so that few are enough.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
 
 
 def folder_of(path: Path) -> str:
@@ -95,7 +97,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # One of several processes that run tests at once.
     if hasattr(config, "workerinput") and not own_shared_memory():
         Held.sees_shared_memory = False
-    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+    profile = "ci" if os.environ.get("CI") else "default"
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", profile))
     name, value = MARK.split("=")
     old = tempfile.gettempdir()
     # A folder of our own, so that what is left there is left by us; short, since a
@@ -342,10 +345,12 @@ def _environment_stays() -> Iterator[None]:
     """What a test, or a library it imports, puts into the environment goes with it."""
     before = dict(os.environ)
     yield
-    kept = "PYTEST_CURRENT_TEST"  # pytest's own, by test and phase
-    for name in os.environ.keys() - before.keys() - {kept}:
+    after = dict(os.environ)
+    for each in (before, after):
+        each.pop("PYTEST_CURRENT_TEST", None)  # pytest's own, by test and phase
+    for name in after.keys() - before.keys():
         del os.environ[name]
-    os.environ.update({k: v for k, v in before.items() if k != kept})
+    os.environ.update(dict(before.items() - after.items()))
 
 
 @pytest.fixture(autouse=True)

@@ -206,5 +206,5 @@ class BufferMachine(RuleBasedStateMachine):
 
 
 _WAITING = RequestState.WAITING
-BufferMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+BufferMachine.TestCase.settings = settings(stateful_step_count=40)
 TestBufferMachine = BufferMachine.TestCase

@@ -54,7 +54,9 @@ class LoggedMachine(ControllerMachine):
             assert done.num_commands >= len(self.responses)
 
 
-LoggedMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30)
+LoggedMachine.TestCase.settings = settings(
+    max_examples=settings.default.max_examples // 3, stateful_step_count=30
+)
 TestLoggedMachine = LoggedMachine.TestCase
 
 

@@ -360,5 +360,5 @@ class ControllerMachine(RuleBasedStateMachine):
         return self.now
 
 
-ControllerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+ControllerMachine.TestCase.settings = settings(stateful_step_count=40)
 TestControllerMachine = ControllerMachine.TestCase

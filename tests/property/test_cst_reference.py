@@ -167,7 +167,5 @@ class ForestComparison(RuleBasedStateMachine):
             assert self.native.tokens(request[0], start).tolist() == text[start:]
 
 
-ForestComparison.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=30, deadline=None
-)
+ForestComparison.TestCase.settings = settings(stateful_step_count=30)
 TestForestComparison = ForestComparison.TestCase

@@ -202,7 +202,7 @@ def answers(forest: SuffixForest, handles: dict[str, Any], key: RequestKey) -> A
 
 
 TestLossyExchange = LossyExchange.TestCase
-TestLossyExchange.settings = settings(max_examples=60, stateful_step_count=30)
+TestLossyExchange.settings = settings(stateful_step_count=30)
 
 
 @st.composite

@@ -127,7 +127,7 @@ def accepted(groups: list[Group]):
     return tasks
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(st.lists(GROUPS, max_size=4))
 def test_what_is_accepted_can_be_sent_to_an_engine(groups):
     for task in accepted(groups):
@@ -140,7 +140,7 @@ def test_what_is_accepted_can_be_sent_to_an_engine(groups):
         assert msgspec.msgpack.encode(received) == sent
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(st.lists(GROUPS, max_size=4))
 def test_what_is_accepted_can_be_scheduled_by_any_policy(groups):
     tasks = accepted(groups)

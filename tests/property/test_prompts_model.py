@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 G, A = GroupId("g"), InstanceId(0)
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40))
 def test_every_copy_in_use_is_reserved(moves: Sequence[tuple[int, bool]]) -> None:
     """Four siblings start, have a first token, and end, in any order."""

@@ -258,7 +258,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("up", FAULTS, ids=lambda f: " ".join(f))
-@settings(max_examples=10)
+@settings(max_examples=settings.default.max_examples // 6)
 @given(seed=st.integers(0, 2**32))
 def test_faults_on_the_way_up_change_no_response(
     up: dict[str, float], reference: dict[str, Any], seed: int
@@ -266,7 +266,7 @@ def test_faults_on_the_way_up_change_no_response(
     assert responses_of(seed, up)[0] == reference
 
 
-@settings(max_examples=10)
+@settings(max_examples=settings.default.max_examples // 6)
 @given(seed=st.integers(0, 2**32))
 def test_faults_on_both_ways_change_no_response(
     reference: dict[str, Any], seed: int

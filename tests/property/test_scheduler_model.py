@@ -430,5 +430,5 @@ class SchedulersAgree(RuleBasedStateMachine):
                 assert self.real.fleet.num_running(i) == instance.running
 
 
-SchedulersAgree.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+SchedulersAgree.TestCase.settings = settings(stateful_step_count=40)
 TestSchedulersAgree = SchedulersAgree.TestCase

@@ -103,7 +103,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         max_size=30,
     ),
 )
-@settings(max_examples=40)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_all_arrives_once_and_in_order_over_cuts_and_faults(
     seed: int, chances: tuple[float, ...], steps: list[tuple[str, bool]]
 ) -> None:
