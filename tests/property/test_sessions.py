@@ -257,7 +257,7 @@ async def test_nonsense_of_one_that_has_the_key_costs_no_other_session(
         await until(lambda: node.id in cluster.came)
         sessions = [node.id, *range(100)]
         with cluster.router.connect(b"stranger", FRAME) as stranger:
-            for i in range(20_000):
+            for i in range(8_000):
                 numbers = [rng.choice([0, 1, 2, 2**64 - 1]) for _ in range(2)]
                 header = struct.pack("<QQQ", rng.choice(sessions), *numbers)
                 header = rng.choice([header, header, header, rng.randbytes(24), b"?"])

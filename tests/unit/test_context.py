@@ -127,7 +127,7 @@ def test_many_responses_as_they_were_foreseen_are_needed_to_take_it_back() -> No
 def test_an_opinion_of_siblings_rarely_changes(share: float) -> None:
     rng = random.Random(5)
     changes = []
-    for _ in range(5):
+    for _ in range(3):
         context = ContextManager()
         opinions = [True]
         for g in range(2000):

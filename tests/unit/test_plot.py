@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 END_S = 10.0
 TAIL_S = 2.5
@@ -110,8 +112,14 @@ def legend_texts(axes: Axes) -> list[str]:
     return [] if legend is None else [text.get_text() for text in legend.get_texts()]
 
 
+@cache
+def drawn() -> Figure:
+    """Of the usual report; tests only look at it."""
+    return figure(report())
+
+
 def test_each_instance_has_a_line_of_its_running_requests() -> None:
-    axes = figure(report()).axes[0]
+    axes = drawn().axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert legend_texts(axes) == ["instance 0", "instance 1"]
     assert list(lines["instance 1"].get_xdata()) == list(range(11))
@@ -121,14 +129,14 @@ def test_each_instance_has_a_line_of_its_running_requests() -> None:
 
 
 def test_the_rates_are_each_instances_and_their_sum() -> None:
-    axes = figure(report()).axes[1]
+    axes = drawn().axes[1]
     steps = {patch.get_label(): patch.get_data().values for patch in axes.patches[:3]}
     assert steps["instance 0"] == pytest.approx(100.0)
     assert steps["all instances"] == pytest.approx(200.0)
 
 
 def test_the_kv_panel_has_what_is_used_and_what_is_reserved_in_percent() -> None:
-    axes = figure(report()).axes[2]
+    axes = drawn().axes[2]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert list(lines["instance 0: in use"].get_ydata()) == pytest.approx(
         [5.0 * second for second in range(11)]
@@ -142,7 +150,7 @@ def test_the_kv_panel_has_what_is_used_and_what_is_reserved_in_percent() -> None
 
 
 def test_every_completion_is_marked_at_its_time_and_length() -> None:
-    axes = figure(report()).axes[3]
+    axes = drawn().axes[3]
     marks = {group.get_label(): group for group in axes.collections}
     assert marks["stop"].get_offsets().tolist() == [
         [float(t), 10.0 * t] for t in range(1, 10)
@@ -152,7 +160,7 @@ def test_every_completion_is_marked_at_its_time_and_length() -> None:
 
 
 def test_a_completion_has_its_instances_color() -> None:
-    axes = figure(report()).axes
+    axes = drawn().axes
     color_of = {line.get_label(): line.get_color() for line in axes[0].get_lines()}
     marks = {group.get_label(): group for group in axes[3].collections}
     rgb = marks["length"].get_facecolors()[0][:3]
@@ -167,7 +175,7 @@ def test_a_request_that_never_ran_is_marked_too() -> None:
 
 
 def test_the_tail_is_shaded_in_every_panel() -> None:
-    for axes in figure(report()).axes:
+    for axes in drawn().axes:
         shade = next(p for p in axes.patches if "tail" in str(p.get_label()))
         assert shade.get_x() == pytest.approx(END_S - TAIL_S)
         assert shade.get_width() == pytest.approx(TAIL_S)
@@ -175,13 +183,12 @@ def test_the_tail_is_shaded_in_every_panel() -> None:
 
 
 def test_the_title_has_the_figures_and_every_axis_a_unit() -> None:
-    drawn = figure(report())
-    title = drawn.get_suptitle()
+    title = drawn().get_suptitle()
     assert "10 responses of 2 groups: 2,000 tokens in 10.0 s, 200 tokens/s" in title
     assert "context-aware, chunks of 128: 31 chunks, 7 migrations" in title
-    units = [axes.get_ylabel() for axes in drawn.axes]
+    units = [axes.get_ylabel() for axes in drawn().axes]
     assert units == ["requests", "tokens/s", "% of blocks", "output tokens"]
-    assert drawn.axes[-1].get_xlabel() == "seconds since the rollout's start"
+    assert drawn().axes[-1].get_xlabel() == "seconds since the rollout's start"
 
 
 def test_many_instances_are_the_rows_of_maps() -> None:

@@ -128,11 +128,11 @@ def test_moving_costs_a_recomputation_unless_there_is_a_pool():
 
 def test_knowing_the_lengths_shortens_the_tail():
     work = workloads.lognormal(
-        name="t", num_groups=60, group_size=8, mean=600, max_tokens=4000, seed=1
+        name="t", num_groups=30, group_size=8, mean=300, max_tokens=2000, seed=1
     )
     reports = {
         policy: simulate(
-            work, cluster(num_kv_tokens=30_000), policy=policy, chunk_size=128
+            work, cluster(num_kv_tokens=15_000), policy=policy, chunk_size=128
         )
         for policy in ("fcfs", "context-aware", "longest-first")
     }
