@@ -17,31 +17,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
 from aseer.context import LengthPriors
-from aseer.errors import EngineError, WeightUpdateError, describe
+from aseer.errors import EngineError, describe
 from aseer.inputs.images import ImageStore
 from aseer.node.local import LocalNode
 from aseer.runtime.activity import Activity, Call
 from aseer.runtime.call_log import CallLog
 from aseer.runtime.claims import Claims
-from aseer.runtime.direct_update import DirectUpdate
 from aseer.runtime.identity import Identifier
 from aseer.runtime.instances import InstancePool
 from aseer.runtime.journal import Journal
 from aseer.runtime.metrics import Figures
-from aseer.runtime.open_update import OpenUpdates
 from aseer.runtime.session import Session
 from aseer.runtime.sleep import Sleep
+from aseer.runtime.updates import Updates
 from aseer.runtime.weights import DROPPED, NO_INSTANCE, NO_WEIGHTS, WeightKeeper
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
 from aseer.watch import wait_awake
-from aseer.weights.files import no_place
-from aseer.weights.target import read_sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,21 +56,13 @@ if TYPE_CHECKING:
     from aseer.runtime.loop_thread import LoopThread
     from aseer.runtime.mailbox import Mailbox
     from aseer.runtime.serving import Folders
-    from aseer.runtime.weights import Pause, Plan, SwitchTimes
     from aseer.transport.base import Router
     from aseer.types import Response
-    from aseer.weights.files import Index
-    from aseer.weights.target import Sent, WeightTarget
 
 _log = logging.getLogger("aseer")
 # A pool server that is asked to end is given this long before it is killed: it only has
 # to unmap its memory.
 _POOL_GRACE_S = 3.0
-_CALLS: dict[Pause | None, Call] = {
-    None: Call.UPDATE,
-    "wait": Call.UPDATE_AFTER,
-    "abort": Call.UPDATE_INSTEAD,
-}
 
 
 class Host:
@@ -112,7 +100,6 @@ class Host:
         self.cluster = cluster
         self.folders = folders
         self.weights = WeightKeeper(folders.weights)
-        self._open_updates = OpenUpdates(self.weights)
         self._images = ImageStore(folders.weights / "images")
         self.infos: dict[InstanceId, InstanceInfo] = {}
         #: Limits of the instance that came up last (all start with the same settings).
@@ -129,6 +116,17 @@ class Host:
             kv_pool,
         )
         self._sleep = Sleep(self._pool)
+        transfer = config.engine_args.get("weight_transfer_config") or {}
+        self.updates = Updates(
+            self.weights,
+            self._pool,
+            self.infos,
+            self._take,
+            self._check_alive,
+            transfer_backend=transfer.get("backend"),
+            draft_server=draft_server,
+            kv_pool=kv_pool,
+        )
 
     @property
     def log_paths(self) -> list[Path]:
@@ -295,145 +293,6 @@ class Host:
         """See `Engine.abort_rollout`."""
         if self._claims.activity is not Activity.CLOSING:
             await self._claims.take(Call.ABORT, asker)
-
-    async def begin_weight_update(
-        self, version: int | None, pause: Pause | None, asker: object
-    ) -> Plan:
-        """Make way for new weights, and keep the way free until the update is over.
-
-        Raises:
-            RolloutInProgressError: a rollout is in progress, and `pause` is None.
-            WeightUpdateError: the version is not a later one.
-        """
-        self.weights.next_version(version)  # or a rollout would be aborted for nothing
-        claim = await self._take(_CALLS[pause], asker)
-        try:
-            self._check_alive()
-            return await self.weights.begin(self._pool, self._takers, version, claim)
-        except BaseException:
-            claim.release()
-            raise
-
-    async def switch_weights(self, plan: Plan, index: Index) -> SwitchTimes:
-        """Take every instance to weights that were sent; see `WeightKeeper.switch`."""
-        try:
-            times = await self.weights.switch(
-                plan, self._pool, self._takers, is_adapters=index.lora_rank > 0
-            )
-            await self._drop_older(plan.version)
-        finally:
-            plan.claim.release()
-        return times
-
-    async def _drop_older(self, version: int) -> None:
-        """What else outlives a rollout, and was made with older weights, goes."""
-        if self._draft_server is not None:
-            self._draft_server.set_weight_version(version)
-        if self.kv_pool is not None:
-            await self.kv_pool.drop_older(version)
-
-    @property
-    def _takers(self) -> list[InstanceId]:
-        """Instances that an update begins with; if none is up, those that need one."""
-        return sorted(self.infos) or self._pool.in_need_of_weights
-
-    def direct_update(self, transfer: str) -> DirectUpdate:
-        """An update that goes straight from a trainer's GPUs, to be made and settled.
-
-        Args:
-            transfer: how; one of `aseer.weights.direct.WAYS`.
-        """
-        members = {*self.infos, *self._pool.in_need_of_weights}
-        return DirectUpdate(self._pool, members, transfer)
-
-    async def settle_direct(
-        self, plan: Plan, update: DirectUpdate, *, verify: bool
-    ) -> None:
-        """End a direct update, whose weights were sent.
-
-        Raises:
-            WeightUpdateError: they were not, or the engines' weights differ.
-        """
-        try:
-            if not update.is_sent:
-                raise WeightUpdateError(
-                    "no weights were sent; with transfer="
-                    f"{update.transfer!r} the process that has the engine calls the "
-                    "target's send(), as do all others of the trainer"
-                )
-            if verify:
-                await update.compare()
-            self.weights.settle(plan, self._pool, update)
-            await self._drop_older(plan.version)
-        except WeightUpdateError as error:
-            told = self.fail_direct(plan, update, str(error))
-            raise WeightUpdateError(f"{error}; {told}") from error
-        except BaseException as error:
-            self.fail_direct(plan, update, describe(error))
-            raise
-        plan.claim.release()
-
-    def fail_direct(self, plan: Plan, update: DirectUpdate, why: str) -> str:
-        """End a direct update that failed; what the engine has now, in words."""
-        update.fail(why)
-        plan.claim.release()
-        return self.weights.failed(plan, self._pool)
-
-    async def open_weight_update(
-        self,
-        version: int | None,
-        pause: Pause | None,
-        timeout_s: float,
-        asker: object,
-        way: str,
-    ) -> WeightTarget:
-        """As `begin_weight_update`, for senders in other processes."""
-        plan = await self.begin_weight_update(version, pause, asker)
-        direct = None if way == "host" else self.direct_update(way)
-        try:
-            return self._open_updates.begin(plan, timeout_s, direct)
-        except OSError as error:
-            self.weights.abandon(plan)
-            raise no_place(error) from error
-
-    async def finish_open_update(
-        self, target: WeightTarget
-    ) -> tuple[Sent, SwitchTimes]:
-        """See `Engine.finish_update`."""
-        plan, _ = self._open_updates.take(target, "was finished already")
-        try:
-            sent = read_sent(plan.directory)
-        except BaseException:
-            self.weights.abandon(plan)
-            raise
-        return sent, await self.switch_weights(plan, sent.index)
-
-    def abandon_open_update(self, target: WeightTarget) -> None:
-        """See `Engine.abandon_update`; one that is over stays so."""
-        with suppress(WeightUpdateError):
-            plan, direct = self._open_updates.take(target, "was abandoned")
-            if direct is not None:
-                direct.fail("the weight update was abandoned")
-            self.weights.abandon(plan)
-
-    @property
-    def open_direct(self) -> DirectUpdate | None:
-        """What sends to an open update's instances, if it goes straight to them."""
-        return self._open_updates.direct
-
-    @property
-    def transfer_backend(self) -> str | None:
-        """The transfer engine of vLLM's that the engines were started with."""
-        config = self._config.engine_args.get("weight_transfer_config") or {}
-        backend: str | None = config.get("backend")
-        return backend
-
-    async def finish_direct_update(self, target: WeightTarget) -> DirectUpdate:
-        """See `Engine.finish_update`."""
-        plan, direct = self._open_updates.take(target, "was finished already")
-        assert direct is not None
-        await self.settle_direct(plan, direct, verify=False)
-        return direct
 
     async def sleep(self, level: int, asker: object) -> None:
         """See `Engine.sleep`."""

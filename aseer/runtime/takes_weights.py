@@ -219,6 +219,6 @@ def _abandoning(
     host: Host, target: WeightTarget
 ) -> Callable[[], Coroutine[None, None, None]]:
     async def abandon() -> None:
-        host.abandon_open_update(target)
+        host.updates.abandon_open(target)
 
     return abandon

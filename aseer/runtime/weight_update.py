@@ -60,10 +60,10 @@ def update_steps(
     """
     check_pause(pause)
     check_transfer(transfer)
-    way = chosen_way(transfer, source, host.transfer_backend)
+    way = chosen_way(transfer, source, host.updates.transfer_backend)
     plan = yield from _begun(
         thread,
-        thread.submit(partial(host.begin_weight_update, version, pause, asker)),
+        thread.submit(partial(host.updates.begin, version, pause, asker)),
         host.weights.abandon,
     )
     if way != "host":
@@ -80,7 +80,7 @@ def update_steps(
         if isinstance(error, OSError | WeightUpdateError) and thread.ended.is_set():
             raise thread.closed_error() from error  # where it wrote to is gone
         raise
-    times: SwitchTimes = yield thread.submit(lambda: host.switch_weights(plan, index))
+    times: SwitchTimes = yield thread.submit(lambda: host.updates.switch(plan, index))
     return _report(plan.version, index, send_s, times)
 
 
@@ -115,24 +115,24 @@ def _direct_steps(
     except BaseException as error:
         why = describe(error)
         if not isinstance(error, WeightUpdateError):  # it is the source's, or Ctrl-C
-            thread.post(partial(host.fail_direct, plan, update, why))
+            thread.post(partial(host.updates.fail_direct, plan, update, why))
             raise
         if thread.ended.is_set():
             raise thread.closed_error() from error
         told = yield thread.submit(partial(_failing, host, plan, update, why))
         raise WeightUpdateError(f"{error}; {told}") from error
     whole_s = time.monotonic() - started
-    settle = partial(host.settle_direct, plan, update, verify=verify)
+    settle = partial(host.updates.settle_direct, plan, update, verify=verify)
     yield thread.submit(settle)
     return _direct_report(plan.version, update, whole_s)
 
 
 async def _direct_update(host: Host, way: str) -> DirectUpdate:
-    return host.direct_update(way)
+    return host.updates.direct(way)
 
 
 async def _failing(host: Host, plan: Plan, update: DirectUpdate, why: str) -> str:
-    return host.fail_direct(plan, update, why)
+    return host.updates.fail_direct(plan, update, why)
 
 
 def _direct_report(
@@ -163,11 +163,11 @@ def begin_steps(
     # What will be sent is not known yet, nor which processes take part.
     way = "host" if transfer == "auto" else transfer
     timeout_s = seconds("timeout_s", timeout_s)
-    begin = partial(host.open_weight_update, version, pause, timeout_s, asker, way)
+    begin = partial(host.updates.begin_open, version, pause, timeout_s, asker, way)
     target: WeightTarget = yield from _begun(
-        thread, thread.submit(begin), host.abandon_open_update
+        thread, thread.submit(begin), host.updates.abandon_open
     )
-    update = host.open_direct
+    update = host.updates.open_direct
     if update is not None:
         offer_engines(target.directory, EnginesThere(thread, update))
     return target
@@ -179,9 +179,9 @@ def finish_steps(
     """The steps of `Engine.finish_update`; a switch goes on if nobody waits for it."""
     check_target(target)
     if target.transfer != "host":
-        finish = partial(host.finish_direct_update, target)
+        finish = partial(host.updates.finish_direct, target)
         return _direct_report(target.version, (yield thread.submit(finish)), 0.0)
-    sent, times = yield thread.submit(lambda: host.finish_open_update(target))
+    sent, times = yield thread.submit(lambda: host.updates.finish_open(target))
     return _report(target.version, sent.index, sent.send_s, times)
 
 

@@ -60,11 +60,15 @@ class Host:
     def __init__(self) -> None:
         self.abandoned: list[Plan] = []
         self.weights = SimpleNamespace(abandon=self.abandoned.append)
-        self.transfer_backend = None
+        self.updates = Updates()
 
-    async def begin_weight_update(self, *args: object) -> None: ...
 
-    async def switch_weights(self, plan: Plan) -> None: ...
+class Updates:
+    transfer_backend = None
+
+    async def begin(self, *args: object) -> None: ...
+
+    async def switch(self, plan: Plan) -> None: ...
 
 
 def settle(future: Future[Any], result: object) -> None:
