@@ -68,7 +68,7 @@ ALIASES = {
     "SpeculationMethod": "config",
     "BudgetPolicy": "config",
     "Pause": "runtime/weights",
-    "Transfer": "config",
+    "Transfer": "inputs/calls",
     "WeightSource": "weights/sending",
     "FinishReason": "types",
     "InstanceId": "types",

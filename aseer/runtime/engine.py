@@ -8,16 +8,10 @@ from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING, Self
 
 from aseer.compat.versions import check_vllm
-from aseer.config import (
-    EngineConfig,
-    check_chunk_size,
-    check_policy,
-    check_sleep_level,
-    check_wake_tags,
-    is_speculating,
-)
+from aseer.config import EngineConfig, check_policy, is_speculating
 from aseer.errors import ConfigError
 from aseer.groups import GroupResolver
+from aseer.inputs.calls import check_chunk_size, check_sleep_level, check_wake_tags
 from aseer.inputs.fields import seconds
 from aseer.inputs.tokenizer import HuggingFaceTokenizer
 from aseer.models.traits import read_traits

@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    from aseer.config import EngineConfig, PolicyName, WakeTags
+    from aseer.config import EngineConfig, PolicyName
     from aseer.dgds.server import DraftServer
+    from aseer.inputs.calls import WakeTags
     from aseer.instance.messages import FromInstance, Report
     from aseer.kv.pool import KvPool
     from aseer.node.interpreter import Interpreter

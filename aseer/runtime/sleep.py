@@ -13,7 +13,7 @@ from aseer.errors import EngineError, InstanceLostError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aseer.config import WakeTags
+    from aseer.inputs.calls import WakeTags
     from aseer.runtime.instances import InstancePool
     from aseer.types import InstanceId
 

@@ -22,7 +22,7 @@ from aseer.weights.sending import check_source
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from aseer.config import Transfer
+    from aseer.inputs.calls import Transfer
     from aseer.report import WeightUpdateReport
     from aseer.runtime.host import Host
     from aseer.runtime.loop_thread import LoopThread

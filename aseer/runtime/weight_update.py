@@ -11,8 +11,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aseer.config import check_pause, check_transfer
 from aseer.errors import ConfigError, WeightUpdateError, describe
+from aseer.inputs.calls import check_pause, check_transfer
 from aseer.inputs.fields import seconds
 from aseer.report import WeightUpdateReport
 from aseer.runtime.direct_update import EnginesThere
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from concurrent.futures import Future
 
-    from aseer.config import Transfer
+    from aseer.inputs.calls import Transfer
     from aseer.runtime.direct_update import DirectUpdate
     from aseer.runtime.host import Host
     from aseer.runtime.loop_thread import LoopThread

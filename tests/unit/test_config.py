@@ -16,14 +16,12 @@ from aseer.config import (
     EngineConfig,
     KvPoolConfig,
     SpeculationConfig,
-    check_chunk_size,
-    check_pause,
     check_policy,
-    check_transfer,
     is_speculating,
     takes_nodes,
 )
 from aseer.errors import ConfigError
+from aseer.inputs.calls import check_chunk_size, check_pause, check_transfer
 from aseer.inputs.engine_args import _DRAFTER, _OWN, _REFUSED
 from aseer.policies import POLICIES
 

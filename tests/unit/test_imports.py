@@ -68,6 +68,7 @@ PURE = (
     "inputs.prompt_image",
     "inputs.fields",
     "inputs.engine_args",
+    "inputs.calls",
     "inputs.structured",
     "sampling",
     "config",
