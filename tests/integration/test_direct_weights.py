@@ -18,16 +18,15 @@ import pytest
 import aseer
 from aseer.weights import direct
 from aseer.weights.carriers import told_of
+from tests.integration.sim_weights import SHAPES, roll, weights
 from tests.integration.sims import config_of, content, groups_of
+from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from aseer.weights.carriers import Engines
     from aseer.weights.held import HeldTensors
 
 torch = pytest.importorskip("torch")
-SHAPES = {"a": [4, 3], "b": [5]}
 
 
 class Carrier:
@@ -69,25 +68,6 @@ def sims(fault: Any = None, backend: str | None = "fake-ipc", **settings: Any) -
     if backend is not None:
         args["weight_transfer_config"] = {"backend": backend}
     return config_of(engine_args=args, **settings)
-
-
-def weights(value: float) -> dict[str, torch.Tensor]:
-    return {name: torch.full(shape, value) for name, shape in SHAPES.items()}
-
-
-async def roll(engine: aseer.Engine) -> dict[str, object]:
-    responses = [r async for r in engine.rollout(groups_of(6))]
-    assert {r.weight_version for r in responses} == {engine.weight_version}
-    assert {r.finish_reason for r in responses} <= {"stop", "length"}
-    return content(responses)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    pytest.fail("it did not come about")
 
 
 async def test_what_comes_straight_is_what_comes_through_memory() -> None:

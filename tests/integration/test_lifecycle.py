@@ -8,7 +8,6 @@ import asyncio
 import os
 import signal
 import threading
-import time
 from collections import Counter
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 
 import aseer
 from tests.integration.sims import config_of, content, groups_of
+from tests.waiting import until
 
 LONG = {"ignore_eos": True, "max_tokens": 2000}
 SHAPES = {"w": [2]}
@@ -34,13 +34,6 @@ def weights(value: float = 1.0) -> dict[str, Any]:
 async def serves(engine: aseer.Engine) -> bool:
     async with asyncio.timeout(30):
         return len([r async for r in engine.rollout(groups_of(1, n=2))]) == 2
-
-
-async def until(condition, timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        await asyncio.sleep(0.01)
 
 
 # -- leaving ---------------------------------------------------------------------------

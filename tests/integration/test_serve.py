@@ -13,10 +13,10 @@ from rich.console import Console
 import aseer
 from aseer.cli.main import build_parser
 from aseer.cli.serve import bound_socket, check_address, make_config, serve
+from tests.integration.sim_weights import SHAPES
 from tests.integration.sims import config_of, groups_of
 
 torch = pytest.importorskip("torch")
-SHAPES = {"a": [4, 3], "b": [5]}
 SAMPLING = {"temperature": 0.0, "max_tokens": 100, "logprobs": 1}
 LONG = {"temperature": 0.0, "max_tokens": 4000, "ignore_eos": True, "n": 2}
 

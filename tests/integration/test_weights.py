@@ -9,43 +9,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 
 import aseer
-from tests.integration.sims import config_of, content, groups_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from tests.integration.sim_weights import SHAPES, roll, weights
+from tests.integration.sims import config_of, groups_of
+from tests.waiting import until
 
 torch = pytest.importorskip("torch")
-SHAPES = {"a": [4, 3], "b": [5]}
 
 
 def sims(**settings: Any) -> aseer.EngineConfig:
     fault = settings.pop("fault", None)
     args = {"weights": SHAPES, "weights_fault": fault}
     return config_of(engine_args=args, **settings)
-
-
-def weights(value: float) -> dict[str, torch.Tensor]:
-    return {name: torch.full(shape, value) for name, shape in SHAPES.items()}
-
-
-async def roll(engine: aseer.Engine) -> dict[str, object]:
-    responses = [r async for r in engine.rollout(groups_of(6))]
-    assert {r.weight_version for r in responses} == {engine.weight_version}
-    return content(responses)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    pytest.fail("it did not come about")
 
 
 def tree(folder: Path) -> list[str]:
