@@ -1,4 +1,4 @@
-"""An instance's place in the pool: what is known of the process that has it now."""
+"""Instances' places in the pool: what is known of the processes that have them now."""
 
 from __future__ import annotations
 
@@ -147,3 +147,27 @@ class Slot:
             self.running.discard(chunk_id)
             ended_well |= end.reason in ("stop", "length")
         return ended_well
+
+
+class Slots(dict[InstanceId, Slot]):
+    """All places, by their instances' ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_identity: dict[bytes, Slot] = {}
+
+    def begin_incarnation(self, slot: Slot) -> None:
+        """A new process takes a place, and is known by its name."""
+        slot.begin_incarnation()
+        self._by_identity[slot.identity] = slot
+
+    def of_peer(self, peer: bytes) -> Slot | None:
+        """The place that a process has; None if it has none any more."""
+        slot = self._by_identity.get(peer)
+        return slot if slot is not None and slot.identity == peer else None
+
+    def forget(self, slot: Slot, why: str) -> None:
+        """An incarnation is over: nothing is sent to it, or heard of it, any more."""
+        slot.is_gone(why)
+        slot.node.forget(slot.identity)
+        self._by_identity.pop(slot.identity, None)

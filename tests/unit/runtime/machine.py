@@ -329,9 +329,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     def exit_process(status: int) -> None:
         raise Exited(status)
 
-    monkeypatch.setattr("aseer.runtime.instances._RETRY_PAUSE_S", 0.001)
-    monkeypatch.setattr("aseer.runtime.instances._WATCH_INTERVAL_S", 0.005)
-    monkeypatch.setattr("aseer.runtime.instances._NOTE_INTERVAL_S", 0.01)
+    monkeypatch.setattr("aseer.runtime.supervisor._RETRY_PAUSE_S", 0.001)
+    monkeypatch.setattr("aseer.runtime.supervisor._WATCH_INTERVAL_S", 0.005)
+    monkeypatch.setattr("aseer.runtime.supervisor._NOTE_INTERVAL_S", 0.01)
     monkeypatch.setattr("aseer.instance.sim.os._exit", exit_process)
 
 

@@ -38,8 +38,8 @@ def test_an_instance_whose_hello_is_wrong_is_killed(hello: Hello, why: str) -> N
     config = aseer.EngineConfig(model="sim", device="sim")
     nothing: Any = None
     pool = InstancePool(config, [launch], node_of(nothing), nothing)
-    (slot,) = pool._own
-    pool._by_identity[slot.identity] = slot
+    (slot,) = pool._slots.values()
+    pool._slots.begin_incarnation(slot)
     kills: list[int] = []
     slot.process = SimpleNamespace(kill=lambda: kills.append(1))  # type: ignore[assignment]
     pool.on_message(slot.identity, hello)

@@ -134,7 +134,9 @@ async def test_the_end_of_its_own_loop_is_told_to_all(sim) -> None:
 
         while rollout.progress() is None:  # noqa: ASYNC110 - another thread's doing
             await asyncio.sleep(0.002)
-        sim.do(engine, lambda: setattr(engine._host._pool, "_restart", fail))
+        sim.do(
+            engine, lambda: setattr(engine._host._pool._supervisor, "_restart", fail)
+        )
         sim.kill(engine, "0.1")
         await asyncio.wait([reading])
         assert "no more" in str(reading.exception())

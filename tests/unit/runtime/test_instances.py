@@ -182,7 +182,7 @@ NO_MEMORY = RuntimeError(
 async def test_a_start_that_lacks_device_memory_waits_and_costs_no_restart(
     monkeypatch,
 ) -> None:
-    monkeypatch.setattr("aseer.runtime.instances._MEMORY_PAUSE_S", 0.001)
+    monkeypatch.setattr("aseer.runtime.supervisor._MEMORY_PAUSE_S", 0.001)
     async with running(monkeypatch, config_of(max_restarts=1)) as run:
         for incarnation in range(2, 8):
             run.machine.fail(f"0.{incarnation}", "start", NO_MEMORY)
@@ -193,7 +193,7 @@ async def test_a_start_that_lacks_device_memory_waits_and_costs_no_restart(
 
 
 async def test_waiting_for_device_memory_has_an_end(monkeypatch) -> None:
-    monkeypatch.setattr("aseer.runtime.instances._MEMORY_PATIENCE_S", 0.0)
+    monkeypatch.setattr("aseer.runtime.supervisor._MEMORY_PATIENCE_S", 0.0)
     config = config_of(max_restarts=2, num_instances=1)
     async with running(monkeypatch, config) as run:
         run.machine.fail("*", "start", NO_MEMORY)
@@ -458,8 +458,8 @@ async def test_all_that_runs_is_aborted_whoever_it_is_for(monkeypatch) -> None:
 async def test_nobody_waits_for_a_process_that_cannot_be_killed(
     monkeypatch, when
 ) -> None:
-    monkeypatch.setattr("aseer.runtime.instances._LONGEST_DEATH_S", 0.2)
-    monkeypatch.setattr("aseer.runtime.instances._LAST_LOOK_S", 0.05)
+    monkeypatch.setattr("aseer.runtime.supervisor._LONGEST_DEATH_S", 0.2)
+    monkeypatch.setattr("aseer.runtime.supervisor._LAST_LOOK_S", 0.05)
     config = config_of(start_timeout_s=1.0)
     async with running(monkeypatch, config) as run, asyncio.timeout(20):
         if when == "it starts":

@@ -146,7 +146,7 @@ async def test_those_that_were_up_are_gone_for_the_rollout_if_a_sibling_does_not
 async def test_a_nodes_instance_that_is_shot_while_it_starts_is_started_again(
     monkeypatch: pytest.MonkeyPatch, max_restarts: int
 ) -> None:
-    monkeypatch.setattr("aseer.runtime.instances._RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr("aseer.runtime.supervisor._RETRY_PAUSE_S", 0.0)
     config = config_of(num_instances=1, max_restarts=max_restarts)
     async with running(monkeypatch, config) as run:
         node = far_node(run)

@@ -241,8 +241,8 @@ async def shower_a_pool() -> None:
     launch = Launch(instance_id=0, backend="sim", engine_args={}, env={}, share="all")
     config = aseer.EngineConfig(model="sim", device="sim")
     pool = InstancePool(config, [launch], node_of(router), owner)
-    (slot,) = pool._own
-    pool._by_identity[slot.identity] = slot
+    (slot,) = pool._slots.values()
+    pool._slots.begin_incarnation(slot)
     slot.up.set()
     owner.recorder.instance_up(info_of(), InstanceLoad())
     controller.instance_up(info_of(), 0.0)
@@ -280,7 +280,7 @@ async def shower_a_pool() -> None:
     assert controller.num_running(InstanceId(0)) > 0, "reports reached its chunks"
     assert controller.counters.num_output_tokens > 0
     assert slot.asked == {}
-    assert len(pool._by_identity) == 1
+    assert len(pool._slots._by_identity) == 1
 
 
 def a_chunk(n: Nonsense) -> Chunk:
