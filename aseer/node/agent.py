@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from aseer.errors import EngineError, InstanceStartError, describe, root_of
 from aseer.node.cleanup import weights_dir_for
-from aseer.node.fetching import Fetching
 from aseer.node.janitor import start_janitor
 from aseer.node.leftovers import Leftovers, sweep
 from aseer.node.local import LocalNode
@@ -31,6 +30,7 @@ from aseer.node.messages import (
     Ended,
     EndProcess,
     FetchFiles,
+    FetchRest,
     ForgetPeer,
     FromPeer,
     Join,
@@ -45,6 +45,7 @@ from aseer.node.messages import (
     encode,
 )
 from aseer.node.metrics import AgentFigures
+from aseer.node.relay import Relay
 from aseer.transport.base import PROTOCOL_VERSION, ConnectionRefused
 from aseer.transport.link import LinkFull, SessionOver
 from aseer.transport.session import Session, SessionLost
@@ -166,7 +167,7 @@ class _Service:
         self._controller = offer.controller
         self._figures = figures
         self._weights_dir = weights_dir
-        self._fetches: dict[str, Fetching] = {}
+        self._relay: Relay
         self._local = local
         self._router = router
         self._drafts = drafts
@@ -204,6 +205,13 @@ class _Service:
                 self._router.run(self._on_peer, self._on_peer_lost, self._on_peer_gone)
             )
             relaying = self._tasks.create_task(self._drafts.run(self._on_client))
+            self._relay = Relay(
+                self._weights_dir,
+                self._say,
+                self._figures,
+                self._tasks,
+                self._offer.keys,
+            )
             talking = self._tasks.create_task(self._talk(leave))
             leaving = self._tasks.create_task(self._leave(leave))
             try:
@@ -218,8 +226,7 @@ class _Service:
                     running.end_soon(0.0)
                 if self._running:
                     await asyncio.wait([r.over for r in self._running.values()])
-                for fetching in self._fetches.values():
-                    fetching.close()
+                self._relay.close()
                 carrying.cancel()
                 relaying.cancel()
 
@@ -302,6 +309,7 @@ class _Service:
                 self._figures.sessions += 1
                 self._session.timeout_s = lease_s
                 _log.info("joined the controller at %s", self._controller)
+                self._relay.serve(self._controller)
             case StartProcess(peer):
                 self._running[peer] = running = _Running()
                 self._tasks.create_task(self._live(message, running))
@@ -317,16 +325,8 @@ class _Service:
                 self._running[peer].end_soon(grace_s)
             case NoteMemory(peer) if peer in self._running:
                 self._tasks.create_task(self._running[peer].note())
-            case FetchFiles(folder):
-                _log.info("fetching weights, %.2f GB", sum(message.sizes) / 1e9)
-                place = self._weights_dir / folder
-                self._fetches[folder] = coming = Fetching(message, place, self._say)
-                self._tasks.create_task(coming.begin())
-            case Block(folder) if folder in self._fetches:
-                self._figures.fetched_bytes += len(message.data)
-                self._fetches[folder].take(message)
-            case DropFiles(folder) if folder in self._fetches:
-                self._fetches.pop(folder).close()
+            case FetchFiles() | FetchRest() | Block() | DropFiles():
+                self._relay.take(message)
 
     async def _live(self, start: StartProcess, running: _Running) -> None:
         """Start a process, and tell of its end, once nothing of it remains."""

@@ -5,7 +5,9 @@
     Welcome                    ---------------->
     StartProcess, KillProcess, ---------------->
     NoteMemory, EndProcess
-    FetchFiles, DropFiles      ---------------->   weights, for its instances
+                               <----------------   Gives, where other nodes find it
+    FetchFiles, DropFiles,     ---------------->   weights, for its instances
+    FetchRest
                                <----------------   GetBlock, some for each file
     Block                      ---------------->   one a GetBlock
                                <----------------   Fetched, one a FetchFiles
@@ -19,16 +21,27 @@
 They travel in a session (`aseer.transport.sessions`): each comes once, in order. A
 process is known by the name under which it speaks, unlike any other's. A session that
 the controller closes ends with a `Goodbye`; without one the node may come back.
+
+Nodes ask each other for blocks, too, over connections of their own without a session:
+
+    who fetches                                    a node that has them, or will
+    GetBlock                   ---------------->
+                               <----------------   Block, or NotYet from time to time
 """
 
 from __future__ import annotations
 
 # Runtime imports: msgspec resolves the annotations.
 from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
 
 from aseer.node.machine import Machine
+
+# A folder's name is a number; a neighbour keeps it until it has what was asked for.
+MAX_FOLDER_NAME = 20
+MAX_ADDRESS = 300  # a host's name has at most 253
 
 
 class Versions(msgspec.Struct, tag="join", frozen=True):
@@ -145,44 +158,87 @@ class PeerLost(msgspec.Struct, tag="lost", frozen=True):
     why: str
 
 
+class Neighbour(msgspec.Struct, frozen=True):
+    """A node that gives an update's blocks to others.
+
+    Attributes:
+        address: where. folder: its own, that the files are in.
+    """
+
+    address: str
+    folder: str
+
+
+class Gives(msgspec.Struct, tag="gives", frozen=True):
+    """Where other nodes find this one's blocks; "" = nowhere any more."""
+
+    address: Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]
+
+
 class FetchFiles(msgspec.Struct, tag="fetch", frozen=True):
     """Fetch files to a folder of the weights' directory, by their numbers.
 
     Attributes:
         sizes: of the files, in bytes.
         index_name, index: a file that is put beside them.
+        key: of the blocks' digests.
+        neighbour: from whom; None = from the controller. Whatever it does not give, the
+            controller does.
     """
 
     folder: str
     sizes: list[int]
     index_name: str
     index: bytes
+    key: bytes
+    neighbour: Neighbour | None = None
+
+
+class FetchRest(msgspec.Struct, tag="fetch_rest", frozen=True):
+    """Fetch what is missing of a folder from the controller: its neighbour is slow."""
+
+    folder: str
 
 
 class GetBlock(msgspec.Struct, tag="get", frozen=True):
     """Ask for a part of a file."""
 
-    folder: str
+    folder: Annotated[str, msgspec.Meta(max_length=MAX_FOLDER_NAME)]
     file: int
     offset: int
     size: int
 
 
 class Block(msgspec.Struct, tag="block", frozen=True):
-    """It, or why it cannot be had."""
+    """It, or why it cannot be had.
+
+    Attributes:
+        digest: of the data and its place in the update (`fetching.digest_of`), made
+            where the update began.
+    """
 
     folder: str
     file: int
     offset: int
     data: bytes = b""
+    digest: bytes = b""
     error: str = ""
+
+
+class NotYet(msgspec.Struct, tag="not_yet", frozen=True):
+    """A node is there, and has not yet what it was asked for."""
 
 
 class Fetched(msgspec.Struct, tag="fetched", frozen=True):
-    """All files of a folder are there, or with an `error` none is."""
+    """All files of a folder are there, or with an `error` none is.
+
+    Attributes:
+        gave_up: why its neighbour did not give all of them; "" if it did.
+    """
 
     folder: str
     error: str = ""
+    gave_up: str = ""
 
 
 class DropFiles(msgspec.Struct, tag="drop", frozen=True):
@@ -231,6 +287,7 @@ ToNode = (
     | ToPeer
     | ForgetPeer
     | FetchFiles
+    | FetchRest
     | Block
     | DropFiles
     | Drafts
@@ -241,6 +298,7 @@ FromNode = (
     | FromPeer
     | PeerGone
     | PeerLost
+    | Gives
     | GetBlock
     | Fetched
     | AskDrafts
@@ -249,6 +307,10 @@ FromNode = (
 
 TO_NODE: msgspec.msgpack.Decoder[ToNode] = msgspec.msgpack.Decoder(ToNode)
 FROM_NODE: msgspec.msgpack.Decoder[FromNode] = msgspec.msgpack.Decoder(FromNode)
+FROM_NEIGHBOUR: msgspec.msgpack.Decoder[Block | NotYet] = msgspec.msgpack.Decoder(
+    Block | NotYet
+)
+TO_NEIGHBOUR: msgspec.msgpack.Decoder[GetBlock] = msgspec.msgpack.Decoder(GetBlock)
 VERSIONS: msgspec.msgpack.Decoder[Versions] = msgspec.msgpack.Decoder(Versions)
 GOODBYE: msgspec.msgpack.Decoder[Goodbye] = msgspec.msgpack.Decoder(Goodbye)
 ANY: msgspec.msgpack.Decoder[msgspec.Raw] = msgspec.msgpack.Decoder(msgspec.Raw)

@@ -27,6 +27,7 @@ AGENT_METRICS: tuple[Metric, ...] = (
     ("aseer_agent_starts", "counter", "", "Processes of instances that were started."),
     ("aseer_agent_deaths", "counter", "", "Of these, those that were not told to end."),
     ("aseer_agent_fetched_bytes", "counter", "", "Of weights that were fetched."),
+    ("aseer_agent_given_bytes", "counter", "", "Of weights, to other nodes."),
     ("aseer_agent_shared_memory_free_bytes", "gauge", "", "Left of /dev/shm."),
 )
 
@@ -41,6 +42,7 @@ class AgentFigures:
     starts: int = 0
     deaths: int = 0
     fetched_bytes: int = 0
+    given_bytes: int = 0
 
     def values(self) -> Values:
         """By metric; from any thread."""

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from aseer.errors import EngineError, InstanceStartError, ProtocolError, describe
-from aseer.node.fetching import BLOCK_BYTES, MAX_BLOCKS_ASKED, MAX_FILE_BYTES
+from aseer.errors import InstanceStartError
 from aseer.node.messages import (
-    DropFiles,
     Ended,
     EndProcess,
     Fetched,
-    FetchFiles,
     ForgetPeer,
     FromPeer,
+    Gives,
     KillProcess,
     NoteMemory,
     PeerGone,
@@ -27,20 +24,18 @@ from aseer.node.messages import (
     ToPeer,
     encode,
 )
+from aseer.node.supply import Supply
 from aseer.watch import waking_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from aseer.node.messages import FromNode, GetBlock, Join
+    from aseer.node.chain import Chain
+    from aseer.node.messages import FromNode, Join
     from aseer.transport.base import Message
 
 # A process's status where nobody can say it any more.
 LOST = -9
-_INDEX = "index.json"
-# An agent asks for some at a time of each update that it fetches, of which there are
-# two at most.
-_MAX_WANTED = 16 * MAX_BLOCKS_ASKED
 # For word of an end to come, beyond the time that the end may take.
 _WORD_S = 5.0
 
@@ -90,11 +85,17 @@ class RemoteProcess:
 class RemoteNode:
     """See `Node`."""
 
-    def __init__(self, join: Join, put: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        join: Join,
+        put: Callable[[bytes], None],
+        chains: dict[str, Chain] | None = None,
+    ) -> None:
         """A node that has joined.
 
         Args:
             put: sends the node a message.
+            chains: of the files that nodes fetch, by their keys; all nodes share it.
         """
         self.join = join
         self.name = join.name
@@ -103,10 +104,7 @@ class RemoteNode:
         self.lost_because: str | None = None
         self._put = put
         self._processes: dict[bytes, RemoteProcess] = {}
-        self._fetches: dict[str, _Fetch] = {}
-        self._num_fetches = 0
-        self.num_wanted = 0
-        """Blocks that the node has asked for, and has not been sent."""
+        self.weights = Supply(join, self.say, {} if chains is None else chains)
 
     def say(self, message: msgspec.Struct) -> None:
         """Send the node a message; one that is lost gets none."""
@@ -136,69 +134,6 @@ class RemoteNode:
         """See `Node`."""
         return f"{self.join.log_dir}/{name}.log on {self.name}"
 
-    def fetch(
-        self, key: str, paths: list[str], index_of: Callable[[list[str]], bytes]
-    ) -> asyncio.Future[str]:
-        """Have the node fetch files, once for all that ask; where their index is.
-
-        If they did not come, they are fetched anew for whoever asks then.
-
-        Args:
-            key: that tells these files from others.
-            paths: of the files, on this machine.
-            index_of: makes a description of them of the paths that they will have.
-
-        The future raises EngineError if it cannot.
-        """
-        if key in self._fetches and self._fetches[key].has_failed:
-            self.drop(key)
-        if key not in self._fetches:
-            self._num_fetches += 1
-            folder = str(self._num_fetches)
-            fetch = self._fetches[key] = _Fetch(folder, paths)
-            place = f"{self.join.weights_dir}/{folder}"
-            fetch.index = f"{place}/{_INDEX}"
-            index = index_of([f"{place}/{i}" for i in range(len(paths))])
-            try:
-                sizes = [Path(path).stat().st_size for path in paths]
-            except OSError as error:
-                fetch.fail(describe(error))
-            else:
-                self.say(FetchFiles(folder, sizes, _INDEX, index))
-            if self.lost_because is not None:
-                fetch.fail(self.lost_because)
-        return self._fetches[key].done
-
-    def drop(self, key: str) -> None:
-        """The node needs those files no more."""
-        fetch = self._fetches.pop(key, None)
-        if fetch is not None:
-            fetch.fail("it is needed no more")
-            self.say(DropFiles(fetch.folder))
-
-    def check_wanted(self, wanted: GetBlock) -> None:
-        """See that a block may be read, which is to be sent then.
-
-        Raises:
-            ProtocolError: no agent of ours asks for so much.
-        """
-        self.num_wanted += 1
-        in_file = 0 <= wanted.offset <= MAX_FILE_BYTES
-        if not (in_file and 0 <= wanted.size <= BLOCK_BYTES):
-            raise ProtocolError(
-                f"it asks for {wanted.size} bytes at {wanted.offset}; a block has at "
-                f"most {BLOCK_BYTES}"
-            )
-        if self.num_wanted > _MAX_WANTED:
-            raise ProtocolError(f"it asks for more than {_MAX_WANTED} blocks at once")
-
-    def path_of(self, wanted: GetBlock) -> str | None:
-        """The file that the node asks for a block of; None if it is to have none."""
-        for fetch in self._fetches.values():
-            if fetch.folder == wanted.folder and 0 <= wanted.file < len(fetch.paths):
-                return fetch.paths[wanted.file]
-        return None
-
     def take(
         self,
         message: FromNode,
@@ -206,11 +141,9 @@ class RemoteNode:
         on_lost: Callable[[bytes, str], None],
         on_gone: Callable[[bytes], None],
     ) -> None:
-        """Take what the node says; of processes that it runs alone."""
-        if isinstance(message, Fetched):
-            for fetch in self._fetches.values():
-                if fetch.folder == message.folder:
-                    fetch.set_done(message.error)
+        """Take what the node says; of processes, that of those that it runs alone."""
+        if isinstance(message, Fetched | Gives):
+            self.weights.take(message)
             return
         peer = getattr(message, "peer", b"")
         if peer not in self._processes:
@@ -231,30 +164,4 @@ class RemoteNode:
             self.lost_because = f"its node {self.name} is gone: {why}"
             for peer, process in self._processes.items():
                 process.set_over(Ended(peer, LOST))
-            for fetch in self._fetches.values():
-                fetch.fail(self.lost_because)
-
-
-class _Fetch:
-    """Files on their way to a node, or there."""
-
-    def __init__(self, folder: str, paths: list[str]) -> None:
-        self.folder = folder
-        self.paths = paths
-        self.index = ""
-        self.done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    @property
-    def has_failed(self) -> bool:
-        return self.done.done() and self.done.exception() is not None
-
-    def set_done(self, error: str) -> None:
-        if error:
-            self.fail(error)
-        elif not self.done.done():
-            self.done.set_result(self.index)
-
-    def fail(self, why: str) -> None:
-        if not self.done.done():
-            self.done.set_exception(EngineError(f"the weights did not come: {why}"))
-            self.done.exception()  # nobody may wait for them
+            self.weights.lose(self.lost_because)

@@ -27,13 +27,12 @@ from aseer.dgds.messages import TO_SERVER
 from aseer.errors import AseerError, ConfigError, EngineError, describe, root_of
 from aseer.instance.messages import FROM_INSTANCE
 from aseer.node.children import in_thread
-from aseer.node.fetching import read_block
+from aseer.node.fetching import block_of
 from aseer.node.interpreter import Interpreter
 from aseer.node.messages import (
     FROM_NODE,
     VERSIONS,
     AskDrafts,
-    Block,
     Drafts,
     GetBlock,
     Goodbye,
@@ -58,6 +57,7 @@ if TYPE_CHECKING:
     from aseer.config import EngineConfig
     from aseer.dgds.server import DraftServer
     from aseer.models.traits import ModelTraits
+    from aseer.node.chain import Chain
     from aseer.node.machine import Launch
     from aseer.runtime.instances import InstancePool
     from aseer.runtime.launcher import Launcher
@@ -101,6 +101,7 @@ class Cluster:
         self._draft_server: DraftServer | None = None
         self._pool: InstancePool
         self._nodes: dict[int, RemoteNode] = {}
+        self._chains: dict[str, Chain] = {}
         self._joined: asyncio.Queue[tuple[int, RemoteNode, list[Launch]]]
         self._joined = asyncio.Queue()
         self._wanted: asyncio.Queue[tuple[RemoteNode, GetBlock]] = asyncio.Queue()
@@ -124,17 +125,10 @@ class Cluster:
     async def _send_blocks(self) -> None:
         while True:
             node, wanted = await self._wanted.get()
-            node.num_wanted -= 1
-            path = node.path_of(wanted)
-            if path is None:
-                continue
-            block = Block(wanted.folder, wanted.file, wanted.offset)
-            try:
-                data = await in_thread(read_block, path, wanted.offset, wanted.size)
-                block = msgspec.structs.replace(block, data=data)
-            except Exception as error:  # of this file alone
-                block = msgspec.structs.replace(block, error=describe(error))
-            node.say(block)
+            node.weights.num_wanted -= 1
+            found = node.weights.find(wanted)
+            if found is not None:
+                node.say(await in_thread(block_of, wanted, *found))
 
     async def work(self) -> None:
         """Start nodes, if that is ours, and put them to work as they come, until
@@ -230,7 +224,7 @@ class Cluster:
             del self._nodes[session]
             node.lose(message.why)
         elif isinstance(message, GetBlock):
-            node.check_wanted(message)
+            node.weights.check_wanted(message)
             self._wanted.put_nowait((node, message))
         elif isinstance(message, AskDrafts):
             self._ask_drafts(node, message)
@@ -295,7 +289,9 @@ class Cluster:
             )
         join = FROM_NODE.decode(data)
         assert isinstance(join, Join)
-        node = RemoteNode(join, lambda message: self._sessions.put(session, message))
+        node = RemoteNode(
+            join, lambda message: self._sessions.put(session, message), self._chains
+        )
         settings = replace(self._config, gpus=None, num_instances=join.num_instances)
         interpreter = Interpreter(f"node {join.name}", join.packages, False)
         launches = plan_instances(settings, join.machine, self._traits, interpreter)

@@ -206,7 +206,7 @@ class InstancePool:
         """No instance will load those weights any more."""
         for node in {slot.node for slot in self._slots.values()}:
             if isinstance(node, RemoteNode):
-                node.drop(index)
+                node.weights.drop(index)
 
     async def start(self) -> None:
         """Start this machine's instances, in parallel, and wait until all are up.

@@ -49,7 +49,7 @@ def once_there(
 
     try:
         files = read_index(index)
-        fetched = node.fetch(index, files.files, partial(_index_at, files))
+        fetched = node.weights.fetch(index, files.files, partial(_index_at, files))
         fetched.add_done_callback(there)
     except Exception as error:
         _fail(outcome, error)

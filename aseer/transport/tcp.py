@@ -20,12 +20,18 @@ from zmq.utils.monitor import parse_monitor_message
 from aseer.errors import ConfigError, EngineError
 from aseer.inputs.addresses import host_of, is_loopback
 from aseer.transport.base import (
+    MAX_QUEUED,
     ConnectionLost,
     ConnectionRefused,
     HandshakeFailed,
 )
 from aseer.transport.keys import HOW_TO
-from aseer.transport.zeromq import ZmqDealer, ZmqRouter, set_bounds
+from aseer.transport.zeromq import (
+    HIGH_WATER_MARK,
+    ZmqDealer,
+    ZmqRouter,
+    set_bounds,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -85,8 +91,9 @@ class TcpRouter(ZmqRouter[In]):
         decoder: msgspec.msgpack.Decoder[In],
         zap: zmq.asyncio.Socket,
         keys: Keys | None,
+        max_queued: int = MAX_QUEUED,
     ) -> None:
-        super().__init__(socket, decoder)
+        super().__init__(socket, decoder, max_queued)
         self._zap = zap
         self._keys = keys
 
@@ -205,12 +212,17 @@ def _next(socket: zmq.asyncio.Socket) -> asyncio.Future[list[bytes]]:
 
 @asynccontextmanager
 async def bind_tcp(
-    endpoint: str, decoder: msgspec.msgpack.Decoder[In], keys: Keys | None
+    endpoint: str,
+    decoder: msgspec.msgpack.Decoder[In],
+    keys: Keys | None,
+    *,
+    max_queued: int = MAX_QUEUED,
 ) -> AsyncIterator[TcpRouter[In]]:
     """A ROUTER bound to `endpoint`, where only nodes with our keys are heard.
 
     Args:
         keys: None = connections are not encrypted; for this machine's own addresses.
+        max_queued: messages that wait for one of them, here and in ZeroMQ.
     Raises:
         ConfigError: others could reach it, and there are no keys.
         EngineError: the address cannot be had.
@@ -224,6 +236,7 @@ async def bind_tcp(
             socket.set(zmq.ROUTER_MANDATORY, 1)  # say who is full, and who is gone
             socket.set(zmq.ROUTER_HANDOVER, 1)
             set_bounds(socket)
+            socket.set(zmq.SNDHWM, min(max_queued, HIGH_WATER_MARK))
             _set_network(socket, endpoint)
             socket.set(zmq.ZAP_DOMAIN, _DOMAIN)
             socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
@@ -238,7 +251,7 @@ async def bind_tcp(
                     f"listen={endpoint!r} cannot be used: {error}; give an address of "
                     "this machine and a port that is free"
                 ) from None
-            with TcpRouter(socket, decoder, zap, keys) as router:
+            with TcpRouter(socket, decoder, zap, keys, max_queued) as router:
                 yield router
         finally:
             socket.close(linger=_LINGER_MS)
@@ -251,9 +264,13 @@ async def connect_tcp(
     identity: bytes,
     decoder: msgspec.msgpack.Decoder[In],
     keys: Keys | None,
+    *,
+    max_queued: int = HIGH_WATER_MARK,
 ) -> AsyncIterator[TcpDealer[In]]:
     """A DEALER with one connection to `endpoint`, never made again.
 
+    Args:
+        max_queued: messages that have come and are not yet received.
     Raises:
         ConfigError: the address is not of this machine, and there are no keys.
         ConnectionLost: the address cannot be connected to.
@@ -267,6 +284,7 @@ async def connect_tcp(
             socket.set(zmq.IDENTITY, identity)
             socket.set(zmq.RECONNECT_IVL, -1)
             set_bounds(socket)
+            socket.set(zmq.RCVHWM, max_queued)
             _set_network(socket, endpoint)
             if keys is not None:
                 socket.set(zmq.CURVE_SERVERKEY, keys.controller.public)

@@ -170,7 +170,7 @@ class Nodes:
 
     def config(self, **settings: Any) -> aseer.EngineConfig:
         """Of an engine without instances of its own that waits for a node."""
-        ours = {
+        ours: dict[str, Any] = {
             "num_instances": 0,
             "min_nodes": 1,
             "listen": self.address,

@@ -7,7 +7,9 @@ from typing import Any
 import aseer
 
 
-def config_of(*, engine_args: dict[str, Any] | None = None, **settings: Any):
+def config_of(
+    *, engine_args: dict[str, Any] | None = None, **settings: Any
+) -> aseer.EngineConfig:
     """Two simulated instances with small KV, quick to notice faults."""
     defaults: dict[str, Any] = {
         "model": "sim",

@@ -30,6 +30,7 @@ NEEDS_VLLM = pytest.mark.skipif(
             "scheduler",
             {"us_per_decision", "controller_us_per_decision", "reporting_cores"},
         ),
+        pytest.param("chain", {"chain_of_one", "star_of_one"}, marks=pytest.mark.slow),
         ("journal", {"us_per_report", "bytes_per_token", "read_mb_per_s"}),
         ("simulate", {"workloads"}),
         ("order", {"workloads"}),

@@ -19,10 +19,14 @@ import aseer
 from aseer.dgds.client import DraftClient
 from aseer.dgds.replica import Replica, RequestKey
 from aseer.node.agent import NodeRefused, Offer, run_agent
+from aseer.node.fetching import block_of
 from aseer.node.interpreter import this_interpreter
 from aseer.node.machine import this_machine
+from aseer.node.messages import FROM_NEIGHBOUR, GetBlock, Goodbye
 from aseer.node.metrics import AGENT_METRICS, values_in
+from aseer.transport.base import ConnectionLost, ConnectionRefused
 from aseer.transport.keys import derive_keys
+from aseer.transport.tcp import connect_tcp
 from tests.integration.nodes import KEY, NodeProcess, Nodes, nodes_in
 from tests.integration.proxy import proxy_to
 from tests.integration.sims import config_of, content, groups_of
@@ -121,10 +125,21 @@ async def test_a_node_that_is_killed_costs_no_response(nodes):
     assert content(responses) == await reference(groups)
 
 
-async def test_a_node_that_joins_in_the_middle_gets_the_weights_and_then_work(nodes):
+async def test_a_node_that_joins_in_the_middle_gets_the_weights_and_then_work(
+    nodes, monkeypatch
+):
+    sent = []
+
+    def counted(wanted, path, key):
+        sent.append((path, wanted.offset))
+        return block_of(wanted, path, key)
+
+    monkeypatch.setattr("aseer.runtime.cluster.block_of", counted)
     groups = groups_of(8, n=2, ignore_eos=True, max_tokens=1200)
-    nodes.start("one")
-    config = nodes.config(engine_args={"weights": SHAPES, "step_s": 0.005})
+    for name in ("one", "zero"):
+        nodes.start(name, num_instances=1)
+    engine_args = {"weights": SHAPES, "step_s": 0.005}
+    config = nodes.config(min_nodes=2, engine_args=engine_args)
     async with aseer.Engine(config) as engine:
         before, _ = await rolled_out(engine, groups[:2])
         for new in (weights(), current := weights()):
@@ -135,8 +150,12 @@ async def test_a_node_that_joins_in_the_middle_gets_the_weights_and_then_work(no
         )
         names = names_in(engine)
         again, _ = await rolled_out(engine, groups)
-    assert nodes_of(responses, names) == {"one", "two"}
+    assert nodes_of(responses, names) == {"zero", "one", "two"}
     assert {r.weight_version for r in responses} == {2}
+    # Two nodes have both updates' four blocks, and the third has the last one's. One
+    # that a busy machine kept waiting may have taken what another had from here, too.
+    assert len(set(sent)) == 8
+    assert len(sent) <= 12
     assert content(again) == content(responses)
     assert content(before) != content(responses[: len(before)])
     local = config_of(engine_args={"weights": SHAPES})
@@ -144,6 +163,30 @@ async def test_a_node_that_joins_in_the_middle_gets_the_weights_and_then_work(no
         await engine.update_weights(current)
         there, _ = await rolled_out(engine, groups)
     assert content(there) == content(responses)
+
+
+async def test_a_nodes_own_port_serves_those_with_the_key_and_no_nonsense(nodes):
+    node = nodes.start("one", num_instances=1)
+    config = nodes.config(engine_args={"weights": SHAPES})
+    async with aseer.Engine(config) as engine:
+        await engine.update_weights(weights())
+        (there,) = engine._host.cluster.nodes
+        address = there.weights._giver.address
+        asked = GetBlock("1", 0, 0, 10)
+        keys = derive_keys(KEY.encode())
+        others = derive_keys(b"a key of somebody else")
+        async with connect_tcp(address, b"a1", FROM_NEIGHBOUR, others) as dealer:
+            with pytest.raises((ConnectionLost, ConnectionRefused, TimeoutError)):
+                await asyncio.wait_for(dealer.receive(), 5.0)
+        async with connect_tcp(address, b"a2", FROM_NEIGHBOUR, keys) as dealer:
+            for nonsense in (Goodbye("?"), GetBlock("1" * 1000, 0, 0, 10)):
+                await dealer.send(nonsense)
+            await dealer.send(asked)
+            block = await dealer.receive()
+            assert (block.folder, block.error, len(block.data)) == ("1", "", 1 << 20)
+        assert node.is_running
+        responses, _ = await rolled_out(engine, groups_of(1))
+        assert len(responses) == 4
 
 
 async def test_a_node_that_is_told_to_end_leaves_in_order(nodes):
@@ -206,6 +249,7 @@ async def test_what_a_node_tells_prometheus_is_what_it_did(nodes):
     assert found.pop("aseer_agent_shared_memory_free_bytes")[""] > 0
     size = 4 * sum(math.prod(shape) for shape in SHAPES.values())
     assert found.pop("aseer_agent_fetched_bytes_total")[""] >= size
+    assert found.pop("aseer_agent_given_bytes_total")[""] == 0
     assert {name: each[""] for name, each in found.items()} == {
         "aseer_agent_joined": 1,
         "aseer_agent_sessions_total": 1,

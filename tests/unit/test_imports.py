@@ -79,6 +79,7 @@ PURE = (
     "scheduler",
     "controller",
     "transport.link",
+    "node.chain",
     "journal.frames",
     "journal.records",
     "journal.history",
