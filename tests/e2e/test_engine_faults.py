@@ -60,14 +60,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    "ends",
-    [
-        "killed with its children",
-        pytest.param("killed", marks=pytest.mark.slow),
-        pytest.param("asked", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["killed with its children", "killed", "asked"])
 def test_a_trainer_that_is_gone_leaves_no_engine_behind(ends, tmp_path):
     """Though a process lives on that it had forked."""
     script = tmp_path / "train.py"

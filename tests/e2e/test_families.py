@@ -23,7 +23,7 @@ slow = pytest.mark.slow
 
 # Families whose layers do not all keep every token's KV, one engine each.
 MIXED = [
-    "gemma3_text",
+    pytest.param("gemma3_text", marks=slow),
     pytest.param("gemma2", marks=slow),
     pytest.param("gpt_oss", marks=slow),
     pytest.param("mistral", marks=slow),

@@ -87,18 +87,18 @@ def engine() -> Iterator[aseer.Engine]:
 
 @pytest.mark.usefixtures("always_migrate")
 def test_requests_that_hop_at_once_compute_one_token_a_hop(engine):
-    groups = groups_of(16, 1000, seed=1)
+    groups = groups_of(8, 800, seed=1)
     expected = undivided(engine, groups)
     rollout = engine.rollout_sync(groups)
     same(by_request(list(rollout)), expected)
     report = rollout.report
-    assert report.num_migrations > 150
+    assert report.num_migrations > 60
     assert report.num_recomputed_tokens == 0
     assert report.num_preemptions == 0
     kv = report.kv
-    assert kv.num_moves_found > 150
+    assert kv.num_moves_found > 60
     assert kv.num_moves_recomputed == 0
-    assert kv.num_loads > 150
+    assert kv.num_loads > 60
     assert kv.loaded_bytes > 0
     assert 0 < kv.load_p50_s <= kv.load_p99_s
     assert 0 < kv.time_share < 1
