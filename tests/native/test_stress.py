@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 60
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(240)
 
 
 def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
