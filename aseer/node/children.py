@@ -21,6 +21,7 @@ on its parent by a lifeline (`aseer.node.lifeline`), however its parent dies.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import signal
@@ -36,19 +37,28 @@ from aseer.node.cleanup import (
     remove_shared_memory,
     shared_memory_of,
     signal_group,
+    state_of,
 )
 from aseer.node.forks import forget, keep_from_forks
 from aseer.node.lifeline import Lifeline
 from aseer.node.logs import Log
-from aseer.watch import waking_timeout
+from aseer.watch import wait_awake, waking_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from aseer.node.leftovers import Leftovers
 
+_log = logging.getLogger("aseer")
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# From SIGKILL to a process's end. To take hundreds of gigabytes from one, and GPUs,
+# lasts tens of seconds; one that a driver or a file system holds up may never end.
+LONGEST_DEATH_S = 60.0
+# After this time whoever waits for the end is told that it is still waited for.
+_LONG_DEATH_S = 5.0
 
 _WORKERS_ONLY = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
@@ -173,7 +183,8 @@ class Child:
     async def end(self, grace_s: float = 0.0) -> None:
         """Give it `grace_s` to exit, then kill it; either way nothing of it remains.
 
-        May be called again, also if it was cancelled.
+        May be called again, also if it was cancelled. A process that cannot be killed
+        is let be after `LONGEST_DEATH_S`, and `wait` says then that it was.
         """
         if self._is_over:
             return
@@ -184,8 +195,11 @@ class Child:
                     await self.wait()
         await self.note_shared_memory()
         await in_thread(kill_group, self.pid)
-        await self.wait()
+        await self._wait_for_death()
         self._is_over = True
+        if not self._ended.done():
+            self._let_be()
+            return
         self._process.wait()  # it has ended: from here on its id may be another's
         await in_thread(remove_shared_memory, self._shared_memory)
         self._close_pipes()
@@ -219,6 +233,36 @@ class Child:
         self._process.wait()
         self._close_pipes()
 
+    async def _wait_for_death(self) -> None:
+        await wait_awake(self._ended, min(_LONG_DEATH_S, LONGEST_DEATH_S))
+        if self._ended.done():
+            return
+        _log.warning(
+            "process %d was killed and has not ended yet (state %s); it is waited for, "
+            "up to %g s",
+            self.pid,
+            state_of(self.pid),
+            LONGEST_DEATH_S,
+        )
+        await wait_awake(self._ended, LONGEST_DEATH_S)
+
+    def _let_be(self) -> None:
+        """Give up a process that was killed and lives on."""
+        _log.error(
+            "process %d was killed and lives on (state %s); it is waited for no more, "
+            "and what it has stays taken until it ends",
+            self.pid,
+            state_of(self.pid),
+        )
+        self._ended.set_result(-signal.SIGKILL)
+        self._close_pipes()
+
+    def _note_end(self, status: int) -> None:
+        if self._ended.done():  # it was let be: nobody else takes its status
+            self._process.wait()
+        else:
+            self._ended.set_result(status)
+
     def _close_pipes(self) -> None:
         for entry in self._kept:
             forget(entry)
@@ -240,8 +284,10 @@ class Child:
             status = -ended.si_status if by_signal else ended.si_status
         except OSError:  # somebody else has taken its status
             status = self._process.wait()
-        with suppress(RuntimeError):  # the loop is closed, and nobody waits
-            self._loop.call_soon_threadsafe(self._ended.set_result, status)
+        try:
+            self._loop.call_soon_threadsafe(self._note_end, status)
+        except RuntimeError:  # the loop is closed, and nobody else takes its status
+            self._process.wait()
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

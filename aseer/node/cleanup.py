@@ -141,13 +141,20 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def _is_alive(pid: int) -> bool:
-    """Whether it still holds its memory; a zombie does not."""
+def state_of(pid: int) -> str:
+    """A process's state, a letter as in proc(5): "D" waits for a device or file system,
+    "Z" is over; empty if there is no such process.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+        return ""
+    return stat.rpartition(")")[2].split()[0]
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether it still holds its memory; a zombie does not."""
+    return state_of(pid) not in ("", "Z", "X")
 
 
 def _mapped_by(pids: set[int]) -> set[tuple[int, int]]:

@@ -205,7 +205,7 @@ class Host:
             weight_version=self.weights.version,
             loads={i: self._loads[i] for i in sorted(self.infos)},
             nodes=[info.node or "local" for info in self.infos.values()],
-            restarts={i: self._pool.num_restarts(i) for i in sorted(self._loads)},
+            restarts={i: self._pool.num_restarts(i) for i in self._pool.places},
             responses=self._done.responses.copy(),
             counts=self._done.counts.copy(),
         )
@@ -398,6 +398,7 @@ class Host:
     def instance_left(self, instance_id: InstanceId, why: str) -> None:
         """See `PoolOwner`."""
         self.infos.pop(instance_id, None)
+        self._loads.pop(instance_id, None)
         self.weights.instance_down(instance_id, why)
         self._tell_session(lambda s: s.instance_left(instance_id, why))
 

@@ -117,6 +117,11 @@ class InstancePool:
         return [i for i, slot in self._slots.items() if slot.up.is_set()]
 
     @property
+    def places(self) -> list[InstanceId]:
+        """Instances that are up, or may be; those of a node that has left are not."""
+        return sorted(self._slots)
+
+    @property
     def in_need_of_weights(self) -> list[InstanceId]:
         """Instances that would be up, had they the trainer's weights."""
         return [i for i, slot in self._slots.items() if slot.needs_weights]

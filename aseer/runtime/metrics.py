@@ -55,7 +55,7 @@ class Figures:
     Attributes:
         loads: of the instances that are up. nodes: the names of the hosts that they run
             on, this one's "local".
-        restarts: of every instance.
+        restarts: of every instance that is up or may be; a node's go with the node.
         responses: by finish reason, over the engine's life, as `counts`.
         counts: by the names of counters without labels.
     """

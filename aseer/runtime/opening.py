@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aseer.errors import EngineClosedError, EngineError
+from aseer.node.children import LONGEST_DEATH_S
 from aseer.runtime.loop_thread import LoopThread
 from aseer.runtime.serving import Folders, serve
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from aseer.runtime.host import Host
     from aseer.runtime.serving import Listening
 
-# What a thread needs to end beyond the two deadlines of its instances: removing files.
-_JOIN_MARGIN_S = 10.0
+# What a thread needs to end beyond the two deadlines of its instances: instances and
+# then pool servers that cannot be killed are waited for, and files are removed.
+_JOIN_MARGIN_S = 2 * LONGEST_DEATH_S + 30.0
 
 
 class Opening:

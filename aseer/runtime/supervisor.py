@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from aseer.config import takes_nodes
 from aseer.errors import InstanceStartError, describe
 from aseer.instance.messages import Stop
+from aseer.node.children import LONGEST_DEATH_S
 from aseer.node.process import describe_exit
 from aseer.runtime.causes import death, start_error
 from aseer.runtime.restarts import RestartBudget, lacks_device_memory
@@ -47,9 +48,6 @@ _RETRY_PAUSE_S = 1.0
 # pool after two minutes. For so long starts that lack memory cost no restart.
 _MEMORY_PATIENCE_S = 300.0
 _MEMORY_PAUSE_S = 10.0
-# From SIGKILL to a process's end. To take hundreds of gigabytes from one, and GPUs,
-# lasts tens of seconds; one that a driver or a file system holds up may never end.
-_LONGEST_DEATH_S = 60.0
 # For those that have ended since, once the engine is closed.
 _LAST_LOOK_S = 1.0
 # Counts between two looks at a start; reading a busy machine's /proc takes some of it.
@@ -286,7 +284,7 @@ class Supervisor:
             why = death(slot, process, status, hint)
             if status is None:
                 self._undead.append(process)
-                why += f"; it was killed, and lives on {_LONGEST_DEATH_S:g} s later"
+                why += f"; it was killed, and lives on {LONGEST_DEATH_S:g} s later"
             self.slots.forget(slot, why)
             _log.warning("instance %d is lost: %s", slot.instance_id, why)
             self._last_died_on = slot.restarts
@@ -303,7 +301,7 @@ class Supervisor:
             ended = tasks.create_task(process.wait())
             killed = tasks.create_task(slot.killed.wait())
             await asyncio.wait((ended, killed), return_when=asyncio.FIRST_COMPLETED)
-            await wait_awake(ended, _LONGEST_DEATH_S)
+            await wait_awake(ended, LONGEST_DEATH_S)
             killed.cancel()
             ended.cancel()
         return None if ended.cancelled() else ended.result()
@@ -311,7 +309,7 @@ class Supervisor:
     async def _kill(self, process: Process, timeout_s: float | None = None) -> None:
         """End a process with all that it started, unless it cannot be killed."""
         try:
-            async with waking_timeout(timeout_s or _LONGEST_DEATH_S):
+            async with waking_timeout(timeout_s or LONGEST_DEATH_S):
                 await process.end(0)
         except TimeoutError:
             _log.error("a process was killed and lives on; what it has stays taken")

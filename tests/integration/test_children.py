@@ -20,6 +20,7 @@ from aseer.node.children import Child, in_thread
 from aseer.node.leftovers import Leftovers
 from aseer.transport.zeromq import make_socket_dir
 from tests.integration.sims import config_of, groups_of
+from tests.waiting import until
 
 SLEEPS = (sys.executable, "-c", "import time; time.sleep(600)")
 LONG = {"ignore_eos": True, "max_tokens": 400}
@@ -105,6 +106,43 @@ async def test_a_childs_id_is_its_own_until_it_is_ended(leftovers, tmp_path):
     child.kill()
     child.terminate()
     await child.end()
+
+
+def as_if_it_could_not_be_killed(monkeypatch):
+    """Processes live on, as one does that a driver or a file system holds up."""
+    for name in ("kill_group", "signal_group"):
+        monkeypatch.setattr(f"aseer.node.children.{name}", lambda pid: None)
+    monkeypatch.setattr("aseer.node.children.LONGEST_DEATH_S", 0.3)
+
+
+async def test_a_process_that_cannot_be_killed_is_waited_for_only_so_long(
+    leftovers, tmp_path, monkeypatch, caplog
+):
+    child = await Child.start(SLEEPS, {}, tmp_path / "log", leftovers)
+    as_if_it_could_not_be_killed(monkeypatch)
+    async with asyncio.timeout(20):
+        waiting = asyncio.ensure_future(child.wait())  # noqa: TID251
+        await child.end()
+        assert await waiting == -signal.SIGKILL
+    assert f"process {child.pid} was killed and lives on (state S" in caplog.text
+    await child.end()
+    os.kill(child.pid, signal.SIGKILL)  # once it can be, nothing of it remains
+    await until(lambda: not os.path.exists(f"/proc/{child.pid}"))
+
+
+async def test_an_engine_closes_though_an_instance_cannot_be_killed(
+    monkeypatch, caplog
+):
+    config = config_of(shutdown_timeout_s=0.5)
+    async with aseer.Engine(config) as engine:
+        victim = engine.instances[0].pid
+        os.kill(victim, signal.SIGSTOP)
+        as_if_it_could_not_be_killed(monkeypatch)
+        async with asyncio.timeout(20):
+            await engine.aclose()
+    assert f"process {victim} was killed and lives on (state T" in caplog.text
+    os.killpg(victim, signal.SIGKILL)  # once it can be, nothing of it remains
+    await until(lambda: not os.path.exists(f"/proc/{victim}"))
 
 
 async def test_a_function_runs_though_there_are_no_threads(monkeypatch):

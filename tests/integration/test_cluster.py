@@ -198,6 +198,8 @@ async def test_a_node_that_is_told_to_end_leaves_in_order(nodes):
         )
         assert await leaver.wait() == 0
         assert set(names_in(engine).values()) == {"two"}
+        restarts = lambda: engine._host.figures().restarts  # noqa: E731
+        await until(lambda: set(restarts()) == set(names_in(engine)))
     assert "told to end" in leaver.said
     assert content(responses) == await reference(groups)
 
@@ -376,23 +378,48 @@ async def test_a_node_with_another_key_ends_with_words_that_help(nodes):
     assert "`aseer key`" in stranger.said
 
 
+def offer_to(nodes, name):
+    """Of a node in this process."""
+    python = this_interpreter()
+    return Offer(
+        controller=nodes.address,
+        keys=derive_keys(KEY.encode()),
+        name=name,
+        machine=this_machine(python.packages),
+        interpreter=python,
+        num_instances=1,
+        log_dir=None,
+        death_timeout_s=30.0,
+    )
+
+
+async def test_a_node_leaves_though_an_instance_cannot_be_killed(
+    nodes, monkeypatch, caplog
+):
+    leave = asyncio.Event()
+    async with aseer.Engine(nodes.config(num_instances=1, min_nodes=0)) as engine:
+        node = asyncio.ensure_future(run_agent(offer_to(nodes, "one"), leave))  # noqa: TID251
+        await until(lambda: len(engine.instances) == 2)
+        (victim,) = [info.pid for info in engine.instances if info.node == "one"]
+        for name in ("kill_group", "signal_group"):
+            monkeypatch.setattr(f"aseer.node.children.{name}", lambda pid: None)
+        monkeypatch.setattr("aseer.node.children.LONGEST_DEATH_S", 0.3)
+        os.kill(victim, signal.SIGSTOP)
+        leave.set()
+        async with asyncio.timeout(20):
+            assert await node == "it was told to end"
+    assert f"process {victim} was killed and lives on (state T" in caplog.text
+    os.killpg(victim, signal.SIGKILL)
+    await until(lambda: not os.path.exists(f"/proc/{victim}"))
+
+
 async def test_a_node_of_another_release_is_refused_with_both_versions(
     nodes, monkeypatch
 ):
     nodes.start("one", num_instances=1)
     async with aseer.Engine(nodes.config()):
         monkeypatch.setattr("aseer.node.agent.__version__", "0.0.1")
-        python = this_interpreter()
-        offer = Offer(
-            controller=nodes.address,
-            keys=derive_keys(KEY.encode()),
-            name="older",
-            machine=this_machine(python.packages),
-            interpreter=python,
-            num_instances=1,
-            log_dir=None,
-            death_timeout_s=30.0,
-        )
+        offer = offer_to(nodes, "older")
         with pytest.raises(NodeRefused) as refused:
             await run_agent(offer, asyncio.Event())
     told = str(refused.value)
