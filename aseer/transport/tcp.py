@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     import msgspec
 
+    from aseer.transport.base import Message
     from aseer.transport.keys import Keys
 
 In = TypeVar("In")
@@ -129,7 +130,7 @@ class TcpRouter(ZmqRouter[In]):
 
 
 class TcpDealer(ZmqDealer[In]):
-    """A `Dealer` over one connection, whose `receive` fails when that has ended."""
+    """A `Dealer` over one connection; `send` and `receive` fail when that has ended."""
 
     def __init__(
         self,
@@ -143,22 +144,34 @@ class TcpDealer(ZmqDealer[In]):
         self._receiving: asyncio.Future[list[bytes]] | None = None
         self._ending: asyncio.Future[list[bytes]] | None = None
 
+    async def send(self, message: Message) -> None:
+        """See `Dealer`.
+
+        Raises:
+            ConnectionLost, ConnectionRefused: as `receive`. What ZeroMQ has room for is
+                taken, and lost; for more it would wait for ever.
+        """
+        sending = self._put(message)
+        try:
+            if not sending.done():
+                ending = self._watch_end()
+                await asyncio.wait(
+                    [sending, ending], return_when=asyncio.FIRST_COMPLETED
+                )
+                if not sending.done():
+                    raise await self._why_ended(ending)
+            await sending
+        finally:
+            sending.cancel()
+
     async def receive(self) -> In:
         """See `Dealer`."""
         while True:
             receiving = self._receiving = self._receiving or _next(self._socket)
-            ending = self._ending = self._ending or _next(self._monitor)
+            ending = self._watch_end()
             await asyncio.wait([receiving, ending], return_when=asyncio.FIRST_COMPLETED)
             if not receiving.done():
-                why = self._why(parse_monitor_message(ending.result()))
-                if isinstance(why, HandshakeFailed) and not await _greets(
-                    self._endpoint
-                ):
-                    why = ConnectionLost(
-                        f"{self._endpoint}: connections are taken and ended at once; "
-                        "is it a proxy, and the controller behind it running?"
-                    )
-                raise why
+                raise await self._why_ended(ending)
             self._receiving = None
             message = self._reader.read(receiving.result(), b"the controller")
             if message is not None:
@@ -172,6 +185,23 @@ class TcpDealer(ZmqDealer[In]):
                 future.cancel()
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
+
+    def _watch_end(self) -> asyncio.Future[list[bytes]]:
+        """The event that ends the connection; once it has come, it stays."""
+        self._ending = self._ending or _next(self._monitor)
+        return self._ending
+
+    async def _why_ended(
+        self, ending: asyncio.Future[list[bytes]]
+    ) -> ConnectionLost | ConnectionRefused:
+        """Why the connection has ended."""
+        why = self._why(parse_monitor_message(ending.result()))
+        if isinstance(why, HandshakeFailed) and not await _greets(self._endpoint):
+            return ConnectionLost(
+                f"{self._endpoint}: connections are taken and ended at once; "
+                "is it a proxy, and the controller behind it running?"
+            )
+        return why
 
     def _why(self, event: Any) -> ConnectionLost | ConnectionRefused:
         kind = event["event"]

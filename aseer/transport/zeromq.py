@@ -11,7 +11,7 @@ import os
 import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import msgspec
 import zmq
@@ -119,7 +119,11 @@ class ZmqDealer(Generic[In]):
 
     async def send(self, message: Message) -> None:
         """See `Dealer`."""
-        await self._socket.send(encode(self._encoder, message))
+        await self._put(message)
+
+    def _put(self, message: Message) -> asyncio.Future[object]:
+        sent = self._socket.send(encode(self._encoder, message))
+        return cast("asyncio.Future[object]", sent)
 
     async def receive(self) -> In:
         """See `Dealer`."""

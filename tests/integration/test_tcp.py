@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aseer.errors import ConfigError, EngineError
-from aseer.transport.base import ConnectionRefused
+from aseer.transport.base import ConnectionLost, ConnectionRefused
 from aseer.transport.keys import Keys, derive_keys
 from aseer.transport.session import Session, SessionLost
-from aseer.transport.sessions import FRAME, Sessions
+from aseer.transport.sessions import FRAME, Frame, Sessions
 from aseer.transport.tcp import bind_tcp, connect_tcp
 from tests.integration.proxy import proxy_to
 from tests.waiting import until
@@ -117,6 +117,21 @@ async def test_a_node_without_the_key_is_refused_with_words_that_help(
             await session.run(heard.append)
         serving.cancel()
     assert heard == []
+
+
+async def test_a_send_ends_with_the_connection_that_it_waits_for() -> None:
+    """Though nobody receives, who would be told of it."""
+    async with (
+        asyncio.timeout(20),
+        bind_tcp("tcp://127.0.0.1:*", FRAME, KEYS) as router,
+        asyncio.TaskGroup() as tasks,
+    ):
+        serving = tasks.create_task(router.run(lambda *_: None))
+        with pytest.raises(ConnectionLost, match="different keys"):
+            async with connect_tcp(router.endpoint, b"a", FRAME, OTHERS) as dealer:
+                while True:
+                    await dealer.send(Frame(b"header", b"payload"))
+        serving.cancel()
 
 
 async def test_where_nobody_listens_it_is_tried_until_the_time_is_over() -> None:
