@@ -16,6 +16,10 @@ from aseer.runtime.activity import TAKEN, Activity, Call, Verdict, decide
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# A rollout that has taken its groups without its reader so far may come to need that
+# one at any moment, of which nothing tells.
+_LOOK_INTERVAL_S = 0.5
+
 
 class InTheWay(Protocol):
     """The rollout in progress, as far as other calls have to do with it."""
@@ -97,8 +101,7 @@ class Claims:
                 case Verdict.DONE:
                     return None
                 case Verdict.WAIT:
-                    self._check_can_end(asker)
-                    await self._change()
+                    await self._change(asker)
                 case Verdict.END:
                     assert self._rollout is not None
                     await self._rollout.end()
@@ -173,11 +176,18 @@ class Claims:
                 "pause='abort'"
             )
 
-    async def _change(self) -> None:
+    async def _change(self, asker: object) -> None:
+        """Wait until the engine does something else.
+
+        Raises:
+            RolloutInProgressError: it never will, while whoever asks waits.
+        """
         changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(changed)
         try:
-            await changed
+            while not changed.done():
+                self._check_can_end(asker)
+                await asyncio.wait([changed], timeout=_LOOK_INTERVAL_S)
         finally:
             if changed in self._waiting:  # the wait was broken off
                 self._waiting.remove(changed)

@@ -98,6 +98,7 @@ class GroupSource:
         self._sizes: dict[str, int] = {}
         self._refused: deque[Response] = deque()
         self._room = asyncio.Event()
+        self._waits_for_room = False
         self._pulling = threading.Lock()  # several threads may read one rollout
         self._puller = 0
         self._lock = threading.Lock()
@@ -112,9 +113,10 @@ class GroupSource:
             self._ready = [self._count(task) for task in resolver.resolve_all(groups)]
 
     @property
-    def is_pulled(self) -> bool:
-        """Whether there may be more groups, which are taken as somebody reads."""
-        return self._source is not None and not self._is_stopped
+    def needs_reader(self) -> bool:
+        """Whether there may be more groups, which are taken only as somebody reads."""
+        is_pulled = self._source is not None or self._waits_for_room
+        return is_pulled and not self._is_stopped
 
     @property
     def keys(self) -> list[GroupKey] | None:
@@ -205,9 +207,7 @@ class GroupSource:
                 self._offer([self._resolve(group)])
                 if self._is_stopped:
                     break
-                while not self._has_room:
-                    self._room.clear()
-                    await self._room.wait()
+                await self._wait_for_room()
                 if time.monotonic() - turn_began > _LONGEST_TURN_S:
                     await asyncio.sleep(0)
                     turn_began = time.monotonic()
@@ -224,6 +224,15 @@ class GroupSource:
             self._error = error
         finally:
             self._end()
+
+    async def _wait_for_room(self) -> None:
+        while not self._has_room:
+            self._room.clear()
+            self._waits_for_room = True
+            try:
+                await self._room.wait()
+            finally:
+                self._waits_for_room = False
 
     def stop(self) -> None:
         """Take no further groups, from any thread."""

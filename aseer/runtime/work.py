@@ -57,7 +57,7 @@ class Work:
         self._cancelled_early: set[str] = set()
         self._groups: dict[str, list[Response]] = {}
         self.mailbox: Mailbox[Response] = Mailbox()
-        self.mailbox.needs_reader = lambda: source.is_pulled
+        self.mailbox.needs_reader = lambda: source.needs_reader
         self.source = source
         self.session: Session | None = None
         self.was_left = False

@@ -352,6 +352,26 @@ async def test_who_reads_a_rollout_is_told_that_it_would_wait_for_itself():
         assert [len(seen), await asyncio.to_thread(plainly)] == [6, 6]
 
 
+async def test_who_reads_a_rollout_of_an_async_iterator_is_told_so_once_it_is_full():
+    """Groups come by themselves only while there is room, which reading makes."""
+
+    async def groups():
+        for number, group in enumerate(groups_of(9, n=1, max_tokens=5)):
+            if number == 3:
+                await asyncio.sleep(0.5)  # there is room yet when the update begins
+            yield group
+
+    async with aseer.Engine(sims(max_pending_requests=3)) as engine:
+        async with engine.rollout(groups()) as rollout, asyncio.timeout(20):
+            responses = aiter(rollout)
+            seen = [await anext(responses)]
+            with pytest.raises(aseer.RolloutInProgressError, match="as it is read"):
+                await engine.update_weights(weights(1.0), pause="wait")
+            seen += [response async for response in responses]
+            await engine.update_weights(weights(1.0), pause="wait")
+        assert len(seen) == 9
+
+
 async def test_what_dies_while_the_engine_sleeps_is_started_again_at_its_waking():
     async with aseer.Engine(sims()) as engine:
         before = await roll(engine)

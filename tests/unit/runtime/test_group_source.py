@@ -238,13 +238,16 @@ async def test_an_async_iterator_is_pumped_while_there_is_room() -> None:
     assert not session.is_closed
     source.start_pump()
     source.start_pump()
+    assert not source.needs_reader
     await settled()
     assert session.taken == ["0", "1"]
+    assert source.needs_reader
     for _ in range(8):
         source.yielded()
     await settled()
     assert session.taken == ["0", "1", "2", "3"]
     assert session.is_closed
+    assert not source.needs_reader
     await source.wait_stopped()
 
 
