@@ -26,6 +26,21 @@ if TYPE_CHECKING:
     from aseer.types import InstanceId
 
 
+def check_are_here(
+    pool: InstancePool, members: Iterable[InstanceId], transfer: str
+) -> None:
+    """See that instances are on this machine.
+
+    Raises:
+        WeightUpdateError: one is not.
+    """
+    if pool.are_elsewhere(members):
+        raise WeightUpdateError(
+            f"transfer={transfer!r} reaches the engines of this machine, and some are "
+            "on other hosts; use transfer='host'"
+        )
+
+
 class DirectUpdate:
     """One update over its instances: each call is made at all of them at once."""
 
@@ -55,11 +70,7 @@ class DirectUpdate:
             WeightUpdateError: one cannot take weights in this way.
         """
         self._since = time.monotonic()
-        if self._pool.are_elsewhere(self._members):
-            raise WeightUpdateError(
-                f"transfer={self.transfer!r} reaches the engines of this machine, and "
-                "some are on other hosts; use transfer='host'"
-            )
+        check_are_here(self._pool, self._members, self.transfer)
         backend = WAYS[self.transfer].backend
         found = await self._ask("look", {"backend": backend})
         for instance_id, told in found.items():

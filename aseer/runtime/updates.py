@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from aseer.errors import WeightUpdateError, describe
 from aseer.runtime.activity import Call
-from aseer.runtime.direct_update import DirectUpdate
+from aseer.runtime.direct_update import DirectUpdate, check_are_here
 from aseer.runtime.open_update import OpenUpdates
+from aseer.weights.direct import check_started_for
 from aseer.weights.files import no_place
 from aseer.weights.target import read_sent
 
@@ -70,15 +71,22 @@ class Updates:
         self.transfer_backend = transfer_backend
 
     async def begin(
-        self, version: int | None, pause: Pause | None, asker: object
+        self, version: int | None, pause: Pause | None, asker: object, way: str
     ) -> Plan:
         """Make way for new weights, and keep the way free until the update is over.
 
+        Args:
+            way: how they are to come: "host", or one of `aseer.weights.direct.WAYS`.
         Raises:
             RolloutInProgressError: a rollout is in progress, and `pause` is None.
-            WeightUpdateError: the version is not a later one.
+            WeightUpdateError: the version is not a later one, or the instances take no
+                weights in this way.
         """
-        self._keeper.next_version(version)  # or a rollout would be aborted for nothing
+        # First, or a rollout would be aborted for nothing.
+        self._keeper.next_version(version)
+        if way != "host":
+            check_started_for(way, self.transfer_backend)
+            check_are_here(self._pool, self._takers, way)
         claim = await self._take(_CALLS[pause], asker)
         try:
             self._check_alive()
@@ -161,7 +169,7 @@ class Updates:
         way: str,
     ) -> WeightTarget:
         """As `begin`, for senders in other processes."""
-        plan = await self.begin(version, pause, asker)
+        plan = await self.begin(version, pause, asker, way)
         direct = None if way == "host" else self.direct(way)
         try:
             return self._open.begin(plan, timeout_s, direct)

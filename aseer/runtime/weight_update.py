@@ -22,6 +22,7 @@ from aseer.weights.direct import (
     offer_engines,
     send_directly,
 )
+from aseer.weights.held import check_kind
 from aseer.weights.sending import send, send_async
 from aseer.weights.target import WeightTarget
 
@@ -61,9 +62,11 @@ def update_steps(
     check_pause(pause)
     check_transfer(transfer)
     way = chosen_way(transfer, source, host.updates.transfer_backend)
+    if way != "host":
+        check_kind(source, way)
     plan = yield from _begun(
         thread,
-        thread.submit(partial(host.updates.begin, version, pause, asker)),
+        thread.submit(partial(host.updates.begin, version, pause, asker, way)),
         host.weights.abandon,
     )
     if way != "host":

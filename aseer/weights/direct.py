@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from aseer.errors import WeightUpdateError
 from aseer.weights.carriers import IpcCarrier, NcclCarrier
 from aseer.weights.held import HeldTensors, is_held_on
 
@@ -96,6 +97,25 @@ def chosen_way(transfer: str, source: WeightSource, backend: str | None) -> str:
         if way.backend == backend and is_held_on(source, way.device):
             return name
     return "host"
+
+
+def check_started_for(transfer: str, backend: str | None) -> None:
+    """See that engines take weights so.
+
+    Args:
+        backend: as for `chosen_way`.
+    Raises:
+        WeightUpdateError: they were started for something else.
+    """
+    needed = WAYS[transfer].backend
+    if backend != needed:
+        started = "without a transfer of weights"
+        if backend is not None:
+            started = f"for transfers by {backend!r}"
+        raise WeightUpdateError(
+            f"the engines were started {started}, and transfer={transfer!r} needs "
+            f"{needed!r} as the backend in engine_args['weight_transfer_config']"
+        )
 
 
 def offer_engines(directory: str, engines: Engines) -> None:

@@ -143,22 +143,34 @@ def is_held_on(source: WeightSource, device: str) -> bool:
     return types == {device}
 
 
-def _mapping_of(source: WeightSource, transfer: str) -> Mapping[str, Any]:
+def check_kind(source: WeightSource, transfer: str) -> None:
+    """See that a source is of a kind that has all its tensors at hand; ask it for none.
+
+    Raises:
+        WeightUpdateError: it is not.
+    """
     source = module_of(source)
     if has_adapters(source):
         raise WeightUpdateError(
             f"adapters are merged a layer at a time, and transfer={transfer!r} needs "
             "all tensors before it begins; use transfer='host'"
         )
-    if hasattr(source, "state_dict"):
-        source = source.state_dict()
-    if not isinstance(source, Mapping):
+    if not (hasattr(source, "state_dict") or isinstance(source, Mapping)):
         raise WeightUpdateError(
             f"transfer={transfer!r} takes an nn.Module or a state_dict, whose tensors "
             "are all at hand to be checked before engines change, and not a "
             f"{type(source).__name__}; use transfer='host'"
         )
-    return source
+
+
+def _mapping_of(source: WeightSource, transfer: str) -> Mapping[str, Any]:
+    check_kind(source, transfer)
+    source = module_of(source)
+    if not hasattr(source, "state_dict"):
+        return source  # type: ignore[no-any-return]
+    tensors = source.state_dict()
+    check_kind(tensors, transfer)
+    return tensors  # type: ignore[no-any-return]
 
 
 def _own_part(values: Any) -> Any:

@@ -135,6 +135,29 @@ async def test_engines_that_were_started_otherwise_say_so() -> None:
         await engine.update_weights(weights(1.0))
 
 
+@pytest.mark.parametrize(
+    ("transfer", "source"),
+    [
+        ("nccl", weights(1.0)),
+        ("mpi", weights(1.0)),
+        ("ipc", iter(weights(1.0).items())),
+    ],
+)
+async def test_what_cannot_be_sent_so_is_refused_before_a_rollout_is_aborted(
+    transfer: Any, source: Any
+) -> None:
+    groups = groups_of(4, ignore_eos=True, max_tokens=300)
+    async with aseer.Engine(sims()) as engine, engine.rollout(groups) as rollout:
+        responses = [await anext(aiter(rollout))]
+        with pytest.raises((aseer.WeightUpdateError, aseer.ConfigError)):
+            await engine.update_weights(source, transfer=transfer, pause="abort")
+        if transfer != "ipc":
+            with pytest.raises((aseer.WeightUpdateError, aseer.ConfigError)):
+                await engine.begin_update(transfer=transfer, pause="abort")
+        responses += [response async for response in rollout]
+    assert {response.finish_reason for response in responses} == {"length"}
+
+
 async def test_an_instance_that_dies_later_waits_for_the_next_update() -> None:
     async with aseer.Engine(sims()) as engine:
         await engine.update_weights(weights(1.0), transfer="ipc")
