@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aseer.errors import ConfigError, describe
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from aseer.config import EngineConfig
+
+_log = logging.getLogger("aseer")
+
+# A tokenizer on this machine's disk takes a second or two. The hub's library tries
+# again and again for half a minute, without a word, where the hub does not answer.
+_LONG_LOAD_S = 5.0
 
 Message = Mapping[str, Any]
 
@@ -72,12 +83,13 @@ class HuggingFaceTokenizer:
         try:
             from transformers import AutoTokenizer
 
-            return AutoTokenizer.from_pretrained(
-                self._name,
-                revision=args.get("tokenizer_revision") or args.get("revision"),
-                use_fast=mode != "slow",
-                **self._access,
-            )
+            with _told_if_long(self._name):
+                return AutoTokenizer.from_pretrained(
+                    self._name,
+                    revision=args.get("tokenizer_revision") or args.get("revision"),
+                    use_fast=mode != "slow",
+                    **self._access,
+                )
         except (ImportError, OSError, ValueError) as error:
             raise ConfigError(
                 f"the tokenizer {self._name!r} for its text cannot be loaded "
@@ -112,12 +124,13 @@ class HuggingFaceTokenizer:
         from transformers import AutoProcessor
 
         args = self._args
-        return AutoProcessor.from_pretrained(
-            self._model,
-            revision=args.get("revision"),
-            **self._access,
-            **(args.get("mm_processor_kwargs") or {}),
-        )
+        with _told_if_long(self._model):
+            return AutoProcessor.from_pretrained(
+                self._model,
+                revision=args.get("revision"),
+                **self._access,
+                **(args.get("mm_processor_kwargs") or {}),
+            )
 
     def encode_text(self, text: str) -> list[int]:
         """As vLLM encodes a completion prompt: with the model's special tokens."""
@@ -147,3 +160,27 @@ class HuggingFaceTokenizer:
                 f"the chat template of {self._name!r} cannot render its messages "
                 f"({error}); change them, or give a text or token ids"
             ) from error
+
+
+@contextmanager
+def _told_if_long(name: str) -> Iterator[None]:
+    """Have the log say that a tokenizer is waited for, once its loading takes long."""
+
+    def tell() -> None:
+        _log.warning(
+            "the tokenizer of %r is still being loaded after %g s; if it is not on "
+            "this machine, the Hugging Face hub is slow or does not answer. Download "
+            "it beforehand (`hf download %s`), give EngineConfig.tokenizer a "
+            "directory, or set HF_HUB_OFFLINE=1 if the hub cannot be reached from here",
+            name,
+            _LONG_LOAD_S,
+            name,
+        )
+
+    timer = threading.Timer(_LONG_LOAD_S, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

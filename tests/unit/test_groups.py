@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from array import array
 from types import SimpleNamespace
 
@@ -378,6 +379,27 @@ def test_the_tokenizer_is_the_one_that_the_engines_load(loader):
 def test_remote_code_is_refused_and_not_asked_about(loader):
     HuggingFaceTokenizer(EngineConfig(model="m")).encode_text("a")
     assert loader.how["trust_remote_code"] is False
+
+
+def test_the_log_says_that_a_tokenizer_is_waited_for_if_that_takes_long(
+    loader, monkeypatch
+):
+    said, is_told = [], threading.Event()
+
+    def tell(*words):
+        said.append(words)
+        is_told.set()
+
+    monkeypatch.setattr("aseer.inputs.tokenizer._log.warning", tell)
+    HuggingFaceTokenizer(EngineConfig(model="m")).encode_text("a")
+    assert not said
+    monkeypatch.setattr("aseer.inputs.tokenizer._LONG_LOAD_S", 0.0)
+    monkeypatch.setattr(
+        loader, "from_pretrained", lambda *_, **__: is_told.wait(20) and loader
+    )
+    assert HuggingFaceTokenizer(EngineConfig(model="m")).encode_text("a") == [97]
+    ((form, *words),) = said
+    assert "the tokenizer of 'm' is still being loaded" in form % tuple(words)
 
 
 def test_a_tokenizer_that_only_vllm_has_is_not_replaced_by_another(loader):
