@@ -253,6 +253,10 @@ class EngineConfig:
             in the environment say, or ~/.config/aseer/key.
         controller_file: a file that is written while the engine listens, with its
             address, for `aseer node --controller-file`; None = none.
+        weights: how new weights go to nodes of other hosts: "full", or as what has
+            changed since the last update ("delta"), which costs both ends some CPU time
+            and is a small part of the bytes after a step of training. What a node has
+            in the end is the same, byte for byte, and checked. See docs/cluster.md.
         weights_dir: where `update_weights` puts tensors for the engines, as large as
             the model, twice that once there was an update, if as much again is free
             then, and in any case during one; None = shared memory (/dev/shm).
@@ -299,6 +303,7 @@ class EngineConfig:
     node_timeout_s: float = 30.0
     key_file: Path | str | None = None
     controller_file: Path | str | None = None
+    weights: Literal["full", "delta"] = "full"
     weights_dir: Path | str | None = None
 
     def __post_init__(self) -> None:
@@ -371,6 +376,7 @@ class EngineConfig:
         check_seconds(self, "node_timeout_s")
         check_directory(self, "key_file", "a file's path")
         check_directory(self, "controller_file", "a file's path")
+        set_field(self, "weights", one_of("weights", self.weights, ("full", "delta")))
         if self.listen is not None:
             check_address("listen", self.listen)
         if self.nodes is not None:

@@ -64,15 +64,28 @@ class Member:
     took_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Files:
+    """An update's files where it began: how it is known, their paths and sizes."""
+
+    name: str
+    paths: list[str]
+    sizes: list[int]
+
+
 @dataclass(eq=False, slots=True)
 class Chain:
     """The nodes that have an update's files, or fetch them.
 
     Attributes:
         key: of the digests that tell its blocks from all others.
+        files: of the update.
+        base: of an earlier one, since which not much has changed; None = there is none.
     """
 
     key: bytes
+    files: Files
+    base: Files | None = None
     _members: list[Member] = field(default_factory=list)
 
     @property
@@ -125,3 +138,27 @@ def late_at_s(member: Member) -> float | None:
     if source is None or source.took_s is None:
         return None
     return member.began_s + _LATE_FACTOR * source.took_s + _LATE_S
+
+
+class Chains(dict[str, Chain]):
+    """The chains of all updates whose files nodes have, or fetch, by their names."""
+
+    def __init__(self, *, has_bases: bool = False) -> None:
+        """Start with none.
+
+        Args:
+            has_bases: whether blocks may be told by what has changed.
+        """
+        super().__init__()
+        self.has_bases = has_bases
+
+    def of(self, files: Files, new_key: Callable[[], bytes]) -> Chain:
+        """The chain of an update; a new one if nobody has fetched its files yet.
+
+        Its base is the update before it whose files have the same sizes.
+        """
+        if files.name not in self:
+            earlier = [c.files for c in self.values() if self.has_bases]
+            alike = [f for f in reversed(earlier) if f.sizes == files.sizes]
+            self[files.name] = Chain(new_key(), files, next(iter(alike), None))
+        return self[files.name]

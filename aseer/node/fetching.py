@@ -4,12 +4,17 @@ The node asks for a few blocks at a time, and for the next when one has come: so
 end keeps more of a file than that, and what else is said does not wait behind it. With
 each block comes a digest that was made where the update began, under a key that the
 controller tells the node itself: so a block is what it was there, whoever passed it on.
+
+A node that has an earlier version, the base, may be told what has changed in a block
+instead. The digest is of the block that comes of it: if that is another, as with a base
+that is not what it should be, blocks come as a whole from then on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import struct
 import threading
@@ -17,7 +22,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from aseer.errors import AseerError, describe
+from aseer.node import delta
 from aseer.node.children import in_thread
 from aseer.node.cleanup import remove_folder, wait_until_freed
 from aseer.node.messages import Block, Fetched, GetBlock
@@ -25,9 +33,9 @@ from aseer.node.messages import Block, Fetched, GetBlock
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import msgspec
-
     from aseer.node.messages import FetchFiles
+
+_log = logging.getLogger("aseer")
 
 # As much as is encrypted and written in a millisecond or two, in which the event loops
 # do nothing else.
@@ -54,6 +62,7 @@ class Fetching:
         directory: Path,
         say: Callable[[msgspec.Struct], None],
         ask: Callable[[GetBlock], None] | None = None,
+        base: Path | None = None,
     ) -> None:
         """Prepare; `begin` begins.
 
@@ -61,18 +70,23 @@ class Fetching:
             directory: of the order; it is removed if it cannot be filled.
             say: sends the controller a message; at last a `Fetched`.
             ask: asks the order's neighbour for a block; None = there is none.
+            base: directory of an earlier version; None = there is none.
         """
         self._order = order
         self._directory = directory
         self._say = say
         self._ask = ask or say
         self._gave_up = ""
+        self._base = base
+        self._base_files: list[int] = []
         self._files: list[int] = []
         self._blocks = self._all_blocks()
         self._asked: dict[tuple[int, int], GetBlock] = {}
         self._digests: dict[tuple[int, int], bytes] = {}  # of what is here
+        self._deltas: dict[tuple[int, int], bytes] = {}  # that others may be given
         self._lock = threading.Lock()
         self._is_making = True
+        self._num_come = 0  # bytes
         self.is_over = False
 
     @property
@@ -105,36 +119,90 @@ class Fetching:
         asked = self._asked.get(place)
         if self.is_over or asked is None:
             return
-        if block.error:
-            raise BadBlock(block.error)
-        if len(block.data) != asked.size:
-            raise BadBlock(f"a block has {len(block.data)} bytes and not {asked.size}")
-        digest = digest_of(self._order.key, *place, block.data)
-        if not hmac.compare_digest(digest, block.digest):
-            raise BadBlock("a block is not what it was where the update began")
+        if block.is_delta and asked.has_base:
+            data = self._patched(asked, block)
+            if data is None:
+                self._ask_for_all_of(asked)
+                return
+            self._deltas[place] = block.data
+        else:
+            data = self._checked(asked, block)
         try:
-            os.pwrite(self._files[block.file], block.data, block.offset)
+            os.pwrite(self._files[block.file], data, block.offset)
         except OSError as error:
             self.fail(describe(error))
             return
+        self._num_come += len(block.data)
         del self._asked[place]
-        self._digests[place] = digest
+        self._digests[place] = block.digest
         self._ask_next()
         self._end_if_done()
 
-    def give(self, file: int, offset: int) -> Block | None:
-        """A block for another node; None while it is not here."""
+    def _checked(self, asked: GetBlock, block: Block) -> bytes:
+        """The block's data.
+
+        Raises:
+            BadBlock: it has none, or they are not what is to be there.
+        """
+        if block.error:
+            raise BadBlock(block.error)
+        if len(block.data) != asked.size or block.is_delta:
+            raise BadBlock(f"a block has {len(block.data)} bytes and not {asked.size}")
+        if not self._is_right(block, block.data):
+            raise BadBlock("a block is not what it was where the update began")
+        return block.data
+
+    def _patched(self, asked: GetBlock, block: Block) -> bytes | None:
+        """The data of a block of which it came what has changed since the base.
+
+        None if they are not what is to be there: the base is another than it was for
+        whoever sent it, or there is none any more.
+        """
+        if not self._base_files:
+            return None
+        try:
+            base = _read(self._base_files[asked.file], asked.offset, asked.size)
+            data = delta.apply(base, block.data)
+        except (OSError, ValueError):
+            return None
+        return data if self._is_right(block, data) else None
+
+    def _is_right(self, block: Block, data: bytes) -> bool:
+        digest = digest_of(self._order.key, block.file, block.offset, data)
+        return hmac.compare_digest(digest, block.digest)
+
+    def _ask_for_all_of(self, asked: GetBlock) -> None:
+        """Ask for a block as a whole, and so for all that follow."""
+        self._close_base()
+        again = msgspec.structs.replace(asked, has_base=False)
+        self._asked[asked.file, asked.offset] = again
+        self._ask(again)
+
+    def give(self, file: int, offset: int, *, has_base: bool = False) -> Block | None:
+        """A block for another node; None while it is not here.
+
+        Args:
+            has_base: whether what has changed since the base will do.
+        """
         folder, digest = self._order.folder, self._digests.get((file, offset))
         if digest is None:
             if not self.is_over:
                 return None
             return Block(folder, file, offset, error="the neighbour has no such block")
+        if has_base and (file, offset) in self._deltas:
+            told = self._deltas[file, offset]
+            return Block(folder, file, offset, told, digest, is_delta=True)
         size = min(BLOCK_BYTES, self._order.sizes[file] - offset)
         try:
             data = read_block(str(self._directory / str(file)), offset, size)
         except OSError as error:
             return Block(folder, file, offset, error=describe(error))
         return Block(folder, file, offset, data, digest)
+
+    def forget_base(self, folder: str) -> None:
+        """A folder is gone; nobody else has it any more if it is the base."""
+        if self._order.base == folder:
+            self._deltas.clear()
 
     def give_up(self, why: str) -> None:
         """Ask the neighbour no more; the controller gives what it has not given."""
@@ -175,11 +243,28 @@ class Fetching:
                     os.posix_fallocate(self._files[-1], offset, room)
             index = self._directory / self._order.index_name
             index.write_bytes(self._order.index)
+            self._open_base()
         finally:
             with self._lock:
                 self._is_making = False
                 if self.is_over:
                     self._remove()
+
+    def _open_base(self) -> None:
+        """Hold the base's files open, whose names may go; none if one does not fit."""
+        if self._base is None:
+            return
+        try:
+            for number, size in enumerate(self._order.sizes):
+                self._base_files.append(os.open(self._base / str(number), os.O_RDONLY))
+                if os.fstat(self._base_files[-1]).st_size != size:
+                    raise OSError(f"file {number} of the base has another size")
+        except OSError:
+            self._close_base()
+
+    def _close_base(self) -> None:
+        while self._base_files:
+            os.close(self._base_files.pop())
 
     def _remove(self) -> None:
         self._close_files()
@@ -193,7 +278,7 @@ class Fetching:
     def _ask_next(self) -> None:
         block = next(self._blocks, None)
         if block is not None:
-            asked = GetBlock(self._order.folder, *block)
+            asked = GetBlock(self._order.folder, *block, bool(self._base_files))
             self._asked[asked.file, asked.offset] = asked
             self._ask(asked)
 
@@ -201,6 +286,11 @@ class Fetching:
         if not self._asked:
             self.is_over = True
             self._close_files()
+            _log.info(
+                "weights are here: %d bytes, for which %d came",
+                sum(self._order.sizes),
+                self._num_come,
+            )
             self._say(Fetched(self._order.folder, gave_up=self._gave_up))
 
     def _close_files(self) -> None:
@@ -208,6 +298,7 @@ class Fetching:
             with suppress(OSError):
                 os.close(file)
         self._files.clear()
+        self._close_base()
 
 
 def digest_of(key: bytes, file: int, offset: int, data: bytes) -> bytes:
@@ -217,14 +308,24 @@ def digest_of(key: bytes, file: int, offset: int, data: bytes) -> bytes:
     return digest.digest()
 
 
-def block_of(wanted: GetBlock, path: str, key: bytes) -> Block:
-    """A block of a file where the update began, or why it cannot be had."""
+def block_of(wanted: GetBlock, path: str, key: bytes, base: str | None = None) -> Block:
+    """A block of a file where the update began, or why it cannot be had.
+
+    Args:
+        base: path of the version that whoever wants it has; None = it has none.
+    """
     folder, file, offset = wanted.folder, wanted.file, wanted.offset
     try:
         data = read_block(path, offset, wanted.size)
     except Exception as error:  # of this file alone
         return Block(folder, file, offset, error=describe(error))
-    return Block(folder, file, offset, data, digest_of(key, file, offset, data))
+    digest = digest_of(key, file, offset, data)
+    if base is not None:
+        with suppress(OSError):  # it is gone: the block as a whole will do
+            told = delta.encode(read_block(base, offset, wanted.size), data)
+            if told is not None:
+                return Block(folder, file, offset, told, digest, is_delta=True)
+    return Block(folder, file, offset, data, digest)
 
 
 def _open(path: Path) -> int:
@@ -238,7 +339,11 @@ def read_block(path: str, offset: int, size: int) -> bytes:
         OSError: the file is gone, or shorter.
     """
     with Path(path).open("rb") as file:
-        data = os.pread(file.fileno(), size, offset)
+        return _read(file.fileno(), offset, size)
+
+
+def _read(file: int, offset: int, size: int) -> bytes:
+    data = os.pread(file, size, offset)
     if len(data) != size:
-        raise OSError(f"{path} ends within a block")
+        raise OSError("a file of weights ends within a block")
     return data

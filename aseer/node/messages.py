@@ -184,6 +184,8 @@ class FetchFiles(msgspec.Struct, tag="fetch", frozen=True):
         key: of the blocks' digests.
         neighbour: from whom; None = from the controller. Whatever it does not give, the
             controller does.
+        base: a folder that was fetched, with files of the same sizes, of which blocks
+            may be told by what has changed since; "" = none.
     """
 
     folder: str
@@ -192,6 +194,7 @@ class FetchFiles(msgspec.Struct, tag="fetch", frozen=True):
     index: bytes
     key: bytes
     neighbour: Neighbour | None = None
+    base: str = ""
 
 
 class FetchRest(msgspec.Struct, tag="fetch_rest", frozen=True):
@@ -201,20 +204,26 @@ class FetchRest(msgspec.Struct, tag="fetch_rest", frozen=True):
 
 
 class GetBlock(msgspec.Struct, tag="get", frozen=True):
-    """Ask for a part of a file."""
+    """Ask for a part of a file.
+
+    Attributes:
+        has_base: whether what has changed in it since the base will do.
+    """
 
     folder: Annotated[str, msgspec.Meta(max_length=MAX_FOLDER_NAME)]
     file: int
     offset: int
     size: int
+    has_base: bool = False
 
 
 class Block(msgspec.Struct, tag="block", frozen=True):
     """It, or why it cannot be had.
 
     Attributes:
-        digest: of the data and its place in the update (`fetching.digest_of`), made
+        digest: of the part and its place in the update (`fetching.digest_of`), made
             where the update began.
+        is_delta: the data are what has changed in the part (`aseer.node.delta`).
     """
 
     folder: str
@@ -223,6 +232,7 @@ class Block(msgspec.Struct, tag="block", frozen=True):
     data: bytes = b""
     digest: bytes = b""
     error: str = ""
+    is_delta: bool = False
 
 
 class NotYet(msgspec.Struct, tag="not_yet", frozen=True):

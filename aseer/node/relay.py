@@ -123,6 +123,8 @@ class Relay:
             fetching.close()
             self._hand_on()
             del self._fetches[order.folder]
+            for other in self._fetches.values():
+                other.forget_base(order.folder)
 
     def serve(self, controller: str) -> None:
         """Listen for other nodes, at the address that leads to the controller.
@@ -156,6 +158,7 @@ class Relay:
             self._folder / folder,
             self._say,
             None if neighbour is None else asked.append,
+            self._folder / order.base if order.base in self._fetches else None,
         )
         self._tasks.create_task(self._begin(fetching, folder, neighbour, asked))
 
@@ -251,7 +254,8 @@ class Relay:
         fetching = self._fetches.get(wanted.asked.folder)
         if fetching is None:
             return False  # the order to fetch it may be on its way
-        block = fetching.give(wanted.asked.file, wanted.asked.offset)
+        asked = wanted.asked
+        block = fetching.give(asked.file, asked.offset, has_base=asked.has_base)
         if block is None:
             return False
         self._send(wanted.peer, block)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aseer.errors import InstanceStartError
+from aseer.node.chain import Chains
 from aseer.node.messages import (
     Ended,
     EndProcess,
@@ -30,7 +31,6 @@ from aseer.watch import waking_timeout
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from aseer.node.chain import Chain
     from aseer.node.messages import FromNode, Join
     from aseer.transport.base import Message
 
@@ -89,13 +89,13 @@ class RemoteNode:
         self,
         join: Join,
         put: Callable[[bytes], None],
-        chains: dict[str, Chain] | None = None,
+        chains: Chains | None = None,
     ) -> None:
         """A node that has joined.
 
         Args:
             put: sends the node a message.
-            chains: of the files that nodes fetch, by their keys; all nodes share it.
+            chains: of the files that nodes fetch; all nodes share it.
         """
         self.join = join
         self.name = join.name
@@ -104,7 +104,7 @@ class RemoteNode:
         self.lost_because: str | None = None
         self._put = put
         self._processes: dict[bytes, RemoteProcess] = {}
-        self.weights = Supply(join, self.say, {} if chains is None else chains)
+        self.weights = Supply(join, self.say, Chains() if chains is None else chains)
 
     def say(self, message: msgspec.Struct) -> None:
         """Send the node a message; one that is lost gets none."""

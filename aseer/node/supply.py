@@ -7,10 +7,10 @@ import logging
 import secrets
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aseer.errors import EngineError, ProtocolError, describe
-from aseer.node.chain import Chain, Giver, late_at_s
+from aseer.node.chain import Files, Giver, late_at_s
 from aseer.node.fetching import BLOCK_BYTES, MAX_BLOCKS_ASKED, MAX_FILE_BYTES
 from aseer.node.messages import (
     DropFiles,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import msgspec
 
-    from aseer.node.chain import Member
+    from aseer.node.chain import Chain, Chains, Member
     from aseer.node.messages import GetBlock, Join
 
 _log = logging.getLogger("aseer")
@@ -38,6 +38,19 @@ _MAX_WANTED = 16 * MAX_BLOCKS_ASKED
 _KEY_BYTES = 32
 
 
+class Found(NamedTuple):
+    """A block's file on this machine.
+
+    Attributes:
+        key: of the block's digest.
+        base: the file of the version that the node has; None = it has none.
+    """
+
+    path: str
+    key: bytes
+    base: str | None
+
+
 class Supply:
     """Of one node."""
 
@@ -45,13 +58,13 @@ class Supply:
         self,
         join: Join,
         say: Callable[[msgspec.Struct], None],
-        chains: dict[str, Chain],
+        chains: Chains,
     ) -> None:
         """Start with no files.
 
         Args:
             join: of the node. say: sends it a message.
-            chains: of the files that nodes fetch, by their keys; all nodes share it.
+            chains: of the files that nodes fetch; all nodes share it.
         """
         self._folder = join.weights_dir
         self._say = say
@@ -80,14 +93,13 @@ class Supply:
         if key in self._fetches and self._fetches[key].has_failed:
             self.drop(key)
         if key not in self._fetches:
-            fetch = self._fetches[key] = self._begin(key, paths)
             try:
                 sizes = [Path(path).stat().st_size for path in paths]
             except OSError as error:
-                fetch.fail(describe(error))
-            else:
-                places = [f"{fetch.place}/{i}" for i in range(len(paths))]
-                self._order(fetch, sizes, index_of(places))
+                return _failed(describe(error))
+            fetch = self._fetches[key] = self._begin(Files(key, paths, sizes))
+            places = [f"{fetch.place}/{i}" for i in range(len(paths))]
+            self._order(fetch, index_of(places))
             if self._lost_because is not None:
                 fetch.fail(self._lost_because)
         return self._fetches[key].done
@@ -116,14 +128,17 @@ class Supply:
         if self.num_wanted > _MAX_WANTED:
             raise ProtocolError(f"it asks for more than {_MAX_WANTED} blocks at once")
 
-    def find(self, wanted: GetBlock) -> tuple[str, bytes] | None:
-        """The file that the node asks for a block of, and the key of its digest.
-
-        None if the node is to have none.
-        """
+    def find(self, wanted: GetBlock) -> Found | None:
+        """Where the node finds a block that it asks for; None if it is to have none."""
         for fetch in self._fetches.values():
-            if fetch.folder == wanted.folder and 0 <= wanted.file < len(fetch.paths):
-                return fetch.paths[wanted.file], fetch.chain.key
+            paths, chain = fetch.chain.files.paths, fetch.chain
+            if fetch.folder == wanted.folder and 0 <= wanted.file < len(paths):
+                base = chain.base if wanted.has_base else None
+                return Found(
+                    paths[wanted.file],
+                    chain.key,
+                    None if base is None else base.paths[wanted.file],
+                )
         return None
 
     def take(self, message: Fetched | Gives) -> None:
@@ -142,23 +157,31 @@ class Supply:
             fetch.fail(why)
             self._leave(key, fetch)
 
-    def _begin(self, key: str, paths: list[str]) -> _Fetch:
+    def _begin(self, files: Files) -> _Fetch:
         self._num_fetches += 1
         folder = str(self._num_fetches)
-        chain = self._chains.get(key)
-        if chain is None:
-            chain = self._chains[key] = Chain(secrets.token_bytes(_KEY_BYTES))
+        chain = self._chains.of(files, lambda: secrets.token_bytes(_KEY_BYTES))
         now_s = asyncio.get_running_loop().time()
-        hurry = partial(self._hurry, key)
+        hurry = partial(self._hurry, files.name)
         member = chain.join(self._giver, folder, now_s, hurry)
-        return _Fetch(f"{self._folder}/{folder}", paths, chain, member)
+        return _Fetch(f"{self._folder}/{folder}", chain, member)
 
-    def _order(self, fetch: _Fetch, sizes: list[int], index: bytes) -> None:
+    def _order(self, fetch: _Fetch, index: bytes) -> None:
         neighbour, source = None, fetch.member.source
         if source is not None:
             neighbour = Neighbour(source.giver.address, source.folder)
+        chain = fetch.chain
+        base = self._fetches.get(chain.base.name) if chain.base is not None else None
         self._say(
-            FetchFiles(fetch.folder, sizes, _INDEX, index, fetch.chain.key, neighbour)
+            FetchFiles(
+                fetch.folder,
+                chain.files.sizes,
+                _INDEX,
+                index,
+                chain.key,
+                neighbour,
+                base.folder if base is not None and base.is_there else "",
+            )
         )
         _hurry_in_time(fetch.member)
 
@@ -195,15 +218,16 @@ class Supply:
 class _Fetch:
     """Files on their way to a node, or there."""
 
-    def __init__(
-        self, place: str, paths: list[str], chain: Chain, member: Member
-    ) -> None:
+    def __init__(self, place: str, chain: Chain, member: Member) -> None:
         self.place = place
         self.folder = member.folder
-        self.paths = paths
         self.chain = chain
         self.member = member
         self.done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_there(self) -> bool:
+        return self.done.done() and self.done.exception() is None
 
     @property
     def has_failed(self) -> bool:
@@ -213,6 +237,13 @@ class _Fetch:
         if not self.done.done():
             self.done.set_exception(EngineError(f"the weights did not come: {why}"))
             self.done.exception()  # nobody may wait for them
+
+
+def _failed(why: str) -> asyncio.Future[str]:
+    done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    done.set_exception(EngineError(f"the weights did not come: {why}"))
+    done.exception()  # nobody may wait for them
+    return done
 
 
 def _hurry_in_time(member: Member) -> None:

@@ -26,6 +26,7 @@ from aseer.config import takes_nodes
 from aseer.dgds.messages import TO_SERVER
 from aseer.errors import AseerError, ConfigError, EngineError, describe, root_of
 from aseer.instance.messages import FROM_INSTANCE
+from aseer.node.chain import Chains
 from aseer.node.children import in_thread
 from aseer.node.fetching import block_of
 from aseer.node.interpreter import Interpreter
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from aseer.config import EngineConfig
     from aseer.dgds.server import DraftServer
     from aseer.models.traits import ModelTraits
-    from aseer.node.chain import Chain
     from aseer.node.machine import Launch
     from aseer.runtime.instances import InstancePool
     from aseer.runtime.launcher import Launcher
@@ -101,7 +101,7 @@ class Cluster:
         self._draft_server: DraftServer | None = None
         self._pool: InstancePool
         self._nodes: dict[int, RemoteNode] = {}
-        self._chains: dict[str, Chain] = {}
+        self._chains = Chains(has_bases=config.weights == "delta")
         self._joined: asyncio.Queue[tuple[int, RemoteNode, list[Launch]]]
         self._joined = asyncio.Queue()
         self._wanted: asyncio.Queue[tuple[RemoteNode, GetBlock]] = asyncio.Queue()

@@ -155,9 +155,8 @@ class TcpDealer(ZmqDealer[In]):
         try:
             if not sending.done():
                 ending = self._watch_end()
-                await asyncio.wait(
-                    [sending, ending], return_when=asyncio.FIRST_COMPLETED
-                )
+                both: list[asyncio.Future[Any]] = [sending, ending]
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                 if not sending.done():
                     raise await self._why_ended(ending)
             await sending

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import signal
 import urllib.request
 from dataclasses import replace
@@ -130,9 +131,9 @@ async def test_a_node_that_joins_in_the_middle_gets_the_weights_and_then_work(
 ):
     sent = []
 
-    def counted(wanted, path, key):
+    def counted(wanted, path, *how):
         sent.append((path, wanted.offset))
-        return block_of(wanted, path, key)
+        return block_of(wanted, path, *how)
 
     monkeypatch.setattr("aseer.runtime.cluster.block_of", counted)
     groups = groups_of(8, n=2, ignore_eos=True, max_tokens=1200)
@@ -163,6 +164,45 @@ async def test_a_node_that_joins_in_the_middle_gets_the_weights_and_then_work(
         await engine.update_weights(current)
         there, _ = await rolled_out(engine, groups)
     assert content(there) == content(responses)
+
+
+async def test_what_has_changed_makes_the_same_weights_on_each_node(nodes):
+    """The second node has it from the first; a third, which joins later, has all."""
+    rng = np.random.default_rng(1)
+    numbers = (0.02 * rng.standard_normal(2_000_000, np.float32)).view(np.uint32)
+    numbers = (numbers >> 16).astype(np.uint16)  # bfloat16: two make a simulated weight
+
+    def step() -> dict[str, Any]:
+        numbers[rng.random(len(numbers)) < 0.03] ^= 1
+        return {"w": torch.from_numpy(numbers.view(np.float32).copy())}
+
+    def on_each_node() -> list[bytes]:
+        cluster: Any = engine._host.cluster
+        folders = [Path(node.join.weights_dir) for node in cluster.nodes]
+        return [path.read_bytes() for each in folders for path in each.glob("*/0")]
+
+    started = [nodes.start("one", num_instances=1), nodes.start("two", num_instances=1)]
+    args = {"weights": {"w": (1_000_000,)}}
+    config = nodes.config(min_nodes=2, weights="delta", engine_args=args)
+    async with aseer.Engine(config) as engine:
+        await engine.update_weights(step())
+        await engine.update_weights(step())
+        await until(lambda: len(on_each_node()) == 2)
+        assert on_each_node() == [numbers.tobytes()] * 2
+        late = nodes.start("three", num_instances=1)
+        await until(lambda: len(engine.instances) == 3)
+        await engine.update_weights(step())
+        await until(lambda: len(on_each_node()) == 3)
+        assert on_each_node() == [numbers.tobytes()] * 3
+        has_come = [
+            re.findall(r"for which (\d+) came", n.said) for n in (*started, late)
+        ]
+    whole = numbers.nbytes
+    assert [[int(num) < 0.03 * whole for num in each] for each in has_come] == [
+        [False, True, True],
+        [False, True, True],
+        [False, True],
+    ]
 
 
 async def test_a_nodes_own_port_serves_those_with_the_key_and_no_nonsense(nodes):

@@ -148,13 +148,14 @@ async def test_what_cannot_be_sent_so_is_refused_before_a_rollout_is_aborted(
 ) -> None:
     groups = groups_of(4, ignore_eos=True, max_tokens=300)
     async with aseer.Engine(sims()) as engine, engine.rollout(groups) as rollout:
-        responses = [await anext(aiter(rollout))]
+        reading = aiter(rollout)
+        responses = [await anext(reading)]
         with pytest.raises((aseer.WeightUpdateError, aseer.ConfigError)):
             await engine.update_weights(source, transfer=transfer, pause="abort")
         if transfer != "ipc":
             with pytest.raises((aseer.WeightUpdateError, aseer.ConfigError)):
                 await engine.begin_update(transfer=transfer, pause="abort")
-        responses += [response async for response in rollout]
+        responses += [response async for response in reading]
     assert {response.finish_reason for response in responses} == {"length"}
 
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from aseer.node.chain import MAX_GIVEN_UP, Chain, Giver, Member, late_at_s
+from aseer.node.chain import (
+    MAX_GIVEN_UP,
+    Chain,
+    Chains,
+    Files,
+    Giver,
+    Member,
+    late_at_s,
+)
 
 
 class Cluster:
@@ -10,7 +18,7 @@ class Cluster:
 
     def __init__(self, num: int) -> None:
         self.givers = [Giver(f"n{i}", f"tcp://10.0.0.{i}:1") for i in range(num)]
-        self.chain = Chain(b"key")
+        self.chain = Chain(b"key", Files("1", [], []))
         self.members: dict[str, Member] = {}
 
     def join(self, number: int, now_s: float = 0.0) -> str:
@@ -54,7 +62,7 @@ def test_a_node_is_given_up_so_often_in_a_row_and_no_more() -> None:
     cluster = Cluster(2)
     giver = cluster.givers[0]
     for _ in range(MAX_GIVEN_UP - 1):
-        cluster.chain = Chain(b"key")
+        cluster.chain = Chain(b"key", Files("1", [], []))
         assert [cluster.join(i) for i in range(2)] == ["", "n0"]
         cluster.done(1, 1.0, gave_up=True)
     assert giver.is_able
@@ -90,3 +98,19 @@ def test_when_a_node_is_late_is_known_once_its_neighbour_has_all() -> None:
     assert cluster.done(1, 121.0) == [], "n2 has all already"
     cluster.join(3, 500.0)
     assert late_at_s(cluster.members["n3"]) == 500.0 + 1.5 * 21.0 + 2.0
+
+
+def test_an_update_is_told_by_what_has_changed_since_the_last_of_the_same_sizes() -> (
+    None
+):
+    chains = Chains(has_bases=True)
+    one, two, other, three = (
+        Files(name, [f"/{name}"], [size])
+        for name, size in (("1", 8), ("2", 8), ("adapters", 2), ("3", 8))
+    )
+    found = [chains.of(files, lambda: b"key") for files in (one, two, other, three)]
+    assert [chain.base for chain in found] == [None, one, None, two]
+    assert chains.of(two, lambda: b"another key") is found[1]
+    assert Chains().of(one, lambda: b"key").base is None
+    chains.has_bases = False
+    assert chains.of(Files("4", ["/4"], [8]), lambda: b"key").base is None

@@ -238,7 +238,9 @@ async def test_a_node_fetches_files_once_for_all_that_ask(tmp_path: Path) -> Non
     assert len(order.key) == 32
     index = b"['/weights/1/0']"
     assert order == FetchFiles("1", [10], "index.json", index, order.key)
-    assert node.weights.find(GetBlock("1", 0, 0, 10)) == (str(path), order.key)
+    assert node.weights.find(GetBlock("1", 0, 0, 10)) == (
+        *(str(path), order.key, None),
+    )
     assert node.weights.find(GetBlock("1", 1, 0, 10)) is None
     assert node.weights.find(GetBlock("2", 0, 0, 10)) is None
     nothing: Any = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,12 +30,12 @@ from aseer.node.relay import Relay
 from aseer.node.remote import RemoteNode
 from aseer.transport.base import ConnectionLost
 from aseer.transport.memory import MemoryRouter
+from tests.unit.node.test_delta import changed
 from tests.unit.node.test_fetching import JOIN
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
-    from pathlib import Path
 
 BLOCK = 100
 NUM_BLOCKS = 200
@@ -87,9 +88,9 @@ class Host:
         self._giving = cluster.tasks.create_task(self.relay.give(self.router))
         self._say(Gives(self.address))
 
-    def has_all(self) -> bool:
+    def has_all(self, folder: str = "1") -> bool:
         return [
-            (self.folder / "1" / str(i)).read_bytes()
+            (self.folder / folder / str(i)).read_bytes()
             for i in range(len(self._cluster.paths))
         ] == self._cluster.files
 
@@ -107,20 +108,31 @@ class Host:
 
 
 class Cluster:
-    def __init__(self, folder: Path, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, folder: Path, tasks: asyncio.TaskGroup, *, has_bases: bool = False
+    ) -> None:
         self.folder = folder
         self.tasks = tasks
-        self.chains: dict[str, chain.Chain] = {}
+        self.chains = chain.Chains(has_bases=has_bases)
         self.hosts: list[Host] = []
         self.faults: dict[str, Fault] = {}
         self.num_sent = 0  # blocks, by the controller's host
         rng = random.Random(7)
         self.files = [rng.randbytes(BLOCK * (NUM_BLOCKS - 1) - 30), b"", b"last"]
-        self.paths = [str(folder / f"file{i}") for i in range(len(self.files))]
-        for path, data in zip(self.paths, self.files, strict=True):
-            (folder / path).write_bytes(data)
+        self.write("a")
         self.block_of = block_of
         self.when_sent: Callable[[int], object] = lambda num: None
+
+    def write(self, update: str) -> None:
+        self.update = update
+        self.paths = [f"{self.folder}/{update}{i}" for i in range(len(self.files))]
+        for path, data in zip(self.paths, self.files, strict=True):
+            Path(path).write_bytes(data)
+
+    def change(self, share: float) -> None:
+        """The next update, in which some numbers of the first file are others."""
+        self.files = [changed(self.files[0], share, seed=3), *self.files[1:]]
+        self.write("b")
 
     async def add(self, num: int) -> list[Host]:
         new = [Host(self, f"n{len(self.hosts) + i}") for i in range(num)]
@@ -129,7 +141,10 @@ class Cluster:
         return new
 
     def fetch_each(self, hosts: list[Host]) -> list[asyncio.Future[str]]:
-        return [h.remote.weights.fetch("a", self.paths, lambda _: b"") for h in hosts]
+        return [
+            h.remote.weights.fetch(self.update, self.paths, lambda _: b"")
+            for h in hosts
+        ]
 
     def fetch(self, hosts: list[Host]) -> Awaitable[list[str]]:
         return asyncio.gather(*self.fetch_each(hosts))
@@ -157,9 +172,11 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster_in(folder: Path) -> AsyncIterator[Cluster]:
+async def cluster_in(
+    folder: Path, *, has_bases: bool = False
+) -> AsyncIterator[Cluster]:
     async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
-        cluster = Cluster(folder, tasks)
+        cluster = Cluster(folder, tasks, has_bases=has_bases)
         try:
             yield cluster
         finally:
@@ -297,7 +314,7 @@ async def test_a_node_without_room_fails_and_those_behind_it_do_not(
 async def test_wrong_bytes_of_the_controllers_host_fail_the_fetch(
     tmp_path: Path,
 ) -> None:
-    def broken(wanted: GetBlock, path: str, key: bytes) -> Block:
+    def broken(wanted: GetBlock, path: str, key: bytes, _: str | None) -> Block:
         return structs.replace(block_of(wanted, path, key), digest=b"")
 
     async with cluster_in(tmp_path) as cluster:
@@ -307,6 +324,62 @@ async def test_wrong_bytes_of_the_controllers_host_fail_the_fetch(
         for each in coming:
             with pytest.raises(EngineError, match="not what it was"):
                 await each
+
+
+async def test_what_has_changed_is_told_from_node_to_node(tmp_path: Path) -> None:
+    async with cluster_in(tmp_path, has_bases=True) as cluster:
+        hosts = await cluster.add(3)
+        await cluster.fetch(hosts)
+        size = sum(map(len, cluster.files))
+        before = [host.figures.fetched_bytes for host in hosts]
+        assert before == [size] * 3
+        cluster.change(0.03)
+        await cluster.fetch(hosts)
+        assert all(host.has_all("2") for host in hosts)
+        for host in hosts:
+            assert host.figures.fetched_bytes - size < 0.4 * size
+        assert cluster.num_sent == 2 * NUM_BLOCKS
+        (late,) = await cluster.add(1)
+        await cluster.fetch([late])
+        assert late.has_all()
+        assert late.figures.fetched_bytes == size
+        for host in hosts:
+            host.remote.weights.drop("a")
+            assert host.relay._fetches["2"]._deltas
+        await until(lambda: not any(h.relay._fetches["2"]._deltas for h in hosts))
+
+
+async def test_what_has_changed_much_comes_as_a_whole(tmp_path: Path) -> None:
+    async with cluster_in(tmp_path, has_bases=True) as cluster:
+        hosts = await cluster.add(2)
+        await cluster.fetch(hosts)
+        cluster.change(0.9)
+        await cluster.fetch(hosts)
+        assert all(host.has_all("2") for host in hosts)
+        assert hosts[1].figures.fetched_bytes >= 1.9 * sum(map(len, cluster.files))
+
+
+@pytest.mark.parametrize("where", ["the trainer", "a node", "nowhere"])
+@pytest.mark.parametrize("how", ["changed", "cut"])
+async def test_a_base_that_is_another_changes_no_byte(
+    tmp_path: Path, where: str, how: str
+) -> None:
+    """As that of a checkpoint which somebody wrote over."""
+    async with cluster_in(tmp_path, has_bases=True) as cluster:
+        hosts = await cluster.add(3)
+        await cluster.fetch(hosts)
+        base = Path(cluster.paths[0])
+        if where == "a node":
+            base = hosts[1].folder / "1" / "0"
+        if where == "nowhere":
+            base.unlink()
+        else:
+            data = base.read_bytes()
+            base.write_bytes(data[:-40] if how == "cut" else changed(data, 0.01, 9))
+        cluster.change(0.03)
+        await cluster.fetch(hosts)
+        assert all(host.has_all("2") for host in hosts)
+        assert gave_up(hosts) == [False] * 3
 
 
 class Asking:
