@@ -2,9 +2,11 @@
 
 A trainer with a journal and two nodes do rollouts, on three instances. The trainer, the
 nodes' agents and the instances are killed (SIGKILL) and stopped (SIGSTOP) for less and
-for more than the time-outs; nodes are told to end; their connections are cut for less
-and for more, reset and slowed down. What is killed is started again. A seed decides
-what happens when. See `tests/integration/chaos.py`.
+for more than the time-outs, and so are, with real engines, vLLM's processes below them
+and the KV pool's server; nodes are told to end; their connections are cut for less and
+for more, reset and slowed down; the journals' disk is full for a while (as root, who
+may mount one). What is killed is started again. A seed decides what happens when. See
+`tests/integration/chaos.py`.
 
 Every response is compared with an undisturbed run's, and with what an earlier life of
 the trainer had (`num_changed`); each rollout must have all of them (`num_lost`), once
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -43,6 +46,8 @@ def main() -> int:
     from tests.integration.chaos_settings import SIMULATED, Outcome, real
 
     settings = SIMULATED if args.sim else real()
+    if os.geteuid():
+        settings = settings.without_disk()
     if args.num_events is not None:
         settings = settings.with_events(args.num_events)
     outcome, began = Outcome(), time.monotonic()

@@ -1,9 +1,10 @@
 """Processes and connections of a cluster fail at random; what that costs is counted.
 
 A trainer with a journal and one instance of its own, and nodes behind proxies, with an
-instance each, do rollouts. Meanwhile each of them, and the connections, are killed,
-stopped, cut and slowed down, at moments that a seed decides. Tokens are a function of
-the prompt, so every response must be what an undisturbed run generates, once a rollout.
+instance each, do rollouts. Meanwhile each of them, what runs below them, and the
+connections are killed, stopped, cut and slowed down, and the journals' disk is filled,
+at moments that a seed decides. Tokens are a function of the prompt, so every response
+must be what an undisturbed run generates, once a rollout.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 import aseer
+from aseer.kv.process import MODULE
 from aseer.node.cleanup import SHARED_MEMORY
 from tests.integration.chaos_trainer import config_for, digest, groups
 from tests.integration.marked import is_marked, left_behind, own_environment
@@ -27,13 +31,20 @@ from tests.integration.nodes import ROOT, NodeProcess, Nodes, free_port
 from tests.integration.proxy import Proxy, proxy_to
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
     from tests.integration.chaos_settings import Outcome, Settings
 
 _MODULE = "tests.integration.chaos_trainer"
 _SLOW_BYTES_PER_S = 200_000
+_DISK_BYTES = 32 << 20
+_HOW = {
+    "node": ("kill", "stop", "end"),
+    "link": ("cut", "reset", "slow"),
+    "disk": ("full",),
+}
+_PAUSES = ("cut", "stop", "full")
 # A node that is told to end before it can listen dies of the signal.
 _ORDERLY = {0, -signal.SIGTERM}
 
@@ -132,15 +143,16 @@ class _Chaos:
         self._hurt: list[tuple[str, float, bool]] = []
         self._up: list[int] = []
         self._is_whole = asyncio.Event()
-        self._trainer = _Trainer(self._told(folder), self, folder / "trainer.txt")
+        self._journals = folder / "journals"
+        self._trainer = _Trainer(self._told(), self, folder / "trainer.txt")
 
-    def _told(self, folder: Path) -> dict[str, Any]:
+    def _told(self) -> dict[str, Any]:
         settings = self._settings
         engine = settings.engine | {
             "num_instances": 1,
             "listen": self._nodes.address,
             "key_file": str(self._nodes.key_file()),
-            "journal_dir": str(folder / "journals"),
+            "journal_dir": str(self._journals),
             "node_timeout_s": settings.node_timeout_s,
             "heartbeat_timeout_s": settings.heartbeat_timeout_s,
             "max_restarts": 1000,
@@ -258,29 +270,30 @@ class _Chaos:
 
     async def _happen(self) -> None:
         rng = self._rng
-        what = rng.choice(("trainer", "node", "node", "instance", "link", "link"))
+        what = rng.choice(self._settings.victims)
         is_long = rng.random() < 0.4
         pause_s = (
             self._settings.long_s if is_long else rng.choice(self._settings.short_s)
         )
         which = rng.randrange(len(self._proxies))
-        if what == "link":
-            how = rng.choice(("cut", "reset", "slow"))
-        else:
-            how = rng.choice(("kill", "stop", "end" if what == "node" else "kill"))
-        length = ("-long" if is_long else "-short") if how in ("cut", "stop") else ""
+        how = rng.choice(_HOW.get(what, ("kill", "stop", "kill")))
+        length = ("-long" if is_long else "-short") if how in _PAUSES else ""
         kind = f"{what}-{how}{length}"
         self.outcome.faults[kind] += 1
-        if how in ("kill", "end") or length == "-long":
+        takes_instances = what not in ("pool", "disk")
+        if takes_instances and (how in ("kill", "end") or length == "-long"):
             self._hurt.append((kind, time.monotonic(), not length))
-        if what == "link":
-            await self._fail_link(self._proxies[which], how, pause_s)
-        elif what == "trainer":
-            await self._fail_trainer(how, pause_s)
-        elif what == "node":
-            await self._fail_node(which, how, pause_s)
-        else:
-            await self._fail_instance(how, pause_s)
+        match what:
+            case "link":
+                await self._fail_link(self._proxies[which], how, pause_s)
+            case "trainer":
+                await self._fail_trainer(how, pause_s)
+            case "node":
+                await self._fail_node(which, how, pause_s)
+            case "disk":
+                await self._fail_disk(pause_s)
+            case _:
+                await self._fail_process(what, how, pause_s)
 
     async def _fail_link(self, proxy: Proxy, how: str, pause_s: float) -> None:
         if how == "reset":
@@ -312,15 +325,42 @@ class _Chaos:
             self._leaving.append(node)
         self._start_node(which)
 
-    async def _fail_instance(self, how: str, pause_s: float) -> None:
-        if not self._up or not is_marked(victim := self._rng.choice(self._up)):
+    async def _fail_disk(self, pause_s: float) -> None:
+        """Nothing more can be written where the journals are, for a while."""
+        filler = self._journals / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+        await asyncio.sleep(pause_s)
+        filler.unlink(missing_ok=True)
+
+    async def _fail_process(self, what: str, how: str, pause_s: float) -> None:
+        victims = [pid for pid in self._processes(what) if is_marked(pid)]
+        if not victims:
             return
+        victim = self._rng.choice(victims)
         if how == "kill":
-            self._is_whole.clear()
+            if what != "pool":
+                self._is_whole.clear()
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
         else:
             await _pause(victim, pause_s)
+
+    def _processes(self, what: str) -> list[int]:
+        """Of that kind, by their ids."""
+        if what == "instance":
+            return self._up
+        above = self._up
+        if what == "pool":
+            above = [self._trainer.pid, *(node.pid for node in self._running.values())]
+        found: list[int] = []
+        for pid in above:
+            with suppress(psutil.Error):
+                for child in psutil.Process(pid).children(recursive=True):
+                    if what == "worker" or MODULE[0] in child.cmdline():
+                        found.append(child.pid)
+        return sorted(found)
 
 
 async def _pause(pid: int, pause_s: float) -> None:
@@ -338,12 +378,28 @@ def undisturbed(settings: Settings) -> dict[str, str]:
         return {r.request_id: digest(r) for r in engine.rollout_sync(work)}
 
 
+@contextmanager
+def _small_disk(folder: Path) -> Iterator[None]:
+    """A disk of its own for a folder, which can be filled; needs root."""
+    folder.mkdir()
+    options = f"size={_DISK_BYTES}"
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True
+    )
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 async def run_seed(
     seed: int, settings: Settings, expected: dict[str, str], outcome: Outcome
 ) -> None:
     """Add what a seed's chaos shows to the outcome."""
     shared_before = set(os.listdir(SHARED_MEMORY))
-    with own_environment() as (folder, mark):
+    with own_environment() as (folder, mark), ExitStack() as stack:
+        if "disk" in settings.victims:
+            stack.enter_context(_small_disk(folder / "journals"))
         chaos = _Chaos(seed, settings, expected, outcome, folder)
         await chaos.run()
         for what in await asyncio.to_thread(left_behind, folder, mark, shared_before):

@@ -13,12 +13,19 @@ class Settings:
 
     Attributes:
         engine: settings of its engines; with a `model` they are real.
+        victims: what fails, as often as it is named here: "trainer", "node" (its
+            agent, which also carries weights and drafts), "instance", "worker" (a
+            process below an instance, such as vLLM's), "pool" (a server of the KV
+            pool), "link" and "disk" (that has the journals).
         short_s, long_s: pauses that nothing notices, and that a time-out notices.
         start_s: within which everything is up again.
         hang_s: a rollout that takes longer hangs.
     """
 
     num_nodes: int = 2
+    victims: tuple[str, ...] = (
+        *("trainer", "node", "node", "instance", "link", "link", "disk"),
+    )
     num_events: int = 10
     num_groups: int = 12
     max_tokens: int = 500
@@ -34,6 +41,11 @@ class Settings:
         """The same with another number of faults."""
         return replace(self, num_events=num)
 
+    def without_disk(self) -> Settings:
+        """The same for who may not mount a disk to fill."""
+        victims = tuple(victim for victim in self.victims if victim != "disk")
+        return replace(self, victims=victims)
+
 
 SIMULATED = Settings()
 
@@ -44,12 +56,19 @@ def real() -> Settings:
 
     one_core = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
     return Settings(
+        victims=(*SIMULATED.victims, "worker", "pool"),
         node_timeout_s=5.0,
         heartbeat_timeout_s=15.0,
         long_s=25.0,
         start_s=400.0,
         hang_s=500.0,
-        engine={"model": str(tiny_model()), "chunk_size": 64, "env": one_core},
+        engine={
+            "model": str(tiny_model()),
+            "chunk_size": 64,
+            "env": one_core,
+            "speculation": "dgds",
+            "kv_pool": {"mode": "lmcache", "dram_bytes": 256 << 20},
+        },
     )
 
 
