@@ -46,6 +46,7 @@ from aseer.node.messages import (
 )
 from aseer.node.metrics import AgentFigures
 from aseer.node.relay import Relay
+from aseer.node.running import Running
 from aseer.transport.base import PROTOCOL_VERSION, ConnectionRefused
 from aseer.transport.link import LinkFull, SessionOver
 from aseer.transport.session import Session, SessionLost
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
 
     from aseer.node.interpreter import Interpreter
     from aseer.node.machine import Machine
-    from aseer.node.process import InstanceProcess
     from aseer.transport.base import Router
     from aseer.transport.keys import Keys
 
@@ -181,7 +181,7 @@ class _Service:
         self._is_welcome = False
         self._is_parted = False  # nothing more is to be said to the controller
         self._tasks: asyncio.TaskGroup
-        self._running: dict[bytes, _Running] = {}
+        self._running: dict[bytes, Running] = {}
         self._say(
             Join(
                 protocol=PROTOCOL_VERSION,
@@ -311,7 +311,7 @@ class _Service:
                 _log.info("joined the controller at %s", self._controller)
                 self._relay.serve(self._controller)
             case StartProcess(peer):
-                self._running[peer] = running = _Running()
+                self._running[peer] = running = Running()
                 self._tasks.create_task(self._live(message, running))
             case ToPeer(peer, inner):
                 self._router.send(peer, inner)
@@ -328,7 +328,7 @@ class _Service:
             case FetchFiles() | FetchRest() | Block() | DropFiles():
                 self._relay.take(message)
 
-    async def _live(self, start: StartProcess, running: _Running) -> None:
+    async def _live(self, start: StartProcess, running: Running) -> None:
         """Start a process, and tell of its end, once nothing of it remains."""
         peer = start.peer
         try:
@@ -365,51 +365,3 @@ class _Service:
 
     def _on_peer_gone(self, peer: bytes) -> None:
         self._say(PeerGone(peer))
-
-
-class _Running:
-    """A process, from the order to start it to its end."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.over: asyncio.Future[None] = loop.create_future()
-        self._is_to_end: asyncio.Future[float] = loop.create_future()
-        self._process: InstanceProcess | None = None
-
-    @property
-    def was_told(self) -> bool:
-        """Whether it was told to end."""
-        return self._is_to_end.done()
-
-    def began(self, process: InstanceProcess) -> None:
-        self._process = process
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-        else:
-            self.end_soon(0.0)
-
-    def end_soon(self, grace_s: float) -> None:
-        """See `Process.end`; the last order counts."""
-        if self._is_to_end.done():
-            self.kill()
-        else:
-            self._is_to_end.set_result(grace_s)
-
-    async def note(self) -> None:
-        if self._process is not None:
-            await self._process.note_shared_memory()
-
-    async def wait(self) -> int:
-        """Wait until it has ended, or is to; its exit status once nothing remains."""
-        process = self._process
-        assert process is not None
-        async with asyncio.TaskGroup() as tasks:
-            ended = tasks.create_task(process.wait())
-            await asyncio.wait(
-                (ended, self._is_to_end), return_when=asyncio.FIRST_COMPLETED
-            )
-            grace_s = self._is_to_end.result() if self._is_to_end.done() else 0.0
-            await process.end(grace_s)
-            return await ended
