@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aseer.config import EngineConfig, KvPoolConfig, SpeculationConfig
+    from aseer.config import EngineConfig
     from aseer.errors import (
         AseerError,
         ConfigError,
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         WeightUpdateError,
     )
     from aseer.groups import Group
+    from aseer.inputs.kv_pool import KvPoolConfig
+    from aseer.inputs.speculation import SpeculationConfig
     from aseer.report import (
         InstanceReport,
         Progress,
@@ -86,14 +88,14 @@ _HOMES = {
     "EngineConfig": "config",
     "Group": "groups",
     "InstanceReport": "report",
-    "KvPoolConfig": "config",
+    "KvPoolConfig": "inputs.kv_pool",
     "Progress": "report",
     "RequestMetrics": "types",
     "Response": "types",
     "Rollout": "runtime.rollout",
     "RolloutReport": "report",
     "SamplingParams": "sampling",
-    "SpeculationConfig": "config",
+    "SpeculationConfig": "inputs.speculation",
     "SyncRollout": "runtime.rollout",
     "WeightTarget": "weights.target",
     "WeightUpdateReport": "report",

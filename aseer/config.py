@@ -14,7 +14,6 @@ from aseer.inputs.fields import (
     check_host_and_port,
     check_int,
     check_seconds,
-    from_fields,
     gpu_ids,
     model_name,
     one_of,
@@ -22,13 +21,18 @@ from aseer.inputs.fields import (
     set_field,
     variable,
 )
+from aseer.inputs.kv_pool import KvPoolConfig, KvPoolMode, check_kv_pool
 from aseer.inputs.plain import (
     INT64_MAX,
     as_bool,
     as_data,
-    as_float,
     as_text,
     can_be_sent,
+)
+from aseer.inputs.speculation import (
+    SpeculationConfig,
+    SpeculationMethod,
+    check_speculation,
 )
 from aseer.sampling import SamplingParams
 
@@ -42,111 +46,7 @@ PolicyName = Literal[
 ]
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
-SpeculationMethod = Literal["off", "dgds", "suffix", "ngram"]
-KvPoolMode = Literal["auto", "off", "lmcache", "external"]
 MAX_LORA_RANK = 512  # vLLM's
-BudgetPolicy = Literal["adaptive", "fixed", "paper"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeculationConfig:
-    """How engines draft tokens that the model then verifies, several a step.
-
-    Whatever is drafted, the distribution of the samples stays the same: each engine
-    tests its sampler for drafts when it starts, and an engine whose test fails says so
-    and does not speculate. On vLLM's model runner V1 requests with a seed are not
-    repeatable with speculation: the random numbers that a step takes depend on what was
-    drafted. On GPUs "dgds" is on V2 where vLLM can (docs/drafts-on-v2.md); the log says
-    where it is not, and what that costs.
-
-    Attributes:
-        method: "dgds" drafts from what the whole group has generated so far, on every
-            engine; "suffix" and "ngram" are vLLM's own, with drafts of up to
-            `max_draft_tokens`; "off" drafts nothing. The other fields are for "dgds".
-        max_draft_tokens: the most tokens drafted for a request in a step.
-        tail_draft_tokens: the same when few requests are left, since their steps have
-            room for more.
-        budget: how many tokens a step drafts. "adaptive" spends on the likeliest tokens
-            while the gain pays for the time a longer step takes, as measured; "fixed"
-            drafts all it can; "paper" is the rule of Seer's Algorithm 1.
-        probe_weight: how much more a token of a group's first request is worth.
-        after_weight_update: "keep" lets responses of older weights serve as drafts for
-            later groups with the same prompt; "drop" forgets them.
-        group_ttl_s: seconds after which the drafts of a group are forgotten that no
-            engine has asked for.
-    """
-
-    method: SpeculationMethod = "dgds"
-    max_draft_tokens: int = 8
-    tail_draft_tokens: int = 16
-    budget: BudgetPolicy = "adaptive"
-    probe_weight: float = 2.0
-    after_weight_update: Literal["drop", "keep"] = "drop"
-    group_ttl_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        methods = get_args(SpeculationMethod)
-        set_field(self, "method", one_of("speculation", self.method, methods))
-        set_field(self, "budget", one_of("budget", self.budget, get_args(BudgetPolicy)))
-        after = one_of(
-            "after_weight_update", self.after_weight_update, ("drop", "keep")
-        )
-        set_field(self, "after_weight_update", after)
-        check_int(self, "max_draft_tokens", 1)
-        check_int(self, "tail_draft_tokens", self.max_draft_tokens)
-        check_seconds(self, "group_ttl_s")
-        weight = as_float(self.probe_weight)
-        if weight is None or weight < 1:
-            raise refusal("probe_weight", self.probe_weight, "a number >= 1")
-        set_field(self, "probe_weight", weight)
-
-
-@dataclass(frozen=True, kw_only=True)
-class KvPoolConfig:
-    """Where KV is kept that any engine of a node can load.
-
-    A chunk that starts on another engine than the request's last one finds the
-    request's KV in this pool. A pool that fails costs recomputation, and nothing else.
-
-    Attributes:
-        mode: "lmcache" starts LMCache servers; "auto" does if LMCache is installed and
-            requests can move: there are two engines or more, and the engine's
-            `chunk_size` is above 0 and, where `max_model_len` is set, below that. "off"
-            has none. "external" starts nothing, and says that the connector in
-            `EngineConfig.kv_transfer_config` finds what any engine stored, as
-            Mooncake's does: requests then move as freely.
-        dram_bytes: memory of one server, in /dev/shm; None = a share of the free
-            memory.
-        disk_dir: where KV goes that DRAM has no room for, in directories that are
-            removed at the end; used if `disk_bytes` is above 0.
-        disk_bytes: the most that one server keeps there; 0 = nothing goes to disk.
-        chunk_tokens: how many tokens are stored and found together. Chunks of requests
-            end just past a multiple of this.
-        num_servers: servers that share out the engines of the node: one for all, or for
-            example one for each NUMA domain. Each has its own memory, and none sees
-            another's.
-        timeout_s: seconds after which an engine gives up on its server, and computes
-            instead; a server that is silent for twice as long is started again.
-    """
-
-    mode: KvPoolMode = "auto"
-    dram_bytes: int | None = None
-    disk_dir: Path | str | None = None
-    disk_bytes: int = 0
-    chunk_tokens: int = 128
-    num_servers: int = 1
-    timeout_s: float = 5.0
-
-    def __post_init__(self) -> None:
-        set_field(self, "mode", one_of("kv_pool", self.mode, get_args(KvPoolMode)))
-        check_int(self, "dram_bytes", 1, INT64_MAX, optional=True)
-        check_int(self, "disk_bytes", 0, INT64_MAX)
-        check_directory(self, "disk_dir")
-        check_int(self, "chunk_tokens", 1)
-        check_int(self, "num_servers", 1)
-        check_seconds(self, "timeout_s")
-        if self.disk_bytes and self.disk_dir is None:
-            raise refusal("disk_dir", None, "a directory, since disk_bytes is above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,37 +309,7 @@ def check_policy(policy: object) -> PolicyName:
     return next(name for name in POLICY_NAMES if name == found)
 
 
-def check_speculation(
-    speculation: SpeculationConfig | SpeculationMethod | Mapping[str, Any],
-) -> SpeculationConfig:
-    """The settings that a method's name, or a mapping of their fields, stands for.
-
-    Raises:
-        ConfigError: there is no such method.
-    """
-    if isinstance(speculation, SpeculationConfig):
-        return speculation
-    if isinstance(speculation, Mapping):
-        return from_fields(SpeculationConfig, "speculation", speculation)
-    return SpeculationConfig(method=speculation)
-
-
 def is_speculating(config: EngineConfig) -> bool:
     """Whether engines draft, by aseer's methods or by a drafter of the user's."""
     method = check_speculation(config.speculation).method
     return method != "off" or has_drafter(config.engine_args)
-
-
-def check_kv_pool(
-    kv_pool: KvPoolConfig | KvPoolMode | Mapping[str, Any],
-) -> KvPoolConfig:
-    """The settings that a mode, or a mapping of their fields, stands for.
-
-    Raises:
-        ConfigError: there is no such mode.
-    """
-    if isinstance(kv_pool, KvPoolConfig):
-        return kv_pool
-    if isinstance(kv_pool, Mapping):
-        return from_fields(KvPoolConfig, "kv_pool", kv_pool)
-    return KvPoolConfig(mode=kv_pool)

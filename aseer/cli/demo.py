@@ -22,10 +22,11 @@ from aseer import data, plot
 from aseer.cli.arguments import positive_int
 from aseer.cli.summary import Stages, print_group, print_summary
 from aseer.compat.versions import installed_vllm
-from aseer.config import POLICY_NAMES, EngineConfig, SpeculationMethod
+from aseer.config import POLICY_NAMES, EngineConfig
 from aseer.display import Live
 from aseer.errors import ConfigError
 from aseer.groups import Group
+from aseer.inputs.speculation import SpeculationMethod
 from aseer.node.machine import fast_cpu_dtype
 from aseer.runtime.engine import Engine
 from aseer.sampling import SamplingParams

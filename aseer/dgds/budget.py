@@ -24,8 +24,8 @@ from aseer.dgds.calibration import Calibration
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from aseer.config import SpeculationConfig
     from aseer.dgds.steptime import StepTimeModel
+    from aseer.inputs.speculation import SpeculationConfig
 
 # Tokens of less confidence are hardly ever worth their time, and are not looked at.
 MIN_CONFIDENCE = 0.02

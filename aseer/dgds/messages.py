@@ -17,7 +17,7 @@ from __future__ import annotations
 import msgspec
 
 # A runtime import: msgspec resolves the annotations.
-from aseer.config import SpeculationConfig
+from aseer.inputs.speculation import SpeculationConfig
 
 EXTRA_ARGS_KEY = "aseer"
 """Key of the entry in vLLM's `extra_args` that tells a drafter which request it has."""

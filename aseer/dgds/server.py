@@ -17,7 +17,6 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from aseer.config import check_speculation
 from aseer.dgds.log import TokenLog
 from aseer.dgds.messages import (
     TO_SERVER,
@@ -25,6 +24,7 @@ from aseer.dgds.messages import (
     PackedFetch,
     RegisterGroups,
 )
+from aseer.inputs.speculation import check_speculation
 from aseer.transport.threads import lossy_router, run_again
 
 if TYPE_CHECKING:

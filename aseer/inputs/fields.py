@@ -6,6 +6,7 @@ allowed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +22,7 @@ from aseer.inputs.plain import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 # As good as for ever, and what clocks and timers of all kinds can count.
 _MAX_SECONDS = 1e9
@@ -67,12 +68,17 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
     return text
 
 
-def from_fields(cls: type[Settings], name: str, given: Mapping[Any, Any]) -> Settings:
-    """Settings from a mapping of their fields, as a YAML file has them.
+def settings_of(cls: type[Settings], name: str, given: Any, short: str) -> Settings:
+    """Settings that are given as such, as a mapping of their fields (as a YAML file has
+    them), or by the value of their field `short` alone.
 
     Raises:
         ConfigError: a key is no field, or a value is not allowed.
     """
+    if isinstance(given, cls):
+        return given
+    if not isinstance(given, Mapping):
+        return cls(**{short: given})
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     for key in given:
         if key not in known:

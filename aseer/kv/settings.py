@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aseer.config import check_kv_pool
 from aseer.errors import ConfigError
+from aseer.inputs.kv_pool import check_kv_pool
 
 if TYPE_CHECKING:
-    from aseer.config import EngineConfig, KvPoolConfig
+    from aseer.config import EngineConfig
+    from aseer.inputs.kv_pool import KvPoolConfig
     from aseer.types import InstanceInfo
 
 CONNECTOR = "GuardedConnector"

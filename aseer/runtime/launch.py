@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from aseer.config import MAX_LORA_RANK, check_speculation
+from aseer.config import MAX_LORA_RANK
 from aseer.errors import ConfigError
+from aseer.inputs.speculation import check_speculation
 from aseer.instance.vllm import EXECUTOR, WORKER_EXTENSION
 from aseer.instance.vllm.joined import joined_name
 from aseer.kv.settings import QUIET_LMCACHE

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from aseer.config import SpeculationConfig
 from aseer.dgds.client import DraftClient
 from aseer.dgds.messages import DraftingSpec
 from aseer.dgds.replica import Replica, RequestKey
 from aseer.dgds.server import DraftServer
+from aseer.inputs.speculation import SpeculationConfig
 from aseer.transport import threads
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ import pytest
 import uvloop
 
 import aseer
-from aseer.config import EngineConfig, KvPoolConfig
+from aseer.config import EngineConfig
+from aseer.inputs.kv_pool import KvPoolConfig
 from aseer.instance.vllm.stats import EngineStats
 from aseer.kv.pool import KvPool
 from aseer.kv.settings import CONNECTOR, SHM_PREFIX, Memory, plan_pool

@@ -14,8 +14,6 @@ import pytest
 from aseer.config import (
     POLICY_NAMES,
     EngineConfig,
-    KvPoolConfig,
-    SpeculationConfig,
     check_policy,
     is_speculating,
     takes_nodes,
@@ -23,6 +21,8 @@ from aseer.config import (
 from aseer.errors import ConfigError
 from aseer.inputs.calls import check_chunk_size, check_pause, check_transfer
 from aseer.inputs.engine_args import _DRAFTER, _OWN, _REFUSED
+from aseer.inputs.kv_pool import KvPoolConfig
+from aseer.inputs.speculation import SpeculationConfig
 from aseer.policies import POLICIES
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from aseer.config import SpeculationConfig
 from aseer.dgds.budget import (
     AdaptiveBudget,
     Candidates,
@@ -15,6 +14,7 @@ from aseer.dgds.budget import (
     spend,
 )
 from aseer.dgds.steptime import StepTimeModel
+from aseer.inputs.speculation import SpeculationConfig
 
 
 def candidates(rows: list[list[float]], weights: list[float] | None = None):

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from aseer.config import EngineConfig, KvPoolConfig
+from aseer.config import EngineConfig
 from aseer.errors import ConfigError
+from aseer.inputs.kv_pool import KvPoolConfig
 from aseer.kv.pool import model_obstacle
 from aseer.kv.settings import (
     Memory,
