@@ -21,11 +21,12 @@ import msgspec
 from crowd import Done, Go, Settings
 
 import aseer
-from aseer.config import SpeculationConfig
 from aseer.dgds.messages import DraftingSpec
 from aseer.dgds.server import DraftServer
+from aseer.inputs.speculation import SpeculationConfig
 from aseer.instance.messages import FROM_INSTANCE, FromInstance
 from aseer.node.machine import Launch
+from aseer.runtime import calls
 from aseer.runtime.instances import InstancePool
 from aseer.runtime.loop_thread import LoopThread
 from aseer.runtime.mailbox import Mailbox, MailboxClosed
@@ -299,12 +300,13 @@ class Serving:
         session = Session(
             pool=pool,
             mailbox=self.mailbox,
-            policy="context-aware",
-            chunk_size=self._size.tokens * self._size.chunks,
-            starvation_interval=256,
-            max_request_retries=3,
-            weight_version=1,
-            first_chunk_id=1,
+            settings=calls.Settings(
+                policy="context-aware",
+                chunk_size=self._size.tokens * self._size.chunks,
+                starvation_interval=256,
+                weight_version=1,
+                first_chunk_id=1,
+            ),
             post=self._thread.post,
             draft_server=drafts,
         )

@@ -5,8 +5,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from aseer.controller import Controller
+from aseer.runtime.calls import LoggedController
+
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from aseer.runtime.calls import Settings
 
 _log = logging.getLogger("aseer")
 
@@ -46,3 +53,10 @@ class CallLog:
     def _give_up(self, error: OSError) -> None:
         self._file = None
         _log.warning("the log of calls %s ends here: %s", self._path, error)
+
+
+def controller_of(settings: Settings, log: CallLog | None) -> Controller:
+    """A rollout's controller, whose calls are written to the log if there is one."""
+    if log is None:
+        return Controller(**msgspec.structs.asdict(settings))
+    return LoggedController(settings, log.write)

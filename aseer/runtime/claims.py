@@ -143,6 +143,15 @@ class Claims:
         self._holder = None
         self._wake()
 
+    def check_open(self) -> None:
+        """See that the engine did not close since a call took it.
+
+        Raises:
+            EngineError: it did.
+        """
+        if self._closed is not None:
+            raise self._closed()
+
     def _seen_by(self, asker: object) -> Activity:
         is_left = (
             self._activity is Activity.ROLLING_OUT

@@ -248,12 +248,12 @@ class Engine(TakesWeights):
         """
         thread, host = self._open()
         asker = asyncio.current_task()
-        await result_of(thread, thread.submit(lambda: host.abort_rollout(asker)))
+        await result_of(thread, thread.submit(lambda: host.rollouts.abort(asker)))
 
     def abort_rollout_sync(self) -> None:
         """As `abort_rollout`, for code without an event loop."""
         thread, host = self._open()
-        thread.submit(lambda: host.abort_rollout(None)).result()
+        thread.submit(lambda: host.rollouts.abort(None)).result()
 
     async def sleep(self, level: int = 1) -> None:
         """Release the devices' memory for a trainer on the same GPUs, until `wake`.

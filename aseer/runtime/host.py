@@ -16,35 +16,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from functools import partial
-from random import Random
 from typing import TYPE_CHECKING
 
-from aseer.context import LengthPriors
 from aseer.errors import EngineError, describe
 from aseer.inputs.images import ImageStore
 from aseer.node.local import LocalNode
 from aseer.runtime.activity import Activity, Call
-from aseer.runtime.call_log import CallLog
 from aseer.runtime.claims import Claims
-from aseer.runtime.identity import Identifier
 from aseer.runtime.instances import InstancePool
-from aseer.runtime.journal import Journal
 from aseer.runtime.metrics import Figures
-from aseer.runtime.session import Session
+from aseer.runtime.rollouts import Rollouts
 from aseer.runtime.sleep import Sleep
 from aseer.runtime.updates import Updates
-from aseer.runtime.weights import DROPPED, NO_INSTANCE, NO_WEIGHTS, WeightKeeper
+from aseer.runtime.weights import NO_INSTANCE, WeightKeeper
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
-from aseer.watch import wait_awake
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from concurrent.futures import Future
     from pathlib import Path
 
-    from aseer.config import EngineConfig, PolicyName
+    from aseer.config import EngineConfig
     from aseer.dgds.server import DraftServer
     from aseer.inputs.calls import WakeTags
     from aseer.instance.messages import FromInstance, Report
@@ -53,12 +44,9 @@ if TYPE_CHECKING:
     from aseer.node.machine import Launch
     from aseer.runtime.claims import Claim
     from aseer.runtime.cluster import Cluster
-    from aseer.runtime.journal import JournalPlan
     from aseer.runtime.loop_thread import LoopThread
-    from aseer.runtime.mailbox import Mailbox
     from aseer.runtime.serving import Folders
     from aseer.transport.base import Router
-    from aseer.types import Response
 
 _log = logging.getLogger("aseer")
 # A pool server that is asked to end is given this long before it is killed: it only has
@@ -67,7 +55,7 @@ _POOL_GRACE_S = 3.0
 
 
 class Host:
-    """The engine's parts, joined."""
+    """All of an engine that lives on its thread: makes the parts and joins them."""
 
     def __init__(
         self,
@@ -87,15 +75,9 @@ class Host:
         self._thread = thread
         self._router = router
         self._draft_server = draft_server
-        self._length_priors = LengthPriors() if config.length_priors else None
         self._claims = Claims()
         self._loads: dict[InstanceId, InstanceLoad] = {}
         self._exhausted: str | None = None
-        self._session: Session | None = None
-        self._next_chunk_id = 0
-        self._seeds = Random(config.seed)
-        self._identifier = Identifier(config)
-        self._done = Figures()  # by rollouts that are over
         self.metrics_url: str | None = None
         self.kv_pool = kv_pool
         self.cluster = cluster
@@ -128,6 +110,20 @@ class Host:
             draft_server=draft_server,
             kv_pool=kv_pool,
         )
+        self.rollouts = Rollouts(
+            config,
+            self._pool,
+            self.weights,
+            self._claims,
+            thread,
+            folders.logs,
+            infos=self.infos,
+            loads=self._loads,
+            limits=lambda: self.limits,
+            check_alive=self._check_alive,
+            draft_server=draft_server,
+            kv_pool=kv_pool,
+        )
 
     @property
     def log_paths(self) -> list[Path]:
@@ -149,7 +145,8 @@ class Host:
                 )
                 working = tasks.create_task(self._work(started))
                 await stop.wait()
-                await self._close_rollout()
+                self._claims.close(self._thread.closed_error)
+                await self.rollouts.stop()
                 working.cancel()
                 await asyncio.wait([working])
                 await self._pool.stop(self._config.shutdown_timeout_s)
@@ -168,10 +165,7 @@ class Host:
             await self._pool.stop(0)
             if self.kv_pool is not None:
                 await self.kv_pool.stop(_POOL_GRACE_S)
-            if self._session is not None:
-                # Nobody may be left waiting for what cannot go on.
-                self._session.fail(self._thread.closed_error())
-                self._session.set_over()
+            self.rollouts.give_up()
 
     async def _work(self, started: Future[Host]) -> None:
         try:
@@ -191,14 +185,6 @@ class Host:
                 await self.cluster.dismiss(f"the engine failed: {describe(error)}")
             raise
 
-    async def _close_rollout(self) -> None:
-        """Refuse new work, and let the instances stop what a rollout still runs."""
-        self._claims.close(self._thread.closed_error)
-        session = self._session
-        if session is not None and not session.over.done():
-            session.engine_closes()
-            await wait_awake(session.over, self._config.shutdown_timeout_s)
-
     def figures(self) -> Figures:
         """What there is to watch, at this moment."""
         figures = Figures(
@@ -206,11 +192,8 @@ class Host:
             loads={i: self._loads[i] for i in sorted(self.infos)},
             nodes=[info.node or "local" for info in self.infos.values()],
             restarts={i: self._pool.num_restarts(i) for i in self._pool.places},
-            responses=self._done.responses.copy(),
-            counts=self._done.counts.copy(),
         )
-        if self._session is not None:
-            self._session.count_into(figures)
+        self.rollouts.count_into(figures)
         return figures
 
     @property
@@ -221,79 +204,6 @@ class Host:
         return self._images if is_here else None
 
     # Calls from users' threads
-
-    async def open_session(
-        self,
-        mailbox: Mailbox[Response],
-        policy: PolicyName,
-        chunk_size: int,
-        asker: object,
-        plan: JournalPlan | None = None,
-    ) -> Session:
-        """Begin a rollout; the engine is taken until the session is over.
-
-        Raises:
-            ConfigError: its journal is another rollout's, or cannot be used.
-            RolloutInProgressError: one is in progress.
-            EngineError: the engine is asleep, has no weights, or no instance is left.
-        """
-        self._check_alive()
-        claim = await self._take(Call.ROLLOUT, asker)
-        journal = None
-        try:
-            self._check_alive()
-            if not self.infos and self._pool.in_need_of_weights:
-                raise EngineError(NO_WEIGHTS)
-            if self.weights.lacks_whole:
-                raise EngineError(DROPPED)
-            if plan is not None:
-                journal = await self._open_journal(plan)
-                self._check_open()
-                self._check_alive()
-            session = Session(
-                pool=self._pool,
-                mailbox=mailbox,
-                policy=policy,
-                chunk_size=chunk_size,
-                starvation_interval=self._config.starvation_interval,
-                max_request_retries=self._config.max_request_retries,
-                weight_version=self.weights.version,
-                first_chunk_id=self._next_chunk_id,
-                post=self._thread.post,
-                draft_server=self._draft_server,
-                kv_pool=self.kv_pool,
-                length_priors=self._length_priors,
-                call_log=self._new_call_log(),
-                journal=journal,
-                seeds=self._seeds,
-            )
-            for instance_id, info in sorted(self.infos.items()):
-                session.instance_up(info, self._loads[instance_id])
-        except BaseException:
-            if journal is not None:
-                journal.abandon()
-            claim.release()
-            raise
-        self._session = session
-        self._claims.set_rollout(_InTheWay(self, session))
-        session.over.add_done_callback(lambda _: self._session_over(session, claim))
-        return session
-
-    async def drain(self, session: Session) -> None:
-        """Wait until a rollout that was left has stopped; kill the engines that do
-        not.
-        """
-        timeout_s = self._config.shutdown_timeout_s
-        await wait_awake(session.over, timeout_s)
-        if not session.over.done():
-            self._pool.kill_busy(f"it did not stop its work within {timeout_s:g} s")
-            await wait_awake(session.over, timeout_s)
-        session.set_over()
-
-    async def abort_rollout(self, asker: object) -> None:
-        """See `Engine.abort_rollout`."""
-        if self._claims.activity is not Activity.CLOSING:
-            await self._claims.take(Call.ABORT, asker)
 
     async def sleep(self, level: int, asker: object) -> None:
         """See `Engine.sleep`."""
@@ -308,7 +218,7 @@ class Host:
                 await self._sleep.begin(self.infos, level)
             finally:
                 self.weights.lacks_whole |= self._sleep.drops_weights
-            self._check_open()
+            self._claims.check_open()
         except BaseException:
             claim.release()
             raise
@@ -327,7 +237,7 @@ class Host:
             )
         try:
             await self._sleep.end(self.infos, tags)
-            self._check_open()
+            self._claims.check_open()
         except BaseException:
             claim.release()
             raise
@@ -342,36 +252,9 @@ class Host:
         assert claim is not None, call
         return claim
 
-    async def _open_journal(self, plan: JournalPlan) -> Journal:
-        info, version, weights = self.limits, self.weights.version, self._pool.weights
-        identify = partial(self._identifier.identify, info, version, weights)
-        journal = Journal(plan, identify, self._thread.post)
-        await journal.open()
-        return journal
-
-    def _new_call_log(self) -> CallLog | None:
-        """For the rollout that begins, if it keeps one; named by its first chunk."""
-        if not self._config.logs_calls:
-            return None
-        started = time.strftime("%Y%m%d-%H%M%S")
-        name = f"rollout-{started}-{self._next_chunk_id}.calls"
-        return CallLog(self.folders.logs / name)
-
-    def _check_open(self) -> None:
-        """See that instances which are gone did not go with the engine."""
-        if self._claims.activity is Activity.CLOSING:
-            raise self._thread.closed_error()
-
     def _check_alive(self) -> None:
         if self._exhausted is not None:
             raise EngineError(self._exhausted)
-
-    def _session_over(self, session: Session, claim: Claim) -> None:
-        self._next_chunk_id = session.next_chunk_id
-        session.count_into(self._done)
-        if self._session is session:
-            self._session = None
-        claim.release()
 
     # From the pool (see `PoolOwner`)
 
@@ -382,61 +265,31 @@ class Host:
         self._loads[info.instance_id] = InstanceLoad()
         self._exhausted = None  # of a node that came late
         self._sleep.instance_up(info.instance_id)
-        self._tell_session(lambda s: s.instance_up(info, InstanceLoad()))
+        self.rollouts.tell(lambda s: s.instance_up(info, InstanceLoad()))
 
     def instance_report(self, instance_id: InstanceId, report: Report) -> None:
         """See `PoolOwner`."""
         self._loads[instance_id] = report.load
-        self._tell_session(lambda s: s.instance_report(instance_id, report))
+        self.rollouts.tell(lambda s: s.instance_report(instance_id, report))
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """See `PoolOwner`."""
         self.infos.pop(instance_id, None)
         self.weights.instance_down(instance_id, why)
-        self._tell_session(lambda s: s.instance_down(instance_id, why))
+        self.rollouts.tell(lambda s: s.instance_down(instance_id, why))
 
     def instance_left(self, instance_id: InstanceId, why: str) -> None:
         """See `PoolOwner`."""
         self.infos.pop(instance_id, None)
         self._loads.pop(instance_id, None)
         self.weights.instance_down(instance_id, why)
-        self._tell_session(lambda s: s.instance_left(instance_id, why))
+        self.rollouts.tell(lambda s: s.instance_left(instance_id, why))
 
     def instances_need_weights(self, why: str) -> None:
         """See `PoolOwner`."""
-        self._tell_session(lambda s: s.exhausted(why))
+        self.rollouts.tell(lambda s: s.exhausted(why))
 
     def instances_exhausted(self, why: str) -> None:
         """See `PoolOwner`."""
         self._exhausted = f"the engine has no instance left: {why}"
-        self._tell_session(lambda s: s.exhausted(why))
-
-    def _tell_session(self, tell: Callable[[Session], None]) -> None:
-        session = self._session
-        if session is not None:
-            session.guarded(lambda: tell(session))
-
-
-class _InTheWay:
-    """See `aseer.runtime.claims.InTheWay`."""
-
-    def __init__(self, host: Host, session: Session) -> None:
-        self._host = host
-        self._session = session
-
-    def was_left(self, asker: object) -> bool:
-        return self._session.was_left(asker)
-
-    def is_held_up_by(self, asker: object) -> bool:
-        return self._session.is_held_up_by(asker)
-
-    def description(self) -> str:
-        return self._session.description()
-
-    async def end(self) -> None:
-        self._session.leave()
-        await self._host.drain(self._session)
-
-    async def abort(self) -> None:
-        self._session.abort()
-        await self._host.drain(self._session)
+        self.rollouts.tell(lambda s: s.exhausted(why))

@@ -6,10 +6,12 @@ What was offered before the intake closed is added, whatever happens.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from random import Random
 
     from aseer.types import Task
 
@@ -86,3 +88,14 @@ class Intake:
     def _count(self, num: int) -> None:
         with self._lock:
             self._num_coming += num
+
+
+def seeded(task: Task, seeds: Random) -> Task:
+    """The group with a seed, if its requests start over where an instance is lost.
+
+    With other random numbers short responses would be the likelier ones, as they have
+    two chances to end before the instance does.
+    """
+    if task.seed is not None or task.undivided_because is None:
+        return task
+    return replace(task, seed=seeds.getrandbits(63))

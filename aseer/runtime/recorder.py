@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from aseer.controller import Controller
     from aseer.counts import Counts
     from aseer.kv.pool import KvPool
+    from aseer.runtime.metrics import Figures
     from aseer.types import (
         InstanceId,
         InstanceInfo,
@@ -68,7 +69,7 @@ class Recorder:
         self._kv_sum = KvCounts()
         self._speculation_sum: SpeculationReport | None = None
         self._completions = Completions()
-        self._reasons: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()  # of requests that are over
         self._num_tokens_counted = 0
         self._num_ends_counted = 0
         self._finished_tokens = 0
@@ -115,7 +116,7 @@ class Recorder:
         for instance_id in self._controller.running.take_touched():
             record = self._instances.get(instance_id)
             if record is not None:
-                busy = self._controller.num_running(instance_id) > 0
+                busy = self._controller.running.num_on(instance_id) > 0
                 record.set_busy(busy=busy, now=now)
 
     def sample(self, instance_id: InstanceId, load: InstanceLoad, now: float) -> None:
@@ -128,7 +129,7 @@ class Recorder:
             TimelineSample(
                 t_s=now,
                 instance_id=instance_id,
-                num_running=self._controller.num_running(instance_id),
+                num_running=self._controller.running.num_on(instance_id),
                 num_waiting=load.num_waiting,
                 kv_used=load.kv_used,
                 kv_reserved=1 - free / record.info.num_kv_blocks,
@@ -150,10 +151,21 @@ class Recorder:
         self._max_tokens = max(self._max_tokens, num_tokens)
         self._completions.add(response)
 
-    @property
-    def reasons(self) -> Counter[str]:
-        """Requests that are over, by how."""
-        return self._reasons
+    def count_into(self, figures: Figures) -> None:
+        """Add what the rollout has done so far to the engine's figures."""
+        controller, counters = self._controller, self._controller.counters
+        figures.responses.update(self._reasons)
+        figures.counts.update(
+            aseer_rollouts=1,
+            aseer_replayed_responses=counters.num_replayed,
+            aseer_output_tokens=counters.num_reported_tokens,
+            aseer_chunks=counters.num_chunks,
+            aseer_migrations=counters.num_migrations,
+            aseer_node_migrations=counters.num_node_migrations,
+            aseer_recomputed_tokens=counters.num_recomputed_tokens,
+        )
+        figures.num_unfinished = controller.num_unfinished
+        figures.num_waiting = controller.num_waiting
 
     def progress(
         self, now: float, *, intake_open: bool, is_over: bool = False
@@ -176,7 +188,7 @@ class Recorder:
             num_waiting=controller.num_waiting,
             num_output_tokens=counters.num_output_tokens,
             throughput_tok_s=throughput,
-            longest_running=controller.longest_running(),
+            longest_running=controller.buffer.longest_running(),
             eta_s=self._eta(throughput),
             intake_open=intake_open,
             instances=[r.latest for r in self._in_order if r.latest is not None],

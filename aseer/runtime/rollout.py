@@ -88,7 +88,7 @@ class Rollout:
             await self._open()
         except Exception:
             raise
-        except BaseException:  # there is no block that would leave it
+        except BaseException:  # interrupted: the block's end, which leaves, never comes
             self._work.leave()
             raise
         return self
@@ -143,7 +143,8 @@ class Rollout:
         work = self._work
         if work.session is not None:
             return
-        # What held an earlier rollout's iterator may live until this task is suspended.
+        # The iterator of a loop before this one may be kept until this task is
+        # suspended, and with it that loop's rollout, which would be in the way.
         await asyncio.sleep(0)
         opening = work.open(asyncio.current_task())
         work.begin(await spared(opening))
@@ -194,7 +195,7 @@ class SyncRollout:
             self._open()
         except Exception:
             raise
-        except BaseException:  # there is no block that would leave it
+        except BaseException:  # interrupted: the block's end, which leaves, never comes
             self._work.leave()
             raise
         return self

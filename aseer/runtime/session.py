@@ -1,10 +1,10 @@
-"""One rollout on the engine's thread: the pure controller joined to clock, pool and
-user.
+"""One rollout on the engine's thread: the pure controller, joined to the clock, to the
+instances, and to whoever reads the responses.
 
-Everything here runs on the engine's event loop, in callbacks that never wait, but for
-`offer`, which any thread may call. The session is over when its intake is closed and
-every request has finished; leaving early cancels what is left and waits for the engines
-to say that they stopped.
+Everything here runs on the engine's event loop, in callbacks that never wait; the few
+methods that any thread may call say so. The session is over when its intake is closed
+and every request has finished. A rollout that is left early cancels its unfinished
+requests, and is over once the engines have said that they stopped.
 
 An error in a rollout's decisions fails the rollout, not the engine: its reader gets the
 error, and the session is over as soon as the engines have stopped its chunks.
@@ -19,33 +19,18 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, ClassVar
 
-import msgspec
-
-from aseer.controller import (
-    Abort,
-    Blame,
-    Command,
-    Controller,
-    Dispatch,
-    Finished,
-)
-from aseer.errors import (
-    EngineClosedError,
-    InstanceLostError,
-    RolloutClosedError,
-    RolloutError,
-    describe,
-)
+from aseer.core.commands import Abort, Blame, Command, Dispatch, Finished
+from aseer.errors import RolloutClosedError, RolloutError, describe
 from aseer.instance.messages import Run
-from aseer.runtime.calls import LoggedController, Settings
+from aseer.runtime.call_log import controller_of
 from aseer.runtime.followers import Followers
-from aseer.runtime.intake import Intake
+from aseer.runtime.intake import Intake, seeded
+from aseer.runtime.outcome import Outcome
 from aseer.runtime.recorder import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aseer.config import PolicyName
     from aseer.context import LengthPriors
     from aseer.core.columns import Columns
     from aseer.dgds.server import DraftServer
@@ -53,6 +38,7 @@ if TYPE_CHECKING:
     from aseer.kv.pool import KvPool
     from aseer.report import Progress, RolloutReport
     from aseer.runtime.call_log import CallLog
+    from aseer.runtime.calls import Settings
     from aseer.runtime.instances import InstancePool
     from aseer.runtime.journal import Journal
     from aseer.runtime.mailbox import Mailbox
@@ -78,7 +64,7 @@ _CANCEL_AT_ONCE = 1000
 class Session:
     """A rollout in progress."""
 
-    #: Compare the decisions' books after every event (slow: for tests).
+    #: Check after every event that the controller's parts agree (slow: for tests).
     checks_integrity: ClassVar[bool] = False
 
     def __init__(
@@ -86,12 +72,7 @@ class Session:
         *,
         pool: InstancePool,
         mailbox: Mailbox[Response],
-        policy: PolicyName,
-        chunk_size: int,
-        starvation_interval: int,
-        max_request_retries: int,
-        weight_version: int,
-        first_chunk_id: int,
+        settings: Settings,
         post: Callable[[Callable[[], object]], bool],
         draft_server: DraftServer | None = None,
         kv_pool: KvPool | None = None,
@@ -101,28 +82,20 @@ class Session:
         seeds: Random | None = None,
     ) -> None:
         self._pool = pool
-        self._weight_version = weight_version
         self._mailbox = mailbox
-        settings = Settings(
-            policy=policy,
-            chunk_size=chunk_size,
-            starvation_interval=starvation_interval,
-            max_request_retries=max_request_retries,
-            weight_version=weight_version,
-            first_chunk_id=first_chunk_id,
-            granularity=kv_pool.granularity if kv_pool else None,
-        )
-        if call_log is None:
-            self._controller = Controller(**msgspec.structs.asdict(settings))
-        else:
-            self._controller = LoggedController(settings, call_log.write)
+        self._weight_version = weight_version = settings.weight_version
+        self._controller = controller_of(settings, call_log)
         self._recorder = Recorder(
-            self._controller, policy, chunk_size, weight_version, kv_pool
+            self._controller,
+            settings.policy,
+            settings.chunk_size,
+            weight_version,
+            kv_pool,
         )
         self._followers = Followers(
             self._controller,
             weight_version=weight_version,
-            rollout_id=first_chunk_id,
+            rollout_id=settings.first_chunk_id,
             draft_server=draft_server,
             kv_pool=kv_pool,
             priors=length_priors,
@@ -137,14 +110,11 @@ class Session:
             journal.in_parts if journal is not None else None,
             self._end_if_over,
         )
-        self._cancelled_early: set[GroupId] = set()
-        self._left = False
+        self._cancelled_early: set[GroupId] = set()  # before they had arrived
+        self._left = False  # by its reader
         self._ends_early = False
         self._failure: Exception | None = None
-        self._fatal: str | None = None
-        self._num_errors = 0
-        self._first_error = ""
-        self._engine_closed = False
+        self._outcome = Outcome()
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.report: RolloutReport | None = None
         self.progress: Progress = self._recorder.progress(0.0, intake_open=True)
@@ -163,7 +133,7 @@ class Session:
 
     def was_left(self, asker: object) -> bool:
         """Whether its user walked away from it, as far as the asking task can know."""
-        if self.over.done():  # just now: nobody is kept from anything by it
+        if self.over.done():  # it ended just now, and is in nobody's way
             return True
         mailbox = self._mailbox
         return self._left or mailbox.is_closed or mailbox.was_given_up_by(asker)
@@ -179,19 +149,7 @@ class Session:
 
     def count_into(self, figures: Figures) -> None:
         """Add what the rollout has done so far."""
-        counters = self._controller.counters
-        figures.responses.update(self._recorder.reasons)
-        figures.counts.update(
-            aseer_rollouts=1,
-            aseer_replayed_responses=counters.num_replayed,
-            aseer_output_tokens=counters.num_reported_tokens,
-            aseer_chunks=counters.num_chunks,
-            aseer_migrations=counters.num_migrations,
-            aseer_node_migrations=counters.num_node_migrations,
-            aseer_recomputed_tokens=counters.num_recomputed_tokens,
-        )
-        figures.num_unfinished = self._controller.num_unfinished
-        figures.num_waiting = self._controller.num_waiting
+        self._recorder.count_into(figures)
 
     # From the user
 
@@ -219,28 +177,18 @@ class Session:
         past: dict[GroupId, dict[int, Past]] = {}
         if self._journal is not None:
             tasks, past = self._journal.add_groups(tasks)
-        tasks = [self._seeded(task) for task in tasks]
+        tasks = [seeded(task, self._seeds) for task in tasks]
         commands = self._controller.add_groups(tasks, self._now(), past)
         self._followers.added(tasks, past)
         self._do(commands)
-        if self._fatal is not None:
-            self._do(self._controller.fail_all(self._now(), self._fatal))
+        if self._outcome.fatal is not None:
+            self._do(self._controller.fail_all(self._now(), self._outcome.fatal))
         elif self._ends_early:  # since the offer
             self._cancel_some()
         for task in tasks:
             if task.group_id in self._cancelled_early:
                 self._cancelled_early.discard(task.group_id)
                 self._do(self._controller.cancel_group(task.group_id, self._now()))
-
-    def _seeded(self, task: Task) -> Task:
-        """The group with a seed, if its requests start over where an instance is lost.
-
-        With other random numbers short responses would be the likelier ones, as they
-        have two chances to end before the instance does.
-        """
-        if task.seed is not None or task.undivided_because is None:
-            return task
-        return replace(task, seed=self._seeds.getrandbits(63))
 
     def close_intake_soon(self) -> None:
         """No more groups will be offered; from any thread."""
@@ -260,7 +208,7 @@ class Session:
             self._cancelled_early.add(group_id)
 
     def leave(self) -> None:
-        """End everything early; nobody reads the responses. May be called again."""
+        """Finish every request as aborted, for nobody. May be called again."""
         if not self._left:
             self._left = True
             self._mailbox.close(
@@ -269,18 +217,15 @@ class Session:
                     "waiting and went on to something else"
                 )
             )
-            self._end_all()
-
-    def abort(self) -> None:
-        """End everything early; the user gets what there is. May be called again."""
-        self._end_all()
+            self.abort()
 
     def engine_closes(self) -> None:
-        """End everything early; who still reads is told at the end why."""
-        self._engine_closed = True
-        self._end_all()
+        """Finish every request as aborted, then tell the reader of the engine's end."""
+        self._outcome.engine_closed = True
+        self.abort()
 
-    def _end_all(self) -> None:
+    def abort(self) -> None:
+        """Finish every request as aborted, with its tokens. May be called again."""
         self._ends_early = True
         self._intake.close()
         if self._failure is None and not self.over.done():
@@ -307,7 +252,7 @@ class Session:
             self.fail(failure)
 
     def fail(self, error: Exception) -> None:
-        """Nothing can be decided any more: the reader is told, and engines stop."""
+        """End the rollout with an error for its reader, and have the engines stop."""
         if self.over.done() or self._failure is not None:
             return
         self._failure = error
@@ -317,23 +262,22 @@ class Session:
         self._end_if_over()
 
     def set_over(self) -> None:
-        """Whatever the engines still do, nothing waits for this rollout any more."""
-        if not self.over.done():
-            self.fail(RolloutError("the engines did not stop this rollout's work"))
+        """Take the rollout for over, whatever the engines still do."""
+        self.fail(RolloutError("the engines did not stop this rollout's work"))
         if not self.over.done():
             self._be_over()
 
     # From the pool
 
     def instance_up(self, info: InstanceInfo, load: InstanceLoad) -> None:
-        """It takes work; its load so far is not this rollout's."""
+        """An instance takes work; what its load counts so far is earlier rollouts'."""
         if self._failure is not None:
             return
         self._recorder.instance_up(info, load)
         self._do(self._controller.instance_up(info, self._now()))
 
     def instance_report(self, instance_id: InstanceId, report: Report) -> None:
-        """Progress and load."""
+        """Take what an instance says of its chunks, and how busy it is."""
         if self._failure is not None:
             self._end_if_over()
             return
@@ -348,11 +292,11 @@ class Session:
         self.progress = progress
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
-        """Its chunks' requests wait again."""
+        """An instance has died; see `Controller.instance_down`."""
         self._lose(instance_id, why, self._controller.instance_down)
 
     def instance_left(self, instance_id: InstanceId, why: str) -> None:
-        """Its chunks' requests go on elsewhere; they are not to blame."""
+        """An instance is gone with its node; see `Controller.instance_left`."""
         self._lose(instance_id, why, self._controller.instance_left)
 
     def _lose(
@@ -369,8 +313,8 @@ class Session:
         self._do(decide(instance_id, self._now(), why), lost=lost)
 
     def exhausted(self, why: str) -> None:
-        """Nothing can run any more."""
-        self._fatal = why
+        """No instance is left: every unfinished request ends as an error."""
+        self._outcome.fatal = why
         self._intake.close()
         if self._failure is None:
             self._do(self._controller.fail_all(self._now(), why))
@@ -408,11 +352,7 @@ class Session:
     def _finish(self, response: Response) -> None:
         self._recorder.finished(response)
         self._followers.finished(response, self._recorder.any_instance())
-        if response.finish_reason == "error":
-            self._num_errors += 1
-            self._first_error = (
-                self._first_error or f"{response.request_id}: {response.error}"
-            )
+        self._outcome.count(response)
         if self._journal is None:
             self._deliver(response)
         else:
@@ -439,30 +379,18 @@ class Session:
             self.report = replace(self.report, journal_error=self._journal.error)
         self.progress = self._recorder.progress(now, intake_open=False, is_over=True)
         self._be_over()
-        self._mailbox.close(self._error())
+        num_finished = self._controller.counters.num_finished
+        self._mailbox.close(self._outcome.error(num_finished, was_left=self._left))
 
     def _be_over(self) -> None:
-        """Let go of what groups had, such as images, whoever keeps this rollout."""
+        """End the session, and let go of what groups had, such as images: the user may
+        keep the rollout for long.
+        """
         self._controller.forget_finished()
         self.over.set_result(None)
 
     def _is_journal_closed(self) -> bool:
-        """Whether nothing is left to be written; if not, the end comes again then."""
+        """Whether all is written; if not, `_end_if_over` is called again once it is."""
         return self._journal is None or self._journal.close(
             lambda: self.guarded(self._end_if_over)
         )
-
-    def _error(self) -> Exception | None:
-        if self._fatal is not None:
-            return InstanceLostError(self._fatal)
-        if self._engine_closed and not self._left:
-            return EngineClosedError(
-                "the engine was closed while this rollout was in progress"
-            )
-        if self._num_errors and not self._left:
-            num = self._controller.counters.num_finished
-            return RolloutError(
-                f"{self._num_errors} of {num} requests ended in an error (their "
-                f"Responses say which); the first: {self._first_error}"
-            )
-        return None

@@ -99,7 +99,7 @@ class Work:
                 host, mailbox, how = self._host, self.mailbox, self._how
                 journal = self._journal
                 self._opening = opening = self._thread.submit(
-                    lambda: host.open_session(mailbox, *how, asker, journal)
+                    lambda: host.rollouts.begin(mailbox, *how, asker, journal)
                 )
             return opening
 
@@ -179,7 +179,7 @@ class Work:
         with suppress(AseerError):  # it never began, or the engine has ended
             if opening is not None:
                 session: Session = yield opening
-                yield self._thread.submit(lambda: host.drain(session))
+                yield self._thread.submit(lambda: host.rollouts.drain(session))
 
     def _check_here(self) -> None:
         if not self._thread.is_here:

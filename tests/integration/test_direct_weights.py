@@ -182,7 +182,7 @@ async def test_when_all_die_the_rollout_ends_and_the_next_update_mends_it() -> N
         await engine.update_weights(weights(1.0), transfer="ipc")
         one = await roll(engine)
         reading = asyncio.ensure_future(roll(engine))  # noqa: TID251
-        await until(lambda: engine._host._session)
+        await until(lambda: engine._host.rollouts._session)
         for info in engine.instances:
             os.kill(info.pid, signal.SIGKILL)
         with pytest.raises(aseer.AseerError, match="straight from the trainer"):

@@ -230,6 +230,7 @@ SHARED = (
 import asyncio
 from types import SimpleNamespace
 from aseer.kv.messages import Prefetch
+from aseer.runtime.calls import Settings
 from aseer.runtime.session import Session
 from aseer.types import InstanceLoad
 from tests.unit.builders import info_of, report_of, task_of
@@ -260,9 +261,9 @@ async def begin(instances):
     pool = SimpleNamespace(granularity=CHUNK, server_of=lambda _: 0, free=free,
                            prefetches=False, num_restarts=0, counts=server.counts())
     mailbox = SimpleNamespace(put=lambda _: None, close=lambda _: None, is_closed=False)
-    session = Session(pool=instances, mailbox=mailbox, policy="context-aware",
-        chunk_size=1000, starvation_interval=100, max_request_retries=1,
-        weight_version=1, first_chunk_id=0, kv_pool=pool,
+    settings = Settings(policy="context-aware", chunk_size=1000,
+        starvation_interval=100, weight_version=1, granularity=CHUNK)
+    session = Session(pool=instances, mailbox=mailbox, settings=settings, kv_pool=pool,
         post=lambda do: (do(), True)[1])
     session.instance_up(info_of(block_size=32, num_kv_blocks=1000),
         InstanceLoad(num_running=0, num_waiting=0, kv_used=0.0))

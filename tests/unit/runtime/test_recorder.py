@@ -85,14 +85,14 @@ def test_a_report_looks_only_at_instances_that_began_or_ceased_to_work(
 def test_the_longest_of_what_runs_is_known() -> None:
     controller, _ = recording(2)
     chunks = chunks_in(controller.add_groups([task_of(num_requests=4)], 0.0))
-    assert controller.longest_running() == ("g/0", 0)
+    assert controller.buffer.longest_running() == ("g/0", 0)
     for chunk, num in zip(chunks, (2, 4, 3, 1), strict=True):
         controller.progress([report_of(chunk.chunk_id, range(num))], 1.0)
-    assert controller.longest_running() == ("g/1", 4)
+    assert controller.buffer.longest_running() == ("g/1", 4)
     controller.progress([report_of(chunks[1].chunk_id, end="stop", start=4)], 2.0)
-    assert controller.longest_running() == ("g/2", 3)
+    assert controller.buffer.longest_running() == ("g/2", 3)
     controller.instance_down(chunks[2].instance_id, 3.0, "lost")
-    assert controller.longest_running() == ("g/2", 3), "it goes on elsewhere"
+    assert controller.buffer.longest_running() == ("g/2", 3), "it goes on elsewhere"
 
 
 def test_a_report_that_comes_twice_counts_once() -> None:

@@ -20,6 +20,7 @@ from aseer.errors import (
 )
 from aseer.instance.messages import Report
 from aseer.kv.messages import PoolCounts
+from aseer.runtime.calls import Settings
 from aseer.runtime.mailbox import Mailbox
 from aseer.runtime.session import Session
 from aseer.types import GroupId, InstanceId, InstanceLoad
@@ -71,24 +72,33 @@ class Weakly:
 class Rolling:
     """A session; what it posts is done when the test says so."""
 
-    def __init__(self, *, num_instances: int = 2, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        num_instances: int = 2,
+        chunk_size: int = 8,
+        first_chunk_id: int = 100,
+        kv_pool: Any = None,
+        **parts: Any,
+    ) -> None:
         self.pool = Pool()
         self.mailbox: Mailbox[Response] = Mailbox()
         self.posted: list[Callable[[], object]] = []
         self.has_ended = False
-        defaults: dict[str, Any] = {
-            "policy": "context-aware",
-            "chunk_size": 8,
-            "starvation_interval": 0,
-            "max_request_retries": 1,
-            "weight_version": 3,
-            "first_chunk_id": 100,
-        }
         self.session = Session(
             pool=self.pool,  # type: ignore[arg-type]
             mailbox=self.mailbox,
             post=self.post,
-            **defaults | settings,
+            settings=Settings(
+                policy="context-aware",
+                chunk_size=chunk_size,
+                max_request_retries=1,
+                weight_version=3,
+                first_chunk_id=first_chunk_id,
+                granularity=kv_pool.granularity if kv_pool else None,
+            ),
+            kv_pool=kv_pool,
+            **parts,
         )
         for i in range(num_instances):
             self.session.instance_up(info_of(i), InstanceLoad())
