@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING
 
 from aseer.core.fleet import Fleet
 from aseer.core.prompts import SharedPrompts
+from aseer.core.residency import NO_POOL, Holders
 from aseer.core.waiting import Waiting, WaitingQueue
-from aseer.types import NO_POOL, Assignment, Holders
+from aseer.types import Assignment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

@@ -1,8 +1,7 @@
 """The words the core is written in: ids, states, and what passes between its parts.
 
-Everything here is plain data. Token ids are 32-bit, logprobs are float32 (what the
-engines compute), times are seconds of one monotonic clock whose zero is the rollout's
-start.
+Everything here is plain data. Token ids are 32-bit, logprobs float32 (what the engines
+compute). Times are seconds of one monotonic clock whose zero is the rollout's start.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ class RequestState(StrEnum):
 
     def __init__(self, value: str) -> None:
         self.is_finished = value not in ("waiting", "running")
+        self.is_whole = value in ("stop", "length")  # it ran to its end
 
 
 def request_id_of(group_id: GroupId, index: int) -> RequestId:
@@ -160,34 +160,6 @@ class Assignment(NamedTuple):
     instance_id: InstanceId
     max_tokens: int
     num_reserved_blocks: int
-
-
-NO_POOL = -1
-"""The pool of instances that have none."""
-
-
-class Holders(NamedTuple):
-    """Where a request's KV probably is.
-
-    Attributes:
-        tokens: by instance that holds some itself; of the pool's instances only those
-            that hold more than the pool is worth there.
-        num_pooled: what every other instance of the pool on the node that stored them
-            is taken to hold: the tokens in the pool, less the price of loading them.
-            0 = it has none.
-        num_far: the same for the pool's instances on other nodes.
-        node: number of the node that stored them.
-    """
-
-    tokens: Mapping[InstanceId, int]
-    num_pooled: int = 0
-    pool: int = NO_POOL
-    num_far: int = 0
-    node: int = 0
-
-
-NOWHERE = Holders({})
-"""No instance holds any."""
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: that triples the time to make one

@@ -22,8 +22,9 @@ from dataclasses import replace
 
 from common import print_result, quantiles, result_line
 
-from aseer.controller import Controller, Dispatch, Finished
+from aseer.controller import Controller
 from aseer.core.columns import Columns, columns_of
+from aseer.core.commands import Dispatch, Finished
 from aseer.journal.history import History, Weights, read
 from aseer.journal.keys import KeyMaker
 from aseer.journal.ledger import Ledger

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from aseer.context import ContextManager
-from aseer.controller import Controller, Dispatch
+from aseer.controller import Controller
 from aseer.core.columns import Columns, columns_of
-from aseer.core.residency import KvResidency
+from aseer.core.commands import Dispatch
+from aseer.core.residency import NO_POOL, KvResidency
 from aseer.core.waiting import Waiting
 from aseer.policies import POLICIES
 from aseer.scheduler import Scheduler
 from aseer.types import (
-    NO_POOL,
     Assignment,
     ChunkEnd,
     ChunkProgress,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from aseer.config import PolicyName
-    from aseer.controller import Command
+    from aseer.core.commands import Command
     from aseer.types import Chunk
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aseer.controller import Controller, Dispatch
+from aseer.controller import Controller
 from aseer.core.columns import columns_of
+from aseer.core.commands import Dispatch
 from aseer.instance.messages import FROM_INSTANCE, Report
 from aseer.runtime.recorder import Recorder
 from aseer.types import ChunkProgress, GroupId, InstanceLoad, Task

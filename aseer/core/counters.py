@@ -59,6 +59,14 @@ class Counters:
         self.moves = Moves()
         self.node_moves = Moves()
 
+    def count_past(self, request: Request) -> None:
+        """A request has come, with what a journal had of it, which may be nothing."""
+        if request.state.is_finished:
+            self.num_replayed += 1
+            self.num_replayed_tokens += request.num_generated
+        else:
+            self.num_resumed_tokens += request.num_generated
+
     def count_finished(self, request: Request) -> None:
         """A request is over."""
         self.num_finished += 1

@@ -21,17 +21,43 @@ that hold more than it is worth.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aseer.core._native import DEFAULT_MOVE_PRICE, PrefixCaches
-from aseer.types import NO_POOL, NOWHERE, Holders
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from aseer.types import InstanceId, RequestId
 
-__all__ = ["DEFAULT_MOVE_PRICE", "KvResidency"]
+__all__ = ["DEFAULT_MOVE_PRICE", "NOWHERE", "NO_POOL", "Holders", "KvResidency"]
+
+NO_POOL = -1
+"""The pool of instances that have none."""
+
+
+class Holders(NamedTuple):
+    """Where a request's KV probably is.
+
+    Attributes:
+        tokens: by instance that holds some itself; of the pool's instances only those
+            that hold more than the pool is worth there.
+        num_pooled: what every other instance of the pool on the node that stored them
+            is taken to hold: the tokens in the pool, less the price of loading them.
+            0 = it has none.
+        num_far: the same for the pool's instances on other nodes.
+        node: number of the node that stored them.
+    """
+
+    tokens: Mapping[InstanceId, int]
+    num_pooled: int = 0
+    pool: int = NO_POOL
+    num_far: int = 0
+    node: int = 0
+
+
+NOWHERE = Holders({})
+"""No instance holds any."""
 
 # What `Holders(*fields)` does, in a third of the time: it is asked for each decision.
 _holders: Callable[[Iterable[object]], Holders] = partial(tuple.__new__, Holders)

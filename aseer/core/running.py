@@ -28,10 +28,10 @@ class RunningChunks:
         """It runs nothing yet."""
         self._instances[instance_id] = {}
 
-    def drop_instance(self, instance_id: InstanceId) -> list[ChunkId]:
-        """It is gone; the chunks that ran there."""
+    def drop_instance(self, instance_id: InstanceId) -> list[Request]:
+        """It is gone; the requests that ran there."""
         self._touched.add(instance_id)
-        return list(self._instances.pop(instance_id))
+        return list(self._instances.pop(instance_id).values())
 
     def on(self, instance_id: InstanceId) -> list[Request]:
         """The requests that run on an instance; none if it is gone."""

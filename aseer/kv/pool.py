@@ -19,12 +19,12 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from aseer.compat.versions import installed_packages, lmcache_obstacle
+from aseer.core.residency import NO_POOL
 from aseer.kv.guard import pool_cause
 from aseer.kv.messages import Free, PoolCounts, Prefetch
 from aseer.kv.process import ServerProcess, sum_counts
 from aseer.kv.room import node_memory
 from aseer.kv.settings import cache_salt, plan_pool, transfer_config
-from aseer.types import NO_POOL
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,7 +15,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from aseer.controller import Controller, Dispatch, Finished
+from aseer.controller import Controller
+from aseer.core.commands import Dispatch, Finished
 from aseer.core.outputs import Outputs
 from aseer.errors import ConfigError
 from aseer.policies import POLICIES, Policy
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from aseer.config import PolicyName
-    from aseer.controller import Command
+    from aseer.core.commands import Command
     from aseer.report import RolloutReport
     from aseer.sim.hardware import StepTime
     from aseer.sim.workload import Workload

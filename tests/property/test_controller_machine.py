@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from aseer.config import POLICY_NAMES
-from aseer.controller import Abort, Controller, Dispatch, Finished
+from aseer.controller import Controller
+from aseer.core.commands import Abort, Dispatch, Finished
 from aseer.policies import POLICIES
 from aseer.types import ChunkId, GroupId, InstanceId
 from tests.unit.builders import info_of, report_of, task_of
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from aseer.config import PolicyName
-    from aseer.controller import Command
+    from aseer.core.commands import Command
     from aseer.types import Chunk, ChunkProgress, InstanceInfo, Response, Task
 
 NUM_INSTANCES = 3
@@ -203,7 +204,7 @@ class ControllerMachine(RuleBasedStateMachine):
         if hasattr(self, "controller"):
             counts = Counter(r.chunk.instance_id for r in self.running.values())
             for i in range(NUM_INSTANCES):
-                assert self.controller.num_running(InstanceId(i)) == counts[i]
+                assert self.controller.running.num_on(InstanceId(i)) == counts[i]
 
     @invariant()
     def something_runs_if_anything_can(self) -> None:
@@ -227,7 +228,7 @@ class ControllerMachine(RuleBasedStateMachine):
                 for r in self.controller.buffer.requests()
                 if r.chunk is not None
             ]
-            found = self.controller.longest_running()
+            found = self.controller.buffer.longest_running()
             assert max(running, default=None) == (found[1] if found else None)
 
     @invariant()

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aseer.controller import Abort, Dispatch, Finished
 from aseer.core.columns import columns_of
+from aseer.core.commands import Abort, Dispatch, Finished
 from aseer.core.outputs import Outputs
 from aseer.instance.base import InstanceSpec
 from aseer.instance.main import Instance
@@ -34,7 +34,7 @@ from aseer.types import ChunkEnd, ChunkId, ChunkProgress, InstanceId
 from tests.unit.builders import controller_of, task_of
 
 if TYPE_CHECKING:
-    from aseer.controller import Command
+    from aseer.core.commands import Command
     from aseer.instance.messages import FromInstance
 
 NUM_INSTANCES = 2
@@ -211,7 +211,7 @@ class Rollout:
         self._do(self._controller.progress(message.chunks, 0.0))
         self._controller.check_integrity()
         busy = message.load.num_running + message.load.num_waiting
-        is_idle = not busy and self._controller.num_running(InstanceId(i))
+        is_idle = not busy and self._controller.running.num_on(InstanceId(i))
         self._num_idle[i] = self._num_idle[i] + 1 if is_idle else 0
         if self._num_idle[i] == NUM_IDLE:
             self._wanted.put_nowait(i)

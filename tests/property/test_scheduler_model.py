@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from aseer.core.residency import Holders
 from aseer.core.waiting import MAX_PASSED, Waiting
 from aseer.policies import POLICIES
 from aseer.scheduler import (
@@ -21,7 +22,6 @@ from aseer.scheduler import (
 from aseer.types import (
     Assignment,
     GroupId,
-    Holders,
     InstanceId,
     InstanceInfo,
     KvGroup,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any
 
-from aseer.controller import Abort, Controller, Dispatch, Finished
+from aseer.controller import Controller
 from aseer.core.columns import columns_of
+from aseer.core.commands import Abort, Dispatch, Finished
+from aseer.core.residency import NOWHERE, Holders
 from aseer.core.waiting import Waiting
 from aseer.types import (
-    NOWHERE,
     ChunkEnd,
     ChunkId,
     ChunkProgress,
     GroupId,
-    Holders,
     InstanceId,
     InstanceInfo,
     KvGroup,
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from aseer.buffer import Outcome, RequestBuffer
-    from aseer.controller import Command
     from aseer.core.columns import Columns
+    from aseer.core.commands import Command
     from aseer.types import Chunk, Response
 
 BLOCK = 4

@@ -28,7 +28,8 @@ from tests.unit.builders import (
 )
 
 if TYPE_CHECKING:
-    from aseer.controller import Command, Controller
+    from aseer.controller import Controller
+    from aseer.core.commands import Command
     from aseer.core.waiting import Waiting
     from aseer.types import Response
 
@@ -150,7 +151,7 @@ def test_chunks_and_reservations_are_given_back_at_the_end() -> None:
         [report_of(c.chunk_id, end="stop") for c in chunks_in(commands)], 1
     )
     assert (fleet.num_running(A), fleet.num_free_blocks(A)) == (0, 10)
-    assert controller.num_running(A) == 0
+    assert controller.running.num_on(A) == 0
     controller.check_integrity()
 
 
@@ -158,7 +159,7 @@ def test_progress_without_an_end_decides_nothing() -> None:
     controller = with_instances(3)
     (chunk,) = chunks_in(controller.add_groups([task_of()], 0.0))
     assert controller.progress([report_of(chunk.chunk_id, [1, 2])], 1.0) == []
-    assert controller.longest_running() == ("g/0", 2)
+    assert controller.buffer.longest_running() == ("g/0", 2)
 
 
 def test_who_is_next_is_known_of_those_that_ran_before() -> None:
@@ -527,7 +528,7 @@ def test_an_instance_that_is_up_already_changes_nothing() -> None:
     controller.add_groups([task_of()], 0.0)
     with pytest.raises(ValueError, match="up already"):
         controller.instance_up(info_of(0), 1.0)
-    assert controller.num_running(A) == 1
+    assert controller.running.num_on(A) == 1
     controller.check_integrity()
 
 

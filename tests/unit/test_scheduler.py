@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aseer.core.residency import NOWHERE, Holders
 from aseer.policies import POLICIES
 from aseer.scheduler import (
     RECOMPUTE_TOKENS_PER_REQUEST,
@@ -14,7 +15,7 @@ from aseer.scheduler import (
     chunk_tokens,
     place_by_affinity,
 )
-from aseer.types import NOWHERE, GroupId, Holders, InstanceId
+from aseer.types import GroupId, InstanceId
 from tests.unit.builders import info_of, no_kv, waiting_of
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from aseer.controller import Controller, Dispatch, Finished
+from aseer.controller import Controller
+from aseer.core.commands import Dispatch, Finished
 from aseer.types import ChunkEnd, ChunkProgress, GroupId, InstanceId, InstanceInfo, Task
 
 NUM_INSTANCES = 2

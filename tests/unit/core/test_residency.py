@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from aseer.core.residency import KvResidency
-from aseer.types import NO_POOL, NOWHERE, Holders, InstanceId, RequestId
+from aseer.core.residency import NO_POOL, NOWHERE, Holders, KvResidency
+from aseer.types import InstanceId, RequestId
 
 A, B = InstanceId(0), InstanceId(1)
 X, Y, Z = RequestId("x"), RequestId("y"), RequestId("z")

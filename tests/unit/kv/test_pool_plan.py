@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from aseer.config import EngineConfig, KvPoolConfig
+from aseer.config import EngineConfig
+from aseer.core.residency import NO_POOL
 from aseer.errors import ConfigError
+from aseer.inputs.kv_pool import KvPoolConfig
 from aseer.kv.messages import PoolCounts
 from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.kv.settings import PoolPlan
 from aseer.node.machine import Launch
 from aseer.runtime.causes import start_error
-from aseer.types import NO_POOL
 from tests.unit.builders import info_of
 
 

@@ -277,7 +277,7 @@ async def shower_a_pool() -> None:
     assert lost == []
     assert grown < MAX_GROWTH
     controller.check_integrity()
-    assert controller.num_running(InstanceId(0)) > 0, "reports reached its chunks"
+    assert controller.running.num_on(InstanceId(0)) > 0, "reports reached its chunks"
     assert controller.counters.num_output_tokens > 0
     assert slot.asked == {}
     assert len(pool._slots._by_identity) == 1
