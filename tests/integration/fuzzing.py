@@ -146,9 +146,9 @@ class Sending(NamedTuple):
 
 
 async def send_nonsense(sending: Sending, num: int, seed: int) -> None:
-    """Send so many frames, or pieces of bytes."""
+    """Send so many frames, or pieces of bytes, in a thread of its own."""
     if sending.has_key:
-        await _send_frames(sending, num, seed)
+        await asyncio.to_thread(asyncio.run, _send_frames(sending, num, seed))
     else:
         port = int(sending.address.rpartition(":")[2])
         await asyncio.to_thread(_send_bytes, port, num, seed)
@@ -174,23 +174,27 @@ async def _send_frames(sending: Sending, num: int, seed: int) -> None:
     messages: list[Any] = _FROM_NEIGHBOUR if sending.is_node else _FROM_NODE  # type: ignore[assignment]
     frames_of = _for_a_node if sending.is_node else _for_a_controller
     nonsense = Nonsense(seed, messages)
-    for _ in range(0, num, FRAMES_A_CONNECTION):
+    num_sent = 0
+    while num_sent < num:
         with suppress(AseerError):
             identity = b"a" + secrets.token_bytes(8)
             async with connect_tcp(sending.address, identity, FRAME, keys) as dealer:
                 for frame in frames_of(nonsense):
                     await dealer.send(frame)
+                    num_sent += 1
 
 
 def _send_bytes(port: int, num: int, seed: int) -> None:
     rng = random.Random(seed)
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE" + bytes(15 + 1 + 31)
-    for _ in range(0, num, FRAMES_A_CONNECTION):
+    num_sent = 0
+    while num_sent < num:
         with (
-            suppress(OSError),
+            suppress(OSError),  # mostly the connection is ended soon
             socket.create_connection(("127.0.0.1", port), timeout=5) as stranger,
         ):
             if rng.random() < 0.7:
                 stranger.sendall(greeting[: rng.choice([10, 64, 64])])
             for _ in range(FRAMES_A_CONNECTION):
                 stranger.sendall(rng.randbytes(rng.choice([1, 2, 9, 100])))
+                num_sent += 1
