@@ -19,8 +19,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from stat import S_ISREG
+from typing import TYPE_CHECKING
 
 from aseer.node.forks import forget, keep_from_forks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 from aseer.watch import WakingClock
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -82,15 +86,23 @@ def remove_folder(folder: Path) -> None:
     held = [file for path in _entries(folder) if (file := _held_if_large(path)) >= 0]
     shutil.rmtree(folder, ignore_errors=True)
     if held:
-        thread = threading.Thread(
-            target=_let_go, args=(held,), name="aseer-free", daemon=True
-        )
-        _freeing.add(thread)
-        try:
-            thread.start()
-        except RuntimeError:  # none can be had
-            _freeing.discard(thread)
-            _let_go(held)
+        free_later(lambda: _close(held))
+
+
+def free_later(free: Callable[[], object]) -> None:
+    """Have a thread give memory back; `wait_until_freed` waits for it."""
+
+    def run() -> None:
+        free()
+        _freeing.discard(threading.current_thread())
+
+    thread = threading.Thread(target=run, name="aseer-free", daemon=True)
+    _freeing.add(thread)
+    try:
+        thread.start()
+    except RuntimeError:  # none can be had
+        _freeing.discard(thread)
+        free()
 
 
 def wait_until_freed() -> None:
@@ -110,13 +122,12 @@ def _held_if_large(path: Path) -> int:
         return -1
 
 
-def _let_go(files: list[int]) -> None:
+def _close(files: list[int]) -> None:
     """Close files, each the last of its names; a fork must not keep them meanwhile."""
     kept = [keep_from_forks(file) for file in files]
     for file, entry in zip(files, kept, strict=True):
         os.close(file)
         forget(entry)
-    _freeing.discard(threading.current_thread())
 
 
 def _members(group: int) -> set[int]:

@@ -160,6 +160,7 @@ class Host:
         finally:
             self._claims.close(self._thread.closed_error)
             self.weights.give_up("the engine was closed")
+            self.weights.close()
             if self.cluster is not None:
                 self.cluster.lose_all("the engine was closed")
             await self._pool.stop(0)

@@ -74,8 +74,8 @@ def update_steps(
     try:
         started = time.monotonic()
         index: Index = yield Either(
-            lambda: send(source, plan.model, plan.directory),
-            lambda: send_async(source, plan.model, plan.directory),
+            lambda: send(source, plan.model, plan.directory, plan.mappings),
+            lambda: send_async(source, plan.model, plan.directory, plan.mappings),
         )
         send_s = time.monotonic() - started
     except BaseException as error:

@@ -20,11 +20,17 @@ import msgspec
 from aseer.errors import EngineError, InstanceLostError, WeightUpdateError, describe
 from aseer.inputs.plain import as_int
 from aseer.node.children import in_thread
-from aseer.node.cleanup import remove_folder, wait_until_freed, weights_dir_for
+from aseer.node.cleanup import (
+    free_later,
+    remove_folder,
+    wait_until_freed,
+    weights_dir_for,
+)
 from aseer.node.machine import free_memory_bytes
 from aseer.weights.checks import ModelSpec
 from aseer.weights.current import CurrentWeights, TrainersWeights
 from aseer.weights.files import INDEX, make_directory
+from aseer.weights.mappings import Mappings
 from aseer.weights.update import (
     Commit,
     Decide,
@@ -75,12 +81,17 @@ def weights_dir_of(config: EngineConfig, run_dir: Path) -> Path:
 
 
 class Plan(NamedTuple):
-    """An update that was begun: what its sender needs to know, and its claim."""
+    """An update that was begun: what its sender needs to know, and its claim.
+
+    Attributes:
+        mappings: of files that updates are written into, for a sender of this process.
+    """
 
     version: int
     directory: Path
     model: ModelSpec
     claim: Claim
+    mappings: Mappings | None = None
 
 
 class SwitchTimes(NamedTuple):
@@ -97,6 +108,7 @@ class WeightKeeper:
         """`directory` is for what engines map, a folder an update."""
         self._directory = directory
         self._spare = directory / _SPARE
+        self._mappings = Mappings()
         self.version = 0
         self.lacks_whole = False
         """Whether instances dropped their weights, and had no others since."""
@@ -149,11 +161,12 @@ class WeightKeeper:
         make_directory(directory)
         with suppress(OSError):  # there is none: the sender makes a file of its own
             self._spare.rename(directory / DATA)
-        return Plan(wanted, directory, model, claim)
+        return Plan(wanted, directory, model, claim, self._mappings)
 
     def abandon(self, plan: Plan) -> None:
         """Give an update up that was only begun."""
         remove_folder(plan.directory)
+        self._drop_mappings()
         plan.claim.release()
 
     async def switch(
@@ -193,6 +206,7 @@ class WeightKeeper:
             for path in (old.paths | {index}) - kept.paths:
                 # All instances have loaded newer ones, if these were ever loaded.
                 self._drop_files(pool, path)
+            self._drop_mappings()
 
     def settle(self, plan: Plan, pool: InstancePool, update: DirectUpdate) -> None:
         """All instances of a direct update have its weights; others have older ones."""
@@ -208,6 +222,7 @@ class WeightKeeper:
             self._drop_files(pool, path)
         self._spare.unlink(missing_ok=True)
         remove_folder(plan.directory)
+        self._drop_mappings()
 
     def failed(self, plan: Plan, pool: InstancePool) -> str:
         """A direct update ended without new weights; what the engine has, in words."""
@@ -232,6 +247,17 @@ class WeightKeeper:
             if _is_ample(written.stat().st_size, self._directory):
                 written.rename(self._spare)
         remove_folder(written.parent)
+
+    def _drop_mappings(self) -> None:
+        """Let go of files that are in none of the updates' folders any more."""
+        left = [self._spare, *self._directory.glob(f"*/{DATA}")]
+        dropped = self._mappings.taken_but(left)
+        if dropped:
+            free_later(dropped.clear)
+
+    def close(self) -> None:
+        """Let go of all files; the engine is over."""
+        free_later(self._mappings.taken_but(()).clear)
 
     def instance_up(self, instance_id: InstanceId) -> None:
         """It has the weights that are current at this moment."""

@@ -1,9 +1,8 @@
 """Bytes of tensors into a file in memory, at the pace of that memory.
 
 One thread alone writes a file in /dev/shm at a fraction of what memory can do, so large
-tensors are written in blocks, by several, which also look for NaN while a block is in
-their cache. What the system takes longest for is to give a file its pages, so a file
-that has them from an earlier update is written again.
+tensors are written in blocks, by several, which also look for NaN while a piece is in
+their cache. Where the file is mapped (`aseer.weights.mappings`), that is a plain copy.
 
 What comes from a GPU goes through a ring of page-locked buffers: while some are
 written, the next is copied, and nobody waits for a tensor. Copies are made in the order
@@ -22,17 +21,13 @@ if TYPE_CHECKING:
 
 # Small beside a model, and so large that handing a block to a thread costs nothing.
 BLOCK_BYTES = 8 << 20
-# What is looked at and then copied from there: it stays in a core's own cache.
-_PIECE_BYTES = 256 << 10
+# What is looked at and then copied from there: it stays in a core's own cache, and a
+# step of Python for each is nothing beside it.
+_PIECE_BYTES = 2 << 20
 # As many as it takes to write as fast as memory is.
 _MAX_THREADS = 8
-# Of floats as unsigned integers: the type, all bits but the sign, and the least of them
-# that is infinite or NaN.
-_FLOATS = {
-    "F32": ("uint32", 0x7FFFFFFF, 0x7F800000),
-    "BF16": ("uint16", 0x7FFF, 0x7F80),
-    "F16": ("uint16", 0x7FFF, 0x7C00),
-}
+# Bytes of a float, and its least bits that are infinite or NaN, without the sign.
+_FLOATS = {"F32": (4, 0x7F800000), "BF16": (2, 0x7F80), "F16": (2, 0x7C00)}
 
 
 class _Staged(NamedTuple):
@@ -48,6 +43,7 @@ class BlockWriter:
     def __init__(
         self,
         descriptor: int,
+        mapped: Any = None,
         *,
         make_buffer: Callable[[int], Any] | None = None,
         mark: Callable[[Any], Any] | None = None,
@@ -55,11 +51,14 @@ class BlockWriter:
         """Begin; threads are made when they are needed.
 
         Args:
+            mapped: the bytes that the file has already, as an array (uint8) that is
+                the file; what goes beyond them is written as files are.
             make_buffer: page-locked memory of so many bytes, as a tensor.
             mark: of a device: what has a `synchronize` that waits until it has done
                 all that it was given so far.
         """
         self._descriptor = descriptor
+        self._mapped: Any = b"" if mapped is None else mapped
         self._num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
         self._threads = ThreadPoolExecutor(self._num_threads, "aseer-weights")
         self._make_buffer = make_buffer or _page_locked
@@ -82,7 +81,20 @@ class BlockWriter:
         if flat.device.type == "cuda":
             self._stage(flat, offset)
             return True
-        return self._write_blocks(flat.to("cpu").numpy(), offset, dtype)
+        data = flat.to("cpu").numpy()
+        if len(data) <= BLOCK_BYTES:
+            return self._write(data, offset, dtype)
+        writing = self._begin_blocks(data, offset, dtype)
+        wait(writing)  # all of them: they read what the caller may change
+        return all(each.result() for each in writing)
+
+    def begin(self, values: Any, offset: int, dtype: str) -> list[Future[bool]]:
+        """As `put`, of a CPU's tensor, but values must not change until it is written.
+
+        Returns:
+            Of each part of it whether it is finite, or the OSError, once it is written.
+        """
+        return self._begin_blocks(bytes_of(values).numpy(), offset, dtype)
 
     def finish(self) -> None:
         """Wait until all that was put is in the file.
@@ -99,17 +111,13 @@ class BlockWriter:
         self._threads.shutdown()
         self._ring = []
 
-    def _write_blocks(self, data: Any, offset: int, dtype: str) -> bool:
-        if len(data) <= BLOCK_BYTES:
-            return self._write(data, offset, dtype)
-        writing = [
+    def _begin_blocks(self, data: Any, offset: int, dtype: str) -> list[Future[bool]]:
+        return [
             self._threads.submit(
                 self._write, data[start : start + BLOCK_BYTES], offset + start, dtype
             )
             for start in range(0, len(data), BLOCK_BYTES)
         ]
-        wait(writing)  # all of them: they read what the caller may change
-        return all(each.result() for each in writing)
 
     def _stage(self, flat: Any, offset: int) -> None:
         """Have a GPU's values copied, and then written."""
@@ -143,20 +151,30 @@ class BlockWriter:
 
     def _write(self, data: Any, offset: int, dtype: str) -> bool:
         """Write bytes; whether they are finite, if they are floats."""
-        import numpy as np
-
-        kind, bits, least = _FLOATS.get(dtype, ("uint8", 0, 1))
-        scratch = np.empty(_PIECE_BYTES // np.dtype(kind).itemsize, kind)
+        num_bytes, least = _FLOATS.get(dtype, (0, 0))
         is_finite = True
         for start in range(0, len(data), _PIECE_BYTES):
-            piece = data[start : start + _PIECE_BYTES]
-            if bits:
-                numbers = piece.view(kind)
-                found = scratch[: len(numbers)]
-                np.bitwise_and(numbers, bits, out=found)
-                is_finite &= int(found.max()) < least
-            _write_all(self._descriptor, memoryview(piece), offset + start)
+            piece, place = data[start : start + _PIECE_BYTES], offset + start
+            if num_bytes:
+                is_finite &= _is_finite(piece, num_bytes, least)
+            if place + len(piece) <= len(self._mapped):
+                self._mapped[place : place + len(piece)] = piece
+            else:
+                _write_all(self._descriptor, memoryview(piece), place)
         return is_finite
+
+
+def _is_finite(piece: Any, num_bytes: int, least: int) -> bool:
+    """Whether no float of a piece is infinite or NaN.
+
+    As integers with a sign the greatest is the greatest float above zero, as integers
+    without one the greatest is the least float below zero, if there are any.
+    """
+    sign = 1 << (8 * num_bytes - 1)
+    return (
+        int(piece.view(f"i{num_bytes}").max()) < least
+        and int(piece.view(f"u{num_bytes}").max()) < sign + least
+    )
 
 
 def bytes_of(values: Any) -> Any:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from aseer.weights.checks import ModelSpec
     from aseer.weights.files import Tensor
+    from aseer.weights.mappings import Mappings
 
 # A directory, a state_dict, an nn.Module, or (name, tensor) pairs.
 WeightSource: TypeAlias = Any
@@ -89,32 +90,43 @@ def check_source(source: WeightSource, *, awaits: bool) -> None:
         raise WeightUpdateError(f"{_KINDS}, not a {type(source).__name__}")
 
 
-def send(source: WeightSource, model: ModelSpec, directory: Path) -> Index:
+def send(
+    source: WeightSource,
+    model: ModelSpec,
+    directory: Path,
+    mappings: Mappings | None = None,
+) -> Index:
     """Check a source's tensors, one at a time, and put them where engines map them.
 
     Args:
         source: that `check_source` took.
         directory: there already, for the index and the tensors.
+        mappings: see `TensorWriter`.
     Raises:
         WeightUpdateError: a tensor is not what the model takes, or there is no room.
     """
     sent = None
-    for step in _steps(source, model, directory):
+    for step in _steps(source, model, directory, mappings):
         sent = step
     assert sent is not None
     return sent
 
 
-async def send_async(source: WeightSource, model: ModelSpec, directory: Path) -> Index:
+async def send_async(
+    source: WeightSource,
+    model: ModelSpec,
+    directory: Path,
+    mappings: Mappings | None = None,
+) -> Index:
     """As `send`; other tasks of the event loop run between two tensors.
 
     Raises:
         WeightUpdateError: as there.
     """
     if isinstance(source, AsyncIterable):
-        return await _write_async(source, model, directory)
+        return await _write_async(source, model, directory, mappings)
     sent = None
-    for step in _steps(source, model, directory):
+    for step in _steps(source, model, directory, mappings):
         sent = step
         await asyncio.sleep(0)
     assert sent is not None
@@ -122,7 +134,7 @@ async def send_async(source: WeightSource, model: ModelSpec, directory: Path) ->
 
 
 def _steps(
-    source: WeightSource, model: ModelSpec, directory: Path
+    source: WeightSource, model: ModelSpec, directory: Path, mappings: Mappings | None
 ) -> Iterator[Index | None]:
     """Send, a step a tensor; what was sent comes with the last one."""
     if isinstance(source, str | os.PathLike):
@@ -132,8 +144,9 @@ def _steps(
     if has_adapters(source) and model.max_lora_rank:
         yield send_adapters(source, model, directory)
         return
-    with TensorWriter(model, directory) as writer:
-        pairs = _pairs_of(source)
+    pairs = _pairs_of(source)
+    stays = isinstance(pairs, Mapping)
+    with TensorWriter(model, directory, mappings, tensors_stay=stays) as writer:
         shared: frozenset[str] = frozenset()
         if isinstance(pairs, Mapping):
             shared = shared_names(pairs, model)
@@ -151,10 +164,13 @@ def _steps(
 
 
 async def _write_async(
-    source: AsyncIterable[object], model: ModelSpec, directory: Path
+    source: AsyncIterable[object],
+    model: ModelSpec,
+    directory: Path,
+    mappings: Mappings | None,
 ) -> Index:
     async with AsyncExitStack() as stack:
-        writer = stack.enter_context(TensorWriter(model, directory))
+        writer = stack.enter_context(TensorWriter(model, directory, mappings))
         if isinstance(source, AsyncGenerator):
             # Its own clean-up is over before the caller learns how this ended.
             await stack.enter_async_context(aclosing(source))

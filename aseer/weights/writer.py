@@ -7,8 +7,9 @@ no room for the weights, that is said before any is written.
 from __future__ import annotations
 
 import os
+from collections import deque
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from aseer.errors import WeightUpdateError
 from aseer.weights.blocks import BlockWriter
@@ -26,25 +27,55 @@ from aseer.weights.finite import FiniteCheck, refuse_unless
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
     from io import FileIO
     from pathlib import Path
     from types import TracebackType
 
     from aseer.weights.checks import ModelSpec
+    from aseer.weights.mappings import Mappings
 
 DATA = "data"
 """Name of the file in an update's directory."""
 _ALIGNMENT = 64
+# Enough for all threads to have a block, and little beside a model: what is begun is
+# held, and may be a copy in another dtype.
+_MAX_BEGUN_BYTES = 64 << 20
+
+
+class _Writing(NamedTuple):
+    """A tensor that threads write; each of its parts is finite, or not."""
+
+    name: str
+    dtype: str
+    num_bytes: int
+    parts: list[Future[bool]]
 
 
 class TensorWriter:
     """Writes an update's tensors, as a context manager; `finish` ends it."""
 
-    def __init__(self, model: ModelSpec, directory: Path) -> None:
-        """`directory` is there already, for the index and the tensors."""
+    def __init__(
+        self,
+        model: ModelSpec,
+        directory: Path,
+        mappings: Mappings | None = None,
+        *,
+        tensors_stay: bool = False,
+    ) -> None:
+        """`directory` is there already, for the index and the tensors.
+
+        Args:
+            mappings: where those of files that are written again are kept.
+            tensors_stay: whether a tensor is not changed once it was given, so that
+                the next is begun while it is written.
+        """
         self._model = model
         self._check = WeightCheck(model)
         self._directory = directory
+        self._mappings = mappings
+        self._tensors_stay = tensors_stay
+        self._writing: deque[_Writing] = deque()
         self._path = directory / DATA
         self._finite = FiniteCheck()
         self._need, self._is_known = model.least_bytes, False
@@ -58,7 +89,9 @@ class TensorWriter:
             self._path.touch(mode=0o600)
             self._file = self._path.open("r+b", buffering=0)
             self._recycled = self._path.stat().st_size
-            self._blocks = BlockWriter(self._file.fileno())
+            descriptor = self._file.fileno()
+            mapped = self._mappings.of(descriptor) if self._mappings else None
+            self._blocks = BlockWriter(descriptor, mapped)
         except OSError as error:
             raise no_place(error) from error
         return self
@@ -105,7 +138,7 @@ class TensorWriter:
                 other = self._check.other_name(key, name)
                 check_equal(name, values, other, self._written(key))
                 return
-            is_finite = self._append(key, TensorSpec(dtype, spec.shape), values)
+            is_finite = self._append(name, key, TensorSpec(dtype, spec.shape), values)
         refuse_unless(is_finite, name, dtype)
 
     def finish(self) -> Index:
@@ -115,6 +148,7 @@ class TensorWriter:
             WeightUpdateError: one is missing, or has values that are not finite.
         """
         self._check.finish()
+        self._settle(0)
         self._finite.finish()
         index = Index(
             [str(self._path)],
@@ -132,22 +166,43 @@ class TensorWriter:
         index.write(self._directory / INDEX)
         return index
 
-    def _append(self, key: str, spec: TensorSpec, values: Any) -> bool:
-        """Write a tensor; whether it is finite, as far as that was looked at."""
+    def _append(self, name: str, key: str, spec: TensorSpec, values: Any) -> bool:
+        """Write a tensor; whether it is finite, as far as that was looked at so far."""
         offset = -(-self._offset // _ALIGNMENT) * _ALIGNMENT
         if not self._places and not self._is_known:
             wanted = self._model.tensors[key].dtype
             self.expect(self._model.bytes_if(wanted, spec.dtype), is_known=False)
-        try:
-            is_finite = self._blocks.put(values, offset, spec.dtype)
-        except OSError as error:
-            raise self._no_room(free_bytes(self._directory)) from error
         num_bytes = values.numel() * values.itemsize
+        is_finite = True
+        if self._tensors_stay and values.device.type == "cpu":
+            parts = self._blocks.begin(values, offset, spec.dtype)
+            self._writing.append(_Writing(name, spec.dtype, num_bytes, parts))
+            self._settle(_MAX_BEGUN_BYTES)
+        else:
+            try:
+                is_finite = self._blocks.put(values, offset, spec.dtype)
+            except OSError as error:
+                raise self._no_room(free_bytes(self._directory)) from error
         self._places[key] = Tensor(key, spec, 0, offset, num_bytes)
         self._offset = offset + num_bytes
         return is_finite
 
+    def _settle(self, num_bytes: int) -> None:
+        """Wait until no more than so many bytes of the tensors that stay are left.
+
+        Raises:
+            WeightUpdateError: one has values that are not finite, or there is no room.
+        """
+        while self._writing and sum(w.num_bytes for w in self._writing) > num_bytes:
+            name, dtype, _, parts = self._writing.popleft()
+            try:
+                is_finite = all(part.result() for part in parts)
+            except OSError as error:
+                raise self._no_room(free_bytes(self._directory)) from error
+            refuse_unless(is_finite, name, dtype)
+
     def _written(self, key: str) -> Any:
+        self._settle(0)
         try:
             self._blocks.finish()
         except OSError as error:

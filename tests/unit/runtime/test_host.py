@@ -29,7 +29,7 @@ SLOW = {"step_s": 0.002}
 def sim(monkeypatch: pytest.MonkeyPatch) -> Sim:
     sim = Sim(monkeypatch)
 
-    async def send(source: object, model: object, directory: object) -> object:
+    async def send(source: object, *_: object) -> object:
         if isinstance(source, Exception):
             raise source
         return _Index()
