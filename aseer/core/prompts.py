@@ -18,7 +18,6 @@ made than is reserved, and at worst vLLM preempts.)
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,24 +26,57 @@ if TYPE_CHECKING:
     from aseer.types import GroupId, InstanceId, RequestId
 
 
-@dataclass(slots=True)
+# Bits of a chunk: it found the prompt, it has generated a token since it began.
+_FOUND, _BEGUN = 1, 2
+
+
 class _Prompt:
     """One group's prompt on one instance.
 
+    There is one for nearly every running request, so it is few objects: a dict from
+    strings to numbers is none that Python's collector of garbage looks at.
+
     Attributes:
-        begun: who has generated a token since its chunk began.
+        chunks: of the requests that run here, the two bits above.
         is_kept: the copy that is found is no running chunk's own.
     """
 
-    num_blocks: int
-    bringers: set[RequestId] = field(default_factory=set)
-    finders: set[RequestId] = field(default_factory=set)
-    begun: set[RequestId] = field(default_factory=set)
-    is_kept: bool = False
+    __slots__ = ("chunks", "is_kept", "num_begun", "num_blocks", "num_bringers")
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.chunks: dict[RequestId, int] = {}
+        self.num_bringers = self.num_begun = 0
+        self.is_kept = False
+
+    @property
+    def num_finders(self) -> int:
+        return len(self.chunks) - self.num_bringers
 
     @property
     def num_copies(self) -> int:
-        return len(self.bringers) + self.is_kept
+        return self.num_bringers + self.is_kept
+
+    def start(self, request_id: RequestId) -> bool:
+        """A chunk is placed; whether it finds the prompt."""
+        is_found = self.num_begun > 0
+        self.chunks[request_id] = _FOUND if is_found else 0
+        self.num_bringers += not is_found
+        return is_found
+
+    def begin(self, request_id: RequestId) -> None:
+        """A chunk has its first token."""
+        bits = self.chunks.get(request_id)
+        if bits is not None and not bits & _BEGUN:
+            self.chunks[request_id] = bits | _BEGUN
+            self.num_begun += 1
+
+    def end(self, request_id: RequestId) -> None:
+        """A chunk is over; one that is not here is none."""
+        bits = self.chunks.pop(request_id, None)
+        if bits is not None:
+            self.num_bringers -= not bits & _FOUND
+            self.num_begun -= bool(bits & _BEGUN)
 
 
 class SharedPrompts:
@@ -59,7 +91,7 @@ class SharedPrompts:
     def holders(self, group_id: GroupId) -> Iterator[InstanceId]:
         """Instances where the prompt is there for certain."""
         for instance_id, prompt in self._by_group.get(group_id, {}).items():
-            if prompt.begun:
+            if prompt.num_begun:
                 yield instance_id
 
     def start(
@@ -82,9 +114,7 @@ class SharedPrompts:
         if prompt is None:
             prompt = here[instance_id] = _Prompt(num_blocks)
             self._by_instance[instance_id][group_id] = prompt
-        is_found = bool(prompt.begun)
-        (prompt.finders if is_found else prompt.bringers).add(request_id)
-        return is_found
+        return prompt.start(request_id)
 
     def begin(
         self, group_id: GroupId, instance_id: InstanceId, request_id: RequestId
@@ -92,7 +122,7 @@ class SharedPrompts:
         """A chunk has its first token: the prompt can be found now."""
         prompt = self._by_group.get(group_id, {}).get(instance_id)
         if prompt is not None:
-            prompt.begun.add(request_id)
+            prompt.begin(request_id)
 
     def end(
         self, group_id: GroupId, instance_id: InstanceId, request_id: RequestId
@@ -102,12 +132,11 @@ class SharedPrompts:
         if prompt is None:
             return 0
         num_before = prompt.num_copies
-        for members in (prompt.bringers, prompt.finders, prompt.begun):
-            members.discard(request_id)
-        is_orphan = prompt.num_copies < num_before and bool(prompt.finders)
-        prompt.is_kept = bool(prompt.finders) and (prompt.is_kept or is_orphan)
+        prompt.end(request_id)
+        is_orphan = prompt.num_copies < num_before and prompt.num_finders > 0
+        prompt.is_kept = prompt.num_finders > 0 and (prompt.is_kept or is_orphan)
         num_freed = num_before - prompt.num_copies
-        if not (prompt.bringers or prompt.finders):
+        if not prompt.chunks:
             del self._by_instance[instance_id][group_id]
             self._forget(group_id, instance_id)
         return num_freed * prompt.num_blocks
