@@ -17,9 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from aseer.cli.family import family_notes
+from aseer.cli.family import model_checks
 from aseer.cli.findings import Check, Finding, fail, ok, warn
-from aseer.cli.fit import check_fit, check_room
+from aseer.cli.fit import check_fit
 from aseer.cli.probes import (
     KV_POOL,
     PLATFORM,
@@ -42,7 +42,6 @@ from aseer.compat.versions import (
 from aseer.config import EngineConfig
 from aseer.errors import AseerError, ConfigError
 from aseer.groups import Group
-from aseer.models.traits import read_traits
 from aseer.node.machine import this_machine
 from aseer.runtime.engine import Engine
 from aseer.sampling import SamplingParams
@@ -83,8 +82,7 @@ def all_checks(
         Check(name="drafts", run=check_drafts, needs=("platform",)),
     ]
     if model is not None:
-        checks.append(Check(name="model", run=lambda: check_model(model)))
-        checks.append(Check(name="room", run=lambda: check_room(model)))
+        checks += model_checks(model)
     if with_engine:
         checks.append(
             Check(name="engine", run=lambda: check_engine(tiny), needs=("platform",))
@@ -234,24 +232,6 @@ def check_kv_pool() -> Finding:
             advice or "see what `python -c 'import aseer.kv.connector'` says",
         )
     return ok(f"LMCache {lmcache}")
-
-
-def check_model(model: str) -> Finding:
-    """What is done for a model's family."""
-    try:
-        traits = read_traits(model)
-    except ConfigError as error:
-        what, _, advice = str(error).partition("; ")
-        return warn(what, advice)
-    if traits is None:
-        return warn(
-            f"{model} has no config.json that can be read",
-            "give a model's directory, or the name of one that was downloaded",
-        )
-    found = installed_vllm()
-    on_cpu = found is not None and is_cpu_build(*found)
-    detail, advice = family_notes(traits, on_cpu=on_cpu)
-    return warn(detail, advice) if advice else ok(detail)
 
 
 def check_gpus() -> Finding:

@@ -63,6 +63,22 @@ if sys.argv[1] == "gpu":
 import aseer.kv.connector
 print(json.dumps({}))
 """
+ARCHITECTURES = """
+import json
+from vllm import ModelRegistry
+print(json.dumps({"names": sorted(ModelRegistry.get_supported_archs())}))
+"""
+PROCESSOR = """
+import json, sys
+from transformers import AutoProcessor
+try:
+    processor = AutoProcessor.from_pretrained(sys.argv[1])
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(224, 224)])
+except Exception as error:  # some are many lines long, of which the first says what
+    name, text = type(error).__name__, str(error).strip()
+    sys.exit(f"{name}: {text.splitlines()[0].partition('. ')[0] if text else 'it says no more'}")
+print(json.dumps({"num_tokens": int(counted["num_image_tokens"][0])}))
+"""
 _PROBE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",

@@ -42,7 +42,7 @@ _OWN: Mapping[str, str] = {
 
 _OTHER_LAYOUT = (
     "an engine's GPUs are counted as gpus_per_instance, all of them tensor parallel: "
-    "leave it out"
+    "leave it out, and set gpus_per_instance to all the GPUs that an engine shall have"
 )
 _OTHER_REPLICAS = (
     "its ranks are schedulers with a KV cache each, of which aseer would see one, so "

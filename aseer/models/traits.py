@@ -90,10 +90,15 @@ class ModelTraits:
         return f"{self.model_type}: {' and '.join(kinds)}"
 
 
+def text_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of what reads and writes text, where a model has other parts."""
+    nested = (config.get(name) for name in _TEXT_SETTINGS)
+    return next((n for n in nested if isinstance(n, dict)), config)
+
+
 def traits_of(config: Mapping[str, Any]) -> ModelTraits:
     """What the settings of a `config.json` say."""
-    nested = (config.get(name) for name in _TEXT_SETTINGS)
-    text: Mapping[str, Any] = next((n for n in nested if isinstance(n, dict)), config)
+    text = text_settings(config)
     model_type = text.get("model_type") or config.get("model_type") or "unknown"
     kinds = _kinds_of(text, str(model_type))
     return ModelTraits(

@@ -98,7 +98,7 @@ def test_an_engine_argument_that_is_ours_is_refused_with_what_to_use(
 @pytest.mark.parametrize(
     ("args", "advice"),
     [
-        ({"pipeline_parallel_size": 2}, "gpus_per_instance, all of them tensor"),
+        ({"pipeline_parallel_size": 2}, "set gpus_per_instance to all"),
         ({"decode_context_parallel_size": 2}, "gpus_per_instance"),
         ({"prefill_context_parallel_size": 2}, "gpus_per_instance"),
         ({"data_parallel_size": 2}, "set num_instances"),

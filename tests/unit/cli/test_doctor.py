@@ -5,19 +5,18 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
 
-from aseer.cli import checks, doctor, fit
+from aseer.cli import checks, doctor, family, fit
 from aseer.cli.checks import ProbeError
 from aseer.cli.family import family_notes
 from aseer.cli.findings import Check, Finding
 from aseer.cli.main import build_parser
 from aseer.compat.check import Report
 from aseer.errors import ConfigError
-from aseer.models.traits import traits_of
 from aseer.node.machine import Machine
 
 if TYPE_CHECKING:
@@ -256,28 +255,72 @@ def test_a_probe_that_hangs_is_ended() -> None:
         checks.probe("import time; time.sleep(60)", timeout_s=0.3)
 
 
-def test_a_models_family_is_looked_at_when_it_is_named(tmp_path: Path) -> None:
+def test_a_model_is_looked_at_when_it_is_named(tmp_path: Path) -> None:
     names = [c.name for c in checks.all_checks(tmp_path, with_engine=False)]
     named = checks.all_checks(tmp_path, with_engine=False, model=str(tmp_path))
-    assert [c.name for c in named] == [*names, "model", "room"]
-    assert checks.check_model(str(tmp_path)).status == "warn", "there is none"
+    of_model = ["model", "architecture", "images", "room"]
+    assert [c.name for c in named] == [*names, *of_model]
+    assert family.check_model(str(tmp_path)).status == "fail", "there is none"
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert checks.check_model(str(tmp_path)).detail.startswith("llama: full attention")
+    assert family.check_model(str(tmp_path)).detail.startswith("llama: full attention")
 
 
 def test_what_is_done_for_a_family_is_said() -> None:
-    gemma = traits_of({"model_type": "gemma2", "sliding_window": 64})
+    gemma = {"model_type": "gemma2", "sliding_window": 64}
     detail, advice = family_notes(gemma, on_cpu=True)
     assert "reserved for each kind of layer" in detail
+    assert "no test" not in detail
     assert "LMCache serves models of full attention alone" in advice
-    latent = traits_of({"kv_lora_rank": 512, "qk_rope_head_dim": 64})
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_routed_experts": 8}
     detail, advice = family_notes(latent, on_cpu=True)
+    assert "no test with this family" in detail
     assert "rotations are computed by torch" in detail
+    assert "experts can be spread" in detail
     assert "can be in a pool" in detail
     assert advice == ""
     assert "torch" not in family_notes(latent, on_cpu=False)[0]
-    states = traits_of({"model_type": "jamba", "mamba_d_state": 16})
-    assert "drafted token" in family_notes(states, on_cpu=False)[0]
+    states = {"model_type": "qwen3_next", "full_attention_interval": 4}
+    detail, advice = family_notes(states, on_cpu=True)
+    assert "drafted token" in detail
+    assert 'dtype="bfloat16"' in advice
+    assert "bfloat16" not in family_notes(states, on_cpu=False)[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "text"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "ok", "LlamaForCausalLM"),
+        ({"architectures": ["Novel"]}, "warn", "no class for Novel"),
+        ({}, "warn", "names none"),
+    ],
+)
+def test_a_class_that_vllm_lacks_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    status: Status,
+    text: str,
+) -> None:
+    monkeypatch.setattr(family, "probe", lambda _: {"names": ["LlamaForCausalLM"]})
+    finding = family.check_architecture(settings)
+    assert finding.status == status
+    assert text in finding.detail
+
+
+def test_images_need_a_processor_that_counts_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeing = {"vision_config": {}}
+    assert "takes none" in family.check_images("any", {}).detail
+    monkeypatch.setattr(family, "probe", lambda *_: {"num_tokens": 64})
+    assert "take 64 tokens" in family.check_images("any", seeing).detail
+
+    def fails(*_: str) -> dict[str, Any]:
+        raise ProbeError("ImportError: no torchvision")
+
+    monkeypatch.setattr(family, "probe", fails)
+    finding = family.check_images("any", seeing)
+    assert finding.status == "warn"
+    assert "no torchvision" in finding.detail
 
 
 @pytest.mark.parametrize(
