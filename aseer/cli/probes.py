@@ -75,8 +75,8 @@ try:
     processor = AutoProcessor.from_pretrained(sys.argv[1])
     counted = processor._get_num_multimodal_tokens(image_sizes=[(224, 224)])
 except Exception as error:  # some are many lines long, of which the first says what
-    name, text = type(error).__name__, str(error).strip()
-    sys.exit(f"{name}: {text.splitlines()[0].partition('. ')[0] if text else 'it says no more'}")
+    lines = str(error).strip().splitlines() or ["it says no more"]
+    sys.exit(f"{type(error).__name__}: {lines[0].partition('. ')[0]}")
 print(json.dumps({"num_tokens": int(counted["num_image_tokens"][0])}))
 """
 _PROBE_ENV = {

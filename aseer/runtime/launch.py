@@ -38,6 +38,7 @@ _MAX_CPU_INSTANCES = 2
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, MAX_LORA_RANK)  # those vLLM has
 _EXTENSION_ARG = "worker_extension_cls"
 _EXECUTOR_ARG = "distributed_executor_backend"
+_EXPERTS_ARG = "enable_expert_parallel"
 _ROTARY_OP = "rotary_embedding"
 _DRAFTER = "aseer.dgds.proposer.GroupDrafter"
 
@@ -173,6 +174,7 @@ def _plan_cores(
         defaults["dtype"] = "float32"
     args = _engine_args(config) | defaults
     args |= _users_args(config)
+    check_experts(config)
     if traits is not None and traits.rotates_slices:
         args["compilation_config"] = _without_rotary_kernel(
             args.get("compilation_config")
@@ -187,6 +189,20 @@ def _plan_cores(
             launch = replace(launch, cores=own)
         launches.append(launch)
     return launches
+
+
+def check_experts(config: EngineConfig) -> None:
+    """Refuse on a CPU to spread experts over workers.
+
+    vLLM's kernel for CPUs looks for experts of the others among a worker's own: it
+    reads past their end, and computes nonsense or crashes.
+    """
+    if config.gpus_per_instance > 1 and config.engine_args.get(_EXPERTS_ARG):
+        raise ConfigError(
+            f"engine_args has {_EXPERTS_ARG!r}, and vLLM's kernel for CPUs reads past "
+            "the end of a worker's experts with it; leave it out: every worker then "
+            "has a part of each expert"
+        )
 
 
 def _shared_out(cores: tuple[int, ...], num: int) -> list[tuple[int, ...]]:

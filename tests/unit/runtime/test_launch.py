@@ -66,6 +66,18 @@ def test_an_engines_cores_and_kv_are_shared_out_among_its_workers():
     assert bindings([launch]) == ["0|1|0|1"]
 
 
+def test_experts_are_spread_over_gpus_and_not_over_a_cpus_workers():
+    args = {"enable_expert_parallel": True}
+    config = EngineConfig(model="m", gpus_per_instance=2, engine_args=args)
+    with pytest.raises(ConfigError, match=r"enable_expert_parallel.*leave it out"):
+        plan_instances(config, machine())
+    gpus = machine(gpus=("0", "1"), cpu_only=False)
+    (launch,) = plan_instances(config, gpus)
+    assert launch.engine_args["enable_expert_parallel"] is True
+    config = EngineConfig(model="m", engine_args=args)
+    assert plan_instances(config, machine()), "one worker has all of them"
+
+
 @pytest.mark.parametrize(
     ("settings", "gpus", "cpu_dtype", "dtype"),
     [
