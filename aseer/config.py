@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 -- annotations are resolved at run time, too
 from typing import Any, Literal, get_args
 
-from aseer.inputs.addresses import check_address
 from aseer.inputs.engine_args import check_engine_args, has_drafter
 from aseer.inputs.fields import (
     check_directory,
@@ -22,6 +21,7 @@ from aseer.inputs.fields import (
     variable,
 )
 from aseer.inputs.kv_pool import KvPoolConfig, KvPoolMode, check_kv_pool
+from aseer.inputs.nodes import check_nodes
 from aseer.inputs.plain import (
     INT64_MAX,
     as_bool,
@@ -63,8 +63,13 @@ class EngineConfig:
             each of the hosts that are taken.
         gpus: ids of the GPUs to use, as CUDA_VISIBLE_DEVICES names them, whatever the
             trainer itself may see; None = those that are visible.
-        gpus_per_instance: GPUs of one engine (tensor parallel). On a CPU as many
-            workers share the engine's cores, which no one needs but tests.
+        gpus_per_instance: GPUs of one engine (tensor parallel), on each of its hosts.
+            On a CPU as many workers share the engine's cores, which no one needs but
+            tests.
+        nodes_per_instance: hosts that one engine spans; tensor parallelism is then over
+            all its GPUs, `gpus_per_instance` on each. For models that no host has
+            memory for. Such engines run on nodes alone, none of them on this host
+            (`listen`, and as many `min_nodes` or more). See docs/cluster.md.
         device: "auto" (GPUs if this machine has any and vLLM is built for them),
             "cuda" (AMD's, too, where it is untried), "cpu"; "sim" starts simulated
             instances without vLLM (for tests).
@@ -167,6 +172,7 @@ class EngineConfig:
     num_instances: int | None = None
     gpus: Sequence[int | str] | None = None
     gpus_per_instance: int = 1
+    nodes_per_instance: int = 1
     device: Literal["auto", "cuda", "cpu", "sim"] = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None
@@ -269,29 +275,8 @@ class EngineConfig:
         check_directory(self, "journal_dir")
         check_directory(self, "weights_dir")
         check_host_and_port(self, "metrics_address", "127.0.0.1:9464")
-        self._check_cluster()
-
-    def _check_cluster(self) -> None:
-        check_int(self, "min_nodes", 0)
-        check_seconds(self, "node_timeout_s")
-        check_directory(self, "key_file", "a file's path")
-        check_directory(self, "controller_file", "a file's path")
         set_field(self, "weights", one_of("weights", self.weights, ("full", "delta")))
-        if self.listen is not None:
-            check_address("listen", self.listen)
-        if self.nodes is not None:
-            if self.nodes != "ray":
-                raise refusal("nodes", self.nodes, "'ray', or None, and start nodes")
-            if self.gpus is not None:
-                allowed = "num_instances instead: with nodes='ray' Ray says which GPUs"
-                raise refusal("gpus", self.gpus, allowed)
-            return
-        if self.listen is None and self.min_nodes:
-            raise refusal("listen", None, "an address, since min_nodes is above 0")
-        if self.listen is None and self.controller_file is not None:
-            raise refusal("listen", None, "an address, since controller_file is given")
-        if self.num_instances == 0 and not self.min_nodes:
-            raise refusal("min_nodes", 0, "one >= 1, since num_instances is 0")
+        check_nodes(self)
 
 
 def takes_nodes(config: EngineConfig) -> bool:

@@ -67,6 +67,7 @@ class CrowdNode:
     def __init__(self, router: Router[Any], endpoint: str, crowd: Crowd) -> None:
         self._router, self._crowd = router, crowd
         self.name, self.endpoint, self.drafts = "", endpoint, ""
+        self.supplies = ()
         self.lost_because: str | None = None
 
     def send(self, peer: bytes, message: Message) -> None:
@@ -87,6 +88,8 @@ class CrowdNode:
 
 class CrowdProcess:
     """See `Process`; it never ends by itself."""
+
+    part = ""
 
     async def wait(self) -> int:
         await asyncio.Event().wait()

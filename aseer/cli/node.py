@@ -97,7 +97,8 @@ def add_parser(
         "--num-instances",
         metavar="N",
         type=positive_int,
-        help="engines to run (default: as many as the GPUs or cores are for)",
+        help="engines to run, or parts of engines that span nodes (default: as many as "
+        "the GPUs or cores are for)",
     )
     parser.add_argument(
         "--python", metavar="PATH", help="interpreter that engines run on"

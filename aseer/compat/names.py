@@ -95,8 +95,16 @@ vllm.v1.worker.gpu_worker  Worker.reload_weights Worker.model_runner
 vllm.v1.worker.gpu_model_runner  GPUModelRunner.reload_weights(weights_iterator)
   GPUModelRunner.model
 vllm.v1.worker.gpu.model_runner  GPUModelRunner.reload_weights GPUModelRunner.model
+vllm.config.parallel  ParallelConfig.node_rank
 vllm.model_executor.layers.vocab_parallel_embedding  ParallelLMHead
   UnquantizedEmbeddingMethod.process_weights_after_loading
+"""
+_SPANS = """
+vllm.engine.arg_utils  EngineArgs.create_engine_config(usage_context,headless)
+  EngineArgs.nnodes EngineArgs.node_rank EngineArgs.master_addr EngineArgs.master_port
+vllm.v1.executor.multiproc_executor
+  MultiprocExecutor.__init__(vllm_config,monitor_workers)
+  MultiprocExecutor.start_worker_monitor(inline)
 """
 _ADAPTERS = """
 vllm.engine.arg_utils  EngineArgs.enable_lora EngineArgs.max_lora_rank
@@ -284,6 +292,7 @@ _TABLES = (
     (_SLEEP, "Engine.sleep and wake", "instance/vllm/backend.py"),
     (_FIGURES, "figures in reports", "instance/vllm/stats.py"),
     (_WEIGHTS, "Engine.update_weights", "instance/vllm/worker.py, patches.py"),
+    (_SPANS, "EngineConfig.nodes_per_instance", "instance/vllm/follower.py"),
     (_ADAPTERS, "EngineConfig.max_lora_rank", "instance/vllm/weights.py"),
     (
         _TRANSFER,

@@ -51,7 +51,10 @@ _OTHER_REPLICAS = (
     "gpus_per_instance and enable_expert_parallel=True; over data-parallel ranks they "
     "cannot yet"
 )
-_OTHER_NODES = "engines run on the machine that starts them: leave it out"
+_OTHER_NODES = (
+    "the nodes that an engine spans are counted as nodes_per_instance, and found by "
+    "aseer: leave it out"
+)
 _OTHER_PROCESSES = (
     "aseer ends the processes that an engine starts on this machine, and no others: "
     'leave it out, or give "mp" or "uni"'
@@ -91,6 +94,8 @@ _REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "enable_elastic_ep": ((False,), _OTHER_REPLICAS),
     "nnodes": ((1,), _OTHER_NODES),
     "node_rank": ((0,), _OTHER_NODES),
+    "master_addr": (("127.0.0.1",), _OTHER_NODES),
+    "master_port": ((29501,), _OTHER_NODES),
     "distributed_executor_backend": ((None, "mp", "uni"), _OTHER_PROCESSES),
     "scheduler_cls": ((None,), _OTHER_QUEUE),
     "max_num_queued_reqs": ((None,), _OTHER_QUEUE),

@@ -10,6 +10,8 @@ from aseer.dgds.messages import DraftingSpec
 from aseer.errors import EngineError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aseer.types import Chunk, ChunkEnd, ChunkId, InstanceInfo, InstanceLoad
     from aseer.weights.checks import ModelSpec
 
@@ -26,6 +28,8 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
         identity: under which this incarnation speaks.
         backend: "vllm" or "sim".
         engine_args: of the backend's engine.
+        follows: whether it only has workers of an engine whose leader, another
+            instance process, is on another node; it then says nothing.
         cores: to stay on; empty = any.
         drafting: for an engine that drafts by group.
         kv_namespace: of the run, in the keys of KV.
@@ -37,6 +41,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     report_interval_s: float
     engine_args: dict[str, Any]
+    follows: bool = False
     cores: tuple[int, ...] = ()
     drafting: DraftingSpec | None = None
     kv_namespace: str = ""
@@ -88,8 +93,12 @@ class Backend(Protocol):
         """What the model's checkpoint holds, by name; what updates must bring."""
         ...
 
-    async def prepare_weights(self, index: str) -> None:
-        """Open new weights (an `Index` at that path); nothing changes."""
+    async def prepare_weights(self, index: str, others: Sequence[str] = ()) -> None:
+        """Open new weights (an `Index` at that path); nothing changes.
+
+        Args:
+            others: where the nodes of those that follow have it, in their order.
+        """
         ...
 
     async def commit_weights(self) -> None:

@@ -250,6 +250,22 @@ def make_backend(spec: InstanceSpec) -> Backend:
     return VllmBackend(spec)
 
 
+def _follow(spec: InstanceSpec) -> int:
+    """Have workers of an engine whose leader is on another node, as long as they live.
+
+    Whoever started this process ends it with its leader, of whose end nothing is heard.
+    """
+    if spec.backend == "sim":
+        from aseer.instance.sim import follow
+    else:
+        from aseer.instance.vllm.follower import follow
+    try:
+        follow(spec.engine_args)
+    except Exception:
+        traceback.print_exc()
+    return 1
+
+
 async def _main(spec: InstanceSpec) -> int:
     async with connect_dealer(
         spec.endpoint, spec.identity.encode(), TO_INSTANCE
@@ -290,7 +306,7 @@ def main() -> None:
     watch_in_children(lifeline)
     if spec.cores:
         os.sched_setaffinity(0, spec.cores)  # this thread's, and so its children's
-    status = uvloop.run(_main(spec))
+    status = _follow(spec) if spec.follows else uvloop.run(_main(spec))
     sys.stdout.flush()
     with _ending:
         # Not sys.exit: taking torch down lasts seconds in which no thread runs, and a

@@ -29,6 +29,8 @@ from aseer.weights.checks import ModelSpec, TensorSpec
 from aseer.weights.files import read_index
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aseer.instance.base import Emit, InstanceSpec
     from aseer.types import Chunk, ChunkId
     from aseer.weights.files import Index
@@ -177,8 +179,9 @@ class SimBackend:
         rank = self._args["max_lora_rank"]
         return ModelSpec(specs, dtype="F32", max_lora_rank=rank)
 
-    async def prepare_weights(self, index: str) -> None:
-        """See `Backend`."""
+    async def prepare_weights(self, index: str, others: Sequence[str] = ()) -> None:
+        """See `Backend`; those that follow have none."""
+        del others
         self._fault("prepare")
         found = read_index(index)
         self._prepared = _checksum(found) << 32, found.lora_rank > 0
@@ -239,6 +242,12 @@ class SimBackend:
 
     async def close(self) -> None:
         """See `Backend`."""
+
+
+def follow(args: dict[str, Any]) -> None:
+    """Be a part of a simulated engine that does nothing, for as long as any test."""
+    del args
+    time.sleep(_HELP_S)
 
 
 def _checksum(index: Index) -> int:

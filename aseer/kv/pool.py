@@ -221,6 +221,9 @@ def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | Non
     Raises:
         ConfigError: one was asked for that cannot be had.
     """
+    if config.nodes_per_instance > 1:
+        _log.info("no KV pool: instances that span nodes have none")
+        return None
     if not launches or launches[0].backend != "vllm":
         return None
     interpreter = launches[0].interpreter

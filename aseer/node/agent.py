@@ -36,6 +36,8 @@ from aseer.node.messages import (
     Join,
     KillProcess,
     Leave,
+    Locate,
+    Located,
     NoteMemory,
     PeerGone,
     PeerLost,
@@ -45,6 +47,7 @@ from aseer.node.messages import (
     encode,
 )
 from aseer.node.metrics import AgentFigures
+from aseer.node.network import free_port, host_towards, interface_of
 from aseer.node.relay import Relay
 from aseer.node.running import Running
 from aseer.transport.base import PROTOCOL_VERSION, ConnectionRefused
@@ -303,12 +306,14 @@ class _Service:
     def _take(self, data: bytes) -> None:
         message = TO_NODE.decode(data)
         match message:
-            case Welcome(lease_s):
+            case Welcome(lease_s, num_nodes):
                 self._is_welcome = True
                 self._figures.joined = 1
                 self._figures.sessions += 1
                 self._session.timeout_s = lease_s
                 _log.info("joined the controller at %s", self._controller)
+                if num_nodes > 1:
+                    _log.info("each of its engines spans %d nodes", num_nodes)
                 self._relay.serve(self._controller)
             case StartProcess(peer):
                 self._running[peer] = running = Running()
@@ -325,8 +330,17 @@ class _Service:
                 self._running[peer].end_soon(grace_s)
             case NoteMemory(peer) if peer in self._running:
                 self._tasks.create_task(self._running[peer].note())
+            case Locate():
+                self._tasks.create_task(self._locate())
             case FetchFiles() | FetchRest() | Block() | DropFiles():
                 self._relay.take(message)
+
+    async def _locate(self) -> None:
+        try:
+            host = await host_towards(self._controller)
+            self._say(Located(host, interface_of(host), free_port(host)))
+        except Exception as error:
+            self._say(Located(error=describe(error)))
 
     async def _live(self, start: StartProcess, running: Running) -> None:
         """Start a process, and tell of its end, once nothing of it remains."""

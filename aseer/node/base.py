@@ -9,13 +9,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from aseer.node.supply import Supply
     from aseer.transport.base import Message
 
 
 class Process(Protocol):
-    """A process on a node."""
+    """A process on a node.
+
+    Attributes:
+        part: of it that ended first, in words that go before how it ended; "" = it is
+            one whole.
+    """
+
+    @property
+    def part(self) -> str: ...
 
     async def wait(self) -> int:
         """Wait for its end; the exit status, negative for a signal."""
@@ -52,13 +61,20 @@ class Node(Protocol):
         name: that users know it by; "" = this machine.
         endpoint: that its processes connect to.
         drafts: of its draft server.
+        supplies: of files, one for each host that it is, in the order in which
+            instances are told of them; none = this machine, which needs none.
         lost_because: why it is gone, with all that ran there; None while it is not.
     """
 
     name: str
     endpoint: str
     drafts: str
-    lost_because: str | None
+
+    @property
+    def supplies(self) -> Sequence[Supply]: ...
+
+    @property
+    def lost_because(self) -> str | None: ...
 
     def send(self, peer: bytes, message: Message) -> None:
         """See `Router.send`."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from aseer.node.interpreter import Interpreter
     from aseer.node.leftovers import Leftovers
+    from aseer.node.supply import Supply
     from aseer.transport.base import Message, Router
 
 
@@ -44,6 +45,7 @@ class LocalNode:
         self.name = ""
         self.endpoint = endpoint
         self.drafts = f"ipc://{leftovers.run_dir}/dgds"
+        self.supplies: tuple[Supply, ...] = ()
         self.lost_because: str | None = None
 
     def send(self, peer: bytes, message: Message) -> None:

@@ -5,6 +5,8 @@
     Welcome                    ---------------->
     StartProcess, KillProcess, ---------------->
     NoteMemory, EndProcess
+    Locate                     ---------------->   for an engine that spans nodes
+                               <----------------   Located, one a Locate, in order
                                <----------------   Gives, where other nodes find it
     FetchFiles, DropFiles,     ---------------->   weights, for its instances
     FetchRest
@@ -78,9 +80,14 @@ class Join(msgspec.Struct, tag="join", frozen=True):
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """The node is taken, until nothing is heard of it for `lease_s`, at either end."""
+    """The node is taken, until nothing is heard of it for `lease_s`, at either end.
+
+    Attributes:
+        nodes_per_instance: that each of its engines spans.
+    """
 
     lease_s: float
+    nodes_per_instance: int = 1
 
 
 class StartProcess(msgspec.Struct, tag="start", frozen=True):
@@ -123,6 +130,25 @@ class Ended(msgspec.Struct, tag="ended", frozen=True):
     status: int
     log_tail: str = ""
     cause: str | None = None
+
+
+class Locate(msgspec.Struct, tag="locate", frozen=True):
+    """Ask where an engine's processes on other nodes reach those of this one."""
+
+
+class Located(msgspec.Struct, tag="located", frozen=True):
+    """There, or why it cannot be said.
+
+    Attributes:
+        address: of the host, as a number.
+        interface: that has it; "" = not known.
+        port: of that address, which nobody had just then.
+    """
+
+    address: str = ""
+    interface: str = ""
+    port: int = 0
+    error: str = ""
 
 
 class ToPeer(msgspec.Struct, tag="to", frozen=True):
@@ -294,6 +320,7 @@ ToNode = (
     | KillProcess
     | NoteMemory
     | EndProcess
+    | Locate
     | ToPeer
     | ForgetPeer
     | FetchFiles
@@ -305,6 +332,7 @@ ToNode = (
 FromNode = (
     Join
     | Ended
+    | Located
     | FromPeer
     | PeerGone
     | PeerLost

@@ -25,6 +25,8 @@ MODULE: tuple[str, ...] = ("aseer.instance.main",)
 class InstanceProcess:
     """A running instance process; make it with `start`."""
 
+    part = ""
+
     def __init__(self, child: Child) -> None:
         self._child = child
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import socket
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aseer.errors import AseerError, describe
-from aseer.inputs.addresses import host_of
 from aseer.node.fetching import MAX_BLOCKS_ASKED, BadBlock, Fetching
 from aseer.node.messages import (
     FROM_NEIGHBOUR,
@@ -33,6 +31,7 @@ from aseer.node.messages import (
     Gives,
     NotYet,
 )
+from aseer.node.network import host_towards
 from aseer.transport.tcp import bind_tcp, connect_tcp
 
 if TYPE_CHECKING:
@@ -227,7 +226,8 @@ class Relay:
 
     async def _serve(self, controller: str) -> None:
         try:
-            address = await _address_towards(controller)
+            host = await host_towards(controller)
+            address = f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*"
             async with bind_tcp(
                 address, TO_NEIGHBOUR, self._keys, max_queued=_MAX_QUEUED
             ) as router:
@@ -299,19 +299,3 @@ def _connect(
 ) -> AbstractAsyncContextManager[Dealer[Block | NotYet]]:
     name = b"a" + secrets.token_bytes(8)
     return connect_tcp(address, name, FROM_NEIGHBOUR, keys, max_queued=_MAX_QUEUED)
-
-
-async def _address_towards(controller: str) -> str:
-    """An address of this host, at any port, by which it reaches the controller.
-
-    Raises:
-        OSError: there is no way to it.
-    """
-    port = int(controller.rpartition(":")[2])
-    way = asyncio.get_running_loop().getaddrinfo
-    found = await way(host_of(controller), port, type=socket.SOCK_DGRAM)
-    family, kind, _, _, address = found[0]
-    with socket.socket(family, kind) as there:
-        there.connect(address)  # over UDP: nothing is sent
-        host = there.getsockname()[0]
-    return f"tcp://[{host}]:*" if family == socket.AF_INET6 else f"tcp://{host}:*"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from aseer.node.messages import (
     FromPeer,
     Gives,
     KillProcess,
+    Locate,
+    Located,
     NoteMemory,
     PeerGone,
     PeerLost,
@@ -42,6 +45,8 @@ _WORD_S = 5.0
 
 class RemoteProcess:
     """See `Process`; it is a child of the node's agent."""
+
+    part = ""
 
     def __init__(self, node: RemoteNode, peer: bytes) -> None:
         self._node = node
@@ -105,6 +110,8 @@ class RemoteNode:
         self._put = put
         self._processes: dict[bytes, RemoteProcess] = {}
         self.weights = Supply(join, self.say, Chains() if chains is None else chains)
+        self.supplies = (self.weights,)
+        self._locating: deque[asyncio.Future[Located]] = deque()
 
     def say(self, message: msgspec.Struct) -> None:
         """Send the node a message; one that is lost gets none."""
@@ -130,6 +137,23 @@ class RemoteNode:
         self.say(StartProcess(peer, name, line, dict(env)))
         return process
 
+    async def locate(self) -> Located:
+        """Where processes on other nodes reach those of this one, with a free port.
+
+        Raises:
+            InstanceStartError: it is lost, or cannot say it.
+        """
+        if self.lost_because is not None:
+            raise InstanceStartError(self.lost_because)
+        asked: asyncio.Future[Located] = asyncio.get_running_loop().create_future()
+        self._locating.append(asked)
+        self.say(Locate())
+        located = await asked
+        if located.error:
+            why = f"node {self.name} does not know its address: {located.error}"
+            raise InstanceStartError(self.lost_because or why)
+        return located
+
     def log_of(self, name: str) -> str:
         """See `Node`."""
         return f"{self.join.log_dir}/{name}.log on {self.name}"
@@ -144,6 +168,9 @@ class RemoteNode:
         """Take what the node says; of processes, that of those that it runs alone."""
         if isinstance(message, Fetched | Gives):
             self.weights.take(message)
+            return
+        if isinstance(message, Located):
+            self._answer(message)
             return
         peer = getattr(message, "peer", b"")
         if peer not in self._processes:
@@ -165,3 +192,11 @@ class RemoteNode:
             for peer, process in self._processes.items():
                 process.set_over(Ended(peer, LOST))
             self.weights.lose(self.lost_because)
+            while self._locating:
+                self._answer(Located(error=self.lost_because))
+
+    def _answer(self, located: Located) -> None:
+        """Take an answer for who asked first, if anybody did."""
+        asked = self._locating.popleft() if self._locating else None
+        if asked is not None and not asked.done():
+            asked.set_result(located)

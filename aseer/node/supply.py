@@ -150,6 +150,11 @@ class Supply:
             if fetch.folder == message.folder and not fetch.done.done():
                 self._end(key, fetch, message)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the node is gone."""
+        return self._lost_because is not None
+
     def lose(self, why: str) -> None:
         """The node is gone."""
         self._lost_because = why

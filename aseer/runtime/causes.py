@@ -39,8 +39,13 @@ def death(slot: Slot, process: Process, status: int | None, hint: str) -> str:
     """
     why = _own_cause(slot, process) or slot.killed_because
     if not why:
-        why = "it does not end" if status is None else describe_exit(status)
+        why = "it does not end" if status is None else how_it_ended(process, status)
     return f"{why} (its log: {slot.log}{hint})"
+
+
+def how_it_ended(process: Process, status: int) -> str:
+    """The exit status of a process, or of its part that ended first, in words."""
+    return process.part + describe_exit(status)
 
 
 def _own_cause(slot: Slot, process: Process) -> str | None:

@@ -3,26 +3,21 @@
 A node says what it is; its instances are planned as this machine's are, from the same
 settings and what the node has. One that is of another release, or cannot run what the
 settings ask for, is refused in words that it prints. Nodes come and go while rollouts
-run; what ran on one that is gone goes on elsewhere.
+run; what ran on one that is gone goes on elsewhere. Where an instance spans nodes, they
+form gangs, anew whenever one is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
-import socket
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from aseer.compat.versions import check_vllm
-from aseer.config import takes_nodes
+from aseer.compat.versions import check_vllm, installed_vllm
 from aseer.dgds.messages import TO_SERVER
 from aseer.errors import AseerError, ConfigError, EngineError, describe, root_of
 from aseer.instance.messages import FROM_INSTANCE
@@ -42,26 +37,26 @@ from aseer.node.messages import (
     Welcome,
     encode,
 )
+from aseer.node.network import reachable
 from aseer.node.remote import RemoteNode
+from aseer.runtime.gang import Gang
 from aseer.runtime.launch import plan_instances
-from aseer.runtime.launcher import launcher_of
+from aseer.runtime.seats import Seats
 from aseer.transport.base import PROTOCOL_VERSION, Reader
-from aseer.transport.keys import find_keys, new_keys
-from aseer.transport.sessions import FRAME, Sessions
-from aseer.transport.tcp import bind_tcp, check_key_is_there
+from aseer.transport.sessions import Sessions
 from aseer.version import __version__
 from aseer.watch import WakingClock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Hashable
 
     from aseer.config import EngineConfig
     from aseer.dgds.server import DraftServer
     from aseer.models.traits import ModelTraits
+    from aseer.node.base import Node
     from aseer.node.machine import Launch
     from aseer.runtime.instances import InstancePool
     from aseer.runtime.launcher import Launcher
-    from aseer.runtime.serving import Listening
     from aseer.transport.keys import Keys
     from aseer.transport.sessions import Frame
     from aseer.transport.tcp import TcpRouter
@@ -102,8 +97,9 @@ class Cluster:
         self._pool: InstancePool
         self._nodes: dict[int, RemoteNode] = {}
         self._chains = Chains(has_bases=config.weights == "delta")
-        self._joined: asyncio.Queue[tuple[int, RemoteNode, list[Launch]]]
-        self._joined = asyncio.Queue()
+        self._gangs: list[Gang] = []
+        self._seats: Seats[RemoteNode, Launch] = Seats(config.nodes_per_instance)
+        self._joined: asyncio.Queue[tuple[RemoteNode, list[Launch]]] = asyncio.Queue()
         self._wanted: asyncio.Queue[tuple[RemoteNode, GetBlock]] = asyncio.Queue()
         self._failure: AseerError | None = None
         self._refusal = ""
@@ -139,7 +135,33 @@ class Cluster:
                 address = reachable(self.address, self._launcher.host)
                 tasks.create_task(self._launcher.run(address, self._keys))
             while True:
-                tasks.create_task(self._attend(*await self._joined.get()))
+                node, launches = await self._joined.get()
+                if self._config.nodes_per_instance == 1:
+                    tasks.create_task(self._attend([node], node, launches))
+                else:
+                    self._seats.add(node, launches, kind_of(node.join))
+                    self._form_gangs(tasks)
+
+    def _form_gangs(self, tasks: asyncio.TaskGroup) -> None:
+        """Put nodes to work together that are there and have nothing to do."""
+        self._seats.keep(self.nodes)
+        for members in self._seats.form():
+            gang = Gang(members)
+            self._gangs.append(gang)
+            tasks.create_task(self._attend_gang(gang, tasks))
+        for node in self._seats.waiting:
+            _log.info(
+                "node %s has room for more, and waits for another node: an instance "
+                "takes nodes_per_instance=%d",
+                node.name,
+                self._config.nodes_per_instance,
+            )
+
+    async def _attend_gang(self, gang: Gang, tasks: asyncio.TaskGroup) -> None:
+        await self._attend(gang.nodes, gang, [gang.launch])
+        self._gangs.remove(gang)
+        self._seats.release(gang.members)
+        self._form_gangs(tasks)
 
     async def wait_for_nodes(self) -> None:
         """Wait until as many nodes as are wanted have instances that are up.
@@ -156,7 +178,7 @@ class Cluster:
         if launcher is not None:
             num_nodes, wanted = launcher.num_nodes, str(launcher.num_nodes)
         while True:
-            num = sum(self._pool.is_up(node) for node in self.nodes)
+            num = sum(self._is_up(node) for node in self.nodes)
             if num >= num_nodes:
                 return
             if self._failure is not None:
@@ -173,6 +195,13 @@ class Cluster:
                 _log.warning("%s", what)
                 next_line_s += _TELL_INTERVAL_S
             await asyncio.sleep(_LOOK_INTERVAL_S)
+
+    def _is_up(self, node: RemoteNode) -> bool:
+        """Whether all that there is for a node to do is begun."""
+        if self._config.nodes_per_instance == 1:
+            return self._pool.is_up(node)
+        up = [gang for gang in self._gangs if self._pool.is_up(gang)]
+        return bool(up) and all(g in up for g in self._gangs if node in g.nodes)
 
     @property
     def _advice(self) -> str:
@@ -195,22 +224,27 @@ class Cluster:
         self._nodes.clear()
 
     async def _attend(
-        self, session: int, node: RemoteNode, launches: list[Launch]
+        self, nodes: list[RemoteNode], place: Node, launches: list[Launch]
     ) -> None:
-        why = "the engine has ended"
+        """Have instances run on a node, or on some as one, until it is gone.
+
+        Those whose instances do not start are let go.
+        """
         try:
-            await self._pool.attend(node, launches)
+            await self._pool.attend(place, launches)
         except* Exception as group:
             error = root_of(group)
+            names = " and ".join(node.name for node in nodes)
             if not isinstance(error, AseerError):  # a fault of ours costs no more
-                _log.error("the work of node %s failed", node.name, exc_info=error)
+                _log.error("the work of node %s failed", names, exc_info=error)
                 error = EngineError(describe(error))
-            why = str(error)
-            _log.error("node %s is not used: %s", node.name, why)
+            _log.error("node %s is not used: %s", names, error)
             self._failure = self._failure or error
-            self._close(session, Goodbye(why, is_refusal=True))
-            self._nodes.pop(session, None)
-            node.lose(why)
+            for session, node in list(self._nodes.items()):
+                if node in nodes:
+                    self._close(session, Goodbye(str(error), is_refusal=True))
+                    del self._nodes[session]
+                    node.lose(str(error))
 
     def _on_message(self, session: int, data: bytes) -> None:
         node = self._nodes.get(session)
@@ -269,10 +303,12 @@ class Cluster:
             self._close(session, Goodbye(why, is_refusal=True))
             return
         self._nodes[session] = node
-        self._sessions.put(session, encode(Welcome(self._config.node_timeout_s)))
-        self._joined.put_nowait((session, node, launches))
-        num = len(launches)
-        _log.info("node %s has joined, with %d instance(s)", node.name, num)
+        config = self._config
+        welcome = Welcome(config.node_timeout_s, config.nodes_per_instance)
+        self._sessions.put(session, encode(welcome))
+        self._joined.put_nowait((node, launches))
+        what = "instance(s)" if config.nodes_per_instance == 1 else "part(s) of them"
+        _log.info("node %s has joined, with %d %s", node.name, len(launches), what)
 
     def _take(self, session: int, data: bytes) -> tuple[RemoteNode, list[Launch]]:
         """A node that wants to join, and what it is to run.
@@ -292,9 +328,11 @@ class Cluster:
         node = RemoteNode(
             join, lambda message: self._sessions.put(session, message), self._chains
         )
-        settings = replace(self._config, gpus=None, num_instances=join.num_instances)
+        settings = replace(self._config, gpus=None)
         interpreter = Interpreter(f"node {join.name}", join.packages, False)
-        launches = plan_instances(settings, join.machine, self._traits, interpreter)
+        launches = plan_instances(
+            settings, join.machine, self._traits, interpreter, join.num_instances or 0
+        )
         if launches[0].backend == "vllm":
             check_vllm(join.packages)
         return node, [
@@ -306,70 +344,7 @@ class Cluster:
         self._sessions.close(session, encode(goodbye))
 
 
-def reachable(address: str, host: str = "") -> str:
-    """An address that is listened at, as others reach it.
-
-    Args:
-        host: by which they reach this machine; "" = by its name.
-    """
-    listened, _, port = address.rpartition(":")
-    if listened in ("tcp://0.0.0.0", "tcp://[::]"):
-        return f"tcp://{host or socket.gethostname()}:{port}"
-    return address
-
-
-def listening(config: EngineConfig, traits: ModelTraits | None) -> Listening:
-    """What gives an engine's nodes, while it is open.
-
-    Raises:
-        ConfigError: the address needs a key, the key cannot be used, or what is to
-            start the nodes cannot.
-    """
-    if not takes_nodes(config):
-        return nullcontext
-    keys = find_keys(None if config.key_file is None else str(config.key_file))
-    if (launcher := launcher_of(config)) is not None:
-        keys = keys or new_keys()
-    address = config.listen
-    if address is None:
-        assert launcher is not None
-        address = f"tcp://{launcher.host}:*"
-    check_key_is_there("listen", address, keys)
-    return partial(_listen, config, address, traits, keys)
-
-
-@asynccontextmanager
-async def _listen(
-    config: EngineConfig, address: str, traits: ModelTraits | None, keys: Keys | None
-) -> AsyncIterator[Cluster]:
-    """Listen for nodes; the file that tells them where goes at the end, and so do the
-    nodes that were started.
-
-    Raises:
-        EngineError: the address cannot be had.
-        ConfigError: the file cannot be written, or nodes cannot be started.
-    """
-    launcher = launcher_of(config)
-    async with bind_tcp(address, FRAME, keys) as router:
-        cluster = Cluster(config, traits, router, launcher, keys)
-        path = None if config.controller_file is None else Path(config.controller_file)
-        if path is not None:
-            _write(path, reachable(cluster.address))
-        try:
-            yield cluster
-        finally:
-            if path is not None:
-                with suppress(OSError):
-                    path.unlink()
-            if launcher is not None:
-                await launcher.close()
-
-
-def _write(path: Path, address: str) -> None:
-    """Put the file there as a whole: others may be looking for it."""
-    new = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        new.write_text(json.dumps({"address": address}) + "\n")
-        new.replace(path)
-    except OSError as error:
-        raise ConfigError(f"controller_file cannot be written: {error}") from error
+def kind_of(join: Join) -> Hashable:
+    """What nodes that run an instance together have to have in common."""
+    machine = join.machine
+    return installed_vllm(join.packages), machine.cpu_only, bool(machine.gpus)

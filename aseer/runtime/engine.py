@@ -18,11 +18,12 @@ from aseer.models.traits import read_traits
 from aseer.node.interpreter import interpreter_at
 from aseer.node.machine import this_machine
 from aseer.node.metrics import check_metrics_library
-from aseer.runtime.cluster import listening, reachable
+from aseer.node.network import reachable
 from aseer.runtime.desk import JOIN_S, Desk
 from aseer.runtime.group_source import GroupSource, OpenSource
 from aseer.runtime.journal import journal_path
 from aseer.runtime.launch import plan_instances
+from aseer.runtime.listening import listening
 from aseer.runtime.opening import Opening
 from aseer.runtime.rollout import Rollout, SyncRollout
 from aseer.runtime.steps import result_of

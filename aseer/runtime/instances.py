@@ -26,7 +26,6 @@ from aseer.instance.messages import (
     Report,
     Run,
 )
-from aseer.node.remote import RemoteNode
 from aseer.runtime.remote_weights import once_there
 from aseer.runtime.specs import Specs
 from aseer.runtime.supervisor import Supervisor
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from aseer.kv.pool import KvPool
     from aseer.node.base import Node
     from aseer.node.machine import Launch
+    from aseer.node.supply import Supply
     from aseer.runtime.slot import Slot
     from aseer.types import ChunkId, InstanceId, InstanceInfo
 
@@ -98,6 +98,7 @@ class InstancePool:
         self._slots = self._supervisor.slots
         self._clock = self._supervisor.clock
         self._weights = CurrentWeights()
+        self._supplied: set[Supply] = set()  # also where no instance is at the moment
         self._weights_changed = asyncio.Event()
 
     @property
@@ -134,7 +135,7 @@ class InstancePool:
     def are_elsewhere(self, instances: Iterable[InstanceId]) -> bool:
         """Whether one of them is on another host."""
         slots = [self._slots.get(i) for i in instances]
-        return any(slot and isinstance(slot.node, RemoteNode) for slot in slots)
+        return any(slot and slot.node.supplies for slot in slots)
 
     def run_chunk(self, instance_id: InstanceId, message: Run) -> None:
         """Send an instance a chunk."""
@@ -196,22 +197,24 @@ class InstancePool:
             index: path of an `Index`, on this machine.
         """
         slot = self._slots.get(instance_id)
-        if slot is None or not isinstance(slot.node, RemoteNode):
+        if slot is None or not slot.node.supplies:
             return self.ask(instance_id, "prepare_weights", index=index)
         incarnation = slot.identity
 
-        def ask(there: str) -> asyncio.Future[Any]:
+        def ask(there: str, *others: str) -> asyncio.Future[Any]:
             if slot.identity != incarnation:  # it loads the current weights by itself
                 raise InstanceLostError(f"instance {instance_id} was started again")
-            return self.ask(instance_id, "prepare_weights", index=there)
+            told: dict[str, Any] = {"others": others} if others else {}
+            return self.ask(instance_id, "prepare_weights", index=there, **told)
 
-        return once_there(slot.node, index, ask)
+        self._supplied.update(slot.node.supplies)
+        return once_there(slot.node.supplies, index, ask)
 
     def drop_weights(self, index: str) -> None:
         """No instance will load those weights any more."""
-        for node in {slot.node for slot in self._slots.values()}:
-            if isinstance(node, RemoteNode):
-                node.weights.drop(index)
+        self._supplied = {each for each in self._supplied if not each.is_lost}
+        for supply in self._supplied:
+            supply.drop(index)
 
     async def start(self) -> None:
         """Start this machine's instances, in parallel, and wait until all are up.

@@ -7,6 +7,9 @@ its processes: the one that schedules polls for the worker's results, and on ano
 engine's core it takes that engine's time. On GPUs every engine sees only its own
 devices. An engine of several GPUs has a worker for each; on a CPU its cores are shared
 out among as many workers.
+
+Of an engine that spans nodes a machine has a part. What depends on the machine is each
+part's own, and all else is as the first part, which leads, has it.
 """
 
 from __future__ import annotations
@@ -25,9 +28,12 @@ from aseer.kv.settings import QUIET_LMCACHE
 from aseer.node.machine import GPU_VARIABLES, Launch, Machine
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aseer.config import EngineConfig
     from aseer.models.traits import ModelTraits
     from aseer.node.interpreter import Interpreter
+    from aseer.node.messages import Located
 
 _GIB = 1 << 30
 _NO_LIMIT_S = "1000000"  # eleven days; in milliseconds it still has 31 bits
@@ -39,6 +45,12 @@ _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, MAX_LORA_RANK)  # those vLLM has
 _EXTENSION_ARG = "worker_extension_cls"
 _EXECUTOR_ARG = "distributed_executor_backend"
 _EXPERTS_ARG = "enable_expert_parallel"
+# How long an engine that spans nodes waits for a step of its workers on other nodes,
+# which a network that was cut may never tell of. Far above any step's time, and below
+# `stall_timeout_s`, whose end is not told apart from other ones.
+_STEP_TIMEOUT_S = "60"
+# What depends on the machine that a part of an engine runs on.
+_OWN_ARGS = ("kv_cache_memory_bytes", "numa_bind", "numa_bind_nodes")
 _ROTARY_OP = "rotary_embedding"
 _DRAFTER = "aseer.dgds.proposer.GroupDrafter"
 
@@ -48,19 +60,56 @@ def plan_instances(
     machine: Machine,
     traits: ModelTraits | None = None,
     interpreter: Interpreter | None = None,
+    num_instances: int | None = None,
 ) -> list[Launch]:
     """Share the machine out among the instances.
 
     Args:
         traits: of the model; None = not known.
         interpreter: that their processes run on; None = the one of this process.
+        num_instances: how many; 0 = as many as it has room for, None = as the settings
+            say.
     Raises:
         ConfigError: it has not what the settings ask for.
     """
     if check_speculation(config.speculation).method == "suffix":
         _check_arctic(interpreter)
-    launches = _plan(config, machine, traits)
+    num = (config.num_instances if num_instances is None else num_instances) or 0
+    launches = _plan(config, machine, traits, num)
     return [replace(launch, interpreter=interpreter) for launch in launches]
+
+
+def member_args(
+    launch: Launch, args: Mapping[str, Any], rank: int, places: Sequence[Located]
+) -> dict[str, Any]:
+    """Engine arguments of a part of an engine that spans nodes.
+
+    Args:
+        launch: of the part. args: of the engine. places: where its parts are.
+    """
+    if launch.backend != "vllm":
+        return dict(args)
+    shared = {name: value for name, value in args.items() if name not in _OWN_ARGS}
+    own = {k: launch.engine_args[k] for k in _OWN_ARGS if k in launch.engine_args}
+    return {
+        **shared,
+        **own,
+        "nnodes": len(places),
+        "node_rank": rank,
+        "master_addr": places[0].address,
+        "master_port": places[0].port,
+        _EXECUTOR_ARG: "mp",
+    }
+
+
+def member_env(launch: Launch, place: Located) -> dict[str, str]:
+    """The environment of a part of an engine that spans nodes: by which way the parts
+    reach each other, unless the user says another.
+    """
+    if launch.backend != "vllm":
+        return dict(launch.env)
+    found = {"VLLM_HOST_IP": place.address, "GLOO_SOCKET_IFNAME": place.interface}
+    return {k: v for k, v in found.items() if v} | dict(launch.env)
 
 
 def _check_arctic(interpreter: Interpreter | None) -> None:
@@ -76,7 +125,7 @@ def _check_arctic(interpreter: Interpreter | None) -> None:
 
 
 def _plan(
-    config: EngineConfig, machine: Machine, traits: ModelTraits | None
+    config: EngineConfig, machine: Machine, traits: ModelTraits | None, num: int
 ) -> list[Launch]:
     if config.gpus is not None:
         machine = replace(machine, gpus=tuple(map(str, config.gpus)))
@@ -94,12 +143,12 @@ def _plan(
                 env={},
                 share="simulated",
             )
-            for i in range(config.num_instances or 2)
+            for i in range(num or 2)
         ]
     if device == "cuda":
-        launches = _plan_gpus(config, machine)
+        launches = _plan_gpus(config, machine, num)
     else:
-        launches = _plan_cores(config, machine, traits)
+        launches = _plan_cores(config, machine, traits, num)
     return [replace(launch, traits=traits) for launch in launches]
 
 
@@ -114,9 +163,9 @@ def _device(config: EngineConfig, machine: Machine) -> str:
     return "cuda" if machine.gpus and not machine.cpu_only else "cpu"
 
 
-def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
+def _plan_gpus(config: EngineConfig, machine: Machine, num: int) -> list[Launch]:
     per = config.gpus_per_instance
-    num = config.num_instances or len(machine.gpus) // per
+    num = num or len(machine.gpus) // per
     if num * per > len(machine.gpus) or not num:
         raise ConfigError(
             f"{max(num, 1)} instances of {per} GPUs need {max(num, 1) * per}, but "
@@ -124,9 +173,10 @@ def _plan_gpus(config: EngineConfig, machine: Machine) -> list[Launch]:
             f"({','.join(machine.gpus) or 'none'}); lower num_instances or "
             "gpus_per_instance, or check gpus and CUDA_VISIBLE_DEVICES"
         )
-    args = _engine_args(config) | {"tensor_parallel_size": per}
+    num_ranks = per * config.nodes_per_instance
+    args = _engine_args(config) | {"tensor_parallel_size": num_ranks}
     if config.kv_cache_bytes is not None:  # vLLM is told what is on each GPU
-        args["kv_cache_memory_bytes"] = max(1, config.kv_cache_bytes // per)
+        args["kv_cache_memory_bytes"] = max(1, config.kv_cache_bytes // num_ranks)
     args |= _users_args(config)
     launches = []
     for i in range(num):
@@ -149,18 +199,18 @@ def _numa_args(
 
 
 def _plan_cores(
-    config: EngineConfig, machine: Machine, traits: ModelTraits | None
+    config: EngineConfig, machine: Machine, traits: ModelTraits | None, num: int
 ) -> list[Launch]:
     cores, per = machine.cores, config.gpus_per_instance
-    num = config.num_instances
     num = num or max(1, min(len(cores) // per, _MAX_CPU_INSTANCES))
     free = int(machine.free_memory_bytes * _CPU_KV_SHARE) // num
-    kv_bytes = config.kv_cache_bytes or min(_MAX_CPU_KV_BYTES, free)
+    num_nodes = config.nodes_per_instance
+    kv_bytes = config.kv_cache_bytes or min(_MAX_CPU_KV_BYTES, free * num_nodes)
     defaults: dict[str, Any] = {
-        "tensor_parallel_size": per,
+        "tensor_parallel_size": per * num_nodes,
         "enforce_eager": True,  # compiling takes long, at every first start
         "block_size": _CPU_BLOCK_SIZE,
-        "kv_cache_memory_bytes": max(1, kv_bytes // per),
+        "kv_cache_memory_bytes": max(1, kv_bytes // (per * num_nodes)),
     }
     if check_speculation(config.speculation).method == "dgds":
         if _EXECUTOR_ARG in config.engine_args:
@@ -291,6 +341,8 @@ def _launch(
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": _NO_LIMIT_S,
         **QUIET_LMCACHE,
     }
+    if config.nodes_per_instance > 1:
+        ours["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = _STEP_TIMEOUT_S
     return Launch(
         instance_id=instance_id,
         backend="vllm",

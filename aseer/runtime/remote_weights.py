@@ -12,20 +12,21 @@ from aseer.errors import EngineError, describe
 from aseer.weights.files import read_index
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from aseer.node.remote import RemoteNode
+    from aseer.node.supply import Supply
     from aseer.weights.files import Index
 
 
 def once_there(
-    node: RemoteNode, index: str, ask: Callable[[str], asyncio.Future[Any]]
+    supplies: Sequence[Supply], index: str, ask: Callable[..., asyncio.Future[Any]]
 ) -> asyncio.Future[Any]:
-    """Have a node fetch weights, then ask an instance of it; what that answers.
+    """Have an instance's hosts fetch weights, then ask the instance; what it answers.
 
     Args:
+        supplies: of its hosts.
         index: path of an `Index`, on this machine.
-        ask: is given the path of the index on the node.
+        ask: is given the path of the index on each host.
 
     The future raises EngineError if the weights are gone or do not come, as it does if
     the instance cannot take them.
@@ -41,16 +42,17 @@ def once_there(
         else:
             _fail(outcome, error)
 
-    def there(fetched: asyncio.Future[str]) -> None:
+    def there(fetched: asyncio.Future[list[str]]) -> None:
         try:
-            ask(fetched.result()).add_done_callback(pass_on)
+            ask(*fetched.result()).add_done_callback(pass_on)
         except Exception as error:
             _fail(outcome, error)
 
     try:
         files = read_index(index)
-        fetched = node.weights.fetch(index, files.files, partial(_index_at, files))
-        fetched.add_done_callback(there)
+        index_of = partial(_index_at, files)
+        all_of_them = [each.fetch(index, files.files, index_of) for each in supplies]
+        asyncio.gather(*all_of_them).add_done_callback(there)
     except Exception as error:
         _fail(outcome, error)
     return outcome

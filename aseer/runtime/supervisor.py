@@ -18,8 +18,7 @@ from aseer.config import takes_nodes
 from aseer.errors import InstanceStartError, describe
 from aseer.instance.messages import Stop
 from aseer.node.children import LONGEST_DEATH_S
-from aseer.node.process import describe_exit
-from aseer.runtime.causes import death, start_error
+from aseer.runtime.causes import death, how_it_ended, start_error
 from aseer.runtime.restarts import RestartBudget, lacks_device_memory
 from aseer.runtime.slot import Slot, Slots
 from aseer.watch import WakingClock, wait_awake, waking_timeout
@@ -250,7 +249,7 @@ class Supervisor:
         self.slots.forget(slot, slot.killed_because or "it did not come up")
         what = f"was not ready after start_timeout_s={timeout_s:g}"
         if not dead.cancelled():
-            what = describe_exit(dead.result())
+            what = how_it_ended(process, dead.result())
             slot.was_shot = dead.result() < 0 and slot.killed_because is None
         raise start_error(slot, process, what, self._specs.cause_beside(slot))
 

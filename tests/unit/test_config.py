@@ -106,8 +106,8 @@ def test_an_engine_argument_that_is_ours_is_refused_with_what_to_use(
         ({"data_parallel_rank": 0}, "set num_instances"),
         ({"data_parallel_address": "10.0.0.1"}, "set num_instances"),
         ({"data_parallel_external_lb": True}, "set num_instances"),
-        ({"nnodes": 2}, "on the machine that starts them"),
-        ({"node_rank": 1}, "on the machine that starts them"),
+        ({"nnodes": 2}, "counted as nodes_per_instance"),
+        ({"node_rank": 1}, "counted as nodes_per_instance"),
         ({"distributed_executor_backend": "ray"}, 'give "mp" or "uni"'),
         ({"scheduler_cls": "mine.Scheduler"}, "reserves KV"),
         ({"watermark": 0.1}, "reserves KV"),
@@ -206,6 +206,41 @@ def test_nodes_that_ray_places_need_no_address_and_are_given_their_gpus() -> Non
     listen = "tcp://127.0.0.1:5557"
     with pytest.raises(ConfigError, match=r"num_instances=0 is not .* an int >= 1"):
         EngineConfig(model="m", nodes="ray", num_instances=0, listen=listen)
+
+
+def spanning(**settings: Any) -> EngineConfig:
+    """Settings of engines that span two nodes."""
+    listen = "tcp://127.0.0.1:5557"
+    defaults = {"nodes_per_instance": 2, "listen": listen, "min_nodes": 2}
+    return EngineConfig(model="m", **defaults | settings)
+
+
+def test_engines_that_span_nodes_are_none_of_this_host() -> None:
+    assert spanning().num_instances == spanning(num_instances=0).num_instances == 0
+    assert EngineConfig(model="m").num_instances is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"nodes_per_instance": 0}, "nodes_per_instance=0 .* an int >= 1"),
+        ({"listen": None}, "listen=None .* since nodes_per_instance is 2"),
+        ({"nodes": "ray"}, "nodes='ray' .* start nodes by `aseer node`"),
+        ({"num_instances": 2}, "num_instances=2 .*`aseer node` on this host"),
+        ({"min_nodes": 1}, "min_nodes=1 .* as many or more"),
+        ({"max_lora_rank": 8}, "max_lora_rank=8 .* within a host"),
+        ({"kv_transfer_config": {"kv_connector": "x"}}, "kv_transfer_config"),
+        ({"kv_pool": "lmcache"}, "kv_pool='lmcache' .* 'auto' or 'off'"),
+        ({"speculation": "dgds"}, "speculation='dgds' .* within a host"),
+        ({"engine_args": {"spec_method": "ngram"}}, "a drafter; leave it out, since"),
+        ({"engine_args": {"master_port": 1}}, "counted as nodes_per_instance"),
+    ],
+)
+def test_what_engines_that_span_nodes_cannot_have_is_refused(
+    settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        spanning(**settings)
 
 
 def test_numbers_may_be_numpys_and_are_kept_as_plain_data() -> None:

@@ -69,6 +69,7 @@ PURE = (
     "inputs.prompt_image",
     "inputs.fields",
     "inputs.engine_args",
+    "inputs.nodes",
     "inputs.calls",
     "inputs.structured",
     "inputs.kv_pool",
@@ -109,6 +110,7 @@ PURE = (
     "runtime.activity",
     "runtime.calls",
     "runtime.restarts",
+    "runtime.seats",
 )
 NOT_IN_PURE = {
     "asyncio",

@@ -20,14 +20,11 @@ import logging
 import math
 import os
 from array import array
-from dataclasses import fields
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.platforms import current_platform
-from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -36,9 +33,8 @@ from aseer.dgds.messages import EXTRA_ARGS_KEY
 from aseer.errors import EngineError, describe
 from aseer.instance.base import EngineDied
 from aseer.instance.vllm import patches
+from aseer.instance.vllm.arguments import USAGE, engine_args_of, with_our_defaults
 from aseer.instance.vllm.asking import (
-    HAS_REQUEST_INTERVAL,
-    STREAM_INTERVAL,
     end_of,
     engine_params,
     not_finite,
@@ -58,25 +54,20 @@ from aseer.instance.vllm.speculation import (
 )
 from aseer.instance.vllm.stats import EngineStats
 from aseer.instance.vllm.text import Text
-from aseer.instance.vllm.transfer import Transfer, with_our_receivers
+from aseer.instance.vllm.transfer import Transfer
 from aseer.instance.vllm.v2 import PRICE_OF_V1, engine_args_for_v2, why_not_v2
 from aseer.instance.vllm.weights import EngineWeights
 from aseer.kv.settings import cache_salt
 from aseer.types import ChunkEnd, InstanceId, InstanceInfo, KvGroup
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aseer.instance.base import Emit, InstanceSpec
     from aseer.types import Chunk, ChunkId, InstanceLoad
     from aseer.weights.checks import ModelSpec
 
 _log = logging.getLogger("aseer.instance")
-
-# By default vLLM keeps what sliding windows and recurrent states need for a resume only
-# at the end of a request's prompt, and a resumed chunk would compute the whole chunk
-# before it again. None keeps it at every block's end, and changes no other model.
-_HAS_RETENTION_INTERVAL = "prefix_cache_retention_interval" in {
-    field.name for field in fields(AsyncEngineArgs)
-}
 
 
 class VllmBackend:
@@ -95,11 +86,7 @@ class VllmBackend:
 
     async def start(self) -> InstanceInfo:
         """See `Backend`."""
-        args = with_our_receivers(await join_pool(self._spec.engine_args))
-        if not HAS_REQUEST_INTERVAL:
-            args.setdefault("stream_interval", STREAM_INTERVAL)
-        if _HAS_RETENTION_INTERVAL:
-            args.setdefault("prefix_cache_retention_interval", None)
+        args = with_our_defaults(await join_pool(self._spec.engine_args))
         given, on_v2 = dict(args), False
         if self._spec.drafting is not None:
             reason = why_not_v2(args, device=current_platform.device_type)
@@ -180,16 +167,9 @@ class VllmBackend:
 
     def _make_engine(self, args: dict[str, Any]) -> AsyncLLM:
         return AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                **args,
-                logprobs_mode="processed_logprobs",
-                enable_prefix_caching=True,
-                disable_log_stats=True,  # vLLM's own loggers; ours is added
-            ),
+            engine_args_of(args),
             stat_loggers=[self._stats.make_logger],
-            # Without it vLLM takes limits for an unknown use, 128 requests and 2,048
-            # tokens a step, which are a fraction of what a GPU computes in one.
-            usage_context=UsageContext.LLM_CLASS,
+            usage_context=USAGE,
         )
 
     async def run(self, chunk: Chunk, emit: Emit) -> ChunkEnd:
@@ -281,9 +261,9 @@ class VllmBackend:
         """See `Backend`."""
         return await self._weights.describe()
 
-    async def prepare_weights(self, index: str) -> None:
+    async def prepare_weights(self, index: str, others: Sequence[str] = ()) -> None:
         """See `Backend`."""
-        await self._weights.prepare(index)
+        await self._weights.prepare(index, *others)
 
     async def commit_weights(self) -> None:
         """See `Backend`."""

@@ -65,13 +65,15 @@ class EngineWeights:
             max_lora_rank=lora.max_lora_rank if lora else 0,
         )
 
-    async def prepare(self, index: str) -> None:
+    async def prepare(self, index: str, *others: str) -> None:
         """See `Backend.prepare_weights`."""
         await self.discard()
         found = read_index(index)
         if not found.lora_rank:
-            await call_workers(self._engine(), "aseer_prepare_weights", index)
+            await call_workers(self._engine(), "aseer_prepare_weights", index, *others)
             return
+        # Workers on other nodes do not find the directory that is made here.
+        assert not others, "EngineConfig refuses adapters for engines that span nodes"
         self._num_adapters += 1
         name = f"policy-{self._num_adapters}"
         directory = await asyncio.to_thread(_peft_directory, found, Path(index).parent)

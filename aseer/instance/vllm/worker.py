@@ -56,10 +56,15 @@ class WorkerExtension:
     aseer_weights: OpenIndex | None = None
     aseer_transfer: ExitStack | None = None
 
-    def aseer_prepare_weights(self, path: str) -> None:
-        """Open the files of new weights, and see that they are there."""
+    def aseer_prepare_weights(self, *paths: str) -> None:
+        """Open the files of new weights, and see that they are there.
+
+        Args:
+            paths: of their index, on each node of the engine.
+        """
         self.aseer_discard_weights()
-        self.aseer_weights = OpenIndex(path)
+        rank = self.vllm_config.parallel_config.node_rank
+        self.aseer_weights = OpenIndex(paths[rank])
 
     def aseer_commit_weights(self) -> None:
         """Load what was prepared, each worker its own part of every tensor."""

@@ -11,8 +11,8 @@ import pytest
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError, EngineError
 from aseer.node.agent import NodeRefused
-from aseer.runtime.cluster import listening
 from aseer.runtime.launcher import launcher_of
+from aseer.runtime.listening import listening
 from aseer.transport.keys import new_keys
 from tests.unit.integrations.rays import MODULE, Ray, importable
 from tests.waiting import until

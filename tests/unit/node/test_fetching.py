@@ -268,7 +268,7 @@ async def test_a_node_fetches_files_once_for_all_that_ask(tmp_path: Path) -> Non
 async def test_weights_that_are_gone_are_an_error_of_the_instance(tmp_path) -> None:
     node = RemoteNode(JOIN, lambda data: None)
     nothing: Any = None
-    asked = once_there(node, str(tmp_path / "index.json"), nothing)
+    asked = once_there(node.supplies, str(tmp_path / "index.json"), nothing)
     with pytest.raises(EngineError, match="the new weights are gone"):
         await asked
 

@@ -37,7 +37,7 @@ from aseer.types import Chunk, ChunkId, GroupId, InstanceId, RequestId
 from aseer.weights.checks import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     import pytest
 
@@ -72,7 +72,7 @@ class Backend(SimBackend):
         await self._machine.at(self._identity, "describe_weights")
         return ModelSpec({"w": TensorSpec("F32", (1,))}, dtype="F32")
 
-    async def prepare_weights(self, index: str) -> None:
+    async def prepare_weights(self, index: str, others: Sequence[str] = ()) -> None:
         await self._machine.at(self._identity, "prepare_weights")
         self._prepared_name = index
 
@@ -111,6 +111,8 @@ class Backend(SimBackend):
 
 class Process:
     """What the pool takes for an `InstanceProcess`."""
+
+    part = ""
 
     def __init__(self, machine: Machine, spec: InstanceSpec) -> None:
         self._machine = machine

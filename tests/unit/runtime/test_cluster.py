@@ -38,7 +38,9 @@ from aseer.node.messages import (
     Welcome,
     encode,
 )
-from aseer.runtime.cluster import Cluster, listening, reachable
+from aseer.node.network import reachable
+from aseer.runtime.cluster import Cluster
+from aseer.runtime.listening import listening
 from aseer.transport.base import PROTOCOL_VERSION
 from aseer.transport.keys import derive_keys
 from aseer.version import __version__
@@ -401,7 +403,7 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         found.append((address, keys))
         yield SimpleNamespace(endpoint=address.replace("*", "4000"))
 
-    monkeypatch.setattr("aseer.runtime.cluster.bind_tcp", bind)
+    monkeypatch.setattr("aseer.runtime.listening.bind_tcp", bind)
     return found
 
 
@@ -435,7 +437,7 @@ async def test_nodes_that_were_started_end_with_the_engine_and_have_a_key_of_its
     bound: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher = Launcher()
-    monkeypatch.setattr("aseer.runtime.cluster.launcher_of", lambda config: launcher)
+    monkeypatch.setattr("aseer.runtime.listening.launcher_of", lambda config: launcher)
     config = config_of(nodes="ray", num_instances=None)
     with pytest.raises(RuntimeError, match="in the block"):
         async with listening(config, None)():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from aseer.config import EngineConfig
 from aseer.errors import ConfigError
 from aseer.models.traits import ModelTraits, traits_of
 from aseer.node.machine import Machine, fast_cpu_dtype, free_memory_bytes, visible_gpus
-from aseer.runtime.launch import plan_instances
+from aseer.node.messages import Located
+from aseer.runtime.launch import member_args, member_env, plan_instances
 
 GIB = 1 << 30
 
@@ -330,3 +332,56 @@ def test_the_users_compilation_settings_stay():
     assert compilation(LATENT, chosen) == chosen
     with pytest.raises(ConfigError, match="must be a mapping"):
         compilation(LATENT, 3)
+
+
+def spanning(**settings: Any) -> EngineConfig:
+    listen = "tcp://127.0.0.1:5557"
+    return EngineConfig(
+        model="m", nodes_per_instance=2, listen=listen, min_nodes=2, **settings
+    )
+
+
+def test_a_node_has_a_part_of_an_engine_that_spans_nodes():
+    config = spanning(gpus_per_instance=4, kv_cache_bytes=8 * GIB)
+    gpus = tuple(map(str, range(8)))
+    launches = plan_instances(config, machine(gpus=gpus), num_instances=0)
+    assert devices(launches) == ["0,1,2,3", "4,5,6,7"]
+    for launch in launches:
+        assert launch.engine_args["tensor_parallel_size"] == 8
+        assert launch.engine_args["kv_cache_memory_bytes"] == GIB
+        assert launch.env["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] == "60"
+    (launch,) = plan_instances(config, machine(gpus=gpus), num_instances=1)
+    assert devices([launch]) == ["0,1,2,3"]
+    with pytest.raises(ConfigError, match="need 12, but 8 are visible"):
+        plan_instances(config, machine(gpus=gpus), num_instances=3)
+    (launch,) = plan_instances(spanning(), machine(), num_instances=1)
+    assert bindings([launch]) == ["0,1"]
+    assert launch.engine_args["tensor_parallel_size"] == 2
+
+
+def test_a_step_within_a_host_has_no_limit_of_vllms():
+    (launch, _) = plan_instances(EngineConfig(model="m"), machine())
+    assert int(launch.env["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"]) >= 1_000_000
+
+
+def test_parts_have_the_arguments_of_the_first_but_for_what_is_of_their_host():
+    places = [Located("10.0.0.1", "eth0", 5000), Located("10.0.0.2", "", 6000)]
+    numa = machine(gpus=("0", "1"))
+    first, second = (
+        plan_instances(
+            spanning(dtype="bfloat16"), replace(numa, numa_nodes=nodes), num_instances=2
+        )[1]
+        for nodes in ((0, 1), (1, 0))
+    )
+    args = {**first.engine_args, "seed": 3}
+    found = member_args(second, args, 1, places)
+    assert found["numa_bind_nodes"] == [0]
+    assert (found["dtype"], found["seed"]) == ("bfloat16", 3)
+    parallel = ("nnodes", "node_rank", "master_addr", "master_port")
+    assert [found[name] for name in parallel] == [2, 1, "10.0.0.1", 5000]
+    assert member_args(first, args, 0, places)["numa_bind_nodes"] == [1]
+    none = plan_instances(spanning(), numa, num_instances=1)[0]
+    assert "numa_bind" not in member_args(none, args, 1, places)
+    env = member_env(replace(second, env={"VLLM_HOST_IP": "the user's"}), places[1])
+    assert env == {"VLLM_HOST_IP": "the user's"}
+    assert member_env(first, places[0])["GLOO_SOCKET_IFNAME"] == "eth0"

@@ -1,0 +1,75 @@
+"""Which nodes form a gang: several that run one instance together. Pure.
+
+A node has a seat for each engine that it could run a part of. A gang takes a seat of
+each of its nodes, which are all of one kind; a node may be in as many gangs as it has
+seats. Nodes with most free seats go first: so there are as many gangs as there can be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Hashable, Iterable
+
+Node = TypeVar("Node")
+Seat = TypeVar("Seat")
+
+
+@dataclass(slots=True)
+class _Place(Generic[Seat]):
+    kind: Hashable
+    free: list[Seat]
+    num_led: int = 0
+
+
+class Seats(Generic[Node, Seat]):
+    """Of all nodes, in the order in which they came."""
+
+    def __init__(self, nodes_per_gang: int) -> None:
+        """There are no nodes yet."""
+        self._num = nodes_per_gang
+        self._places: dict[Node, _Place[Seat]] = {}
+
+    def add(self, node: Node, seats: Iterable[Seat], kind: Hashable) -> None:
+        """A node has come.
+
+        Args:
+            kind: of the node; nodes of different kinds form no gang.
+        """
+        self._places[node] = _Place(kind, list(seats))
+
+    def keep(self, nodes: Collection[Node]) -> None:
+        """These are left, and none beside them."""
+        self._places = {n: place for n, place in self._places.items() if n in nodes}
+
+    def form(self) -> list[list[tuple[Node, Seat]]]:
+        """All gangs that free seats are enough for, which they take; leaders first."""
+        gangs = []
+        kinds = {place.kind: None for place in self._places.values()}
+        for kind in kinds:
+            while len(found := self._most_free(kind)) == self._num:
+                found.sort(key=lambda node: self._places[node].num_led)
+                self._places[found[0]].num_led += 1
+                gangs.append([(node, self._places[node].free.pop(0)) for node in found])
+        return gangs
+
+    def release(self, gang: Iterable[tuple[Node, Seat]]) -> None:
+        """A gang is no more: the seats of its nodes that are left are free again."""
+        for rank, (node, seat) in enumerate(gang):
+            place = self._places.get(node)
+            if place is not None:
+                place.free.append(seat)
+                place.num_led -= rank == 0
+
+    @property
+    def waiting(self) -> list[Node]:
+        """Nodes with free seats."""
+        return [node for node, place in self._places.items() if place.free]
+
+    def _most_free(self, kind: Hashable) -> list[Node]:
+        """As many nodes of a kind as form a gang, if so many have free seats."""
+        able = [n for n, p in self._places.items() if p.free and p.kind == kind]
+        able.sort(key=lambda node: -len(self._places[node].free))
+        return able[: self._num]
