@@ -87,12 +87,16 @@ class TrainerProcess:
     def until_open(self) -> None:
         assert self._hear() == "open"
 
+    def tell(self, line: str) -> str:
+        """Tell it something; what it answers."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        return self._hear()
+
     def roll(self, in_the_middle: Callable[[], object] = lambda: None) -> Any:
         """One rollout; something happens while it runs."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        assert self._hear() == "first"
+        assert self.tell("go") == "first"
         in_the_middle()
         return json.loads(self._hear())
 
