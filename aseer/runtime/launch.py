@@ -247,7 +247,8 @@ def check_experts(config: EngineConfig) -> None:
     vLLM's kernel for CPUs looks for experts of the others among a worker's own: it
     reads past their end, and computes nonsense or crashes.
     """
-    if config.gpus_per_instance > 1 and config.engine_args.get(_EXPERTS_ARG):
+    num_ranks = config.gpus_per_instance * config.nodes_per_instance
+    if num_ranks > 1 and config.engine_args.get(_EXPERTS_ARG):
         raise ConfigError(
             f"engine_args has {_EXPERTS_ARG!r}, and vLLM's kernel for CPUs reads past "
             "the end of a worker's experts with it; leave it out: every worker then "
