@@ -5,9 +5,10 @@
 The wheel is installed into an environment of its own, which finds all other packages in
 .venv. There a program that uses the public names is checked by `mypy --strict`
 (`tests/typing`), and unit and property tests run on a copy of the checkout whose
-`aseer` is the installed one. For each further Python that is named a wheel is built
-for it and tested in the same way, with packages from pip's index; one that is not at
-hand is skipped, and the output says so.
+`aseer` is the installed one. They measure coverage, too, unless arguments choose other
+tests, and fail below the threshold in `pyproject.toml`. For each further Python that is
+named a wheel is built for it and tested in the same way, but for coverage, with
+packages from pip's index; one that is not at hand is skipped, and the output says so.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTED = ("tests/typing", "tests/unit", "tests/property")
+# Two processes share the tests, as in `make test`.
+SHARED = ("-n", "2", "--no-loadscope-reorder")
 # It looks for the sources of the native modules, which are not in the wheel.
 OF_THE_CHECKOUT = "tests/unit/test_architecture.py"
 # What is no part of the copy; `aseer` is the installed one.
@@ -48,7 +51,7 @@ def main() -> int:
             say(f"SKIPPED {python}: it is not on this machine, or does not run")
         elif python != sys.executable and version == version_of():
             say(f"SKIPPED {python}: it is of the version that .venv has")
-        elif not check(Path(found), for_pytest or list(TESTED)):
+        elif not check(Path(found), for_pytest):
             failed.append(python)
     if failed:
         say(f"failed: {', '.join(failed)}")
@@ -73,8 +76,11 @@ def check(python: Path, for_pytest: list[str]) -> bool:
         tested = install(python, wheel, folder / "env", is_ours)
         tree = copy_tree(folder / "tree", tested)
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-        options = ["-p", "no:cacheprovider", f"--ignore={OF_THE_CHECKOUT}"]
-        command = [str(tested), "-m", "pytest", *options, *for_pytest]
+        options = ["-p", "no:cacheprovider", f"--ignore={OF_THE_CHECKOUT}", *SHARED]
+        if is_ours and not for_pytest:  # others lack packages, and skip their tests
+            options += ["--cov", "--cov-report=term"]
+        tests = for_pytest or TESTED
+        command = [str(tested), "-m", "pytest", *options, *tests]
         return subprocess.run(command, cwd=tree, env=environment).returncode == 0
 
 

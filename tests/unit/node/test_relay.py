@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 BLOCK = 100
 NUM_BLOCKS = 200
-PATIENCE_S = 0.4
+# A machine that has much else to do may stall for half a second.
+PATIENCE_S = 1.0
 
 Fault = Any
 """Of a connection: from the count of blocks and a message to what comes instead."""
