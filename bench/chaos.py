@@ -12,7 +12,8 @@ Every response is compared with an undisturbed run's, and with what an earlier l
 the trainer had (`num_changed`); each rollout must have all of them (`num_lost`), once
 (`num_doubled`). What takes too long hangs (`num_hung`), what ends by itself crashed
 (`num_crashed`), and what is there at the end of all is left behind (`num_left_behind`).
-`recovery_s` says by fault how long it took until all instances were up again.
+`recovery_s` says by fault how long it took until all instances were up again. Files in
+/dev/shm count as left behind whoever made them, so nothing else may use it meanwhile.
 
 Expected: six zeros. A killed instance is back in the time that its start takes; a node
 after that and `node_timeout_s`, which is 3 s here.
