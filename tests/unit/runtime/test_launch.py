@@ -73,6 +73,8 @@ def test_experts_are_spread_over_gpus_and_not_over_a_cpus_workers():
     config = EngineConfig(model="m", gpus_per_instance=2, engine_args=args)
     with pytest.raises(ConfigError, match=r"enable_expert_parallel.*leave it out"):
         plan_instances(config, machine())
+    with pytest.raises(ConfigError, match=r"enable_expert_parallel.*leave it out"):
+        plan_instances(spanning(engine_args=args), machine())
     gpus = machine(gpus=("0", "1"), cpu_only=False)
     (launch,) = plan_instances(config, gpus)
     assert launch.engine_args["enable_expert_parallel"] is True
