@@ -14,6 +14,7 @@ from tests.unit.integrations.actors import Actor, Answer, Call, Target
 from tests.unit.integrations.test_skyrl_settings import SAMPLING, config_of
 
 NAME = "aseer.integrations.skyrl"
+POLICY = "aseer.integrations.skyrl_policy"
 
 
 class Server(Actor):
@@ -151,13 +152,16 @@ def world(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     names_of = sys.modules[train]
     names_of.weight_sync = sys.modules[f"{train}.weight_sync"]  # type: ignore[attr-defined]
-    monkeypatch.delitem(sys.modules, NAME, raising=False)
-    module = importlib.import_module(NAME)
+    for name in (NAME, POLICY):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    state.policy = importlib.import_module(POLICY)
+    assert NAME not in sys.modules  # a worker of the policy must not import it
+    state.module = importlib.import_module(NAME)
     dist = SimpleNamespace(get_rank=lambda: state.rank)
-    monkeypatch.setattr(module, "dist", dist)
-    state.module = module
+    monkeypatch.setattr(state.policy, "dist", dist)
     yield state
-    sys.modules.pop(NAME, None)
+    for name in (NAME, POLICY):
+        sys.modules.pop(name, None)
 
 
 def client_of(world: Any, **changes: Any) -> Any:
