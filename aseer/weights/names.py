@@ -1,8 +1,9 @@
 """What names mean: wrappers taken off, and which tensor is the output layer's, too.
 
 Pure. Trainers' names differ from a checkpoint's by what their wrappers put in
-(`module.` of DDP, `_orig_mod.` of torch.compile), and by whether a weight that the
-embedding and the output layer share has one name or two.
+(`module.` of DDP, `_orig_mod.` of torch.compile), by what transformers calls the parts
+of a model that sees, and by whether a weight that the embedding and the output layer
+share has one name or two.
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ _WRAPPERS = frozenset(
 _MAYBE_WRAPPER = "module"
 # transformers' names of modules that older checkpoints call otherwise (Mixtral).
 _EXPERTS = {"mlp": "block_sparse_moe"}
+# What it calls the parts of models that see, and what older checkpoints call them. It
+# has the one in memory and writes the other; engines read both.
+_PARTS = (
+    ("model.visual.", "visual."),  # Qwen2-VL, Qwen2.5-VL
+    ("model.language_model.", "model."),
+    ("model.language_model.", "language_model.model."),  # Gemma 3, LLaVA
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head.", "language_model.lm_head."),
+)
 _EMBEDDINGS = frozenset(
     {
         "embed_tokens",  # Llama, Qwen, Gemma and most others
@@ -51,12 +62,15 @@ _NOT_WEIGHTS = (
 def unwrapped(name: str, known: Container[str]) -> str:
     """The name among the `known` ones that this is with its wrappers taken off.
 
-    Of a name that is not known in any form, what surely is a wrapper's is taken off.
+    A part of a model that sees may be called as in memory or as in a checkpoint. Of a
+    name that is not known in any form, what surely is a wrapper's is taken off.
     """
     if name in known:
         return name
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    return next((form for form in _forms(parts) if form in known), ".".join(parts))
+    forms = list(_forms(parts))
+    forms += [renamed for form in forms for renamed in _with_other_parts(form)]
+    return next((form for form in forms if form in known), ".".join(parts))
 
 
 def _forms(parts: list[str]) -> Iterator[str]:
@@ -68,6 +82,13 @@ def _forms(parts: list[str]) -> Iterator[str]:
             own = own[1:]
             yield ".".join(own)
         yield ".".join(part for part in own if part != _MAYBE_WRAPPER)
+
+
+def _with_other_parts(name: str) -> Iterator[str]:
+    for pair in _PARTS:
+        for prefix, other in (pair, pair[::-1]):
+            if name.startswith(prefix):
+                yield other + name.removeprefix(prefix)
 
 
 def is_weight(name: str) -> bool:

@@ -40,6 +40,25 @@ def test_a_name_is_the_known_one_without_its_wrappers(given, meant):
 
 
 @pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("model.visual.merger.norm.weight", "visual.merger.norm.weight"),
+        ("module.model.visual.merger.norm.weight", "visual.merger.norm.weight"),
+        ("model.language_model.norm.weight", "model.norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        (
+            "model.language_model.layers.0.weight",
+            "language_model.model.layers.0.weight",
+        ),
+        ("model.vision_tower.head.weight", "vision_tower.head.weight"),
+        ("visual.norm.weight", "model.visual.norm.weight"),
+    ],
+)
+def test_parts_of_models_that_see_are_known_by_either_name(given, meant):
+    assert unwrapped(given, {meant, "model.other.weight"}) == meant
+
+
+@pytest.mark.parametrize(
     ("names", "embedding"),
     [
         (["model.embed_tokens.weight", "lm_head.weight"], "model.embed_tokens.weight"),

@@ -13,6 +13,7 @@ import pytest
 from aseer.errors import WeightUpdateError
 from aseer.weights.files import describe_checkpoint, map_tensors
 from aseer.weights.sending import check_source
+from tests.e2e.vision import make_vision
 from tests.lazy import Lazy
 from tests.unit.weights.made import send
 
@@ -213,3 +214,19 @@ def test_experts_that_do_not_fit_are_refused(tmp_path):
     held[name] = held[name][:, :-2]
     with pytest.raises(WeightUpdateError, match=r"gate_proj.weight' has shape \[11"):
         send(held, describe(tmp_path / "engine"), tmp_path / "new")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl"])
+def test_a_model_that_sees_is_sent_by_its_names_in_memory(tmp_path, model_type):
+    make_vision(tmp_path / "engine", model_type)
+    make_vision(tmp_path / "trained", model_type, seed=1)
+    trained = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "trained", dtype=torch.float32
+    )
+    spec = describe(tmp_path / "engine")
+    if model_type == "qwen2_vl":
+        assert not trained.state_dict().keys() <= spec.tensors.keys()
+    sent = dict(map_tensors(send(trained.state_dict(), spec, tmp_path / "new")))
+    expected = safetensors.load_file(tmp_path / "trained" / "model.safetensors")
+    assert sent.keys() == expected.keys()
+    assert all(torch.equal(sent[name], expected[name]) for name in expected)
