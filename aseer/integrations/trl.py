@@ -27,6 +27,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from aseer.config import is_speculating
 from aseer.errors import ConfigError
 from aseer.groups import Group
 from aseer.inputs.images import read_image
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from aseer.runtime.engine import Engine
     from aseer.sampling import SamplingParams
     from aseer.types import Response
+
+
+_NEVER = -1e20  # added to a token's logit
 
 
 def rollout_func(
@@ -93,7 +97,7 @@ class _RolloutFunc:
         weights = None if is_synced else _weights_of(trainer)
         everyones = self._processes.gather(encoded(trainer, prompts))
         columns = self._processes.scatter(
-            lambda: self._rollout(everyones, trainer.args, weights)
+            lambda: self._rollout(everyones, trainer, weights)
         )
         self._synced = state, step
         return columns
@@ -103,14 +107,16 @@ class _RolloutFunc:
         return Processes()
 
     def _rollout(
-        self, everyones: list[list[Encoded]], args: Any, weights: Any | None
+        self, everyones: list[list[Encoded]], trainer: Any, weights: Any | None
     ) -> list[dict[str, list[Any]]]:
         """Columns for the prompts of each process."""
         assert self._engine is not None
+        speculates = is_speculating(self._engine.config)
+        wanted = without_image_tokens(trainer, self._sampling, speculates=speculates)
         if weights is not None:
             self._engine.update_weights_sync(weights)
         prompts = [prompt for prompts in everyones for prompt in prompts]
-        groups = group_prompts(prompts, sampling_of(args, self._sampling))
+        groups = group_prompts(prompts, sampling_of(trainer.args, wanted))
         members: dict[str, list[Response]] = {}
         for responses in self._engine.rollout_sync(groups).by_group():
             members[responses[0].group_id] = responses
@@ -120,6 +126,23 @@ class _RolloutFunc:
             shares.append(_columns(ordered[start : start + len(prompts)]))
             start += len(prompts)
         return shares
+
+
+def without_image_tokens(
+    trainer: Any, sampling: Mapping[str, Any], *, speculates: bool
+) -> Mapping[str, Any]:
+    """Sampling with which a model that sees does not generate its image token.
+
+    The trainer's model would take one in a response for an image, and find none. TRL
+    suppresses it, too, where it generates. What the user says of tokens stays, and an
+    engine that speculates can be told of allowed tokens only, which the user knows.
+    """
+    token = getattr(trainer.processing_class, "image_token_id", None)
+    given = {**(trainer.args.generation_kwargs or {}), **sampling}
+    says = any(given.get(name) for name in ("logit_bias", "allowed_token_ids"))
+    if token is None or says or speculates:
+        return sampling
+    return {**sampling, "logit_bias": {int(token): _NEVER}}
 
 
 def _weights_of(trainer: Any) -> Any:

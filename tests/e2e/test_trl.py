@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.e2e.tiny import tiny_model
+from tests.e2e.vision import vision_env, vision_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +22,7 @@ pytest.importorskip("trl")
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+SEEING = "qwen2_vl"
 STEPS = 3
 BATCH = 12
 DEADLINE_S = 400
@@ -78,3 +82,26 @@ def test_a_trainer_of_trl_trains_on_what_its_own_weights_generate(
         assert all(map(math.isfinite, seen["losses"]))
         assert max(seen["gradients"]) > 0
         assert seen["num_rewarded"] == STEPS * BATCH // num_processes
+
+
+def test_a_trainer_of_a_model_that_sees_trains_on_what_it_generates(
+    tmp_path, monkeypatch
+):
+    if find_spec("torchvision") is None:
+        pytest.skip("run `python3 scripts/bootstrap.py --images` first")
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    command = [sys.executable, "-m", "tests.e2e.trl_seeing"]
+    subprocess.run(
+        [*command, str(tmp_path), str(vision_model(SEEING))],
+        env=os.environ | vision_env(),
+        timeout=DEADLINE_S,
+        check=True,
+    )
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["num_tokens_of_images"] == [6]
+    assert seen["num_distinct"] > 6, "images of one text are told apart"
+    assert seen["worst"] < 1e-3
+    assert seen["versions"] == [1, 2], "each step's rollout has its own weights"
+    assert len(seen["losses"]) == 2
+    assert all(map(math.isfinite, seen["losses"]))
+    assert max(seen["gradients"]) > 0

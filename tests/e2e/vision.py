@@ -134,6 +134,7 @@ def _add_signs(directory: Path) -> None:
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"chat_template": _TEMPLATE}
     path.write_text(json.dumps(settings))
+    (directory / "chat_template.jinja").write_text(_TEMPLATE)  # the processor's
 
 
 def _write_processor(directory: Path, model_type: str) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from aseer.config import EngineConfig
 from aseer.errors import ConfigError
 from aseer.integrations.trl import (
     Encoded,
@@ -67,6 +68,7 @@ class Trainer:
             get_state_dict=lambda model: {},
         )
         self.state = SimpleNamespace(global_step=0)
+        self.processing_class = SimpleNamespace()
         self.model = self.model_wrapped = SimpleNamespace(
             named_parameters=lambda **_: [], modules=lambda: []
         )
@@ -83,6 +85,7 @@ class Engine:
 
     def __init__(self):
         self.num_updates = 0
+        self.config = EngineConfig(model="any")
 
     def update_weights_sync(self, source):
         del source
@@ -128,6 +131,28 @@ def test_equal_prompts_with_other_images_are_other_groups():
     assert found[0][1][0] is one
     assert found[1][1][0] is other
     assert found[2][1] is None
+
+
+@pytest.mark.parametrize(
+    ("sampling", "generation_kwargs", "speculation", "expected"),
+    [
+        ({}, None, "off", {7: -1e20}),
+        ({"logit_bias": {3: 1.0}}, None, "off", {3: 1.0}),
+        ({"allowed_token_ids": [3]}, None, "off", None),
+        ({}, {"allowed_token_ids": [3]}, "off", None),
+        ({}, None, "dgds", None),  # vLLM refuses biases then
+    ],
+)
+def test_a_model_that_sees_generates_no_image_token(
+    sampling, generation_kwargs, speculation, expected
+):
+    trainer, engine = Trainer(), Engine()
+    trainer.processing_class.image_token_id = 7
+    trainer.args.generation_kwargs = generation_kwargs
+    engine.config = EngineConfig(model="any", speculation=speculation)
+    rollout_func(engine, sampling=sampling)(["abc"], trainer)
+    (group,) = engine.groups
+    assert group.sampling.logit_bias == expected
 
 
 def test_a_trainer_that_encodes_otherwise_is_refused_with_words():
