@@ -26,7 +26,10 @@ from aseer.instance.vllm import patches
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RELOADS = tuple(p for p in patches.PATCHES if p.moment == "reload")
+# Without sinks: models that have them are in tests/integration/test_sinks.py.
+RELOADS = tuple(
+    p for p in patches.PATCHES if p.moment == "reload" and p.name != "load_sinks"
+)
 PROMPTS = [{"prompt_token_ids": [5 + i, 6, 7, 40 + i]} for i in range(3)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0)
 

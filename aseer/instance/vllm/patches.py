@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from aseer.compat.patching import Patch, apply_patches
 from aseer.dgds.proposer import GroupDrafter
 from aseer.instance.vllm import EXECUTOR
+from aseer.instance.vllm.sinks import load_sinks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -389,5 +390,11 @@ PATCHES = (
         "reload",
         "experts compute with new weights in the wrong order",
         f"{_ALL}, on CPUs",
+    ),
+    Patch(
+        load_sinks,
+        "reload",
+        "attention computes with the sinks before the last update",
+        "0.32",
     ),
 )
