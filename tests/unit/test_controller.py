@@ -481,6 +481,7 @@ def test_a_rollout_without_an_end_does_not_grow() -> None:
         tracemalloc.stop()
     assert controller.counters.num_finished == 300
     assert (sizes[-1] - sizes[0]) / 200 < 200, sizes
+    assert len(controller._dispatcher._arrivals) <= 20, "of those that finished last"
 
 
 # The edge

@@ -62,6 +62,17 @@ def test_a_key_evicted_while_others_are_freed_counts_as_evicted(
     assert (found["evicted"], found["freed"]) == (100, 100)
 
 
+def test_what_was_to_be_freed_and_stayed_may_be_evicted_later(ledger: Ledger) -> None:
+    """LMCache frees nothing that is being read."""
+    ledger.on_l1_keys_write_finished([A])
+    ledger.begin_freeing([A])
+    ledger.end_freeing()
+    ledger.on_l1_keys_deleted_by_manager([A])
+    found = counts(ledger)
+    assert found["evicted"] == 100
+    assert "freed" not in found
+
+
 def test_what_is_loaded_from_the_disk_is_read_and_not_stored_again(
     ledger: Ledger,
 ) -> None:

@@ -134,6 +134,21 @@ async def test_equal_requests_become_one_group_once_all_are_there() -> None:
         assert run.rollout.cancelled == []
 
 
+async def test_the_time_of_a_group_that_is_whole_does_not_begin_the_next_one() -> None:
+    async with opened() as run:
+        first = run.submit(5, 6, n=2)
+        await asyncio.sleep(0)
+        (joining,) = run.desk._joining.values()
+        assert joining.deadline is not None
+        assert not joining.deadline.cancelled()
+        second = run.submit(5, 6, n=2)
+        (task,) = await run.until_begun(1)
+        assert joining.deadline.cancelled()
+        for index, call in enumerate((first, second)):
+            run.answer(task, index)
+            await call
+
+
 async def test_without_a_number_a_group_begins_soon_after_its_first_request() -> None:
     async with opened(join_s=0.02) as run:
         calls = [run.submit(5, 6) for _ in range(2)]

@@ -20,6 +20,8 @@ from tests.unit.runtime.engines import ENDLESS, SOON_S, Sim, groups_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aseer.instance.messages import Run
+    from aseer.types import InstanceId
     from tests.unit.runtime.machine import Machine
 
 SLOW = {"step_s": 0.002}
@@ -253,6 +255,25 @@ async def test_an_update_may_abort_a_rollout_and_its_reader_gets_the_rest(sim) -
             reasons = [r.finish_reason async for r in rollout]
         assert reasons == ["aborted"] * 4
         assert await can_roll_out(engine)
+
+
+async def test_no_two_rollouts_of_an_engine_have_chunks_of_one_id(
+    sim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine may still report of the last rollout's chunks when the next begins."""
+    async with sim.engine() as engine:
+        pool, ids = engine._host._pool, []
+        run_chunk = pool.run_chunk
+
+        def note(instance_id: InstanceId, run: Run) -> None:
+            ids.append(run.chunk.chunk_id)
+            run_chunk(instance_id, run)
+
+        monkeypatch.setattr(pool, "run_chunk", note)
+        for _ in range(3):
+            assert await can_roll_out(engine)
+        assert len(ids) >= 12
+        assert len(set(ids)) == len(ids)
 
 
 async def test_engines_that_do_not_stop_a_rollout_are_killed(sim) -> None:
