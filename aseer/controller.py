@@ -160,8 +160,7 @@ class Controller:
     ) -> list[Command]:
         """An instance is gone with its node; what ran there was not the cause.
 
-        Its requests go on elsewhere at once, with the tokens they have, however often
-        that happens to them.
+        Its requests go on elsewhere at once, with their tokens, as often as it happens.
         """
         self.forget_finished()
         lost = self._lose_instance(instance_id, now, why, is_blameless=True)
@@ -213,8 +212,7 @@ class Controller:
         """
         self.buffer.group(group_id)
         self.forget_finished()
-        # Requests that the group held up (an instance may have been kept for it) can go
-        # on.
+        # An instance may have been kept for the group; others can go on there now.
         return self._cancel(group_id, now) + self.schedule(now)
 
     def cancel_all(self, now: float, max_requests: int = sys.maxsize) -> list[Command]:
@@ -378,9 +376,9 @@ class Controller:
             self.counters.num_groups_finished += 1
             self._just_finished.append(group_id)
         response = request.to_response(self._weight_version)
-        held_text = request.held_text
+        finished = Finished(response, request.held_text)
         request.drop_output()
-        return [Finished(response, held_text)]
+        return [finished]
 
     def forget_finished(self) -> None:
         """Forget groups that finished in the last call.

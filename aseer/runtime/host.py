@@ -3,9 +3,11 @@
 The public `Engine` owns the thread (`aseer.runtime.loop_thread`) and calls in from
 outside; everything here runs on that thread's event loop.
 
-    user's thread                        engine's thread
-    Engine, Rollout  -- submit, post -->  Host -- Session -- InstancePool -- Router
-                     <--- Mailbox ------          (pure Controller inside)
+    user's thread                       engine's thread
+    Engine   -- submit, post -->  Host -- Updates, Sleep --+
+                                   |                       |
+    Rollout  -- submit, post -->  Rollouts -- Session -- InstancePool -- Router
+             <--- Mailbox ------              (pure Controller inside)
 
 What fails belongs to what it was done for: an error in a rollout's decisions ends that
 rollout, an error in a call ends that call. The engine ends only with its last instance
