@@ -26,7 +26,7 @@ from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator
 from skyrl.train.utils import validate_cfg
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aseer.integrations import skyrl as ours
+from aseer.integrations import skyrl_policy as ours
 from aseer.integrations import skyrl_settings as settings
 from aseer.integrations.actor import EngineActor
 
