@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-
 import aseer
 from aseer.models.tiny import make_tiny
 
