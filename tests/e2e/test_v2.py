@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.v2, pytest.mark.timeout(900)]
 
 GREEDY = {"temperature": 0.0, "max_tokens": 70, "ignore_eos": True}
 PROMPTS = [[5, 6, 7, 8, 9], [11 + i for i in range(33)]]
-ROUNDING = 1e-5  # other kernels, other last bits
+ROUNDING = 2e-5  # other kernels, other last bits; 1.1e-5 was seen with AVX-512
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,8 @@ class _Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "skyrl":
             import skyrl_cpu  # noqa: F401
-        elif (
-            name == "aseer.integrations.skyrl_policy"
-        ):  # SkyRL itself is imported by then
+        elif name == "aseer.integrations.skyrl_policy":
+            # SkyRL itself is imported by then.
             from skyrl.train.utils import utils
 
             # It would start Ray once more, to ask whether GPUs reach each other.
