@@ -196,7 +196,11 @@ def greedy(
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",  # the other one caps no logits (Gemma 2)
+    ).eval()
     results = []
     for prompt in prompts:
         ids, logprobs = list(prompt), []

@@ -41,10 +41,10 @@ KV_CACHE_BYTES = {
     "qwen3_next": 5 << 20,
 }
 STEP_TOKENS = 128  # that an engine computes at a time
-# Of these, what new weights and short KV were tried with on an engine; all of them are
-# short of KV in tests/integration/test_vllm_kv.py.
+# Of these, what was compared with transformers, after new weights.
 TRIED = {"gemma3_text"}
-SHORT_OF_KV = {"gemma3_text", "gpt_oss", "mistral", "granitemoehybrid", "qwen3_next"}
+# Of these, what moves and is drafted for, by computing prefixes again, on engines.
+MOVED = ["gemma2", "gpt_oss"]
 # With two threads a CPU's sums round by how the batch is split between them.
 ONE_CORE = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
 # vLLM computes this family's linear attention on a CPU in bfloat16 only.
@@ -123,8 +123,6 @@ def test_a_resume_computes_one_token_and_changes_nothing(mixed):
 
 
 def test_no_admitted_chunk_is_preempted_when_kv_is_short(mixed):
-    if family_of(mixed) not in SHORT_OF_KV:
-        pytest.skip("not tried with this family")
     next_version(mixed)
     rollout = mixed.rollout_sync(groups_of(32, 400), chunk_size=0)
     assert {r.finish_reason for r in rollout} == {"length"}
@@ -134,7 +132,6 @@ def test_no_admitted_chunk_is_preempted_when_kv_is_short(mixed):
     assert most_used > 0.5, "and the room there is is used"
 
 
-@pytest.mark.slow
 def test_new_weights_reach_every_layer_of_a_mixed_model(mixed):
     if family_of(mixed) not in TRIED:
         pytest.skip("not tried with this family")
@@ -159,6 +156,29 @@ def test_a_prompt_computed_in_parts_changes_no_seeded_sample(mixed):
     for response in whole:
         assert response.finish_reason == "length"
         assert in_parts[response.request_id].token_ids == response.token_ids
+
+
+@slow
+@pytest.mark.parametrize("family", MOVED)
+@pytest.mark.usefixtures("engines_in_turn")
+def test_requests_of_mixed_models_hop_and_draft_and_nothing_changes(family):
+    config = tiny_config(
+        model=family_model(family),
+        num_instances=2,
+        max_num_seqs=8,
+        chunk_size=64,
+        kv_cache_bytes=64 << 20,
+        speculation="dgds",
+    )
+    with aseer.Engine(config) as engine:
+        groups = groups_of(3, 400, n=3)
+        expected = undivided(engine, groups)
+        rollout = engine.rollout_sync(groups)
+        same(by_request(list(rollout)), expected, rounding=ROUNDING)
+    report = rollout.report
+    assert report.num_migrations > 9
+    assert sum(report.speculation.accepted) > 10
+    assert report.num_preemptions == 0
 
 
 @pytest.fixture(scope="module", params=EXPERTS)

@@ -29,6 +29,7 @@ needs_torchvision()
 pytestmark = pytest.mark.slow
 
 MODELS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+POOLED = "qwen2_vl"
 ROUNDING = 5e-5  # of what is computed again in one step
 # Policies do not sample signs of images, nor do trainers train them.
 GREEDY = {
@@ -149,12 +150,51 @@ def test_nothing_is_left_of_an_image_whose_group_is_over(seeing: aseer.Engine) -
 
 
 def test_new_weights_reach_what_sees(seeing: aseer.Engine) -> None:
+    """Those of another seed by a trainer's names, and the first ones, a checkpoint."""
+    from transformers import AutoModelForImageTextToText
+
     kind = str(seeing.config.model).split("-")[-2]
     ids, picture = prompt(1), image(1)
     for seed in (0, 1, 0):
         model = vision_model(kind, seed)
-        if seed or seeing.weight_version:
+        if seed:
+            trained = AutoModelForImageTextToText.from_pretrained(
+                model, dtype="float32"
+            )
+            seeing.update_weights_sync(trained.state_dict())
+        elif seeing.weight_version:
             seeing.update_weights_sync(model)
         groups = [group("a", ids, [picture], n=1, max_tokens=24)]
         (response,) = seeing.rollout_sync(groups)
         assert response.token_ids == seen_greedy(model, ids, picture, 24), seed
+
+
+@pytest.mark.usefixtures("engines_in_turn")
+def test_requests_with_images_take_their_kv_along_and_draft() -> None:
+    """Prompts of equal ids and other images find only their own, of both."""
+    pytest.importorskip("lmcache")
+    config = tiny_config(
+        model=vision_model(POOLED),
+        num_instances=2,
+        max_num_seqs=8,
+        chunk_size=64,
+        kv_cache_bytes=64 << 20,
+        kv_pool=aseer.KvPoolConfig(
+            mode="lmcache", chunk_tokens=64, dram_bytes=256 << 20
+        ),
+        speculation="dgds",
+        env=vision_env(),
+    )
+    groups = [
+        group("one", prompt(1), [image(1)], n=3, max_tokens=260),
+        group("other", prompt(1), [image(2)], n=3, max_tokens=260),
+    ]
+    with aseer.Engine(config) as engine:
+        expected = undivided(engine, groups)
+        rollout = engine.rollout_sync(groups)
+        same(by_request(list(rollout)), expected, rounding=ROUNDING)
+    assert expected["one/0"].token_ids != expected["other/0"].token_ids
+    report = rollout.report
+    assert report.num_migrations > 8
+    assert report.kv.num_moves_found > 8, "of the pool's KV"
+    assert sum(report.speculation.accepted) > 10
