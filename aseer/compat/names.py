@@ -96,6 +96,7 @@ vllm.v1.worker.gpu_model_runner  GPUModelRunner.reload_weights(weights_iterator)
   GPUModelRunner.model
 vllm.v1.worker.gpu.model_runner  GPUModelRunner.reload_weights GPUModelRunner.model
 vllm.config.parallel  ParallelConfig.node_rank
+vllm.distributed.parallel_state  get_tensor_model_parallel_rank
 vllm.model_executor.layers.vocab_parallel_embedding  ParallelLMHead
   UnquantizedEmbeddingMethod.process_weights_after_loading
 """

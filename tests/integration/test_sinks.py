@@ -66,9 +66,9 @@ def reload(model: Any, weights: dict[str, Any], *, is_patched: bool) -> None:
 def test_sinks_are_those_of_the_last_update(
     monkeypatch: pytest.MonkeyPatch, rank: int, of_worker: list[float]
 ) -> None:
-    from vllm import distributed
+    from vllm.distributed import parallel_state
 
-    monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: rank)
     model = model_with_sinks(2)
     sinks = [layer.attn.sinks for layer in model.layers]
     weights = {

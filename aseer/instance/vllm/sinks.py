@@ -73,7 +73,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
 
 def _copy_part(given: Any, own: Any) -> None:
     """Of all heads' sinks those of this worker's heads."""
-    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
     start = get_tensor_model_parallel_rank() * len(own) if len(own) < len(given) else 0
     own.copy_(given[start : start + len(own)])
