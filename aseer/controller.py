@@ -269,7 +269,7 @@ class Controller:
         """
         self._dispatcher.use_pool(granularity, pool_of)
 
-    def set_move_price(self, price: float | None) -> None:
+    def set_move_price(self, price: float | None, far: float | None = None) -> None:
         """Set the measured cost of loading a token from the pool, in tokens computed.
 
         Moves that did not find their KV in the pool raise the cost that is used: those
@@ -277,8 +277,10 @@ class Controller:
 
         Args:
             price: None = not known yet.
+            far: what it takes beside that to bring one from another node; None = not
+                known, or nothing.
         """
-        self._dispatcher.set_move_price(price)
+        self._dispatcher.set_move_price(price, far)
 
     def check_integrity(self) -> None:
         """Assert that the parts agree; changes nothing."""

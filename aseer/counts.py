@@ -157,7 +157,14 @@ class KvCounts:
     @property
     def move_price(self) -> float | None:
         """Time to load a token over the time to compute it; None while unknown."""
-        if not (self.loaded_tokens and self.prefill_tokens and self.prefill_s):
+        compute_s = self.compute_token_s
+        if not (self.loaded_tokens and compute_s):
             return None
-        compute_s = self.prefill_s / self.prefill_tokens
         return min(1.0, self.load_s / self.loaded_tokens / compute_s)
+
+    @property
+    def compute_token_s(self) -> float | None:
+        """Time to compute a token; None while unknown."""
+        if not (self.prefill_tokens and self.prefill_s):
+            return None
+        return self.prefill_s / self.prefill_tokens

@@ -136,13 +136,16 @@ class Dispatcher:
             pool = self.residency.pool_of(instance_id)
             self.scheduler.fleet.set_pool(instance_id, pool)
 
-    def set_move_price(self, price: float | None) -> None:
+    def set_move_price(self, price: float | None, far: float | None) -> None:
         """See `Controller.set_move_price`."""
         base = DEFAULT_MOVE_PRICE if price is None else price
         counters = self._counters
         within, between = (
             base + (1 - base) * moves.share_lost
-            for moves in (counters.moves, counters.node_moves)
+            for base, moves in (
+                (base, counters.moves),
+                (min(1.0, base + (far or 0.0)), counters.node_moves),
+            )
         )
         self.residency.set_prices(within, between)
 

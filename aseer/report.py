@@ -110,6 +110,7 @@ class KvReport:
         freed_bytes: dropped since nobody will ask for it again.
         disk_written_bytes, disk_read_bytes: moved between DRAM and disk.
         prefetched_bytes: of those read, what was read before an engine asked for it.
+        pulled_bytes: brought from other nodes, to where a request went on.
         resident_bytes, disk_resident_bytes: held at the end. capacity_bytes: of DRAM.
         num_loaded_tokens: whose KV was found there; not those in an engine's own cache.
         num_moves_found: chunks on another instance than the one before that computed
@@ -128,6 +129,7 @@ class KvReport:
     disk_written_bytes: int
     disk_read_bytes: int
     prefetched_bytes: int
+    pulled_bytes: int
     resident_bytes: int
     disk_resident_bytes: int
     capacity_bytes: int

@@ -20,6 +20,7 @@ from aseer.cli.arguments import host_and_port, positive_float, positive_int
 from aseer.cli.node_scripts import SCRIPTS, script_for
 from aseer.errors import ConfigError
 from aseer.inputs.addresses import check_address
+from aseer.kv.agent import PoolAgent
 from aseer.node.agent import NoController, NodeRefused, Offer, run_agent
 from aseer.node.cleanup import SHARED_MEMORY
 from aseer.node.interpreter import interpreter_at
@@ -246,6 +247,7 @@ def _offer(args: argparse.Namespace, controller: str, path: Path | None) -> Offe
         num_instances=args.num_instances,
         log_dir=None if log_dir is None else log_dir.absolute(),
         death_timeout_s=_death_timeout_s(args),
+        make_pool=PoolAgent,
         look_again=partial(_look_again, path, keys),
     )
 

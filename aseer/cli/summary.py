@@ -167,6 +167,8 @@ def _kv_figures(kv: KvReport) -> Iterator[tuple[str, str, str]]:
     stored, freed = _megabytes(kv.stored_bytes), _megabytes(kv.freed_bytes)
     evicted = f"{_megabytes(kv.evicted_bytes)} evicted"
     yield "KV pool: stored", stored, f"{freed} freed, {evicted}"
+    if kv.pulled_bytes:
+        yield "KV pool: pulled", _megabytes(kv.pulled_bytes), "from other nodes"
     if kv.disk_written_bytes or kv.disk_read_bytes:
         read = f"{_megabytes(kv.disk_read_bytes)} read back"
         if kv.prefetched_bytes:

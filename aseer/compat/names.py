@@ -263,6 +263,12 @@ _SERVER = """
 lmcache.v1.distributed.api  Tier.L1 Tier.L2
 lmcache.v1.distributed.config  add_storage_manager_args parse_args_to_config
 lmcache.v1.distributed.internal_api  L1ManagerListener L2AdapterListener
+lmcache.v1.distributed.error  L1Error.SUCCESS
+lmcache.v1.distributed.l1_manager  L1Manager.reserve_read(keys)
+  L1Manager.finish_read(keys) L1Manager.finish_write(keys,tag)
+  L1Manager.finish_write_and_delete(keys,tag)
+  L1Manager.reserve_write(keys,is_temporary,layout_desc,tag)
+  L1Manager.get_memory_usage L1Manager.get_object_state
 lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter
   NativeConnectorL2Adapter.submit_store_task(keys,objects)
   NativeConnectorL2Adapter.submit_load_task(keys,objects)
@@ -305,7 +311,7 @@ _TABLES = (
     (_DRAFTS_V2, "speculation on GPUs", "dgds/speculator.py, dgds/ahead.py"),
     (_POOL_VLLM, "the KV pool", "kv/connector.py"),
     (_POOL_LMCACHE, "the KV pool", "kv/connector.py, kv/guard.py"),
-    (_SERVER, "the KV pool", "kv/server.py, patches.py, disk.py"),
+    (_SERVER, "the KV pool", "kv/server.py, lending.py, patches.py, disk.py"),
 )
 _NAME = re.compile(r"([\w.]+)(?:\(([\w,]*)\))?(\?)?")
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from aseer.errors import AseerError, ConfigError, EngineError, describe
+from aseer.kv.agent import PoolAgent
 from aseer.node.agent import Offer, run_agent
 from aseer.node.children import in_thread
 from aseer.node.interpreter import interpreter_at
@@ -95,6 +96,7 @@ class NodeActor:
             num_instances=settings.num_instances,
             log_dir=settings.log_dir,
             death_timeout_s=math.inf,  # Ray ends the actor, when its trainer has ended
+            make_pool=PoolAgent,
             needs_janitor=True,  # Ray kills it with its children
         )
         return await run_agent(offer, asyncio.Event())

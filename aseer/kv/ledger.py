@@ -24,7 +24,9 @@ class Ledger:
         self._disk: dict[Any, int] = {}
         self._freeing: set[Any] = set()
         self._object_bytes = 0
-        self._num = dict.fromkeys(("stored", "evicted", "freed", "read"), 0)
+        self._num = dict.fromkeys(("stored", "evicted", "freed", "read", "pulled"), 0)
+        self.pulling: set[Any] = set()
+        """Keys that are taken from another node's server."""
         self._written = 0
 
     def counts(self, capacity: int, object_bytes: int) -> PoolCounts:
@@ -40,6 +42,7 @@ class Ledger:
                 disk_written=self._written,
                 disk_read=self._num["read"] * size,
                 disk_resident=sum(self._disk.values()),
+                pulled=self._num["pulled"] * size,
                 per_chunk=size,
             )
 
@@ -47,6 +50,11 @@ class Ledger:
         """A key; None if DRAM is empty."""
         with self._lock:
             return next(iter(self._dram), None)
+
+    def in_dram(self, keys: set[Any]) -> set[Any]:
+        """Of these keys, the ones in DRAM."""
+        with self._lock:
+            return keys & self._dram
 
     def held(self, keys: set[Any]) -> tuple[list[Any], list[Any]]:
         """Of these keys, the ones in DRAM and on disk."""
@@ -73,7 +81,9 @@ class Ledger:
 
     def on_l1_keys_write_finished(self, keys: list[Any]) -> None:
         with self._lock:
-            self._num["stored"] += len(keys)
+            num_pulled = sum(key in self.pulling for key in keys)
+            self._num["pulled"] += num_pulled
+            self._num["stored"] += len(keys) - num_pulled
             self._dram.update(keys)
 
     def on_l1_keys_finish_write_and_reserve_read(self, keys: list[Any]) -> None:

@@ -15,27 +15,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from typing import TYPE_CHECKING, Any
 
 from aseer.compat.versions import installed_packages, lmcache_obstacle
-from aseer.core.residency import NO_POOL
 from aseer.kv.guard import pool_cause
-from aseer.kv.messages import Free, PoolCounts, Prefetch
+from aseer.kv.messages import PoolCounts, PoolState, ServerState
 from aseer.kv.process import ServerProcess, sum_counts
 from aseer.kv.room import node_memory
-from aseer.kv.settings import cache_salt, plan_pool, transfer_config
+from aseer.kv.settings import plan_pool, transfer_config
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from aseer.config import EngineConfig
-    from aseer.kv.settings import PoolPlan
+    from aseer.kv.messages import Free, PeerSpec, Prefetch, Pull, Pulled
+    from aseer.kv.settings import Memory, PoolPlan
     from aseer.models.traits import ModelTraits
     from aseer.node.interpreter import Interpreter
     from aseer.node.leftovers import Leftovers
     from aseer.node.machine import Launch
-    from aseer.types import InstanceInfo
 
 _log = logging.getLogger("aseer")
 
@@ -46,7 +45,6 @@ class KvPool:
     def __init__(
         self,
         plan: PoolPlan,
-        config: EngineConfig,
         num_instances: int,
         log_dir: Path,
         leftovers: Leftovers,
@@ -55,17 +53,15 @@ class KvPool:
         """Prepare; nothing is started yet.
 
         Args:
+            num_instances: that have it, numbered from 0.
             interpreter: that servers run on; None = the one of this process.
         """
         self._plan = plan
         self._num_instances = num_instances
-        self.namespace = secrets.token_hex(4)
-        """Of the keys: KV of other runs is never found, even in a shared tier."""
         self._servers = [
             ServerProcess(
                 plan,
                 i,
-                config.start_timeout_s,
                 log_dir / f"kv-pool-{i}.log",
                 leftovers,
                 interpreter,
@@ -77,6 +73,11 @@ class KvPool:
     def granularity(self) -> int:
         """Where chunks are to end, in tokens; a multiple of the engines' block size."""
         return self._plan.chunk_tokens
+
+    @property
+    def num_servers(self) -> int:
+        """0 = it is another connector's."""
+        return len(self._servers)
 
     @property
     def pids(self) -> list[int]:
@@ -127,62 +128,53 @@ class KvPool:
             for server in self._servers:
                 tasks.create_task(server.end(grace_s))
 
-    def server_of(self, instance_id: int) -> int:
-        """Index of an instance's server; instances of one find each other's KV.
+    @property
+    def state(self) -> PoolState:
+        """As a controller on another host is told."""
+        servers = [
+            ServerState(s.port, str(s.log_path), s.is_expected, s.address)
+            for s in self._servers
+        ]
+        return PoolState(self.counts, self.num_restarts, servers)
 
-        An instance on another host has none, but for a connector of the user's own.
-        """
-        if self._servers and instance_id >= self._num_instances:
-            return NO_POOL
-        return instance_id * len(self._servers) // self._num_instances
+    def server_of(self, index: int) -> int:
+        """Number of an instance's server; instances of one find each other's KV."""
+        return server_of(index, self._num_instances, len(self._servers))
 
-    def engine_args(self, instance_id: int) -> dict[str, Any]:
+    def engine_args(self, index: int) -> dict[str, Any]:
         """What an engine that starts now is told; nothing if its server is down."""
-        if not self._servers:
-            return {}  # the user's own connector
-        server = self._servers[self.server_of(instance_id)]
-        if not server.is_expected:
-            _log.warning("instance %d starts without the KV pool", instance_id)
-            return {}
-        config = transfer_config(self._plan, server.port, server.log_path)
-        return {"kv_transfer_config": config}
+        return engine_args(self._plan, self.state.servers, self.server_of(index))
 
-    def cause(self, instance_id: int) -> str:
+    def cause(self, index: int) -> str:
         """What an instance's server says of its last error, to be added to another."""
         if not self._servers:
             return ""
-        return pool_cause(self._servers[self.server_of(instance_id)].log_path)
+        return pool_cause(self._servers[self.server_of(index)].log_path)
 
-    def free(
-        self, info: InstanceInfo, weight_version: int, tokens: bytes, start: int
-    ) -> None:
-        """Nobody will ask for the KV of these tokens again, from `start` on.
-
-        Args:
-            info: of any engine of the pool's.
-            tokens: int32; a prompt, or a prompt and what was generated.
-        """
-        salt = cache_salt(self.namespace, info, weight_version)
-        what = Free(info.model, info.kv_world_size, salt, tokens, start)
+    def free(self, what: Free) -> None:
+        """Nobody will ask for some KV again."""
         for server in self._servers:
             server.free(what)
+
+    def open(self, peers: PeerSpec) -> None:
+        """Let servers that start from now on talk to those of other nodes."""
+        for server in self._servers:
+            server.peers = peers
+
+    def pull(self, order: Pull) -> asyncio.Future[Pulled]:
+        """Take KV from another node's server; never fails otherwise than in words."""
+        return self._servers[order.server].pull(order)
 
     @property
     def prefetches(self) -> bool:
         """Whether there is anything to load before it is asked for."""
         return self._plan.disk_dir is not None
 
-    def prefetch(self, info: InstanceInfo, weight_version: int, tokens: bytes) -> None:
-        """The KV of these tokens will be asked for soon, by whichever engine.
+    def prefetch(self, what: Prefetch) -> None:
+        """Some KV will be asked for soon, by whichever engine.
 
         What of it is on disk only is loaded to DRAM, as far as there is room.
-
-        Args:
-            info: of any engine of the pool's.
-            tokens: int32; a prompt and what was generated.
         """
-        salt = cache_salt(self.namespace, info, weight_version)
-        what = Prefetch(info.model, info.kv_world_size, salt, tokens)
         for server in self._servers:
             server.prefetch(what)
 
@@ -203,6 +195,30 @@ class KvPool:
             for server in self._servers:
                 tasks.create_task(server.drop_below(version))
 
+    def drop_older_soon(self, version: int) -> None:
+        """The same, without waiting."""
+        for server in self._servers:
+            server.drop_below_soon(version)
+
+
+def server_of(index: int, num_instances: int, num_servers: int) -> int:
+    """Number of the server of a node's instance; without servers all have the same."""
+    return index * num_servers // num_instances
+
+
+def engine_args(
+    plan: PoolPlan, servers: list[ServerState], number: int
+) -> dict[str, Any]:
+    """What an engine that starts now is told of its server; nothing if that is down."""
+    if not servers:
+        return {}  # the user's own connector
+    server = servers[number]
+    if not server.is_expected:
+        _log.warning("an engine starts without the KV pool: its server is down")
+        return {}
+    config = transfer_config(plan.timeout_s, server.port, server.log)
+    return {"kv_transfer_config": config}
+
 
 def model_obstacle(traits: ModelTraits | None) -> str | None:
     """Why a model's KV cannot be in a pool; None = it can, or the model is not known.
@@ -215,9 +231,19 @@ def model_obstacle(traits: ModelTraits | None) -> str | None:
     return f"LMCache serves models of full attention alone; this one is {traits.words}"
 
 
-def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | None:
-    """The pool that an engine has; None, and a line in the log that says why, if none.
+def plan_kv_pool(
+    config: EngineConfig,
+    launches: list[Launch],
+    memory: Memory | None = None,
+    packages: Mapping[str, str] | None = None,
+    where: str = "",
+) -> PoolPlan | None:
+    """The pool that a node has; None, and a line in the log that says why, if none.
 
+    Args:
+        launches: of its instances.
+        memory, packages: of the node; None = of this machine.
+        where: the node in words, for the log.
     Raises:
         ConfigError: one was asked for that cannot be had.
     """
@@ -227,12 +253,13 @@ def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | Non
     if not launches or launches[0].backend != "vllm":
         return None
     interpreter = launches[0].interpreter
-    packages = interpreter.packages if interpreter else installed_packages()
+    if packages is None:
+        packages = interpreter.packages if interpreter else installed_packages()
     plan, why = plan_pool(
         config,
         len(launches),
         launches[0].engine_args.get("block_size"),
-        node_memory(config),
+        memory or node_memory(config),
         obstacle=model_obstacle(launches[0].traits)
         or lmcache_obstacle(
             packages.get("lmcache"),
@@ -241,11 +268,12 @@ def plan_kv_pool(config: EngineConfig, launches: list[Launch]) -> PoolPlan | Non
         ),
     )
     if plan is None:
-        _log.info("no KV pool: %s", why)
+        _log.info("no KV pool%s: %s", where, why)
         return None
     if not plan.num_servers:
-        _log.info("KV pool: %s", why)
+        _log.info("KV pool%s: %s", where, why)
         return plan
     disk = f" and {plan.disk_bytes / 1e9:.2f} GB of disk" if plan.disk_dir else ""
-    _log.info("KV pool: %d server(s) with %s%s each", plan.num_servers, why, disk)
+    num = plan.num_servers
+    _log.info("KV pool%s: %d server(s) with %s%s each", where, num, why, disk)
     return plan

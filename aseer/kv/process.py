@@ -18,7 +18,17 @@ import msgspec
 
 from aseer.errors import AseerError
 from aseer.kv.frees import FreeQueue
-from aseer.kv.messages import Free, Poll, PoolCounts, Prefetch, ServerSpec
+from aseer.kv.messages import (
+    FROM_SERVER,
+    Free,
+    PeerSpec,
+    Poll,
+    PoolCounts,
+    Prefetch,
+    Pull,
+    Pulled,
+    ServerSpec,
+)
 from aseer.kv.settings import QUIET_LMCACHE, SHM_PREFIX, server_args
 from aseer.node.children import Child, in_thread
 from aseer.node.cleanup import SHARED_MEMORY
@@ -36,6 +46,7 @@ _log = logging.getLogger("aseer")
 #: What a server's process runs.
 MODULE: tuple[str, ...] = ("aseer.kv.server",)
 _POLL_INTERVAL_S = 0.5
+_PULL_INTERVAL_S = 0.01  # while a request waits for KV of another node
 _ANSWER_TIMEOUTS = 2  # of the pool's `timeout_s`, until a server is taken for dead
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 8.0
@@ -58,7 +69,6 @@ class ServerProcess:
         self,
         plan: PoolPlan,
         index: int,
-        start_timeout_s: float,
         log_path: Path,
         leftovers: Leftovers,
         interpreter: Interpreter | None = None,
@@ -68,9 +78,10 @@ class ServerProcess:
         self._environment = {**self._interpreter.environment(), **_ENV}
         self._name = f"aseer-{os.getpid()}-{secrets.token_hex(3)}-{index}"
         self._memory = SHARED_MEMORY / f"{SHM_PREFIX}{self._name}"
-        self._disk_dir = plan.disk_dir and Path(plan.disk_dir).resolve() / self._name
+        self._disk_dir = (
+            Path(plan.disk_dir).resolve() / self._name if plan.disk_dir else None
+        )
         self._leftovers = leftovers
-        self._start_timeout_s = start_timeout_s
         self._answer_timeout_s = _ANSWER_TIMEOUTS * plan.timeout_s
         self.log_path = log_path
         self._process: Child | None = None
@@ -80,6 +91,12 @@ class ServerProcess:
         self._up_since = 0.0
         self._to_free = FreeQueue()
         self._to_prefetch: deque[Prefetch] = deque(maxlen=_MAX_PREFETCHES)
+        self._to_pull: list[Pull] = []
+        self._pulls: dict[int, asyncio.Future[Pulled]] = {}
+        self.peers: PeerSpec | None = None
+        """How it talks to servers of other nodes; for those that start from now on."""
+        self.address = ""
+        """Where they find it; "" = nowhere."""
         self._drop_below: int | None = None
         self._clear_dram = False
         self._wake = asyncio.Event()
@@ -103,9 +120,26 @@ class ServerProcess:
         if self._is_up:
             self._to_prefetch.append(what)
 
+    def pull(self, order: Pull) -> asyncio.Future[Pulled]:
+        """Take KV from another server, now."""
+        done: asyncio.Future[Pulled] = asyncio.get_running_loop().create_future()
+        if self._is_up:
+            self._pulls[order.pull] = done
+            self._to_pull.append(order)
+            self._wake.set()
+        else:
+            done.set_result(Pulled(order.pull, error="the server there is down"))
+        return done
+
+    def drop_below_soon(self, version: int) -> None:
+        """With the next poll, which is now."""
+        if self._is_up:
+            self._drop_below = max(version, self._drop_below or 0)
+            self._wake.set()
+
     async def drop_below(self, version: int) -> None:
         """Now."""
-        self._drop_below = max(version, self._drop_below or 0)
+        self.drop_below_soon(version)
         await self._done()
 
     async def clear_dram(self) -> None:
@@ -138,8 +172,9 @@ class ServerProcess:
                 await self.try_to_start()
                 self.num_restarts += self._is_up
                 continue
+            interval_s = _PULL_INTERVAL_S if self._pulls else _POLL_INTERVAL_S
             with suppress(TimeoutError):
-                async with asyncio.timeout(_POLL_INTERVAL_S):
+                async with asyncio.timeout(interval_s):
                     await self._wake.wait()
             self._wake.clear()
             try:
@@ -164,6 +199,7 @@ class ServerProcess:
             args=server_args(self._plan, self.port, self._name, disk_dir or Path()),
             shm_name=self._name,
             disk_dir=str(disk_dir) if disk_dir else None,
+            peers=self.peers,
         )
         self._leftovers.add(self._memory)
         if disk_dir is not None:
@@ -176,7 +212,7 @@ class ServerProcess:
             answers=True,
         )
         self._tell(spec)
-        self.counts = await self._hear(self._start_timeout_s)
+        self.counts = await self._hear(self._plan.start_timeout_s)
         self._is_up = self.is_expected = True
         self._up_since = time.monotonic()
         _log.info("the KV pool's server is up (pid %d)", process.pid)
@@ -185,10 +221,12 @@ class ServerProcess:
         poll = Poll(
             free=self._to_free.take(),
             prefetch=list(self._to_prefetch),
+            pull=self._to_pull,
             drop_below=self._drop_below,
             clear_dram=self._clear_dram,
         )
         self._to_prefetch.clear()
+        self._to_pull = []
         self._clear_dram = False
         self._tell(poll)
         self.counts = await self._hear(self._answer_timeout_s)
@@ -215,15 +253,26 @@ class ServerProcess:
         assert self._process.stdout is not None
         try:
             async with waking_timeout(timeout_s):
-                line = await self._process.stdout.readline()
-            if line:
-                return msgspec.json.decode(line, type=PoolCounts)
+                while line := await self._process.stdout.readline():
+                    message = FROM_SERVER.decode(line)
+                    if isinstance(message, PoolCounts):
+                        return message
+                    if isinstance(message, Pulled):
+                        self._pulls_over(message)
+                    else:
+                        self.address = message.address
         except TimeoutError:
             raise PoolServerError(f"no answer within {timeout_s:g} s") from None
         except (ValueError, msgspec.MsgspecError) as error:  # of a line without an end
             raise PoolServerError(f"it gave no answer but this: {error}") from None
         tail = self._process.log.tail(_LOG_TAIL_LINES)
         raise PoolServerError(f"it exited; its log ends with:\n{tail}")
+
+    def _pulls_over(self, *pulled: Pulled) -> None:
+        for each in pulled:
+            done = self._pulls.pop(each.pull, None)
+            if done is not None and not done.done():
+                done.set_result(each)
 
     async def _bury(self) -> None:
         """Nothing of the process remains; whoever waits for it does so in vain.
@@ -233,6 +282,9 @@ class ServerProcess:
         self._is_up = self.is_expected = False
         self._to_free.clear()
         self._to_prefetch.clear()
+        self._to_pull.clear()
+        self._pulls_over(*(Pulled(p, error="the server is lost") for p in self._pulls))
+        self.address = ""
         self._drop_below = None
         self._clear_dram = False
         self._idle.set()  # at once: to remove a large directory takes its time
@@ -244,8 +296,7 @@ class ServerProcess:
             self._memory.unlink(missing_ok=True)
         if self._disk_dir is not None:
             await in_thread(shutil.rmtree, self._disk_dir, ignore_errors=True)
-        held = {"resident": 0, "capacity": 0, "disk_resident": 0}
-        self.past = msgspec.structs.replace(sum_counts(self.past, self.counts), **held)
+        self.past = sum_counts(self.past, ended_counts(self.counts))
         self.counts = PoolCounts()
 
 
@@ -254,6 +305,11 @@ def sum_counts(a: PoolCounts, b: PoolCounts) -> PoolCounts:
     names = set(PoolCounts.__struct_fields__) - {"per_chunk"}
     sums = {name: getattr(a, name) + getattr(b, name) for name in names}
     return PoolCounts(per_chunk=max(a.per_chunk, b.per_chunk), **sums)
+
+
+def ended_counts(counts: PoolCounts) -> PoolCounts:
+    """What is left of them once a server is gone, with all that it held."""
+    return msgspec.structs.replace(counts, resident=0, capacity=0, disk_resident=0)
 
 
 def _free_port() -> int:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aseer.kv.settings import Memory
-from aseer.node.cleanup import SHARED_MEMORY
-from aseer.node.machine import free_memory_bytes
+from aseer.node.machine import free_memory_bytes, free_shm_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,14 +21,17 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 
 def node_memory(config: EngineConfig) -> Memory:
     """What this node has free for a pool."""
+    return memory_for(config, free_memory_bytes(), free_shm_bytes())
+
+
+def memory_for(config: EngineConfig, free_bytes: int, shm_free_bytes: int) -> Memory:
+    """The same of any node, of which this much is known."""
     updates: int | None = 0  # they go elsewhere
     if config.weights_dir is None:
         model_bytes = checkpoint_bytes(str(config.model))
         updates = model_bytes and _COPIES_OF_WEIGHTS * model_bytes
     return Memory(
-        free_bytes=free_memory_bytes(),
-        shm_free_bytes=shutil.disk_usage(SHARED_MEMORY).free,
-        update_bytes=updates,
+        free_bytes=free_bytes, shm_free_bytes=shm_free_bytes, update_bytes=updates
     )
 
 

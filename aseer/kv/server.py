@@ -26,7 +26,7 @@ import time
 from array import array
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from lmcache.v1.distributed.api import Tier
@@ -50,12 +50,29 @@ from lmcache.v1.multiprocess.config import (
 from lmcache.v1.multiprocess.server import run_cache_server
 
 from aseer.kv import patches
+from aseer.kv.exchange import Exchange
 from aseer.kv.ledger import Ledger
-from aseer.kv.messages import Free, Poll, PoolCounts, Prefetch, ServerSpec
+from aseer.kv.lending import L1Store
+from aseer.kv.messages import (
+    Free,
+    FromServer,
+    Poll,
+    PoolCounts,
+    Prefetch,
+    Pull,
+    Pulled,
+    ServerSpec,
+    Serves,
+)
 from aseer.kv.prefetches import Prefetches
 from aseer.kv.settings import SHM_PREFIX, WATERMARK
 from aseer.node.leftovers import hold
 from aseer.node.lifeline import Lifeline, end_group, watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aseer.kv.peers import Want
 
 _log = logging.getLogger("aseer.kv")
 
@@ -75,7 +92,14 @@ class _Listener(Ledger, L1ManagerListener, L2AdapterListener):  # type: ignore[m
 class PoolServer:
     """LMCache's server in this process, and what is asked of it."""
 
-    def __init__(self, spec: ServerSpec) -> None:
+    def __init__(
+        self, spec: ServerSpec, tell: Callable[[FromServer], None] = lambda _: None
+    ) -> None:
+        """Serve from now on.
+
+        Args:
+            tell: is told where others find this server, and how pulls ended.
+        """
         patches.apply("server")
         parser = argparse.ArgumentParser()
         for add in (add_mp_server_args, add_p2p_args, add_storage_manager_args):
@@ -101,6 +125,19 @@ class PoolServer:
         self._prefetcher = PrefetchService(self._engine)
         self._prefetches = Prefetches()
         self._num_prefetched = 0
+        self._tell = tell
+        self._exchange: Exchange | None = None
+        if spec.peers is not None:
+            context = self._engine.context
+            store = L1Store(
+                self._managers[0],
+                context.layout_desc_registry,
+                self._keys_of,
+                self._ledger.in_dram,
+                self._ledger.pulling,
+            )
+            self._exchange = Exchange(spec.peers, store, context.chunk_size, tell)
+            tell(Serves(self._exchange.address))
 
     def counts(self) -> PoolCounts:
         """See `PoolCounts`."""
@@ -125,11 +162,18 @@ class PoolServer:
         self._to_free.update(dict.fromkeys(keys, _FREE_ROUNDS))
         self._free()
         self._prefetch(poll.prefetch)
+        for order in poll.pull:
+            if self._exchange is None:
+                self._tell(Pulled(order.pull, error="it takes nothing from others"))
+            else:
+                self._exchange.pull(order)
         if poll.clear_dram:
             self._storage.clear()
         return self.counts()
 
-    def _keys_of(self, what: Free | Prefetch, start: int = 0) -> list[Any]:
+    def _keys_of(
+        self, what: Free | Prefetch | Pull | Want, start: int = 0
+    ) -> list[Any]:
         """Of whole chunks that hold `start` or begin after it."""
         context = self._engine.context
         keys, num_chunks = resolve_object_keys(
@@ -210,10 +254,16 @@ def main() -> None:
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     reader = threading.Thread(target=_read, args=(lines, lifeline), daemon=True)
     reader.start()
-    server = PoolServer(spec)
-    _say(answers, server.counts())
+    lock = threading.Lock()
+
+    def say(message: FromServer) -> None:
+        with lock:
+            _say(answers, message)
+
+    server = PoolServer(spec, say)
+    say(server.counts())
     while True:
-        _say(answers, server.answer(msgspec.json.decode(lines.get(), type=Poll)))
+        say(server.answer(msgspec.json.decode(lines.get(), type=Poll)))
 
 
 def _read(lines: queue.SimpleQueue[bytes], lifeline: Lifeline) -> None:
@@ -223,9 +273,9 @@ def _read(lines: queue.SimpleQueue[bytes], lifeline: Lifeline) -> None:
     end_group(lifeline)
 
 
-def _say(answers: Any, counts: PoolCounts) -> None:
+def _say(answers: Any, message: FromServer) -> None:
     with suppress(BrokenPipeError):  # the lifeline's end comes with it
-        answers.write(msgspec.json.encode(counts) + b"\n")
+        answers.write(msgspec.json.encode(message) + b"\n")
         answers.flush()
 
 

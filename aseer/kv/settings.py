@@ -12,13 +12,14 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import ConfigError
 from aseer.inputs.kv_pool import check_kv_pool
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from aseer.config import EngineConfig
     from aseer.inputs.kv_pool import KvPoolConfig
     from aseer.types import InstanceInfo
@@ -85,17 +86,19 @@ class PoolPlan:
         chunk_tokens: how many tokens are stored and found together.
         reap_s: a worker that is silent for so long is forgotten, and its memory is
             given to others.
+        start_timeout_s: for a server to serve.
         why: where the size comes from, for a log.
     """
 
     num_servers: int
     dram_bytes: int
     disk_bytes: int
-    disk_dir: Path | None
+    disk_dir: str | None
     chunk_tokens: int
     timeout_s: float
     why: str
     reap_s: float = _LEAST_REAP_S
+    start_timeout_s: float = _START_TIMEOUT_S
 
 
 def plan_pool(
@@ -159,16 +162,21 @@ def _plan(
         num_servers=num_servers,
         dram_bytes=dram_bytes,
         disk_bytes=pool.disk_bytes,
-        disk_dir=Path(pool.disk_dir) if pool.disk_dir and pool.disk_bytes else None,
+        disk_dir=str(pool.disk_dir) if pool.disk_dir and pool.disk_bytes else None,
         chunk_tokens=math.lcm(pool.chunk_tokens, block_size or 1),
         timeout_s=pool.timeout_s,
         reap_s=max(_LEAST_REAP_S, _REAP_HEARTBEATS * config.heartbeat_timeout_s),
+        start_timeout_s=config.start_timeout_s,
         why=why,
     )
 
 
 def _needless(config: EngineConfig, num_instances: int) -> str | None:
-    """Why nothing would ever be loaded from a pool; None if something would."""
+    """Why nothing would ever be loaded from a pool; None if something would.
+
+    One engine may load what other nodes stored; that is too little for the memory that
+    a pool takes, unless one is asked for.
+    """
     if num_instances < 2:
         return "one engine keeps its KV itself"
     size, longest = config.chunk_size, config.max_model_len
@@ -262,10 +270,11 @@ def disk_adapter(directory: Path, max_bytes: int) -> str:
     )
 
 
-def transfer_config(plan: PoolPlan, port: int, pool_log: Path) -> dict[str, Any]:
+def transfer_config(timeout_s: float, port: int, pool_log: str) -> dict[str, Any]:
     """vLLM's `kv_transfer_config` for an engine of the pool's.
 
     Args:
+        timeout_s: of the pool's plan.
         port, pool_log: port and log of the engine's server.
     """
     extra: dict[str, Any] = {
@@ -276,8 +285,8 @@ def transfer_config(plan: PoolPlan, port: int, pool_log: Path) -> dict[str, Any]
         "lmcache.mp.mp_transfer_mode": _TRANSFER_MODE,
         "lmcache.mp.heartbeat_interval": 1.0,
         "lmcache.mp.mq_timeout": _START_TIMEOUT_S,
-        TIMEOUT_KEY: plan.timeout_s,
-        POOL_LOG_KEY: str(pool_log),
+        TIMEOUT_KEY: timeout_s,
+        POOL_LOG_KEY: pool_log,
     }
     return {
         "kv_connector": CONNECTOR,

@@ -33,6 +33,7 @@ from aseer.node.messages import (
     FetchRest,
     ForgetPeer,
     FromPeer,
+    FromPool,
     Join,
     KillProcess,
     Leave,
@@ -43,6 +44,7 @@ from aseer.node.messages import (
     PeerLost,
     StartProcess,
     ToPeer,
+    ToPool,
     Welcome,
     encode,
 )
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
 
     import msgspec
 
+    from aseer.node.base import NodePool
     from aseer.node.interpreter import Interpreter
     from aseer.node.machine import Machine
     from aseer.transport.base import Router
@@ -95,6 +98,8 @@ class Offer:
             connection, since the next controller may be elsewhere.
         log_dir: for the logs of instances; None = a directory that goes with the agent.
         death_timeout_s: how long a controller is looked for.
+        make_pool: makes what has a KV pool, of the logs' folder, what is to be
+            removed, what servers run on and `keys`.
         needs_janitor: whether the agent is killed together with its children, by whom
             nothing would be removed then.
     """
@@ -107,6 +112,7 @@ class Offer:
     num_instances: int | None
     log_dir: Path | None
     death_timeout_s: float
+    make_pool: Callable[[Path, Leftovers, Interpreter, Keys | None], NodePool]
     needs_janitor: bool = False
     look_again: Callable[[], str | None] = lambda: None
 
@@ -140,8 +146,11 @@ async def run_agent(
                     router, endpoint, leftovers, log_dir, offer.interpreter
                 )
                 async with bind_router(local.drafts, ANY) as drafts:
+                    pool = offer.make_pool(
+                        log_dir, leftovers, offer.interpreter, offer.keys
+                    )
                     service = _Service(
-                        offer, local, router, drafts, log_dir, weights_dir, figures
+                        offer, local, router, drafts, pool, weights_dir, figures
                     )
                     why = await service.run(leave)
         except ExceptionGroup as group:
@@ -162,7 +171,7 @@ class _Service:
         local: LocalNode,
         router: Router[msgspec.Raw],
         drafts: Router[msgspec.Raw],
-        log_dir: Path,
+        pool: NodePool,
         weights_dir: Path,
         figures: AgentFigures,
     ) -> None:
@@ -174,6 +183,7 @@ class _Service:
         self._local = local
         self._router = router
         self._drafts = drafts
+        self._pool = pool
         self._session = Session(
             lambda name: connect_tcp(self._where(), name, FRAME, offer.keys),
             timeout_s=offer.death_timeout_s,
@@ -195,7 +205,7 @@ class _Service:
                 num_instances=offer.num_instances,
                 endpoint=local.endpoint,
                 drafts=local.drafts,
-                log_dir=str(log_dir),
+                log_dir=str(local.log_dir),
                 weights_dir=str(weights_dir),
             )
         )
@@ -208,6 +218,11 @@ class _Service:
                 self._router.run(self._on_peer, self._on_peer_lost, self._on_peer_gone)
             )
             relaying = self._tasks.create_task(self._drafts.run(self._on_client))
+            pooling = self._tasks.create_task(
+                self._pool.run(
+                    lambda data: self._say(FromPool(data)), lambda: self._controller
+                )
+            )
             self._relay = Relay(
                 self._weights_dir,
                 self._say,
@@ -230,6 +245,8 @@ class _Service:
                 if self._running:
                     await asyncio.wait([r.over for r in self._running.values()])
                 self._relay.close()
+                pooling.cancel()
+                await asyncio.wait([pooling])
                 carrying.cancel()
                 relaying.cancel()
 
@@ -322,6 +339,8 @@ class _Service:
                 self._router.send(peer, inner)
             case ForgetPeer(peer):
                 self._router.forget(peer)
+            case ToPool(inner):
+                self._pool.take(inner)
             case Drafts(client, inner):
                 self._drafts.send(client, inner)
             case KillProcess(peer) if peer in self._running:

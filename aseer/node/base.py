@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from aseer.node.supply import Supply
     from aseer.transport.base import Message
@@ -51,6 +51,28 @@ class Process(Protocol):
 
     def cause(self) -> str | None:
         """The error its log gives for its death, if it gives one and it is over."""
+        ...
+
+
+class NodePool(Protocol):
+    """A node's KV pool, for a controller on another host (`aseer.kv.agent`).
+
+    The agent passes on what is said, and reads none of it.
+    """
+
+    def take(self, data: bytes) -> None:
+        """Take what the controller says."""
+        ...
+
+    async def run(
+        self, say: Callable[[bytes], None], controller: Callable[[], str]
+    ) -> None:
+        """Have the pool that the controller wants until cancelled; then nothing of it
+        remains.
+
+        Args:
+            say: tells the controller. controller: gives its address.
+        """
         ...
 
 

@@ -37,7 +37,7 @@ class LocalNode:
         """
         self._router = router
         self._leftovers = leftovers
-        self._log_dir = log_dir
+        self.log_dir = log_dir
         self._interpreter = interpreter or this_interpreter()
         # Those that are started again are as the first ones, whatever has become of
         # this process's environment and working directory.
@@ -77,4 +77,4 @@ class LocalNode:
         return str(self._path_of(name))
 
     def _path_of(self, name: str) -> Path:
-        return self._log_dir / f"{name}.log"
+        return self.log_dir / f"{name}.log"

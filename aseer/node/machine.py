@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aseer.compat.versions import installed_vllm, is_cpu_build, release_of
+from aseer.node.cleanup import SHARED_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +36,7 @@ class Machine:
         cores: ids of the cores this process may run on.
         cpu_only: whether the installed vLLM is built for CPUs only.
         cpu_dtype: what its CPU computes fastest in.
+        free_shm_bytes: of /dev/shm.
         numa_nodes: of each GPU by its number, where engines are to be bound to theirs;
             empty = they are not.
     """
@@ -44,6 +46,7 @@ class Machine:
     free_memory_bytes: int
     cpu_only: bool
     cpu_dtype: str
+    free_shm_bytes: int = 0
     numa_nodes: tuple[int, ...] = ()
 
 
@@ -80,6 +83,7 @@ def this_machine(packages: Mapping[str, str] | None = None) -> Machine:
         free_memory_bytes=free_memory_bytes(),
         cpu_only=found is not None and is_cpu_build(*found),
         cpu_dtype=fast_cpu_dtype(),
+        free_shm_bytes=free_shm_bytes(),
         numa_nodes=numa_nodes_to_bind(found[1] if found else ""),
     )
 
@@ -145,6 +149,14 @@ def free_memory_bytes(
         cached = _entry(cgroup / "memory.stat", "inactive_file")
         free = min(free, max(0, int(limit) - int(used) + cached))
     return free
+
+
+def free_shm_bytes(folder: Path = SHARED_MEMORY) -> int:
+    """What is left of /dev/shm; 0 where there is none."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 def _entry(path: Path, name: str) -> int:

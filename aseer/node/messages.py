@@ -18,6 +18,8 @@
                                <----------------   FromPeer, PeerGone, PeerLost
                                <----------------   AskDrafts, of an engine's drafter
     Drafts                     ---------------->
+    ToPool                     ---------------->   of the node's KV pool, which
+                               <----------------   FromPool, `aseer.kv.messages` has
                                <----------------   Leave, once it is told to end
 
 They travel in a session (`aseer.transport.sessions`): each comes once, in order. A
@@ -297,6 +299,18 @@ class Drafts(msgspec.Struct, tag="drafts", frozen=True):
     message: msgspec.Raw
 
 
+class ToPool(msgspec.Struct, tag="to_pool", frozen=True):
+    """What the controller says to the node's KV pool."""
+
+    message: bytes
+
+
+class FromPool(msgspec.Struct, tag="from_pool", frozen=True):
+    """What that answers."""
+
+    message: bytes
+
+
 class Leave(msgspec.Struct, tag="leave", frozen=True):
     """The node is about to end: its work is to go on elsewhere."""
 
@@ -328,6 +342,7 @@ ToNode = (
     | Block
     | DropFiles
     | Drafts
+    | ToPool
 )
 FromNode = (
     Join
@@ -340,6 +355,7 @@ FromNode = (
     | GetBlock
     | Fetched
     | AskDrafts
+    | FromPool
     | Leave
 )
 

@@ -35,6 +35,16 @@ async def host_towards(controller: str) -> str:
         return str(there.getsockname()[0])
 
 
+async def address_towards(controller: str) -> str:
+    """An address to listen at, of any port, by which this host reaches a controller.
+
+    Raises:
+        OSError: there is no way to it.
+    """
+    host = await host_towards(controller)
+    return f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*"
+
+
 def interface_of(host: str, proc: Path = Path("/proc")) -> str:
     """The interface that has an address of this host; "" if none is found."""
     address = ipaddress.ip_address(host.partition("%")[0])

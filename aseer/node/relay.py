@@ -31,7 +31,7 @@ from aseer.node.messages import (
     Gives,
     NotYet,
 )
-from aseer.node.network import host_towards
+from aseer.node.network import address_towards
 from aseer.transport.tcp import bind_tcp, connect_tcp
 
 if TYPE_CHECKING:
@@ -226,8 +226,7 @@ class Relay:
 
     async def _serve(self, controller: str) -> None:
         try:
-            host = await host_towards(controller)
-            address = f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*"
+            address = await address_towards(controller)
             async with bind_tcp(
                 address, TO_NEIGHBOUR, self._keys, max_queued=_MAX_QUEUED
             ) as router:

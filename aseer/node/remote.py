@@ -17,6 +17,7 @@ from aseer.node.messages import (
     Fetched,
     ForgetPeer,
     FromPeer,
+    FromPool,
     Gives,
     KillProcess,
     Locate,
@@ -26,6 +27,7 @@ from aseer.node.messages import (
     PeerLost,
     StartProcess,
     ToPeer,
+    ToPool,
     encode,
 )
 from aseer.node.supply import Supply
@@ -112,6 +114,9 @@ class RemoteNode:
         self.weights = Supply(join, self.say, Chains() if chains is None else chains)
         self.supplies = (self.weights,)
         self._locating: deque[asyncio.Future[Located]] = deque()
+        self.on_pool: Callable[[bytes], None] = lambda _: None
+        """Is told what the node's KV pool says."""
+        self._on_loss: list[Callable[[], None]] = []
 
     def say(self, message: msgspec.Struct) -> None:
         """Send the node a message; one that is lost gets none."""
@@ -154,6 +159,16 @@ class RemoteNode:
             raise InstanceStartError(self.lost_because or why)
         return located
 
+    def tell_pool(self, data: bytes) -> None:
+        """Say something to the node's KV pool."""
+        self.say(ToPool(data))
+
+    def on_loss(self, tell: Callable[[], None]) -> None:
+        """Tell of the node's loss, now if it is lost already."""
+        self._on_loss.append(tell)
+        if self.lost_because is not None:
+            tell()
+
     def log_of(self, name: str) -> str:
         """See `Node`."""
         return f"{self.join.log_dir}/{name}.log on {self.name}"
@@ -168,6 +183,9 @@ class RemoteNode:
         """Take what the node says; of processes, that of those that it runs alone."""
         if isinstance(message, Fetched | Gives):
             self.weights.take(message)
+            return
+        if isinstance(message, FromPool):
+            self.on_pool(message.message)
             return
         if isinstance(message, Located):
             self._answer(message)
@@ -194,6 +212,8 @@ class RemoteNode:
             self.weights.lose(self.lost_because)
             while self._locating:
                 self._answer(Located(error=self.lost_because))
+            for tell in self._on_loss:
+                tell()
 
     def _answer(self, located: Located) -> None:
         """Take an answer for who asked first, if anybody did."""

@@ -120,6 +120,7 @@ class _UsePool(msgspec.Struct, tag=True):
 
 class _SetMovePrice(msgspec.Struct, tag=True):
     price: float | None
+    far: float | None = None
 
 
 _Call = (
@@ -234,9 +235,9 @@ class LoggedController(Controller):
         super().use_pool(granularity, pool_of)
         self._log(_UsePool(granularity, pools), list)
 
-    def set_move_price(self, price: float | None) -> None:
-        super().set_move_price(price)
-        self._log(_SetMovePrice(price), list)
+    def set_move_price(self, price: float | None, far: float | None = None) -> None:
+        super().set_move_price(price, far)
+        self._log(_SetMovePrice(price, far), list)
 
     def _log(self, call: _Call, make: Callable[[], list[Command]]) -> list[Command]:
         """Make a call and write it; one that another makes is a part of that one."""
@@ -319,8 +320,8 @@ def _make(
         case _UsePool(granularity, known):
             pools.update(known)
             controller.use_pool(granularity, pools.__getitem__)
-        case _SetMovePrice(price):
-            controller.set_move_price(price)
+        case _SetMovePrice(price, far):
+            controller.set_move_price(price, far)
     return []
 
 

@@ -21,6 +21,7 @@ from aseer.compat.versions import check_vllm, installed_vllm
 from aseer.dgds.messages import TO_SERVER
 from aseer.errors import AseerError, ConfigError, EngineError, describe, root_of
 from aseer.instance.messages import FROM_INSTANCE
+from aseer.kv.messages import PeerSpec
 from aseer.node.chain import Chains
 from aseer.node.children import in_thread
 from aseer.node.fetching import block_of
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from aseer.node.base import Node
     from aseer.node.machine import Launch
     from aseer.runtime.instances import InstancePool
+    from aseer.runtime.kv_pools import KvPools
     from aseer.runtime.launcher import Launcher
     from aseer.transport.keys import Keys
     from aseer.transport.sessions import Frame
@@ -95,6 +97,7 @@ class Cluster:
         self._drafters = Reader(TO_SERVER)
         self._draft_server: DraftServer | None = None
         self._pool: InstancePool
+        self._kv_pools: KvPools
         self._nodes: dict[int, RemoteNode] = {}
         self._chains = Chains(has_bases=config.weights == "delta")
         self._gangs: list[Gang] = []
@@ -106,13 +109,28 @@ class Cluster:
         self.address = router.endpoint
 
     @property
+    def kv_peers(self) -> PeerSpec | None:
+        """How this host's KV pool talks to those of nodes; None = there is no key, and
+        they do not.
+        """
+        if self._keys is None:
+            return None
+        return PeerSpec(f"{self.address.rpartition(':')[0]}:*", self._keys)
+
+    @property
     def nodes(self) -> list[RemoteNode]:
         """Those that are there."""
         return list(self._nodes.values())
 
-    async def talk(self, pool: InstancePool, draft_server: DraftServer | None) -> None:
+    async def talk(
+        self,
+        pool: InstancePool,
+        draft_server: DraftServer | None,
+        kv_pools: KvPools,
+    ) -> None:
         """Carry messages, and the files that nodes fetch, until cancelled."""
         self._pool = pool
+        self._kv_pools = kv_pools
         self._draft_server = draft_server
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._sessions.run(self._on_message, self._on_over))
@@ -231,6 +249,9 @@ class Cluster:
         Those whose instances do not start are let go.
         """
         try:
+            if isinstance(place, RemoteNode):  # an engine over several has no pool
+                pulls = self._keys is not None
+                await self._kv_pools.join(place, launches, pulls=pulls)
             await self._pool.attend(place, launches)
         except* Exception as group:
             error = root_of(group)
@@ -245,6 +266,8 @@ class Cluster:
                     self._close(session, Goodbye(str(error), is_refusal=True))
                     del self._nodes[session]
                     node.lose(str(error))
+        finally:
+            self._kv_pools.leave(place)
 
     def _on_message(self, session: int, data: bytes) -> None:
         node = self._nodes.get(session)

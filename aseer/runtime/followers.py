@@ -14,12 +14,15 @@ from aseer.kv.sharing import PromptSharing, num_alike
 from aseer.types import GroupId, RequestId, request_id_of
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Iterable, Mapping
 
     from aseer.context import LengthPriors
     from aseer.controller import Controller
+    from aseer.counts import KvCounts
     from aseer.dgds.server import DraftServer
-    from aseer.kv.pool import KvPool
+    from aseer.kv.messages import Pulled
+    from aseer.runtime.kv_pools import KvPools
     from aseer.runtime.recorder import Recorder
     from aseer.types import Chunk, InstanceInfo, Past, Response, Task
 
@@ -38,7 +41,7 @@ class Followers:
         weight_version: int,
         rollout_id: int,
         draft_server: DraftServer | None,
-        kv_pool: KvPool | None,
+        kv_pool: KvPools | None,
         priors: LengthPriors | None,
     ) -> None:
         self._controller = controller
@@ -65,18 +68,18 @@ class Followers:
         if self._drafts is not None:
             self._drafts.restored(past)
 
-    def dispatched(self, chunk: Chunk) -> None:
-        """The controller has started a chunk."""
+    def dispatched(self, chunk: Chunk) -> asyncio.Future[Pulled] | None:
+        """The controller has started a chunk; what it is to wait for, if anything."""
         if self._drafts is not None:
             self._drafts.dispatched(chunk)
+        return None if self._kv is None else self._kv.dispatched(chunk)
 
     def progressed(self, recorder: Recorder) -> None:
         """The rollout's sums were made anew, a few times a second."""
         if self._kv is not None:
-            self._controller.set_move_price(recorder.kv_counts.move_price)
             info = recorder.any_instance()
             assert info is not None
-            self._kv.prefetch(info)
+            self._kv.progressed(recorder.kv_counts, info)
 
     def finished(self, response: Response, info: InstanceInfo | None) -> None:
         """A request is over; see `KvUpkeep.finished`."""
@@ -123,16 +126,43 @@ class DraftFeed:
 
 
 class KvUpkeep:
-    """Frees a rollout's KV in the pool, and has the pool load what is wanted next."""
+    """Frees a rollout's KV in the pools, and has them load what is wanted next."""
 
     def __init__(
-        self, pool: KvPool, controller: Controller, weight_version: int
+        self, pool: KvPools, controller: Controller, weight_version: int
     ) -> None:
         self._pool = pool
         self._controller = controller
         self._weight_version = weight_version
         self._sharing = PromptSharing(pool.granularity)
         self._prefetched: dict[RequestId, int] = {}  # at how many tokens
+        self._compute_token_s: float | None = None
+
+    def dispatched(self, chunk: Chunk) -> asyncio.Future[Pulled] | None:
+        """A chunk was started; what brings its KV from another node, if anything."""
+        request = self._controller.buffer[chunk.request_id]
+        *_, before, here = (chunk.instance_id, *request.instances)
+        if before == here:
+            return None
+        group = request.group
+        tokens = pool_tokens(group.prompt, group.images) + request.generated
+        info = self._controller.scheduler.fleet.info(here)
+        return self._pool.pull(
+            info, self._weight_version, tokens, before, self._compute_token_s
+        )
+
+    def progressed(self, counts: KvCounts, info: InstanceInfo) -> None:
+        """The engines' sums were made anew.
+
+        Args:
+            info: of any instance.
+        """
+        compute_s = self._compute_token_s = counts.compute_token_s
+        pull_s, far = self._pool.pull_token_s(), None
+        if pull_s is not None and compute_s:
+            far = min(1.0, pull_s / compute_s)
+        self._controller.set_move_price(counts.move_price, far)
+        self._prefetch(info)
 
     def groups_added(self, tasks: Iterable[Task]) -> None:
         """Their prompts may begin like others'."""
@@ -162,9 +192,10 @@ class KvUpkeep:
         tokens = (prompt + generated).tobytes()
         start = len(prompt) + num_alike(generated, running) if running else 0
         start = max(start, self._sharing.num_shared(group_id, tokens))
-        self._pool.free(info, self._weight_version, tokens, start)
+        instances = {i for request in siblings for i in request.instances}
+        self._pool.free(info, self._weight_version, tokens, start, instances)
 
-    def prefetch(self, info: InstanceInfo) -> None:
+    def _prefetch(self, info: InstanceInfo) -> None:
         """Tell the pool whose KV will be wanted next, where it has to fetch it."""
         if not self._pool.prefetches:
             return
@@ -175,7 +206,8 @@ class KvUpkeep:
                 self._prefetched[request.request_id] = num_tokens
                 group = request.group
                 tokens = pool_tokens(group.prompt, group.images) + request.generated
-                self._pool.prefetch(info, self._weight_version, tokens)
+                last = request.instances[-1:]
+                self._pool.prefetch(info, self._weight_version, tokens, last)
 
 
 def with_priors(priors: LengthPriors, tasks: Iterable[Task]) -> list[Task]:

@@ -26,6 +26,7 @@ from aseer.node.local import LocalNode
 from aseer.runtime.activity import Activity, Call
 from aseer.runtime.claims import Claims
 from aseer.runtime.instances import InstancePool
+from aseer.runtime.kv_pools import KvPools, kind_here
 from aseer.runtime.metrics import Figures
 from aseer.runtime.rollouts import Rollouts
 from aseer.runtime.sleep import Sleep
@@ -92,13 +93,20 @@ class Host:
         self._log_paths = [
             folders.logs / f"instance-{launch.instance_id}.log" for launch in launches
         ]
+        node = LocalNode(router, endpoint, folders.leftovers, folders.logs, interpreter)
+        self.kv_pools = KvPools(config)
+        if kv_pool is not None:
+            peers = cluster.kv_peers if cluster else None
+            if peers is not None:
+                kv_pool.open(peers)
+            self.kv_pools.add(node, kv_pool, peers and kind_here(launches))
         self._pool = InstancePool(
             config,
             launches,
-            LocalNode(router, endpoint, folders.leftovers, folders.logs, interpreter),
+            node,
             self,
             draft_server.spec if draft_server else None,
-            kv_pool,
+            self.kv_pools,
         )
         self._sleep = Sleep(self._pool)
         transfer = config.engine_args.get("weight_transfer_config") or {}
@@ -110,7 +118,7 @@ class Host:
             self._check_alive,
             transfer_backend=transfer.get("backend"),
             draft_server=draft_server,
-            kv_pool=kv_pool,
+            kv_pools=self.kv_pools,
         )
         self.rollouts = Rollouts(
             config,
@@ -124,7 +132,7 @@ class Host:
             limits=lambda: self.limits,
             check_alive=self._check_alive,
             draft_server=draft_server,
-            kv_pool=kv_pool,
+            kv_pools=self.kv_pools,
         )
 
     @property
@@ -143,7 +151,7 @@ class Host:
                 )
                 cluster = self.cluster
                 joining = cluster and tasks.create_task(
-                    cluster.talk(self._pool, self._draft_server)
+                    cluster.talk(self._pool, self._draft_server, self.kv_pools)
                 )
                 working = tasks.create_task(self._work(started))
                 await stop.wait()

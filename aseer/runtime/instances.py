@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aseer.errors import EngineError, InstanceLostError
 from aseer.instance.messages import (
-    AbortChunks,
     Answer,
     Ask,
     Failed,
@@ -38,10 +37,10 @@ if TYPE_CHECKING:
     from aseer.config import EngineConfig
     from aseer.dgds.messages import DraftingSpec
     from aseer.instance.messages import Question
-    from aseer.kv.pool import KvPool
     from aseer.node.base import Node
     from aseer.node.machine import Launch
     from aseer.node.supply import Supply
+    from aseer.runtime.kv_pools import KvPools
     from aseer.runtime.slot import Slot
     from aseer.types import ChunkId, InstanceId, InstanceInfo
 
@@ -80,17 +79,16 @@ class InstancePool:
         node: Node,
         owner: PoolOwner,
         drafting: DraftingSpec | None = None,
-        kv_pool: KvPool | None = None,
+        kv_pools: KvPools | None = None,
     ) -> None:
         """Prepare; nothing is started yet.
 
         Args:
             launches: of this machine's instances. node: this machine.
-            kv_pool: of this machine.
         """
         self._owner = owner
         self._num_asked = 0
-        specs = Specs(config, node, drafting, kv_pool)
+        specs = Specs(config, node, drafting, kv_pools)
         self._supervisor = Supervisor(
             config, specs, owner, self._get_ready, self._on_death
         )
@@ -137,23 +135,35 @@ class InstancePool:
         slots = [self._slots.get(i) for i in instances]
         return any(slot and slot.node.supplies for slot in slots)
 
-    def run_chunk(self, instance_id: InstanceId, message: Run) -> None:
-        """Send an instance a chunk."""
+    def run_chunk(
+        self,
+        instance_id: InstanceId,
+        message: Run,
+        after: asyncio.Future[Any] | None = None,
+    ) -> None:
+        """Send an instance a chunk.
+
+        Args:
+            after: what is waited for, if anything.
+        """
         slot = self._slots[instance_id]
-        slot.send(message)
+        if after is None:
+            slot.send(message)
+        else:
+            slot.hold(message, after)
         if not slot.running:
             slot.last_progress = self._clock.read()
         slot.running.add(message.chunk.chunk_id)  # what cannot be sent does not run
 
     def abort_chunks(self, instance_id: InstanceId, chunk_ids: list[ChunkId]) -> None:
         """Ask an instance to end chunks."""
-        self._slots[instance_id].send(AbortChunks(chunk_ids))
+        self._slots[instance_id].abort(chunk_ids)
 
     def abort_all(self) -> None:
         """Ask every instance to end what it runs, whoever it is for."""
         for slot in self._slots.values():
             if slot.running:
-                slot.send(AbortChunks(list(slot.running)))
+                slot.abort(slot.running)
 
     def is_up(self, node: Node) -> bool:
         """Whether all instances of a node take work."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from aseer.controller import Controller
     from aseer.counts import Counts
-    from aseer.kv.pool import KvPool
+    from aseer.runtime.kv_pools import KvPools
     from aseer.runtime.metrics import Figures
     from aseer.types import (
         InstanceId,
@@ -54,7 +54,7 @@ class Recorder:
         policy: str,
         chunk_size: int,
         weight_version: int,
-        kv_pool: KvPool | None = None,
+        kv_pool: KvPools | None = None,
     ) -> None:
         self._controller = controller
         self._kv_pool = kv_pool
@@ -229,6 +229,7 @@ class Recorder:
             disk_written_bytes=pool.disk_written - before.disk_written,
             disk_read_bytes=pool.disk_read - before.disk_read,
             prefetched_bytes=pool.prefetched - before.prefetched,
+            pulled_bytes=pool.pulled - before.pulled,
             resident_bytes=pool.resident,
             disk_resident_bytes=pool.disk_resident,
             capacity_bytes=pool.capacity,

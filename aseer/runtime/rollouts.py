@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     from aseer.config import EngineConfig, PolicyName
     from aseer.dgds.server import DraftServer
-    from aseer.kv.pool import KvPool
     from aseer.runtime.claims import Claim, Claims
     from aseer.runtime.instances import InstancePool
     from aseer.runtime.journal import JournalPlan
+    from aseer.runtime.kv_pools import KvPools
     from aseer.runtime.loop_thread import LoopThread
     from aseer.runtime.mailbox import Mailbox
     from aseer.runtime.weights import WeightKeeper
@@ -57,7 +57,7 @@ class Rollouts:
         limits: Callable[[], InstanceInfo],
         check_alive: Callable[[], None],
         draft_server: DraftServer | None,
-        kv_pool: KvPool | None,
+        kv_pools: KvPools,
     ) -> None:
         """There is none so far.
 
@@ -77,7 +77,7 @@ class Rollouts:
         self._limits = limits
         self._check_alive = check_alive
         self._draft_server = draft_server
-        self._kv_pool = kv_pool
+        self._kv_pools = kv_pools
         self._length_priors = LengthPriors() if config.length_priors else None
         self._identifier = Identifier(config)
         self._seeds = Random(config.seed)
@@ -120,7 +120,7 @@ class Rollouts:
                 settings=self._settings(policy, chunk_size),
                 post=self._thread.post,
                 draft_server=self._draft_server,
-                kv_pool=self._kv_pool,
+                kv_pool=self._kv_pools if self._kv_pools.granularity else None,
                 length_priors=self._length_priors,
                 call_log=self._new_call_log(),
                 journal=journal,
@@ -189,7 +189,7 @@ class Rollouts:
             max_request_retries=self._config.max_request_retries,
             weight_version=self._keeper.version,
             first_chunk_id=self._next_chunk_id,
-            granularity=self._kv_pool.granularity if self._kv_pool else None,
+            granularity=self._kv_pools.granularity or None,
         )
 
     async def _open_journal(self, plan: JournalPlan) -> Journal:

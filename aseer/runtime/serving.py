@@ -96,7 +96,6 @@ async def serve(
         if pool_plan is not None:
             kv_pool = KvPool(
                 pool_plan,
-                config,
                 len(launches),
                 folders.logs,
                 folders.leftovers,

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from aseer.core.columns import Columns
     from aseer.dgds.server import DraftServer
     from aseer.instance.messages import Report
-    from aseer.kv.pool import KvPool
     from aseer.report import Progress, RolloutReport
     from aseer.runtime.call_log import CallLog
     from aseer.runtime.calls import Settings
     from aseer.runtime.instances import InstancePool
     from aseer.runtime.journal import Journal
+    from aseer.runtime.kv_pools import KvPools
     from aseer.runtime.mailbox import Mailbox
     from aseer.runtime.metrics import Figures
     from aseer.types import (
@@ -75,7 +75,7 @@ class Session:
         settings: Settings,
         post: Callable[[Callable[[], object]], bool],
         draft_server: DraftServer | None = None,
-        kv_pool: KvPool | None = None,
+        kv_pool: KvPools | None = None,
         length_priors: LengthPriors | None = None,
         call_log: CallLog | None = None,
         journal: Journal | None = None,
@@ -336,8 +336,8 @@ class Session:
         for command in commands:
             match command:
                 case Dispatch(chunk):
-                    self._pool.run_chunk(chunk.instance_id, Run(chunk))
-                    self._followers.dispatched(chunk)
+                    after = self._followers.dispatched(chunk)
+                    self._pool.run_chunk(chunk.instance_id, Run(chunk), after)
                 case Abort(instance_id, chunk_id):
                     self._pool.abort_chunks(instance_id, [chunk_id])
                 case Finished(response):

@@ -6,11 +6,14 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import EngineError, InstanceLostError
+from aseer.instance.messages import AbortChunks
 from aseer.types import ChunkId, InstanceId
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from aseer.config import EngineConfig
-    from aseer.instance.messages import Answer, Report
+    from aseer.instance.messages import Answer, Report, Run
     from aseer.node.base import Node, Process
     from aseer.node.machine import Launch
     from aseer.runtime.restarts import RestartBudget
@@ -52,6 +55,7 @@ class Slot:
             False  # a signal ended it before it was up, which we did not send
         )
         self.running: set[ChunkId] = set()  # sent to it, and not reported as over
+        self._held: dict[ChunkId, Run] = {}  # of these, what waits for its KV
         self.unreachable_since: float | None = None  # something sent to it was lost
         now = self._clock.read()
         self.last_heard = self.last_progress = self.last_answer = now
@@ -64,6 +68,24 @@ class Slot:
     def send(self, message: Message) -> None:
         """Send a message to the process that has the place now."""
         self.node.send(self.identity, message)
+
+    def hold(self, message: Run, until: asyncio.Future[Any]) -> None:
+        """Send a chunk once something is over; an abort sends it at once."""
+        chunk_id = message.chunk.chunk_id
+        self._held[chunk_id] = message
+        until.add_done_callback(lambda _: self._release(chunk_id))
+
+    def _release(self, chunk_id: ChunkId) -> None:
+        message = self._held.pop(chunk_id, None)
+        if message is not None:
+            self.send(message)
+
+    def abort(self, chunk_ids: Iterable[ChunkId]) -> None:
+        """Ask the process to end chunks."""
+        chunk_ids = list(chunk_ids)
+        for chunk_id in chunk_ids:
+            self._release(chunk_id)  # it has to know them to end them
+        self.send(AbortChunks(chunk_ids))
 
     def why_dead(self, now: float, config: EngineConfig, patience_s: float) -> str:
         """Why it is to be taken for dead at this moment; empty if it is not.
@@ -132,6 +154,7 @@ class Slot:
         self.said_hello.clear()
         self.needs_weights = False
         self.running.clear()
+        self._held.clear()
         self.fail_asked(why)
 
     def count(self, report: Report) -> bool:

@@ -13,8 +13,8 @@ from aseer.instance.base import InstanceSpec
 if TYPE_CHECKING:
     from aseer.config import EngineConfig
     from aseer.dgds.messages import DraftingSpec
-    from aseer.kv.pool import KvPool
     from aseer.node.base import Node
+    from aseer.runtime.kv_pools import KvPools
     from aseer.runtime.slot import Slot
 
 
@@ -26,14 +26,14 @@ class Specs:
         config: EngineConfig,
         node: Node,
         drafting: DraftingSpec | None,
-        kv_pool: KvPool | None,
+        kv_pools: KvPools | None,
     ) -> None:
-        """`node` is this machine; the draft server and the KV pool are its own."""
+        """`node` is this machine; the draft server is its own."""
         self._config = config
         self._node = node
         self._drafting = drafting
-        self._kv_pool = kv_pool
-        self._kv_namespace = kv_pool.namespace if kv_pool else secrets.token_hex(4)
+        self._kv_pools = kv_pools
+        self._kv_namespace = kv_pools.namespace if kv_pools else secrets.token_hex(4)
         seed = secrets.randbits(31) if config.seed is None else config.seed
         self._seeds = random.Random(seed)
 
@@ -43,8 +43,8 @@ class Specs:
         args: dict[str, Any] = dict(launch.engine_args)
         if launch.backend == "vllm":
             args["seed"] = self._seeds.getrandbits(31)
-        if (pool := self._pool_of(node)) is not None:
-            args |= pool.engine_args(slot.instance_id)
+        if self._kv_pools is not None:
+            args |= self._kv_pools.engine_args(node, slot.instance_id)
         spec = InstanceSpec(
             endpoint=node.endpoint,
             identity=slot.identity.decode(),
@@ -60,11 +60,8 @@ class Specs:
 
     def cause_beside(self, slot: Slot) -> str:
         """What its KV pool says of its last error, to be added to another."""
-        pool = self._pool_of(slot.node)
-        return "" if pool is None else pool.cause(slot.instance_id)
-
-    def _pool_of(self, node: Node) -> KvPool | None:
-        return self._kv_pool if node is self._node else None
+        pools = self._kv_pools
+        return "" if pools is None else pools.cause(slot.instance_id)
 
     def _drafting_on(self, node: Node) -> DraftingSpec | None:
         if self._drafting is None or node is self._node:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from aseer.dgds.server import DraftServer
-    from aseer.kv.pool import KvPool
     from aseer.runtime.claims import Claim
     from aseer.runtime.instances import InstancePool
+    from aseer.runtime.kv_pools import KvPools
     from aseer.runtime.weights import Pause, Plan, SwitchTimes, WeightKeeper
     from aseer.types import InstanceId, InstanceInfo
     from aseer.weights.files import Index
@@ -50,7 +50,7 @@ class Updates:
         *,
         transfer_backend: str | None,
         draft_server: DraftServer | None,
-        kv_pool: KvPool | None,
+        kv_pools: KvPools,
     ) -> None:
         """There is none so far.
 
@@ -66,7 +66,7 @@ class Updates:
         self._take = take
         self._check_alive = check_alive
         self._draft_server = draft_server
-        self._kv_pool = kv_pool
+        self._kv_pools = kv_pools
         self._open = OpenUpdates(keeper)
         self.transfer_backend = transfer_backend
 
@@ -110,8 +110,7 @@ class Updates:
         """What else outlives a rollout, and was made with older weights, goes."""
         if self._draft_server is not None:
             self._draft_server.set_weight_version(version)
-        if self._kv_pool is not None:
-            await self._kv_pool.drop_older(version)
+        await self._kv_pools.drop_older(version)
 
     @property
     def _takers(self) -> list[InstanceId]:

@@ -19,6 +19,7 @@ import pytest
 import aseer
 from aseer.dgds.client import DraftClient
 from aseer.dgds.replica import Replica, RequestKey
+from aseer.kv.agent import PoolAgent
 from aseer.node.agent import NodeRefused, Offer, run_agent
 from aseer.node.fetching import block_of
 from aseer.node.interpreter import this_interpreter
@@ -430,6 +431,7 @@ def offer_to(nodes, name):
         num_instances=1,
         log_dir=None,
         death_timeout_s=30.0,
+        make_pool=PoolAgent,
     )
 
 

@@ -21,12 +21,12 @@ import aseer
 from aseer.config import EngineConfig
 from aseer.inputs.kv_pool import KvPoolConfig
 from aseer.instance.vllm.stats import EngineStats
+from aseer.kv.messages import Free
 from aseer.kv.pool import KvPool
 from aseer.kv.settings import CONNECTOR, SHM_PREFIX, Memory, plan_pool
 from aseer.node.leftovers import Leftovers
 from aseer.node.process import InstanceProcess
 from aseer.transport.zeromq import make_socket_dir
-from aseer.types import InstanceId, InstanceInfo
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -36,15 +36,6 @@ pytest.importorskip("lmcache")
 pytestmark = pytest.mark.timeout(240)
 
 GIB = 1 << 30
-INFO = InstanceInfo(
-    instance_id=InstanceId(0),
-    num_kv_blocks=10,
-    block_size=32,
-    max_num_seqs=4,
-    max_model_len=1000,
-    model="m",
-    dtype="float32",
-)
 
 
 def on_uvloop(test):
@@ -72,7 +63,7 @@ async def running(tmp_path: Path, timeout_s: float = 2.0) -> AsyncIterator[KvPoo
     plan, _ = plan_pool(config, 2, 32, memory, obstacle=None)
     assert plan is not None
     leftovers = Leftovers(make_socket_dir())
-    pool = KvPool(plan, config, 2, tmp_path, leftovers)
+    pool = KvPool(plan, 2, tmp_path, leftovers)
     try:
         async with asyncio.TaskGroup() as tasks:
             await pool.start()
@@ -105,7 +96,7 @@ async def test_it_serves_and_leaves_nothing_behind(tmp_path):
         (pid,) = pool.pids
         assert len(shared_memory()) == 1
         assert pool.engine_args(0) == pool.engine_args(1) != {}
-        pool.free(INFO, 0, array("i", range(300)).tobytes(), 0)
+        pool.free(Free("m", 1, "s-v0", array("i", range(300)).tobytes(), 0))
         await pool.drop_older(1)
         assert pool.counts.capacity == 64 << 20
         assert pool.pids == [pid]
@@ -136,7 +127,8 @@ for line in sys.stdin:  # the first says how to run, and each of the others asks
     answer = answers.pop(0) if answers else "silence"
     if answer == "silence":
         time.sleep(600)
-    print({"good": "{}", "long": "x" * 200_000}.get(answer, answer), flush=True)
+    said = {"good": '{"type":"counts"}', "long": "x" * 200_000}
+    print(said.get(answer, answer), flush=True)
 """
 
 

@@ -244,7 +244,7 @@ def held(tokens):
     there, _ = server._ledger.held(set(keys))
     return [key in there for key in keys]
 
-def free(info, version, tokens, start):
+def free(info, version, tokens, start, instances):
     "As the real pool's `free`, with a poll at once."
     server.answer(Poll(free=[Free("m", 1, "s-v1", tokens, start)]))
 
@@ -252,7 +252,7 @@ class Instances:
     "Those of a session: it remembers which request's chunk is which."
     def __init__(self):
         self.chunks = {}
-    def run_chunk(self, instance_id, run):
+    def run_chunk(self, instance_id, run, after):
         self.chunks[run.chunk.request_id] = run.chunk.chunk_id
     def num_restarts(self, instance_id):
         return 0

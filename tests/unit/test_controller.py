@@ -611,6 +611,12 @@ def test_moves_that_lose_their_kv_make_the_next_ones_dearer() -> None:
     assert controller.residency.node_price == pytest.approx(0.2)
     controller.set_move_price(None)
     assert controller.residency.move_price < 1
+    # What it takes to bring KV from another node comes on top.
+    controller.set_move_price(0.2, 0.5)
+    assert controller.residency.node_price == pytest.approx(0.7)
+    assert controller.residency.move_price == pytest.approx(0.2 + 0.8 / 4)
+    controller.set_move_price(0.2, 1.0)
+    assert controller.residency.node_price == 1.0
 
 
 def moved_over(*nodes: str, cached: int) -> Controller:

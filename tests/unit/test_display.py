@@ -282,6 +282,7 @@ def test_the_kv_pool_is_shown_where_there_is_one():
         disk_written_bytes=0,
         disk_read_bytes=0,
         prefetched_bytes=0,
+        pulled_bytes=0,
         resident_bytes=25,
         disk_resident_bytes=0,
         capacity_bytes=100,

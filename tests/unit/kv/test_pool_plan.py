@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from aseer.config import EngineConfig
-from aseer.core.residency import NO_POOL
 from aseer.errors import ConfigError
 from aseer.inputs.kv_pool import KvPoolConfig
 from aseer.kv.messages import PoolCounts
@@ -17,52 +16,50 @@ from aseer.kv.pool import KvPool, plan_kv_pool
 from aseer.kv.settings import PoolPlan
 from aseer.node.machine import Launch
 from aseer.runtime.causes import start_error
-from tests.unit.builders import info_of
 
 
-def plan_of(num_servers: int) -> PoolPlan:
-    return PoolPlan(
-        num_servers=num_servers,
-        dram_bytes=1 << 30,
-        disk_bytes=0,
-        disk_dir=None,
-        chunk_tokens=128,
-        timeout_s=5.0,
-        why="a test",
-    )
+def plan_of(num_servers: int, **settings: Any) -> PoolPlan:
+    defaults: dict[str, Any] = {
+        "dram_bytes": 1 << 30,
+        "disk_bytes": 0,
+        "disk_dir": None,
+        "chunk_tokens": 128,
+        "timeout_s": 5.0,
+        "why": "a test",
+    }
+    return PoolPlan(num_servers=num_servers, **defaults | settings)
 
 
 def test_servers_share_out_the_engines_in_order():
-    config = EngineConfig(model="m")
     for num_servers, expected in (
         (1, [0, 0, 0, 0]),
         (2, [0, 0, 1, 1]),
         (4, [0, 1, 2, 3]),
     ):
-        pool = KvPool(plan_of(num_servers), config, 4, Path(), None)
+        pool = KvPool(plan_of(num_servers), 4, Path(), None)
         assert [pool.server_of(i) for i in range(4)] == expected
 
 
 def test_an_engine_that_starts_while_its_server_is_down_has_no_pool():
-    pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, Path(), None)
+    pool = KvPool(plan_of(1), 2, Path(), None)
     assert pool.pids == []
     assert pool.engine_args(0) == {}
 
 
 def test_an_engine_that_starts_together_with_its_server_is_told_of_it():
-    pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, Path(), None)
+    pool = KvPool(plan_of(1), 2, Path(), None)
     pool.announce()
     assert pool.pids == []
     assert pool.engine_args(0) == pool.engine_args(1) != {}
 
 
 def test_a_servers_last_error_is_told_with_an_engines(tmp_path):
-    pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, tmp_path, None)
+    pool = KvPool(plan_of(1), 2, tmp_path, None)
     assert pool.cause(0) == ""
     log = tmp_path / "kv-pool-0.log"
     log.write_text("INFO up\nModuleNotFoundError: No module named 'cupy'\nINFO on\n")
     assert pool.cause(1).endswith("says: ModuleNotFoundError: No module named 'cupy'")
-    assert KvPool(plan_of(0), EngineConfig(model="m"), 2, tmp_path, None).cause(0) == ""
+    assert KvPool(plan_of(0), 2, tmp_path, None).cause(0) == ""
 
 
 @pytest.mark.parametrize(
@@ -79,32 +76,11 @@ def test_a_start_that_fails_at_the_pool_gives_the_pools_own_cause(own, is_told):
     assert (f"cause: {own}; the pool's word" in str(told)) == is_told
 
 
-def test_instances_of_other_hosts_have_no_share_in_the_pool():
-    pool = KvPool(plan_of(2), EngineConfig(model="m"), 4, Path(), None)
-    assert [pool.server_of(i) for i in range(6)] == [0, 0, 1, 1, NO_POOL, NO_POOL]
-    external = KvPool(plan_of(0), EngineConfig(model="m"), 4, Path(), None)
-    assert external.server_of(5) == 0
-
-
-def test_what_is_freed_and_asked_for_ahead_has_the_engines_own_pieces(monkeypatch):
-    """Of a model's KV, as `InstanceInfo.kv_world_size` counts them."""
-    told = []
-    pool = KvPool(plan_of(1), EngineConfig(model="m"), 2, Path(), None)
-    (server,) = pool._servers
-    monkeypatch.setattr(server, "free", told.append)
-    monkeypatch.setattr(server, "prefetch", told.append)
-    info = replace(info_of(), kv_world_size=2)
-    pool.free(info, 0, bytes(8), 0)
-    pool.prefetch(info, 0, bytes(8))
-    assert [what.world_size for what in told] == [2, 2]
-
-
 def test_a_pool_of_another_connector_is_one_for_all_engines_and_starts_nothing():
-    pool = KvPool(plan_of(0), EngineConfig(model="m"), 4, Path(), None)
+    pool = KvPool(plan_of(0), 4, Path(), None)
     assert {pool.server_of(i) for i in range(4)} == {0}
     assert pool.engine_args(0) == {}
     assert pool.counts == PoolCounts()
-    assert pool.namespace
 
 
 def test_simulated_engines_have_none():

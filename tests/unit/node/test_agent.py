@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from aseer.errors import InstanceStartError
+from aseer.kv.agent import PoolAgent
 from aseer.node.agent import NoController, NodeRefused, Offer, run_agent
 from aseer.node.interpreter import Interpreter
 from aseer.node.messages import (
@@ -218,6 +219,7 @@ async def agent_of(
         num_instances=2,
         log_dir=None,
         death_timeout_s=600.0,
+        make_pool=PoolAgent,
     )
     async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
         running = run_agent(offer, leave or asyncio.Event(), host.figures)

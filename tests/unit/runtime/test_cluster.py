@@ -40,6 +40,7 @@ from aseer.node.messages import (
 )
 from aseer.node.network import reachable
 from aseer.runtime.cluster import Cluster
+from aseer.runtime.kv_pools import KvPools
 from aseer.runtime.listening import listening
 from aseer.transport.base import PROTOCOL_VERSION
 from aseer.transport.keys import derive_keys
@@ -151,7 +152,7 @@ async def joined(
     pool: Any = Pool()
     async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
         running = [
-            tasks.create_task(cluster.talk(pool, drafts)),
+            tasks.create_task(cluster.talk(pool, drafts, KvPools(config))),
             tasks.create_task(cluster.work()),
         ]
         await Sessions.made.runs.wait()

@@ -14,6 +14,7 @@ from aseer.errors import InstanceStartError
 from aseer.node.machine import Launch
 from aseer.node.remote import RemoteNode
 from aseer.runtime.cluster import Cluster, kind_of
+from aseer.runtime.kv_pools import KvPools
 from tests.unit.node.test_fetching import JOIN
 from tests.unit.runtime.machine import config_of
 from tests.waiting import until
@@ -35,6 +36,7 @@ class Spanning:
         config = config_of(nodes_per_instance=2, **settings)
         self.cluster = Cluster(config, None, router)
         self.cluster._pool = cast("Any", self)
+        self.cluster._kv_pools = KvPools(config)
         self.attended: list[Gang] = []
         self.up: set[Gang] = set()
         self.error: Exception | None = None

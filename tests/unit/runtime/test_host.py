@@ -265,9 +265,9 @@ async def test_no_two_rollouts_of_an_engine_have_chunks_of_one_id(
         pool, ids = engine._host._pool, []
         run_chunk = pool.run_chunk
 
-        def note(instance_id: InstanceId, run: Run) -> None:
+        def note(instance_id: InstanceId, run: Run, after: object) -> None:
             ids.append(run.chunk.chunk_id)
-            run_chunk(instance_id, run)
+            run_chunk(instance_id, run, after)
 
         monkeypatch.setattr(pool, "run_chunk", note)
         for _ in range(3):

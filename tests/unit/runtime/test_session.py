@@ -44,7 +44,9 @@ class Pool:
         self.aborted: list[int] = []
         self.forgiven: list[int] = []
 
-    def run_chunk(self, instance_id: InstanceId, message: Run) -> None:
+    def run_chunk(
+        self, instance_id: InstanceId, message: Run, after: object = None
+    ) -> None:
         assert message.chunk.instance_id == instance_id
         self.running[message.chunk.chunk_id] = message.chunk
 
@@ -519,7 +521,15 @@ class Kv:
     def server_of(self, instance_id: int) -> int:
         return 0
 
-    def free(self, info: object, version: int, tokens: bytes, start: int) -> None:
+    def free(
+        self,
+        info: object,
+        version: int,
+        tokens: bytes,
+        start: int,
+        instances: set[int],
+    ) -> None:
+        assert instances <= {0, 1}
         self.freed.append((len(tokens) // 4, start))
 
 

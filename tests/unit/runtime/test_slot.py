@@ -10,7 +10,7 @@ import pytest
 
 from aseer.core.columns import columns_of
 from aseer.errors import EngineError, InstanceLostError
-from aseer.instance.messages import Answer, Report
+from aseer.instance.messages import AbortChunks, Answer, Report
 from aseer.node.machine import Launch
 from aseer.runtime.restarts import RestartBudget
 from aseer.runtime.slot import Slot
@@ -24,8 +24,61 @@ def slot() -> Slot:
     launch = Launch(
         instance_id=0, backend="sim", engine_args={}, env={}, share="a test"
     )
-    nowhere: Any = None
-    return Slot(launch, nowhere, RestartBudget(0), WakingClock())
+    node: Any = SimpleNamespace(said=[])
+    node.send = lambda peer, message: node.said.append(message)
+    return Slot(launch, node, RestartBudget(0), WakingClock())
+
+
+def said(slot: Slot) -> list[str]:
+    """What its process was told: chunks, and which of them are to end."""
+    node: Any = slot.node
+    return [
+        f"end {message.chunk_ids}"
+        if isinstance(message, AbortChunks)
+        else f"run {message.chunk.chunk_id}"
+        for message in node.said
+    ]
+
+
+def run(number: int) -> Any:
+    return SimpleNamespace(chunk=SimpleNamespace(chunk_id=ChunkId(number)))
+
+
+async def test_a_chunk_that_is_held_goes_once_what_it_waits_for_is_over(
+    slot: Slot,
+) -> None:
+    waits = [asyncio.get_running_loop().create_future() for _ in range(2)]
+    for number, until in enumerate(waits):
+        slot.hold(run(number), until)
+    await asyncio.sleep(0)
+    assert said(slot) == []
+    waits[1].set_result(None)
+    await asyncio.sleep(0)
+    assert said(slot) == ["run 1"]
+    waits[0].set_result(None)
+    await asyncio.sleep(0)
+    assert said(slot) == ["run 1", "run 0"]
+
+
+async def test_a_chunk_that_is_held_is_known_before_it_is_to_end(slot: Slot) -> None:
+    until = asyncio.get_running_loop().create_future()
+    slot.hold(run(3), until)
+    slot.abort([ChunkId(2), ChunkId(3)])
+    until.set_result(None)
+    await asyncio.sleep(0)
+    assert said(slot) == ["run 3", "end [2, 3]"]
+
+
+async def test_what_is_held_for_a_process_that_is_gone_is_sent_to_nobody(
+    slot: Slot,
+) -> None:
+    until = asyncio.get_running_loop().create_future()
+    slot.hold(run(3), until)
+    slot.is_gone("it died")
+    slot.begin_incarnation()
+    until.set_result(None)
+    await asyncio.sleep(0)
+    assert said(slot) == []
 
 
 async def test_an_answer_that_nobody_waits_for_changes_nothing(slot: Slot) -> None:
