@@ -15,6 +15,7 @@ import gc
 import inspect
 import os
 import shutil
+import signal
 import stat
 import sys
 import tempfile
@@ -51,6 +52,11 @@ _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 1 << 14, 1 << 18
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
+
+# A shell has what it runs in the background ignore Ctrl-C, and so all processes of
+# tests, of which some are told to end by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def folder_of(path: Path) -> str:
