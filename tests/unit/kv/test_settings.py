@@ -161,7 +161,7 @@ def test_engines_copy_their_kv_themselves_on_every_device():
     assert found is not None
     args = server_args(found, 1, "name", Path())
     assert args[args.index("--supported-transfer-mode") + 1] == "engine_driven"
-    extra = transfer_config(found, 1, Path("log"))["kv_connector_extra_config"]
+    extra = transfer_config(found.timeout_s, 1, "log")["kv_connector_extra_config"]
     assert extra["lmcache.mp.mp_transfer_mode"] == "engine_driven"
 
 
@@ -204,7 +204,7 @@ def test_the_disk_is_used_if_it_has_a_limit():
 def test_engines_are_told_to_store_what_they_generate_and_to_recompute_what_fails():
     found, _ = plan(timeout_s=3)
     assert found is not None
-    told = transfer_config(found, 7, Path("/logs/kv-pool-0.log"))
+    told = transfer_config(found.timeout_s, 7, "/logs/kv-pool-0.log")
     assert told["kv_load_failure_policy"] == "recompute"
     assert told["kv_connector_extra_config"]["lmcache.mp.save_decode_cache"] is True
     assert told["kv_connector_extra_config"]["lmcache.mp.port"] == 7
