@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from aseer.errors import EngineError
 from aseer.instance.base import EngineDied
 from aseer.weights.checks import TensorSpec
 from aseer.weights.files import Index, Tensor
@@ -25,9 +26,12 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 class Engine:
     """Notes what it is told; `fails` is what it raises next."""
 
-    def __init__(self) -> None:
+    def __init__(self, architecture: str = "LlamaForCausalLM") -> None:
         self.told: list[Any] = []
         self.fails: Exception | None = None
+        model = SimpleNamespace(architectures=[architecture])
+        config = SimpleNamespace(hf_config=model)
+        self.vllm_config = SimpleNamespace(model_config=config)
 
     def _hear(self, *what: Any) -> None:
         self.told.append(what)
@@ -146,3 +150,13 @@ async def test_what_an_engine_takes_says_its_rank(tmp_path):
         spec = await EngineWeights(lambda engine=engine: engine).describe()
         assert spec.max_lora_rank == rank
         assert spec.dtype == "BF16"
+
+
+async def test_weights_that_vllm_would_lose_are_refused_and_adapters_are_not(tmp_path):
+    engine = Engine("GptOssForCausalLM")
+    weights = EngineWeights(lambda: engine)
+    with pytest.raises(EngineError, match="GptOssForCausalLM as they were: save the"):
+        await weights.prepare(written(tmp_path / "1", 0))
+    assert [what for what, *_ in engine.told] == ["aseer_discard_weights"]
+    await weights.prepare(written(tmp_path / "2", 2))
+    assert engine.told[-1][0] == "add"

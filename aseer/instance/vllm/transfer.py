@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from aseer.errors import EngineError
 from aseer.instance.vllm.caches import empty_caches
+from aseer.instance.vllm.weights import refuse_lost_weights
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -82,6 +83,7 @@ class Transfer:
                 f"engine_args={{'weight_transfer_config': {{'backend': {wanted!r}}}}}),"
                 " or use transfer='host'"
             )
+        refuse_lost_weights(self._engine.vllm_config)
         names = {ours: theirs for theirs, ours in OURS.items()}
         gpus = await self._engine.collective_rpc("aseer_gpu")
         backend = names.get(config.backend, config.backend)

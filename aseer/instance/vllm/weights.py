@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from aseer.errors import describe
+from aseer.errors import EngineError, describe
 from aseer.instance.base import EngineDied
 from aseer.instance.vllm.caches import empty_caches
 from aseer.weights.files import Index, describe_checkpoint, dtype_name, read_index
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from aseer.weights.checks import ModelSpec
 
 _CONFIG = "adapter_config.json"
+_LOSES_WEIGHTS = frozenset({"GptOssForCausalLM"})
 
 
 class EngineWeights:
@@ -70,6 +71,7 @@ class EngineWeights:
         await self.discard()
         found = read_index(index)
         if not found.lora_rank:
+            refuse_lost_weights(self._engine().vllm_config)
             await call_workers(self._engine(), "aseer_prepare_weights", index, *others)
             return
         # Workers on other nodes do not find the directory that is made here.
@@ -107,6 +109,23 @@ class EngineWeights:
     async def _take_away(self, lora: LoRARequest | None) -> None:
         if lora is not None:
             await self._engine().remove_lora(lora.lora_int_id)
+
+
+def refuse_lost_weights(config: Any) -> None:
+    """Refuse new weights that vLLM would lose without an error.
+
+    vLLM's gpt-oss copies experts' weights straight into their parameters, which have no
+    values during a reload. The old ones are put back, and on a CPU packed once more.
+
+    Raises:
+        EngineError: the model is such a one.
+    """
+    lost = _LOSES_WEIGHTS & set(config.model_config.hf_config.architectures or ())
+    if lost:
+        raise EngineError(
+            f"vLLM's reload keeps the experts of {', '.join(lost)} as they were: save "
+            "the new weights as a checkpoint, and start another Engine with that"
+        )
 
 
 async def call_workers(engine: AsyncLLM, method: str, *args: Any) -> None:
