@@ -27,6 +27,7 @@ TESTED = frozenset(
         "mistral",
         "qwen2_5_vl",
         "qwen2_vl",
+        "qwen3",
         "qwen3_moe",
         "qwen3_next",
         "qwen3_vl",

@@ -40,6 +40,7 @@ def assigned(path: str, name: str) -> Any:
 
 
 KV_FAMILIES = assigned("tests/integration/test_vllm_kv.py", "FAMILIES")
+RANKS = assigned("tests/e2e/test_ranks.py", "FAMILIES")
 MIXED, EXPERTS = names(test_families.MIXED), names(test_families.EXPERTS)
 IMAGES = "tests/e2e/test_images.py"
 SEEING = set(assigned(IMAGES, "MODELS"))
@@ -87,7 +88,7 @@ def test_every_family_of_the_table_has_a_model() -> None:
 
 
 def test_the_doctor_knows_what_families_tests_run() -> None:
-    assert family.TESTED == {"llama"} | MIXED | EXPERTS | SEEING
+    assert family.TESTED == {"llama"} | MIXED | EXPERTS | SEEING | set(RANKS)
 
 
 def test_the_tests_that_are_named_are_there() -> None:
