@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 import aseer
 from aseer.models import smollm2, tiny
 from aseer.weights.checks import ModelSpec, TensorSpec
-from aseer.weights.mappings import Mappings
+from aseer.weights.mappings import Mappings, unmap
 from aseer.weights.sending import send
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def send_layers(
                 copies[name].copy_(tensor)
             times["layers_send_s"].append(sent - started)
             times["layers_memcpy_s"].append(time.perf_counter() - sent)
-        mappings.taken_but(())
+        unmap(mappings.take_but(()))
     return {name: values[2:] for name, values in times.items()}
 
 

@@ -30,7 +30,7 @@ from aseer.node.machine import free_memory_bytes
 from aseer.weights.checks import ModelSpec
 from aseer.weights.current import CurrentWeights, TrainersWeights
 from aseer.weights.files import INDEX, make_directory
-from aseer.weights.mappings import Mappings
+from aseer.weights.mappings import Mappings, unmap
 from aseer.weights.update import (
     Commit,
     Decide,
@@ -251,13 +251,13 @@ class WeightKeeper:
     def _drop_mappings(self) -> None:
         """Let go of files that are in none of the updates' folders any more."""
         left = [self._spare, *self._directory.glob(f"*/{DATA}")]
-        dropped = self._mappings.taken_but(left)
+        dropped = self._mappings.take_but(left)
         if dropped:
-            free_later(dropped.clear)
+            free_later(lambda: unmap(dropped))
 
     def close(self) -> None:
         """Let go of all files; the engine is over."""
-        free_later(self._mappings.taken_but(()).clear)
+        unmap(self._mappings.take_but(()))
 
     def instance_up(self, instance_id: InstanceId) -> None:
         """It has the weights that are current at this moment."""

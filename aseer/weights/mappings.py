@@ -9,8 +9,9 @@ other.
 
 from __future__ import annotations
 
-import ctypes
+import mmap
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -19,18 +20,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # Gets all pages, or fails where a write into the mapping would end the process
-# (Linux 5.14).
+# (Linux 5.14). Python has no name for it.
 _MADV_POPULATE_WRITE = 23
 
 
 class Mappings:
     """Mappings of the files that updates are written into, kept for the next ones.
 
-    A mapping keeps the memory of a file that was removed: `taken_but` gives those back.
+    A mapping keeps the memory of a file that was removed: `take_but` finds those.
     """
 
     def __init__(self) -> None:
-        self._of: dict[tuple[int, int], Any] = {}
+        self._of: dict[tuple[int, int], mmap.mmap] = {}
         _all.add(self)
 
     def of(self, descriptor: int) -> Any:
@@ -38,19 +39,22 @@ class Mappings:
 
         Empty where the file cannot be mapped: it is to be written as files are.
         """
+        import numpy as np
+
         found = os.fstat(descriptor)
         key = (found.st_dev, found.st_ino)
         kept = self._of.get(key)
         if kept is None or len(kept) < found.st_size:
-            kept = self._of[key] = _map(descriptor, found.st_size)
-        return kept[: found.st_size]
+            try:
+                kept = mmap.mmap(descriptor, found.st_size)
+                kept.madvise(_MADV_POPULATE_WRITE)
+            except (OSError, ValueError):  # an old kernel; no memory; an empty file
+                return np.empty(0, np.uint8)
+            self._of[key] = kept
+        return np.frombuffer(kept, np.uint8, found.st_size)
 
-    def taken_but(self, paths: Iterable[Path]) -> list[Any]:
-        """Let go of all but these files; the caller drops what is returned.
-
-        To give much memory back takes a while. A writer that is at work keeps what it
-        writes into.
-        """
+    def take_but(self, paths: Iterable[Path]) -> list[mmap.mmap]:
+        """Take away all but those of these files, for `unmap`."""
         wanted = set()
         for path in paths:
             try:
@@ -61,22 +65,14 @@ class Mappings:
         return [self._of.pop(key) for key in list(self._of) if key not in wanted]
 
 
-def _map(descriptor: int, size: int) -> Any:
-    import numpy as np
-    import torch
+def unmap(mapped: list[mmap.mmap]) -> None:
+    """Give memory back, which takes a while if it is much.
 
-    if size:
-        try:
-            # Not mmap.mmap: that keeps the file open, also in forks.
-            mapped = torch.from_file(
-                f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8
-            )
-        except RuntimeError:  # no memory for it
-            return np.empty(0, np.uint8)
-        start, length = ctypes.c_void_p(mapped.data_ptr()), ctypes.c_size_t(size)
-        if not ctypes.CDLL(None).madvise(start, length, _MADV_POPULATE_WRITE):
-            return mapped.numpy()
-    return np.empty(0, np.uint8)
+    A writer that is at work keeps what it writes into until it is done.
+    """
+    while mapped:
+        with suppress(BufferError):
+            mapped.pop().close()
 
 
 def _let_go() -> None:

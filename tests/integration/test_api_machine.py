@@ -1,5 +1,5 @@
 """Whatever users do to an engine, in any order and at once: nothing hangs, nothing is
-lost silently, and the engine serves on.
+lost silently, and the engine serves on until it is closed.
 
 Hypothesis makes programs of calls. Each call runs as a task of an event loop of its own
 thread, or in a thread, while the next ones are made; at the end all must have ended,
@@ -66,7 +66,7 @@ class Calls(RuleBasedStateMachine):
         self.threads: list[threading.Thread] = []
         self.faults: list[BaseException] = []
         self.contents: dict[tuple[int, str], list[int]] = {}
-        self.num_rollouts = 0
+        self.closes = False
 
     # How calls are made
 
@@ -239,6 +239,13 @@ class Calls(RuleBasedStateMachine):
                     time.sleep(0.1)
                     os.kill(pid, signal.SIGCONT)
 
+    @rule(now=st.sampled_from([True] + 7 * [False]))
+    def close(self, now):
+        """Seldom: what comes after it finds a closed engine, and is told so."""
+        if now and not self.closes:
+            self.closes = True
+            self.begin(self.engine.aclose())
+
     @rule(pause_s=st.sampled_from([0.0, 0.02, 0.2]))
     def pass_time(self, pause_s):
         time.sleep(pause_s)
@@ -260,9 +267,15 @@ class Calls(RuleBasedStateMachine):
 
     async def _settle(self) -> None:
         """Whatever was begun ends by itself, and then the engine does its work."""
-        await self.engine.wake()
+        if not self.closes:
+            await self.engine.wake()
         if self.tasks:
             await asyncio.wait(self.tasks)
+        if self.closes:
+            await self.engine.aclose()  # the first may have been cancelled
+            with pytest.raises(aseer.EngineClosedError):
+                await self.engine.update_weights({"w": torch.full((2,), 1.0)})
+            return
         responses = None
         while responses is None:
             await self.engine.wake()

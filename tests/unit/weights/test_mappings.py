@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aseer.weights.blocks import BlockWriter
-from aseer.weights.mappings import Mappings
+from aseer.weights.mappings import Mappings, unmap
 from tests.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -76,14 +76,26 @@ def test_a_file_that_was_removed_is_let_go(path: Path) -> None:
             write(mappings, each, 5000, 1)
         path.unlink()
         assert is_mapped(str(path))
-        mappings.taken_but([path, other]).clear()
+        unmap(mappings.take_but([path, other]))
         assert not is_mapped(f"{path}\n")
         assert not is_mapped(f"{path} (deleted)")
         assert is_mapped(str(other))
-        mappings.taken_but([]).clear()
+        unmap(mappings.take_but([]))
         assert not is_mapped(str(other))
     finally:
         other.unlink()
+
+
+def test_a_writer_that_is_at_work_keeps_what_it_writes_into(path: Path) -> None:
+    mappings = Mappings()
+    write(mappings, path, 5000, 0)
+    with path.open("r+b", buffering=0) as file:
+        mapped = mappings.of(file.fileno())
+    unmap(mappings.take_but([]))
+    mapped[:2] = 7, 8
+    assert path.read_bytes()[:2] == b"\x07\x08"
+    del mapped
+    assert not is_mapped(str(path))
 
 
 def test_a_fork_does_not_keep_the_memory(path: Path) -> None:
