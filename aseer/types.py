@@ -1,13 +1,12 @@
 """The words the core is written in: ids, states, and what passes between its parts.
 
-Everything here is plain data. Token ids are 32-bit, logprobs float32 (what the engines
-compute). Times are seconds of one monotonic clock whose zero is the rollout's start.
+All of it is plain data. Token ids are 32-bit, logprobs float32, as engines compute.
+Times are seconds of one monotonic clock whose zero is the rollout's start.
 """
 
 from __future__ import annotations
 
-# At run time, too: msgspec resolves the annotations of what crosses a socket.
-from collections.abc import Mapping, Sequence  # noqa: TC003
+from collections.abc import Mapping, Sequence  # noqa: TC003  # for msgspec, too
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple, NewType
