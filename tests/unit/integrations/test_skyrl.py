@@ -80,6 +80,7 @@ class AutoConfig:
 
 @pytest.fixture
 def world(monkeypatch):
+    pytest.importorskip("torch")
     """The module as SkyRL's processes have it, and what stands for the rest."""
     state = SimpleNamespace(rank=0, node="n0", actor=Server(), options=None, given=None)
 

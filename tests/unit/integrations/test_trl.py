@@ -111,6 +111,7 @@ class Engine:
 
 
 def test_prompts_are_encoded_by_the_trainer_itself():
+    pytest.importorskip("torch")
     engine = Engine()
     out = rollout_func(engine)([CHAT, CHAT, "abc"], Trainer())
     chat = [len(str(CHAT)), 7]
@@ -120,6 +121,7 @@ def test_prompts_are_encoded_by_the_trainer_itself():
 
 
 def test_equal_prompts_with_other_images_are_other_groups():
+    pytest.importorskip("torch")
     one = np.zeros((4, 4, 3), np.uint8)
     same, other = one.copy(), one + 1
     images = [[one], [one], [same], [other], [], None, [one, other]]
@@ -146,6 +148,7 @@ def test_equal_prompts_with_other_images_are_other_groups():
 def test_a_model_that_sees_generates_no_image_token(
     sampling, generation_kwargs, speculation, expected
 ):
+    pytest.importorskip("torch")
     trainer, engine = Trainer(), Engine()
     trainer.processing_class.image_token_id = 7
     trainer.args.generation_kwargs = generation_kwargs
@@ -171,6 +174,7 @@ def test_the_main_process_alone_has_the_engine(is_main, engine):
 
 
 def test_weights_are_sent_after_a_step_and_to_another_trainer_or_training():
+    pytest.importorskip("torch")
     engine = Engine()
     rollout, trainer = rollout_func(engine), Trainer()
     updates = []

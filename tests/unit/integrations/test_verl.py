@@ -43,6 +43,7 @@ class Worker:
 
 @pytest.fixture
 def world(monkeypatch):
+    pytest.importorskip("torch")
     """The module as verl's processes have it, and what stands for the rest."""
     state = SimpleNamespace(rank=0, server=Server(), actors={}, registered={})
 

@@ -218,6 +218,7 @@ def test_experts_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl"])
 def test_a_model_that_sees_is_sent_by_its_names_in_memory(tmp_path, model_type):
+    pytest.importorskip("torch")
     make_vision(tmp_path / "engine", model_type)
     make_vision(tmp_path / "trained", model_type, seed=1)
     trained = transformers.AutoModelForImageTextToText.from_pretrained(

@@ -11,10 +11,11 @@ import pytest
 
 from aseer.errors import EngineError
 from aseer.inputs.images import ImageStore, read_image
-from aseer.instance.vllm import images as images_module
 from aseer.types import Chunk, ChunkId, GroupId, InstanceId, RequestId
 
 pytest.importorskip("PIL.Image")
+
+from aseer.instance.vllm import images as images_module
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
