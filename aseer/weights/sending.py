@@ -145,7 +145,8 @@ def _steps(
         yield send_adapters(source, model, directory)
         return
     pairs = _pairs_of(source)
-    stays = isinstance(pairs, Mapping)
+    # Another mapping may make each tensor in the memory of the one before.
+    stays = isinstance(pairs, dict)
     with TensorWriter(model, directory, mappings, tensors_stay=stays) as writer:
         shared: frozenset[str] = frozenset()
         if isinstance(pairs, Mapping):

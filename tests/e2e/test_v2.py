@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.v2, pytest.mark.timeout(900)]
 
 GREEDY = {"temperature": 0.0, "max_tokens": 70, "ignore_eos": True}
 PROMPTS = [[5, 6, 7, 8, 9], [11 + i for i in range(33)]]
-ROUNDING = 2e-5  # other kernels, other last bits; 1.1e-5 was seen with AVX-512
+ROUNDING = 1e-5  # other kernels, other last bits
+# Of weights that are all greater by 2%: 1.1e-5 was seen with AVX-512.
+ROUNDING_OF_GREATER = 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -146,4 +148,4 @@ def test_new_weights_are_those_of_v1(v1, v2):
     expected, _ = run(v1, GREEDY)
     assert any(expected[k].logprobs != before[k].logprobs for k in before)
     found, _ = run(v2, GREEDY)
-    same(found, expected, rounding=ROUNDING)
+    same(found, expected, rounding=ROUNDING_OF_GREATER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import namedtuple
+from collections.abc import Mapping
 
 import pytest
 
@@ -154,6 +155,29 @@ def views():
         "scalar": huge[0, 0],
         "parameter": torch.nn.Parameter(torch.randn(2)),
     }
+
+
+class OneAtATime(Mapping):
+    """Makes every tensor in the memory of the one before."""
+
+    def __init__(self, num, size):
+        self._num, self._memory = num, torch.zeros(size)
+
+    def __getitem__(self, name):
+        return self._memory.fill_(int(name))
+
+    def __iter__(self):
+        return (str(i) for i in range(self._num))
+
+    def __len__(self):
+        return self._num
+
+
+def test_a_mapping_that_makes_its_tensors_in_one_memory_arrives(tmp_path):
+    source = OneAtATime(8, 3_000_000)  # several blocks each
+    model = model_of({str(i): torch.zeros(3_000_000) for i in range(8)})
+    found = sent(source, model, tmp_path / "new")
+    assert all(bool((found[str(i)] == i).all()) for i in range(8))
 
 
 def test_tensors_of_any_layout_in_memory_arrive(tmp_path):
