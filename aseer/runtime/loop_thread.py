@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import uvloop
 
 from aseer.errors import EngineClosedError, EngineError, describe, root_of
+from aseer.runtime.turns import short_turns
 from aseer.watch import WakingClock
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ class LoopThread:
 
     def _run(self) -> None:
         try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+            with short_turns(), runner:
                 runner.run(self._serve())
         except BaseException as error:
             self.failure = self.failure or error
