@@ -12,25 +12,28 @@ instance over the whole response.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 from aseer.errors import ConfigError
-from aseer.inputs.plain import (
-    INT32_MAX,
-    INT64_MAX,
-    as_bool,
-    as_float,
-    as_int,
-    as_list,
-    as_text,
-    unwrapped,
+from aseer.inputs.fields import number, refusal, whole
+from aseer.inputs.plain import INT32_MAX, INT64_MAX, unwrapped
+from aseer.inputs.sampling import (
+    biases,
+    group_seed,
+    some_token_ids,
+    stops,
+    structure,
+    texts,
+    token_ids,
 )
-from aseer.inputs.structured import check_structured_outputs
+from aseer.inputs.settings import check_fields, documented
+
+_PREFIX = "sampling "  # of settings' names in messages
 
 
+@documented
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How a group's responses are sampled; names and meaning as in
@@ -38,45 +41,125 @@ class SamplingParams:
 
     Values are checked and kept as plain data: numpy's numbers, and lists of ids or
     texts as tuples, sets or arrays, are taken as well.
-
-    Attributes:
-        max_tokens: the most tokens to generate; None = up to the model's length.
-        min_tokens: before so many tokens no end token, stop token or stop string ends
-            a response.
-        seed: seed of the group; each member has a random stream of its own, derived
-            from the seed. None, or -1 as in vLLM, = no seed.
-        stop: strings that end a response; the text ends before them unless
-            `include_stop_str_in_output`, the token ids include them.
-        logit_bias: added to the logits of these token ids, from -1e20 to 1e20.
-        structured_outputs: vLLM's StructuredOutputsParams as a mapping, such as
-            {"regex": "..."} or {"json": {...}}.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_tokens: int | None = None
-    min_tokens: int = 0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] | None = None
-    allowed_token_ids: tuple[int, ...] | None = None
-    bad_words: tuple[str, ...] = ()
-    structured_outputs: Mapping[str, Any] | None = None
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    detokenize: bool = True
+    temperature: Annotated[
+        float,
+        number(0, 2, "a number in [0, 2]; 0 is greedy"),
+        """divides the logits: below 1 likely tokens become likelier, above 1 less so; 0
+        is greedy.""",
+    ] = 1.0
+    top_p: Annotated[
+        float,
+        number(1e-9, 1, "a number in (0, 1]; 1 keeps every token"),
+        """only the likeliest tokens are sampled whose probabilities add up to it; 1
+        keeps every token.""",
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        whole(
+            -1,
+            allowed=f"an int from 1 to {INT32_MAX}; 0 or -1 keeps every token",
+        ),
+        "only so many of the likeliest tokens are sampled; 0 or -1 keeps every token.",
+    ] = 0
+    min_p: Annotated[
+        float,
+        number(0, 1, "a number in [0, 1]; 0 disables it"),
+        """only tokens are sampled that have at least this share of the likeliest
+        token's probability; 0 keeps every token.""",
+    ] = 0.0
+    max_tokens: Annotated[
+        int | None,
+        whole(1, INT64_MAX, allowed="an int >= 1 of 64 bits, or None for no limit"),
+        "the most tokens to generate; None = up to the model's length.",
+    ] = None
+    min_tokens: Annotated[
+        int,
+        whole(0, allowed=f"an int from 0 to {INT32_MAX}"),
+        """before so many tokens no end token, stop token or stop string ends a
+        response.""",
+    ] = 0
+    seed: Annotated[
+        int | None,
+        group_seed,
+        """seed of the group; each member has a random stream of its own, derived from
+        the seed. None, or -1 as in vLLM, = no seed.""",
+    ] = None
+    stop: Annotated[
+        tuple[str, ...],
+        stops,
+        """strings that end a response; the text ends before them unless
+        `include_stop_str_in_output`, the token ids include them.""",
+    ] = ()
+    stop_token_ids: Annotated[
+        tuple[int, ...],
+        token_ids,
+        "tokens that end a response, besides the model's own end tokens.",
+    ] = ()
+    include_stop_str_in_output: Annotated[
+        bool, "whether the text includes the stop string that ended it."
+    ] = False
+    ignore_eos: Annotated[
+        bool, "whether generation goes on after the model's end tokens."
+    ] = False
+    presence_penalty: Annotated[
+        float,
+        number(-2, 2, "a number in [-2, 2]; 0 disables it"),
+        """taken from the logits of tokens that were generated before. Requests with it
+        run undivided.""",
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        number(-2, 2, "a number in [-2, 2]; 0 disables it"),
+        """taken from the logits of tokens, as often as they were generated before.
+        Requests with it run undivided.""",
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        number(1e-9, 1e9, "a number above 0, up to 1e9; 1 disables it"),
+        """divides the logits of tokens that were in the prompt or generated before, or
+        multiplies those below 0; 1 changes nothing.""",
+    ] = 1.0
+    logit_bias: Annotated[
+        Mapping[int, float] | None,
+        biases,
+        "added to the logits of these token ids, from -1e20 to 1e20.",
+    ] = None
+    allowed_token_ids: Annotated[
+        tuple[int, ...] | None,
+        some_token_ids,
+        "the only tokens that are sampled; None = all are.",
+    ] = None
+    bad_words: Annotated[
+        tuple[str, ...],
+        texts,
+        "texts that are not generated. Requests with any run undivided.",
+    ] = ()
+    structured_outputs: Annotated[
+        Mapping[str, Any] | None,
+        structure,
+        """vLLM's StructuredOutputsParams as a mapping, such as {"regex": "..."} or
+        {"json": {...}}. Requests with it run undivided.""",
+    ] = None
+    skip_special_tokens: Annotated[
+        bool, "whether the text leaves out special tokens, such as end tokens."
+    ] = True
+    spaces_between_special_tokens: Annotated[
+        bool, "whether the text has spaces between special tokens."
+    ] = True
+    detokenize: Annotated[
+        bool, "whether responses have a text; stop strings need it."
+    ] = True
 
     def __post_init__(self) -> None:
-        for name, value in _checked(self).items():
-            object.__setattr__(self, name, value)
+        check_fields(self, _PREFIX)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            allowed = f"at most max_tokens={self.max_tokens}"
+            raise refusal(_PREFIX + "min_tokens", self.min_tokens, allowed)
+        if self.stop and not self.detokenize:
+            allowed = "True where stop strings are given"
+            raise refusal(_PREFIX + "detokenize", False, allowed)
 
     def undivided_because(self) -> str | None:
         """Name of a setting that a resumed chunk would not honour; None if all are
@@ -126,6 +209,17 @@ def resolve_sampling(
         f"sampling={given!r} is a {type(given).__name__}; give an "
         "aseer.SamplingParams, a dict of its fields, or a vllm.SamplingParams"
     )
+
+
+def check_is_sampling(name: str, given: object) -> SamplingParams:
+    """Sampling settings, as `EngineConfig` takes them: no mapping of their fields.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(given, SamplingParams):
+        raise refusal(name, given, "an aseer.SamplingParams")
+    return given
 
 
 def chunk_seed(seed: int, index: int, num_generated: int) -> int:
@@ -217,135 +311,3 @@ def _check_changes_nothing(
     raise ConfigError(
         f"sampling sets {name}={value!r:.100}, which aseer does not support; {instead}"
     )
-
-
-def _bad(name: str, value: object, allowed: str) -> ConfigError:
-    return ConfigError(f"sampling {name}={value!r:.300} is not allowed; give {allowed}")
-
-
-# The least and the largest allowed value of each number, and words for the range.
-_FLOATS = {
-    "temperature": (0, 2, "a number in [0, 2]; 0 is greedy"),
-    "top_p": (1e-9, 1, "a number in (0, 1]; 1 keeps every token"),
-    "min_p": (0, 1, "a number in [0, 1]; 0 disables it"),
-    "presence_penalty": (-2, 2, "a number in [-2, 2]; 0 disables it"),
-    "frequency_penalty": (-2, 2, "a number in [-2, 2]; 0 disables it"),
-    "repetition_penalty": (
-        1e-9,
-        1e9,
-        "a number above 0, up to 1e9; 1 disables it",
-    ),
-}
-_INTS = {
-    "top_k": (
-        -1,
-        INT32_MAX,
-        f"an int from 1 to {INT32_MAX}; 0 or -1 keeps every token",
-    ),
-    "min_tokens": (0, INT32_MAX, f"an int from 0 to {INT32_MAX}"),
-}
-_OPTIONAL_INTS = {
-    "max_tokens": (1, INT64_MAX, "an int >= 1 of 64 bits, or None for no limit"),
-    # Signed or unsigned, since the seed is hashed.
-    "seed": (-(1 << 63), (1 << 64) - 1, "an int of 64 bits, or None for no seed"),
-}
-_TEXTS = ("stop", "bad_words")
-_IDS = ("stop_token_ids", "allowed_token_ids")
-_SWITCHES = (
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "detokenize",
-)
-# Engines compute in float32. A bias is multiplied by up to 1e9 (repetition_penalty) and
-# divided by as little as 0.01 (vLLM's least temperature), and must stay finite.
-_MAX_BIAS = 1e20
-_ID_NAME = re.compile("[0-9]{1,10}")
-
-
-def _checked(p: SamplingParams) -> dict[str, Any]:
-    """Every field as plain data.
-
-    Raises:
-        ConfigError: a value that is not allowed, or two that contradict each other.
-    """
-    data: dict[str, Any] = {}
-    for name, (least, most, allowed) in _FLOATS.items():
-        number = as_float(getattr(p, name))
-        if number is None or not least <= number <= most:
-            raise _bad(name, getattr(p, name), allowed)
-        data[name] = number
-    for name, bounds in (_INTS | _OPTIONAL_INTS).items():
-        value = getattr(p, name)
-        is_left_out = value is None and name in _OPTIONAL_INTS
-        data[name] = None if is_left_out else _int_in(name, value, *bounds)
-    for name in _SWITCHES:
-        data[name] = as_bool(getattr(p, name))
-        if data[name] is None:
-            raise _bad(name, getattr(p, name), "True or False")
-    data |= {name: _texts(name, getattr(p, name)) for name in _TEXTS}
-    data |= {name: _ids(name, getattr(p, name)) for name in _IDS}
-    data["logit_bias"] = _biases(p.logit_bias)
-    if p.structured_outputs is not None:
-        data["structured_outputs"] = check_structured_outputs(p.structured_outputs)
-    if data["seed"] == -1:
-        data["seed"] = None
-    if data["max_tokens"] is not None and data["min_tokens"] > data["max_tokens"]:
-        most = data["max_tokens"]
-        raise _bad("min_tokens", p.min_tokens, f"at most max_tokens={most}")
-    if data["stop"] and not data["detokenize"]:
-        raise _bad("detokenize", False, "True where stop strings are given")
-    return data
-
-
-def _int_in(name: str, value: object, least: int, most: int, allowed: str) -> int:
-    number = as_int(value)
-    if number is None or not least <= number <= most:
-        raise _bad(name, value, allowed)
-    return number
-
-
-def _texts(name: str, given: object) -> tuple[str, ...]:
-    if name == "stop" and isinstance(given, str):  # as vLLM takes it
-        given = (given,)
-    items = [] if given is None else as_list(given)
-    if items is None:
-        raise _bad(name, given, "a list of strings")
-    texts = [as_text(item) for item in items]
-    if not all(texts):
-        raise _bad(name, given, "a list of non-empty strings")
-    return tuple(text for text in texts if text)
-
-
-def _ids(name: str, given: object) -> tuple[int, ...] | None:
-    if given is None:
-        return None if name == "allowed_token_ids" else ()
-    items = as_list(given)
-    if items is None:
-        raise _bad(name, given, "a list of token ids")
-    if name == "allowed_token_ids" and not items:
-        raise _bad(name, given, "at least one id, or None for all")
-    ids = [as_int(item) for item in items]
-    if not all(i is not None and 0 <= i <= INT32_MAX for i in ids):
-        raise _bad(name, given, f"a list of token ids >= 0, at most {INT32_MAX}")
-    return tuple(i for i in ids if i is not None)
-
-
-def _biases(given: object) -> dict[int, float] | None:
-    if given is None:
-        return None
-    allowed = f"a mapping of token ids to numbers from -{_MAX_BIAS:g} to {_MAX_BIAS:g}"
-    if not isinstance(given, Mapping):
-        raise _bad("logit_bias", given, allowed)
-    biases: dict[int, float] = {}
-    for key, value in given.items():
-        # Keys that come from JSON are texts.
-        is_name = isinstance(key, str) and _ID_NAME.fullmatch(key)
-        token, bias = as_int(int(key) if is_name else key), as_float(value)
-        if token is None or not 0 <= token <= INT32_MAX:
-            raise _bad("logit_bias", given, allowed)
-        if bias is None or abs(bias) > _MAX_BIAS:
-            raise _bad("logit_bias", given, allowed)
-        biases[token] = bias
-    return biases or None

@@ -195,8 +195,20 @@ def _fields(name: str, thing: type) -> str:
             default = f" = {field.default!r}"
         elif field.default_factory is not dataclasses.MISSING:
             default = f" = {getattr(field.default_factory, '__name__', '...')}()"
-        lines.append(f"    {field.name}: {field.type}{default},")
+        lines.append(f"    {field.name}: {_given(str(field.type))}{default},")
     return "\n".join([*lines, ")"])
+
+
+def _given(annotation: str) -> str:
+    """The type that a field takes, without what else its annotation says of it."""
+    node = ast.parse(annotation, mode="eval").body
+    while isinstance(node, ast.Subscript) and (
+        ast.unparse(node.value) in ("Annotated", "Resolved")
+    ):
+        node = node.slice.elts[0]  # type: ignore[attr-defined]
+        if ast.unparse(node) == "AnyPath":
+            return _given(_definition("inputs/settings", "AnyPath"))
+    return ast.unparse(node)
 
 
 def _signature(function: Callable[..., object]) -> str:

@@ -24,7 +24,6 @@ from aseer.dgds.messages import (
     PackedFetch,
     RegisterGroups,
 )
-from aseer.inputs.speculation import check_speculation
 from aseer.transport.threads import lossy_router, run_again
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ class DraftServer:
 
 def make_draft_server(config: EngineConfig, run_dir: Path) -> DraftServer | None:
     """The server that an engine needs; None if it does not draft by group."""
-    settings = check_speculation(config.speculation)
+    settings = config.speculation
     if settings.method != "dgds":
         return None
     return DraftServer(

@@ -18,21 +18,20 @@ def check_address(name: str, address: object) -> str:
     Raises:
         ConfigError: it is none.
     """
-    match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
+    text = address if isinstance(address, str) else ""
+    match = _ADDRESS.fullmatch(text)
     if match is None or (match[2] != _ANY_PORT and int(match[2]) > 65535):
         raise ConfigError(
             f"{name}={address!r} is not allowed; give tcp://HOST:PORT, such as "
             f"{_EXAMPLE!r} or 'tcp://[::]:5557'"
         )
-    assert isinstance(address, str)
-    return address
+    return text
 
 
 def host_of(address: str) -> str:
     """The host of a checked address, without the brackets of IPv6."""
-    match = _ADDRESS.fullmatch(address)
-    assert match is not None, address
-    return match[1].strip("[]")
+    host, _, _ = address.removeprefix("tcp://").rpartition(":")
+    return host.strip("[]")
 
 
 def is_loopback(address: str) -> bool:

@@ -1,19 +1,20 @@
-"""Fields of settings: checked, and kept as plain data under the same name.
+"""Checks of single settings: from what is given to what is kept, in plain data.
 
-A field that is refused raises a `ConfigError` that says what was given and what is
-allowed.
+A check takes the setting's name and what is given. It raises a `ConfigError` that says
+what was given and what is allowed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from aseer.errors import ConfigError
 from aseer.inputs.plain import (
     INT32_MAX,
+    as_bool,
+    as_data,
     as_float,
     as_int,
     as_list,
@@ -22,42 +23,68 @@ from aseer.inputs.plain import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 # As good as for ever, and what clocks and timers of all kinds can count.
 _MAX_SECONDS = 1e9
 MAX_PORT = 65_535
-
-Settings = TypeVar("Settings")
 
 
 def refusal(name: str, value: object, allowed: str) -> ConfigError:
     return ConfigError(f"{name}={value!r:.300} is not allowed; give {allowed}")
 
 
-def set_field(config: object, name: str, value: object) -> None:
-    """Keep what a setting means as plain data."""
-    object.__setattr__(config, name, value)
-
-
-def check_int(
-    config: object,
-    name: str,
+def whole(
     low: int,
     high: int = INT32_MAX,
     *,
     optional: bool = False,
-) -> None:
-    value = getattr(config, name)
-    if value is None and optional:
-        return
-    number = as_int(value)
+    allowed: str | None = None,
+) -> Callable[[str, object], int]:
+    """A check for whole numbers from `low` to `high`.
+
+    Args:
+        optional: whether None is allowed, too, as the message says then.
+        allowed: the message's words, where the bounds do not say it all.
+    """
     rest = ", or None for the default" if optional else ""
-    if number is None or number < low:
-        raise refusal(name, value, f"an int >= {low}{rest}")
-    if number > high:
-        raise refusal(name, value, f"an int <= {high}{rest}")
-    set_field(config, name, number)
+
+    def check(name: str, given: object) -> int:
+        number = as_int(given)
+        if number is None or number < low:
+            raise refusal(name, given, allowed or f"an int >= {low}{rest}")
+        if number > high:
+            raise refusal(name, given, allowed or f"an int <= {high}{rest}")
+        return number
+
+    return check
+
+
+def number(low: float, high: float, allowed: str) -> Callable[[str, object], float]:
+    """A check for finite numbers from `low` to `high`; `allowed` are its words."""
+
+    def check(name: str, given: object) -> float:
+        found = as_float(given)
+        if found is None or not low <= found <= high:
+            raise refusal(name, given, allowed)
+        return found
+
+    return check
+
+
+def switch(name: str, given: object) -> bool:
+    """True or False."""
+    found = as_bool(given)
+    if found is None:
+        raise refusal(name, given, "True or False")
+    return found
+
+
+def mapping(name: str, given: object) -> Any:
+    """A mapping that other processes can be told, as a dict of plain data."""
+    if not isinstance(given, Mapping):
+        raise refusal(name, given, "a mapping")
+    return as_data(given, name)
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
@@ -68,30 +95,13 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
     return text
 
 
-def settings_of(cls: type[Settings], name: str, given: Any, short: str) -> Settings:
-    """Settings that are given as such, as a mapping of their fields (as a YAML file has
-    them), or by the value of their field `short` alone.
-
-    Raises:
-        ConfigError: a key is no field, or a value is not allowed.
-    """
-    if isinstance(given, cls):
-        return given
-    if not isinstance(given, Mapping):
-        return cls(**{short: given})
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    for key in given:
-        if key not in known:
-            raise refusal(f"{name}'s key", key, f"some of {', '.join(known)}")
-    return cls(**{str(key): value for key, value in given.items()})
-
-
-def gpu_ids(gpus: object) -> tuple[str, ...]:
+def gpu_ids(name: str, given: object) -> tuple[str, ...]:
+    """Ids of GPUs, as CUDA_VISIBLE_DEVICES names them; at least one."""
     ids = []
-    for gpu in as_list(gpus) or ():
-        number, text = as_int(gpu), as_text(gpu)
-        if number is not None and number >= 0:
-            ids.append(str(number))
+    for gpu in as_list(given) or ():
+        index, text = as_int(gpu), as_text(gpu)
+        if index is not None and index >= 0:
+            ids.append(str(index))
         elif text and "," not in text:
             ids.append(text)
         else:
@@ -99,7 +109,7 @@ def gpu_ids(gpus: object) -> tuple[str, ...]:
             break
     if not ids:
         raise refusal(
-            "gpus", gpus, "ids such as [4, 5], or None for all that are visible"
+            name, given, "ids such as [4, 5], or None for all that are visible"
         )
     return tuple(ids)
 
@@ -117,39 +127,57 @@ def model_name(name: str, given: object) -> str:
     return str(Path(text).absolute()) if is_path or text[:2] in ("./", "..") else text
 
 
-def check_directory(config: object, name: str, what: str = "a directory") -> None:
-    """Keep a path as a whole: this process may go elsewhere later."""
-    given = getattr(config, name)
-    if given is None:
-        return
-    text = str(given) if isinstance(given, Path) else as_text(given)
-    if not text or "\0" in text or not can_be_sent(text):
-        raise refusal(name, given, f"{what}, in valid Unicode, or None")
-    set_field(config, name, Path(text).absolute())
+def dtype_name(name: str, given: object) -> str:
+    """A dtype's name, whichever vLLM knows."""
+    text = as_text(given)
+    if not text or not can_be_sent(text):
+        raise refusal(name, given, 'a name, such as "bfloat16"')
+    return text
 
 
-def check_host_and_port(config: object, name: str, example: str) -> None:
-    """Keep where to listen, if it is given."""
-    given = getattr(config, name)
-    if given is None:
-        return
+def path_of(what: str) -> Callable[[str, object], Path]:
+    """A check for paths, which are kept whole: this process may go elsewhere later.
+
+    Args:
+        what: the path is of, such as "a directory", for the message.
+    """
+
+    def check(name: str, given: object) -> Path:
+        text = str(given) if isinstance(given, Path) else as_text(given)
+        if not text or "\0" in text or not can_be_sent(text):
+            raise refusal(name, given, f"{what}, in valid Unicode, or None")
+        return Path(text).absolute()
+
+    return check
+
+
+directory = path_of("a directory")
+file_path = path_of("a file's path")
+
+
+def host_and_port(name: str, given: object) -> str:
+    """Where to listen, without a scheme."""
     text = as_text(given) or ""
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or int(port) > MAX_PORT:
-        raise refusal(name, given, f"a host and a port, such as {example!r}, or None")
-    set_field(config, name, text)
+        allowed = "a host and a port, such as '127.0.0.1:9464', or None"
+        raise refusal(name, given, allowed)
+    return text
 
 
-def variable(name: object, value: object) -> tuple[str, str]:
-    """An environment variable as other processes can be given it."""
-    key, text = as_text(name), as_text(value)
-    if key and text is not None and "=" not in key and "\0" not in key + text:
-        return key, text
-    raise refusal("env", {name: value}, "texts by texts, without NUL, or = in a name")
-
-
-def check_seconds(config: object, name: str) -> None:
-    set_field(config, name, seconds(name, getattr(config, name)))
+def variables(name: str, given: object) -> dict[str, str]:
+    """Environment variables as other processes can be given them."""
+    if not isinstance(given, Mapping):
+        raise refusal(name, given, "a mapping")
+    kept = {}
+    for variable, value in given.items():
+        key, text = as_text(variable), as_text(value)
+        is_sound = key and text is not None and "\0" not in key + text
+        if not key or text is None or not is_sound or "=" in key:
+            allowed = "texts by texts, without NUL, or = in a name"
+            raise refusal(name, {variable: value}, allowed)
+        kept[key] = text
+    return kept
 
 
 def seconds(name: str, given: object, *, or_zero: bool = False) -> float:
@@ -158,10 +186,10 @@ def seconds(name: str, given: object, *, or_zero: bool = False) -> float:
     Raises:
         ConfigError: it is none.
     """
-    number = as_float(given)
-    is_allowed = number is not None and (number > 0 or (or_zero and number == 0))
-    if number is None or not is_allowed or number > _MAX_SECONDS:
+    found = as_float(given)
+    is_allowed = found is not None and (found > 0 or (or_zero and found == 0))
+    if found is None or not is_allowed or found > _MAX_SECONDS:
         least = "of 0 or more" if or_zero else "above 0"
         allowed = f"a number of seconds {least}, at most {_MAX_SECONDS:g}"
         raise refusal(name, given, allowed)
-    return number
+    return found

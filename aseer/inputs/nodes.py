@@ -1,39 +1,37 @@
-"""An engine's settings of nodes on other hosts: checked."""
+"""An engine's settings of nodes on other hosts: those that do not go together."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from aseer.errors import ConfigError
-from aseer.inputs.addresses import check_address
 from aseer.inputs.engine_args import has_drafter
-from aseer.inputs.fields import (
-    check_directory,
-    check_int,
-    check_seconds,
-    refusal,
-    set_field,
-)
+from aseer.inputs.fields import refusal
+from aseer.inputs.plain import as_text
+
+NUM_INSTANCES = "an int >= 1, or None for the default; 0 with listen, but without nodes"
+
+
+def launcher_name(name: str, given: object) -> str:
+    """What starts the nodes, if something does."""
+    text = as_text(given)
+    if text != "ray":
+        raise refusal(name, given, "'ray', or None, and start nodes")
+    return text
 
 
 def check_nodes(config: Any) -> None:
-    """Check those fields of an `EngineConfig`, and those that do not go with them.
+    """Check what an `EngineConfig` says of nodes, and what does not go with that.
 
     Raises:
-        ConfigError: one is not allowed.
+        ConfigError: two settings do not go together.
     """
-    check_int(config, "min_nodes", 0)
-    check_int(config, "nodes_per_instance", 1)
-    check_seconds(config, "node_timeout_s")
-    check_directory(config, "key_file", "a file's path")
-    check_directory(config, "controller_file", "a file's path")
-    if config.listen is not None:
-        check_address("listen", config.listen)
+    has_nodes_alone = config.listen is not None and config.nodes is None
+    if config.num_instances == 0 and not has_nodes_alone:
+        raise refusal("num_instances", 0, NUM_INSTANCES)
     if config.nodes_per_instance > 1:
         _check_gangs(config)
     if config.nodes is not None:
-        if config.nodes != "ray":
-            raise refusal("nodes", config.nodes, "'ray', or None, and start nodes")
         if config.gpus is not None:
             allowed = "num_instances instead: with nodes='ray' Ray says which GPUs"
             raise refusal("gpus", config.gpus, allowed)
@@ -55,7 +53,7 @@ def _check_gangs(config: Any) -> None:
     if config.listen is None:
         raise refusal("listen", None, f"an address, {spans}")
     if config.num_instances is None:
-        set_field(config, "num_instances", 0)
+        object.__setattr__(config, "num_instances", 0)
     if config.num_instances != 0:
         allowed = (
             f"0, {spans}: such instances run on nodes alone; `aseer node` on this host "

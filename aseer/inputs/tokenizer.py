@@ -60,7 +60,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, config: EngineConfig) -> None:
         """Prepare; nothing is loaded yet."""
-        self._name = str(config.tokenizer or config.model)
+        self._name = config.tokenizer or str(config.model)
         self._model = str(config.model)
         self._args = config.engine_args
         self._loaded: Any = None

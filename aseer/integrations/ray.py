@@ -19,7 +19,6 @@ import math
 import socket
 import threading
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from aseer.errors import AseerError, ConfigError, EngineError, describe
@@ -41,6 +40,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from aseer.config import EngineConfig
     from aseer.transport.keys import Keys
@@ -183,7 +183,7 @@ class RayNodes:
             keys=keys,
             num_instances=config.num_instances,
             python=None if config.python is None else str(config.python),
-            log_dir=None if config.log_dir is None else Path(config.log_dir),
+            log_dir=config.log_dir,
         )
         await _asked(self._reserve)
         while not await _asked(self._has_room):

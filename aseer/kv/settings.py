@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import ConfigError
-from aseer.inputs.kv_pool import check_kv_pool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,7 +117,7 @@ def plan_pool(
     Raises:
         ConfigError: a pool was asked for by name, and cannot be had.
     """
-    pool = check_kv_pool(config.kv_pool)
+    pool = config.kv_pool
     is_wanted = pool.mode == "lmcache"
     if pool.mode == "off":
         return None, "it is switched off"
@@ -157,7 +156,7 @@ def _plan(
     *,
     why: str,
 ) -> PoolPlan:
-    pool = check_kv_pool(config.kv_pool)
+    pool = config.kv_pool
     return PoolPlan(
         num_servers=num_servers,
         dram_bytes=dram_bytes,

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from aseer.config import MAX_LORA_RANK
 from aseer.errors import ConfigError
-from aseer.inputs.speculation import check_speculation
 from aseer.instance.vllm import EXECUTOR, WORKER_EXTENSION
 from aseer.instance.vllm.joined import joined_name
 from aseer.kv.settings import QUIET_LMCACHE
@@ -72,7 +71,7 @@ def plan_instances(
     Raises:
         ConfigError: it has not what the settings ask for.
     """
-    if check_speculation(config.speculation).method == "suffix":
+    if config.speculation.method == "suffix":
         _check_arctic(interpreter)
     num = (config.num_instances if num_instances is None else num_instances) or 0
     launches = _plan(config, machine, traits, num)
@@ -128,7 +127,7 @@ def _plan(
     config: EngineConfig, machine: Machine, traits: ModelTraits | None, num: int
 ) -> list[Launch]:
     if config.gpus is not None:
-        machine = replace(machine, gpus=tuple(map(str, config.gpus)))
+        machine = replace(machine, gpus=config.gpus)
     device = _device(config, machine)
     if device == "sim":
         args = dict(config.engine_args)
@@ -212,7 +211,7 @@ def _plan_cores(
         "block_size": _CPU_BLOCK_SIZE,
         "kv_cache_memory_bytes": max(1, kv_bytes // (per * num_nodes)),
     }
-    if check_speculation(config.speculation).method == "dgds":
+    if config.speculation.method == "dgds":
         if _EXECUTOR_ARG in config.engine_args:
             raise ConfigError(
                 f"engine_args has {_EXECUTOR_ARG!r}, and drafts of speculation='dgds' "
@@ -311,7 +310,7 @@ def _users_args(config: EngineConfig) -> dict[str, Any]:
 
 
 def _speculation_args(config: EngineConfig) -> dict[str, Any]:
-    settings = check_speculation(config.speculation)
+    settings = config.speculation
     num_tokens = settings.max_draft_tokens
     if settings.method == "off":
         return {}

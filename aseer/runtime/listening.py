@@ -6,7 +6,6 @@ import json
 import os
 from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aseer.config import takes_nodes
@@ -20,6 +19,7 @@ from aseer.transport.tcp import bind_tcp, check_key_is_there
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from aseer.config import EngineConfig
     from aseer.models.traits import ModelTraits
@@ -61,7 +61,7 @@ async def _listen(
     launcher = launcher_of(config)
     async with bind_tcp(address, FRAME, keys) as router:
         cluster = Cluster(config, traits, router, launcher, keys)
-        path = None if config.controller_file is None else Path(config.controller_file)
+        path = config.controller_file
         if path is not None:
             _write(path, reachable(cluster.address))
         try:

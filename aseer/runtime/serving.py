@@ -6,7 +6,6 @@ import asyncio
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aseer.dgds.server import make_draft_server
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
     from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
 
     from aseer.config import EngineConfig
     from aseer.node.machine import Launch
@@ -60,7 +60,7 @@ class Folders:
         """
         try:
             if config.log_dir is not None:
-                Path(config.log_dir).mkdir(parents=True, exist_ok=True)
+                config.log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"log_dir cannot be used: {error}") from error
         sweep()
@@ -68,7 +68,7 @@ class Folders:
         weights = weights_dir_of(config, run)
         leftovers = Leftovers(run)
         leftovers.add(weights)
-        return cls(leftovers, Path(config.log_dir or run), weights)
+        return cls(leftovers, config.log_dir or run, weights)
 
 
 async def serve(
@@ -123,7 +123,7 @@ async def serve(
                 with metrics_of(config.metrics_address, thread, host.figures) as url:
                     host.metrics_url = url
                     if url is not None and config.controller_file is not None:
-                        note_url(Path(config.controller_file), url)
+                        note_url(config.controller_file, url)
                     await host.run(stop, started)
     except BaseException as error:
         if not started.done():

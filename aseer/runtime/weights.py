@@ -76,7 +76,7 @@ DROPPED = (
 def weights_dir_of(config: EngineConfig, run_dir: Path) -> Path:
     """Where tensors for the engines go: memory, if it can be shared as files."""
     if config.weights_dir is not None:
-        return Path(config.weights_dir).resolve() / run_dir.name
+        return config.weights_dir.resolve() / run_dir.name
     return weights_dir_for(run_dir)
 
 

@@ -4,6 +4,7 @@ checked, never run: each `assert_type` is what the author's editor should show.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, assert_type
 
 import aseer
@@ -34,6 +35,21 @@ def make_config() -> aseer.EngineConfig:
         kv_pool=aseer.KvPoolConfig(mode="auto", dram_bytes=1 << 30),
         engine_args={"block_size": 32},
     )
+
+
+def look_at(folder: Path) -> None:
+    """Settings are read as what they are kept as, however they are given."""
+    config = aseer.EngineConfig(
+        model=folder,
+        gpus=[0, "1"],
+        speculation="dgds",
+        kv_pool={"mode": "off"},
+        log_dir="logs",
+    )
+    assert_type(config.gpus, tuple[str, ...] | None)
+    assert_type(config.speculation, aseer.SpeculationConfig)
+    assert_type(config.kv_pool, aseer.KvPoolConfig)
+    assert_type(config.log_dir, Path | None)
 
 
 async def refill() -> AsyncIterator[aseer.Group]:

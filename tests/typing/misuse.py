@@ -7,6 +7,9 @@ import aseer
 aseer.EngineConfig(model="m", num_instance=2)  # wrong: no such field
 aseer.EngineConfig(model="m", policy="seer")  # wrong: no such policy
 aseer.EngineConfig(model="m", chunk_size="256")  # wrong: a text
+aseer.EngineConfig(model="m", speculation="telepathy")  # wrong: no such method
+aseer.EngineConfig(model="m", log_dir=3)  # wrong: no path
+aseer.EngineConfig(model="m").log_dir = "logs"  # wrong: settings do not change
 aseer.EngineConfig()  # wrong: no model
 aseer.Group(3.5)  # wrong: no prompt
 

@@ -68,6 +68,8 @@ PURE = (
     "inputs.plain",
     "inputs.prompt_image",
     "inputs.fields",
+    "inputs.sampling",
+    "inputs.settings",
     "inputs.engine_args",
     "inputs.nodes",
     "inputs.calls",
