@@ -147,6 +147,8 @@ vllm.v1.worker.gpu_model_runner  GPUModelRunner.sample_tokens?
 _DRAFTS = """
 vllm.config.speculative  SpeculativeConfig.num_speculative_tokens
   SpeculativeConfig.method SpeculativeConfig.num_speculative_tokens_per_batch_size?
+vllm.config.compilation  CompilationConfig.cudagraph_mode CUDAGraphMode.NONE
+  CompilationConfig.max_cudagraph_capture_size
 vllm.v1.executor.multiproc_executor  MultiprocExecutor.sample_tokens
   MultiprocExecutor.take_draft_token_ids
 vllm.v1.worker.gpu_model_runner  GPUModelRunner.take_draft_token_ids

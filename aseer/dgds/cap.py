@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 MAX_LOGITS_BYTES = 1 << 30
 
 
+def max_rows_verified(vocab_size: int) -> int:
+    """The most rows of logits that one step may sample from."""
+    return MAX_LOGITS_BYTES // (4 * vocab_size)
+
+
 class CappedBudget:
     """A budget with a limit: no step verifies more rows of logits than have room."""
 
     def __init__(self, budget: Budget, vocab_size: int) -> None:
         self._budget = budget
-        self._max_rows = MAX_LOGITS_BYTES // (4 * vocab_size)
+        self._max_rows = max_rows_verified(vocab_size)
 
     def max_draft_tokens(self, num_rows: int) -> int:
         """See `Budget`."""

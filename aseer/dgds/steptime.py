@@ -3,11 +3,13 @@
 A step's time is modelled as
 
     T(rows, drafted, context) = f(rows + drafted) + a rows + b drafted + c [drafted > 0]
-                                + d context
+                                + d context + e [rows + drafted > graph_tokens]
 
 where f is convex and piecewise linear: flat where an engine waits for memory, rising
 where the engine computes. The coefficient a is what a request costs beyond its token's
-computation, b and c are what verification costs, and d is what attention costs. No
+computation, b and c are what verification costs, and d is what attention costs. A GPU
+replays CUDA graphs for steps of up to `graph_tokens` tokens, and larger ones are
+launched kernel by kernel, for e seconds more; without graphs there is no such term. No
 coefficient is below zero: otherwise tokens would seem to cost nothing whenever the
 machine was slower while there were fewer of them, and would be drafted without end. The
 coefficients minimise the squares of relative errors over the recent steps; where
@@ -33,6 +35,7 @@ _KNOTS = np.array([1 << i for i in range(3, 13)], np.float64)
 _TOKEN_UNIT = 8.0
 _CONTEXT_UNIT = 1e4
 _NUM_FEATURES = 2 + len(_KNOTS) + 4
+_CONTEXT = _NUM_FEATURES - 1  # one more may follow: the jump behind the CUDA graphs
 # A measured step counts e times less after so many further steps.
 _MEMORY_STEPS = 500
 # The coefficients are computed once in so many steps, since that takes longer than all
@@ -46,12 +49,12 @@ _LEAST_TABLE = 64
 _OUTLIER = 1.5
 # No step takes less than this share of the fastest one seen.
 _LEAST = 0.5
-# Strengths of the pull towards zero: on the bends of f and the costs of rows and of
-# verification; and on the rest, only so that there is always a solution.
+# Strengths of the pull towards zero: on the bends of f, the costs of rows and of
+# verification and the jump; and on the rest, only so that there is always a solution.
 _PULL = 1e-2
 _WEAK_PULL = 1e-6
 _PULLS = np.array(
-    [_WEAK_PULL] * 2 + [_PULL] * (len(_KNOTS) + 3) + [_WEAK_PULL], np.float64
+    [_WEAK_PULL] * 2 + [_PULL] * (len(_KNOTS) + 3) + [_WEAK_PULL, _PULL], np.float64
 )
 
 
@@ -67,13 +70,21 @@ class _Step(NamedTuple):
 class StepTimeModel:
     """Predicts a step's seconds; learns from every step, a few at a time."""
 
-    def __init__(self) -> None:
-        self._profile = _Sums()
-        self._recent = _Sums()
+    def __init__(self, graph_tokens: int | None = None) -> None:
+        """Know nothing yet.
+
+        Args:
+            graph_tokens: the most tokens of a step that replays CUDA graphs; None = no
+                step does.
+        """
+        self._graph_tokens = graph_tokens
+        num = _NUM_FEATURES + (graph_tokens is not None)
+        self._profile = _Sums(num)
+        self._recent = _Sums(num)
         self._new: list[_Step] = []
         self._floor_s = 0.0
         self._num_observed = 0
-        self._coefficients: NDArray[np.float64] = np.zeros(_NUM_FEATURES)
+        self._coefficients: NDArray[np.float64] = np.zeros(num)
         self._tables: dict[int, NDArray[np.float64]] = {}
 
     def observe(
@@ -112,15 +123,15 @@ class StepTimeModel:
         table = self._tables.get(num_rows)
         if table is None or len(table) <= max_drafted:
             drafted = np.arange(2 * max_drafted + _LEAST_TABLE)
-            table = _features(num_rows, drafted, 0) @ self._coefficients
+            table = self._features(num_rows, drafted, 0) @ self._coefficients
             self._tables[num_rows] = table
-        context_s = self._coefficients[-1] * (num_context_tokens / _CONTEXT_UNIT)
+        context_s = self._coefficients[_CONTEXT] * (num_context_tokens / _CONTEXT_UNIT)
         seconds: NDArray[np.float64] = table[: max_drafted + 1] + context_s
         return np.maximum(seconds, self._floor_s, out=seconds)
 
     def _learn(self, steps: Sequence[_Step], sums: _Sums) -> None:
         num_rows, num_drafted, context, step_s = np.array(steps, np.float64).T
-        features = _features(num_rows, num_drafted, context)
+        features = self._features(num_rows, num_drafted, context)
         expected_s = step_s
         if self._num_observed >= _EARLY_STEPS:
             expected_s = np.maximum(features @ self._coefficients, self._floor_s)
@@ -129,18 +140,32 @@ class StepTimeModel:
         sums.add(features, step_s, expected_s, keep)
         self._num_observed += len(steps)
         matrix = self._profile.matrix + self._recent.matrix
-        matrix += np.diag(_PULLS / self._floor_s**2)
+        matrix += np.diag(_PULLS[: len(matrix)] / self._floor_s**2)
         vector = self._profile.vector + self._recent.vector
         self._coefficients = _least_squares(matrix, vector)
         self._tables.clear()
+
+    def _features(
+        self,
+        num_rows: NDArray[np.float64] | int,
+        num_drafted: NDArray[np.float64] | NDArray[np.int64],
+        num_context_tokens: NDArray[np.float64] | int,
+    ) -> NDArray[np.float64]:
+        """See `_smooth`; the last is whether a step is too large for CUDA graphs, if
+        there are any.
+        """
+        smooth = _smooth(num_rows, num_drafted, num_context_tokens)
+        if self._graph_tokens is None:
+            return smooth
+        return np.column_stack((smooth, num_rows + num_drafted > self._graph_tokens))
 
 
 class _Sums:
     """The sums over measured steps that least squares needs."""
 
-    def __init__(self) -> None:
-        self.matrix = np.zeros((_NUM_FEATURES, _NUM_FEATURES))
-        self.vector = np.zeros(_NUM_FEATURES)
+    def __init__(self, num_features: int) -> None:
+        self.matrix = np.zeros((num_features, num_features))
+        self.vector = np.zeros(num_features)
 
     def add(
         self,
@@ -158,7 +183,7 @@ class _Sums:
         self.vector = kept[0] * self.vector + weighted @ values
 
 
-def _features(
+def _smooth(
     num_rows: NDArray[np.float64] | int,
     num_drafted: NDArray[np.float64] | NDArray[np.int64],
     num_context_tokens: NDArray[np.float64] | int,

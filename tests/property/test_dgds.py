@@ -20,6 +20,7 @@ from aseer.dgds.cst import SuffixForest
 from aseer.dgds.log import TokenLog
 from aseer.dgds.messages import TO_CLIENT, Deltas, FetchCst, RegisterGroups
 from aseer.dgds.replica import Replica, RequestKey
+from aseer.dgds.steptime import StepTimeModel
 from aseer.types import ChunkEnd, ChunkId, ChunkProgress
 
 REQUESTS = [RequestKey(group, f"{group}/{i}") for group in "gh" for i in range(3)]
@@ -284,3 +285,48 @@ def test_the_rising_fit_rises_and_keeps_the_mean(values, data):
         np.average(values, weights=weights)
     )
     assert rising_fit(fitted, weights) == pytest.approx(fitted)
+
+
+@given(
+    st.integers(1, 300),
+    st.integers(1, 600),
+    st.floats(0, 0.02),
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 8)), max_size=40),
+    st.integers(0, 2**32 - 1),
+)
+def test_predicted_steps_rise_and_jump_nowhere_but_behind_the_graphs(
+    num_rows, graph_tokens, jump_s, steps, seed
+):
+    """Whatever was measured: elsewhere each token adds what the one before did, or
+    more.
+    """
+    rng = np.random.default_rng(seed)
+    model = StepTimeModel(graph_tokens)
+    for rows, each in [(1, 0), *steps]:
+        tokens = rows * (1 + each)
+        step_s = 0.008 + 2e-5 * tokens + jump_s * (tokens > graph_tokens)
+        model.observe(rows, rows * each, rows, step_s * rng.lognormal(0, 0.2))
+    rises = np.diff(model.predict(num_rows, 700, num_rows))
+    assert (rises >= -1e-12).all()
+    # The first drafted token has the cost of verification, too.
+    jump = graph_tokens - num_rows
+    smooth = np.delete(rises, [0, jump] if 0 < jump < len(rises) else [0])
+    assert (np.diff(smooth) >= -1e-12).all()
+
+
+@given(situations(), st.integers(0, 63), st.floats(0, 2.0))
+def test_drafts_go_past_a_jump_only_for_more_tokens_a_second(situation, room, jump_s):
+    rows, weights, step_s = situation
+    step_s = step_s + jump_s * (np.arange(len(step_s)) > room)
+    flat = np.array([s for row in rows for s in row])
+    offsets = np.cumsum([0, *map(len, rows)])
+    row_of = np.repeat(np.arange(len(rows)), np.diff(offsets))
+    worths = np.sort(flat * weights[row_of])[::-1]
+    num = int(spend(flat, offsets, weights, step_s).lengths.sum())
+    if num > room:
+        rates = (weights.sum() + np.concatenate(([0], np.cumsum(worths)))) / step_s
+        order = np.argsort(-flat * weights[row_of], kind="stable")
+        tokens = len(rows) + np.concatenate(([0], np.cumsum(flat[order])))
+        is_admitted = tokens / step_s >= 1.05 * tokens[0] / step_s[0]
+        within = (rates * is_admitted)[: room + 1]
+        assert rates[num] >= within.max() * (1 - 1e-9)

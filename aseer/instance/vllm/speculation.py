@@ -20,7 +20,9 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from aseer.counts import DraftCounts
+from aseer.dgds.cap import max_rows_verified
 from aseer.dgds.messages import EXTRA_ARGS_KEY, DraftingSpec
+from aseer.dgds.profile import graph_tokens, profile_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,11 +33,7 @@ _log = logging.getLogger("aseer.instance")
 
 _TIMES_INTERVAL_S = 1.0
 _WATCH_INTERVAL_S = 0.1
-# Requests of a step, and tokens drafted for each; the first warms up.
-_PROFILE = (
-    *((1, 8), (1, 0), (1, 3), (1, 8), (4, 0), (4, 8)),
-    *((16, 0), (16, 3), (64, 0)),
-)
+# Tokens of each request of the steps that are measured at the start.
 _PROFILE_STEPS = 4
 _SCHEDULE = "num_speculative_tokens_per_batch_size"
 
@@ -168,14 +166,20 @@ class Speculation:
 
     async def _profile(self) -> None:
         """Measure short steps of several sizes; the drafter learns from them."""
+        assert self._drafting is not None
         config = self._llm.vllm_config
         most = config.speculative_config.num_speculative_tokens
-        for num_rows, num_drafted in _PROFILE:
-            if num_rows <= config.scheduler_config.max_num_seqs:
-                async with asyncio.TaskGroup() as tasks:
-                    for i in range(num_rows):
-                        request = self._profile_request(i, min(num_drafted, most))
-                        tasks.create_task(request)
+        sizes = profile_sizes(
+            config.scheduler_config.max_num_seqs,
+            self._drafting.settings.max_draft_tokens,
+            graph_tokens(config),
+            max_rows_verified(config.model_config.get_vocab_size()),
+        )
+        for num_rows, num_drafted in sizes:
+            async with asyncio.TaskGroup() as tasks:
+                for i in range(num_rows):
+                    request = self._profile_request(i, min(num_drafted, most))
+                    tasks.create_task(request)
 
     async def _profile_request(self, index: int, num_drafted: int) -> None:
         told = {

@@ -17,6 +17,7 @@ from aseer.dgds.budget import make_budget
 from aseer.dgds.cap import CappedBudget
 from aseer.dgds.client import DraftClient
 from aseer.dgds.messages import DraftingSpec
+from aseer.dgds.profile import graph_tokens
 from aseer.dgds.replica import Replica
 from aseer.dgds.steptime import StepTimeModel
 from aseer.instance.vllm import patches
@@ -155,7 +156,7 @@ class WorkerExtension:
         runner = self.model_runner
         drafting = msgspec.convert(spec, DraftingSpec)
         settings = drafting.settings
-        model = StepTimeModel()
+        model = StepTimeModel(graph_tokens(self.vllm_config))
         replica = Replica(ttl_s=settings.group_ttl_s)
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         budget = CappedBudget(make_budget(settings, model), vocab_size)

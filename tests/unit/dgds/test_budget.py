@@ -209,3 +209,34 @@ def test_the_papers_rule_favours_the_class_whose_acceptance_drops_more():
 def test_settings_name_the_budget(name, kind):
     budget = make_budget(SpeculationConfig(budget=name), StepTimeModel())
     assert isinstance(budget, kind)
+
+
+def on_graphs(graph_tokens: int | None, jump_s: float) -> AdaptiveBudget:
+    """Steps of up to 400 tokens take 10 ms, and others so much longer."""
+    model = StepTimeModel(graph_tokens)
+    for _ in range(20):
+        for rows, each in ((1, 8), (4, 8), (64, 0), (100, 2), (44, 8), (50, 8)):
+            tokens = rows * (1 + each)
+            step_s = 0.01 + jump_s * (tokens > 400)
+            model.observe(rows, rows * each, 100 * rows, step_s)
+    return AdaptiveBudget(model, 8, 8)
+
+
+def test_drafts_stop_where_steps_leave_the_graphs_unless_more_of_them_pay():
+    # 100 rows have room for 300 drafted tokens, and 500 have some promise.
+    rows = [[0.8, 0.7, 0.6, 0.5, 0.3]] * 100
+    assert on_graphs(400, 0.006).choose(candidates(rows)).sum() == 300
+    assert on_graphs(400, 0.0005).choose(candidates(rows)).sum() == 500
+    promising = [[0.95, 0.94, 0.93, 0.92, 0.91]] * 100
+    assert on_graphs(400, 0.002).choose(candidates(promising)).sum() == 500
+    assert on_graphs(400, 0.006).choose(candidates(promising)).sum() == 300
+
+
+def test_a_budget_that_does_not_know_of_the_graphs_misses_their_end():
+    rows = [[0.8, 0.7, 0.6, 0.5, 0.3]] * 100
+    assert on_graphs(None, 0.006).choose(candidates(rows)).sum() != 300
+
+
+def test_where_requests_alone_leave_the_graphs_their_end_is_nothing_to_drafts():
+    budget = on_graphs(400, 0.006)
+    assert budget.choose(candidates([[0.9, 0.8]] * 450)).sum() == 900

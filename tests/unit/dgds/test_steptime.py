@@ -107,3 +107,56 @@ def test_a_slow_first_step_does_not_put_it_off_for_good(seed):
 def test_no_step_takes_less_than_half_of_the_fastest():
     predicted = trained(noise=0.3, num_steps=50).predict(1, 8, 0)
     assert (predicted > 0.01).all()
+
+
+def launched(rows: int, drafted: int, jump_s: float, graphs: int = 512) -> float:
+    """An 8B model's step on a GPU: by graphs, and beyond them kernel by kernel."""
+    tokens = rows + drafted
+    busy = max(8.0, 0.02 * tokens) + 0.4 * (drafted > 0)
+    return busy / 1000 + jump_s * (tokens > graphs)
+
+
+def trained_on_graphs(graph_tokens: int | None, jump_s: float) -> StepTimeModel:
+    rng = np.random.default_rng(1)
+    model = StepTimeModel(graph_tokens)
+    for _ in range(4):
+        for rows, each in ((1, 8), (64, 0), (56, 8), (64, 8)):
+            step_s = launched(rows, each * rows, jump_s)
+            model.observe(rows, each * rows, rows, step_s, is_profile=True)
+    for _ in range(2000):
+        rows = int(rng.integers(1, 255))
+        drafted = int(rng.integers(0, 5)) * rows
+        step_s = launched(rows, drafted, jump_s) * rng.lognormal(0, 0.05)
+        model.observe(rows, drafted, 100 * rows, step_s)
+    return model
+
+
+@pytest.mark.parametrize("jump_s", [0.0, 0.004, 0.012])
+def test_it_learns_where_steps_leave_the_graphs(jump_s):
+    predicted = trained_on_graphs(512, jump_s).predict(100, 700, 10_000)
+    expected = [launched(100, d, jump_s) for d in range(701)]
+    assert predicted[1:] == pytest.approx(expected[1:], rel=0.1)
+    # To a tenth of a step; f may bend elsewhere than the engine does.
+    assert predicted[413] - predicted[412] == pytest.approx(jump_s, abs=1e-3)
+    assert (np.diff(predicted) >= 0).all()
+
+
+def test_a_line_with_bends_alone_does_not_tell_where_graphs_end():
+    """What the term is for: without it steps behind the end seem cheaper than are."""
+    predicted = trained_on_graphs(None, 0.012).predict(100, 700, 10_000)
+    assert predicted[413] < 0.85 * launched(100, 413, 0.012)
+    assert predicted[412] > 1.15 * launched(100, 412, 0.012)
+
+
+def test_steps_that_all_replay_graphs_are_learned_as_without_the_term():
+    with_end, without = StepTimeModel(512), StepTimeModel()
+    rng = np.random.default_rng(2)
+    for _ in range(500):
+        rows = int(rng.integers(1, 100))
+        drafted = int(rng.integers(0, 4)) * rows
+        step_s = roofline(rows, drafted, 0) * rng.lognormal(0, 0.1)
+        for model in (with_end, without):
+            model.observe(rows, drafted, 0, step_s)
+    for rows in (1, 30, 120):
+        expected = without.predict(rows, 600, 1000)
+        assert with_end.predict(rows, 600, 1000) == pytest.approx(expected, rel=1e-6)
