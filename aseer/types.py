@@ -84,6 +84,8 @@ class InstanceInfo:
             blocks out of the same `num_kv_blocks`. Empty = one group that keeps every
             token in blocks of `block_size`.
         kv_world_size: pieces that a token's KV is split into, as a KV pool counts them.
+        why_no_pool: why it cannot take part in the KV pool that it was told of; "" = it
+            does, or was told of none.
         node: name of the host that it runs on, of several the one that leads; "" = the
             controller's.
         max_images: the most that a prompt may have; 0 = the model takes none.
@@ -107,6 +109,7 @@ class InstanceInfo:
     pid: int = 0
     kv_groups: tuple[KvGroup, ...] = ()
     kv_world_size: int = 1
+    why_no_pool: str = ""
     node: str = ""
     max_images: int = 0
     image_token_id: int = -1

@@ -210,7 +210,10 @@ vllm.distributed.kv_transfer.kv_connector.v1.base  KVConnectorRole.WORKER
   KVConnectorBase_V1.build_connector_meta KVConnectorBase_V1.update_connector_output
   KVConnectorBase_V1.request_finished(request,block_ids) KVConnectorBase_V1.reset_cache
   KVConnectorBase_V1.get_kv_connector_stats KVConnectorBase_V1.build_prom_metrics
-  KVConnectorBase_V1.build_kv_connector_stats
+  KVConnectorBase_V1.build_kv_connector_stats KVConnectorMetadata
+  SupportsHMA.request_finished_all_groups(request,block_ids)
+vllm.distributed.kv_transfer.kv_transfer_state  has_kv_transfer_group
+  get_kv_transfer_group
 vllm.distributed.kv_transfer.kv_connector.v1.metrics  KVConnectorStats
 vllm.v1.request  RequestStatus.FINISHED_LENGTH_CAPPED RequestStatus.FINISHED_STOPPED
   Request.num_computed_tokens Request.num_tokens Request.status
@@ -223,6 +226,7 @@ vllm.config.kv_transfer  KVTransferConfig.kv_load_failure_policy
 """
 _POOL_LMCACHE = """
 lmcache.integration.vllm.lmcache_mp_connector
+  get_group_tokens_per_block(vllm_config,kv_cache_config)
   LMCacheMPConnector.register_kv_caches(kv_caches) LMCacheMPConnector.start_load_kv
   LMCacheMPConnector.request_finished LMCacheMPConnector.reset_cache
   LMCacheMPConnector.worker_adapter LMCacheMPConnector.scheduler_adapter
@@ -311,7 +315,7 @@ _TABLES = (
     (_CPU, "engines on CPUs", "instance/vllm/patches.py"),
     (_DRAFTS, "speculation", "dgds/, instance/vllm/speculation.py"),
     (_DRAFTS_V2, "speculation on GPUs", "dgds/speculator.py, dgds/ahead.py"),
-    (_POOL_VLLM, "the KV pool", "kv/connector.py"),
+    (_POOL_VLLM, "the KV pool", "kv/connector.py, idle.py"),
     (_POOL_LMCACHE, "the KV pool", "kv/connector.py, kv/guard.py"),
     (_SERVER, "the KV pool", "kv/server.py, lending.py, patches.py, disk.py"),
 )

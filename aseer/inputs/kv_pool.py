@@ -55,7 +55,9 @@ class KvPoolConfig:
         int,
         whole(1),
         """how many tokens are stored and found together. Chunks of requests end
-        just past a multiple of this.""",
+        just past a multiple of this. It must be a multiple of the engines' KV block
+        size, which vLLM chooses when it loads the model: where it is not, "auto" has
+        no pool, and the log says what to set.""",
     ] = 128
     num_servers: Annotated[
         int,

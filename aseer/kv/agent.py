@@ -18,9 +18,10 @@ from aseer.kv.messages import (
     PoolState,
     Prefetch,
     StartPool,
+    StopPool,
     encode,
 )
-from aseer.kv.pool import KvPool
+from aseer.kv.pool import STOP_GRACE_S, KvPool
 from aseer.node.network import address_towards
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aseer")
 
 _STATE_INTERVAL_S = 0.5
-# For servers to unmap their memory.
-_GRACE_S = 3.0
 
 
 class PoolAgent:
@@ -80,6 +79,8 @@ class PoolAgent:
                 self._is_wanted.set()
         elif pool is None:
             return
+        elif isinstance(order, StopPool):
+            pool.close()
         elif isinstance(order, Free):
             pool.free(order)
         elif isinstance(order, Prefetch):
@@ -110,10 +111,10 @@ class PoolAgent:
                 tasks.create_task(_tell(pool, say))
         except Exception as error:  # a pool is never needed
             _log.exception("this node has no KV pool any more: %s", describe(error))
-            await pool.stop(_GRACE_S)
+            await pool.stop(STOP_GRACE_S)
             say(encode(pool.state))  # engines start without it
         finally:
-            await pool.stop(_GRACE_S)
+            await pool.stop(STOP_GRACE_S)
 
     async def _open(self, pool: KvPool, controller: str) -> None:
         if self._keys is not None:

@@ -26,7 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
+from lmcache.integration.vllm.lmcache_mp_connector import (
+    LMCacheMPConnector,
+    get_group_tokens_per_block,
+)
 from lmcache.integration.vllm.lmcache_mp_metadata import (
     LMCacheMPRequestMetadata,
     LMCacheMPRequestState,
@@ -38,7 +41,8 @@ from vllm.v1.request import RequestStatus
 from aseer.counts import LATENCY_BUCKETS_S
 from aseer.kv import patches
 from aseer.kv.guard import WorkerGuard, mark
-from aseer.kv.settings import POOL_LOG_KEY, TIMEOUT_KEY
+from aseer.kv.idle import IdleConnector
+from aseer.kv.settings import CHUNK_KEY, POOL_LOG_KEY, TIMEOUT_KEY, misfit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,7 +93,15 @@ class TransferStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untyped 
 
 
 class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, too
-    """See the module."""
+    """See the module; where KV does not fit the pool, it is an `IdleConnector`."""
+
+    def __new__(cls, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> Any:
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        sizes = get_group_tokens_per_block(vllm_config, kv_cache_config)
+        why = misfit([size for size in sizes if size], extra[CHUNK_KEY])
+        if why:
+            return IdleConnector(vllm_config, role, kv_cache_config, why)
+        return super().__new__(cls)
 
     def __init__(
         self, vllm_config: Any, role: Any, kv_cache_config: Any = None

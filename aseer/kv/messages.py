@@ -16,7 +16,7 @@ The controller and a node's agent say, in the session that they have:
 
     controller                                       agent
       StartPool, first of all ------------------------->
-      Free, Prefetch, DropOlder, Pull ----------------->
+      Free, Prefetch, DropOlder, Pull, StopPool ------->
                                        <- PoolState, at once and whenever it changed
                                        <- Pulled, one a Pull
 
@@ -173,6 +173,10 @@ class StartPool(msgspec.Struct, tag="start", frozen=True, array_like=True):
     num_instances: int
 
 
+class StopPool(msgspec.Struct, tag="stop", frozen=True, array_like=True):
+    """Have no pool any more: no engine there uses it."""
+
+
 class DropOlder(msgspec.Struct, tag="drop_older", frozen=True, array_like=True):
     """Free everything of weight versions below one."""
 
@@ -210,7 +214,7 @@ class PoolState(msgspec.Struct, tag="state", frozen=True):
     servers: list[ServerState]
 
 
-ToPool = StartPool | Free | Prefetch | DropOlder | Pull
+ToPool = StartPool | StopPool | Free | Prefetch | DropOlder | Pull
 FromPool = PoolState | Pulled
 FromServer = PoolCounts | Pulled | Serves
 TO_POOL: msgspec.msgpack.Decoder[ToPool] = msgspec.msgpack.Decoder(ToPool)

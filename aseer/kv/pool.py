@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("aseer")
 
+# A server that is asked to end is given this long before it is killed: it only has to
+# unmap its memory.
+STOP_GRACE_S = 3.0
+
 
 class KvPool:
     """The pool servers of a node."""
@@ -68,6 +72,7 @@ class KvPool:
             )
             for i in range(plan.num_servers)
         ]
+        self._is_over = asyncio.Event()
 
     @property
     def granularity(self) -> int:
@@ -112,9 +117,20 @@ class KvPool:
                 tasks.create_task(server.try_to_start())
 
     async def run(self) -> None:
-        """Start the servers, and keep them up until cancelled."""
+        """Start the servers, and keep them up until cancelled, or until `close`."""
+        async with asyncio.TaskGroup() as tasks:
+            working = tasks.create_task(self._work())
+            await self._is_over.wait()
+            working.cancel()
+        await self.stop(STOP_GRACE_S)
+
+    async def _work(self) -> None:
         await self.start()
         await self.supervise()
+
+    def close(self) -> None:
+        """Have `run` end the servers, which no engine uses."""
+        self._is_over.set()
 
     async def supervise(self) -> None:
         """Ask after the servers, and start dead ones again, until cancelled."""
@@ -216,7 +232,7 @@ def engine_args(
     if not server.is_expected:
         _log.warning("an engine starts without the KV pool: its server is down")
         return {}
-    config = transfer_config(plan.timeout_s, server.port, server.log)
+    config = transfer_config(plan.timeout_s, server.port, server.log, plan.chunk_tokens)
     return {"kv_transfer_config": config}
 
 

@@ -12,6 +12,7 @@ from aseer.kv.messages import (
     PoolState,
     Pulled,
     StartPool,
+    StopPool,
     encode,
 )
 from aseer.kv.pool import engine_args, server_of
@@ -57,6 +58,10 @@ class RemotePool:
         elif len(message.servers) == self._plan.num_servers:
             self._state = message
             self.is_known.set()
+
+    def close(self) -> None:
+        """See `KvPool`."""
+        self._say(StopPool())
 
     def lose(self) -> None:
         """The node is gone."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from aseer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from aseer.config import EngineConfig
@@ -27,6 +28,7 @@ CONNECTOR = "GuardedConnector"
 CONNECTOR_MODULE = "aseer.kv.connector"
 PORT_KEY = "lmcache.mp.port"
 TIMEOUT_KEY = "aseer.timeout_s"
+CHUNK_KEY = "aseer.chunk_tokens"
 POOL_LOG_KEY = "aseer.pool_log"
 SHM_PREFIX = "lmcache_l1_pool_"  # of LMCache's files in shared memory
 QUIET_LMCACHE = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
@@ -269,11 +271,39 @@ def disk_adapter(directory: Path, max_bytes: int) -> str:
     )
 
 
-def transfer_config(timeout_s: float, port: int, pool_log: str) -> dict[str, Any]:
+def misfit(block_sizes: Sequence[int], chunk_tokens: int) -> str:
+    """Why an engine's KV cannot be in the pool that it was told of; "" = it can.
+
+    vLLM chooses its block size when it has loaded the model, by what the attention of
+    the device can do. So it is known only after the pool's servers were started.
+
+    Args:
+        block_sizes: tokens of a block, of each group of the engine's layers.
+        chunk_tokens: of the pool's plan.
+    """
+    if len(block_sizes) > 1:
+        return (
+            "LMCache serves engines whose layers keep KV alike, and this one has "
+            f"{len(block_sizes)} groups of layers, with blocks of "
+            f"{', '.join(map(str, block_sizes))} tokens"
+        )
+    whole = math.lcm(chunk_tokens, *block_sizes)
+    if whole == chunk_tokens:
+        return ""
+    return (
+        f"the engine keeps KV in blocks of {block_sizes[0]} tokens, of which "
+        f"kv_pool's chunk_tokens={chunk_tokens} is no multiple; set "
+        f"kv_pool={{'chunk_tokens': {whole}}}, and there is a pool"
+    )
+
+
+def transfer_config(
+    timeout_s: float, port: int, pool_log: str, chunk_tokens: int
+) -> dict[str, Any]:
     """vLLM's `kv_transfer_config` for an engine of the pool's.
 
     Args:
-        timeout_s: of the pool's plan.
+        timeout_s, chunk_tokens: of the pool's plan.
         port, pool_log: port and log of the engine's server.
     """
     extra: dict[str, Any] = {
@@ -286,6 +316,7 @@ def transfer_config(timeout_s: float, port: int, pool_log: str) -> dict[str, Any
         "lmcache.mp.mq_timeout": _START_TIMEOUT_S,
         TIMEOUT_KEY: timeout_s,
         POOL_LOG_KEY: pool_log,
+        CHUNK_KEY: chunk_tokens,
     }
     return {
         "kv_connector": CONNECTOR,

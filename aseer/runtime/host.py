@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from aseer.errors import EngineError, describe
 from aseer.inputs.images import ImageStore
+from aseer.kv.pool import STOP_GRACE_S
 from aseer.node.local import LocalNode
 from aseer.runtime.activity import Activity, Call
 from aseer.runtime.claims import Claims
@@ -52,9 +53,6 @@ if TYPE_CHECKING:
     from aseer.transport.base import Router
 
 _log = logging.getLogger("aseer")
-# A pool server that is asked to end is given this long before it is killed: it only has
-# to unmap its memory.
-_POOL_GRACE_S = 3.0
 
 
 class Host:
@@ -175,7 +173,7 @@ class Host:
                 self.cluster.lose_all("the engine was closed")
             await self._pool.stop(0)
             if self.kv_pool is not None:
-                await self.kv_pool.stop(_POOL_GRACE_S)
+                await self.kv_pool.stop(STOP_GRACE_S)
             self.rollouts.give_up()
 
     async def _work(self, started: Future[Host]) -> None:
@@ -271,6 +269,7 @@ class Host:
 
     def instance_up(self, info: InstanceInfo) -> None:
         """See `PoolOwner`."""
+        self.kv_pools.check(info)
         self.weights.instance_up(info.instance_id)
         self.infos[info.instance_id] = self.limits = info
         self._loads[info.instance_id] = InstanceLoad()

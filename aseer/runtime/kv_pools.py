@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import secrets
 import time
 from functools import partial
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from aseer.compat.versions import installed_packages, vllm_distributions
 from aseer.core.residency import NO_POOL
+from aseer.errors import ConfigError
 from aseer.kv.links import PULL_TIMEOUT_S, Link
 from aseer.kv.messages import Free, PoolCounts, Prefetch, Pull, Pulled
 from aseer.kv.pool import plan_kv_pool
@@ -54,7 +56,7 @@ class KvPools:
         """Of the keys: KV of other runs is never found, even in a shared tier."""
         self.granularity = 0
         """Where chunks are to end, in tokens; a multiple of the engines' block size.
-        0 = there was no pool so far.
+        0 = there was no pool so far that engines could use.
         """
         self._is_external = False  # one pool of another connector, over all nodes
         self._pools: dict[Node, Pool] = {}
@@ -114,6 +116,30 @@ class KvPools:
             self.granularity,
         )
         return False
+
+    def check(self, info: InstanceInfo) -> None:
+        """Take note of what an engine that came up has told of its KV.
+
+        If it cannot be in the pool of its node, the others there cannot either, and the
+        pool is ended.
+
+        Raises:
+            ConfigError: a pool was asked for by name.
+        """
+        if self._is_external:
+            self.granularity = math.lcm(self.granularity, info.block_size)
+        node = self._instances.get(info.instance_id, (None, 0))[0]
+        pool = None if node is None else self._pools.get(node)
+        if not info.why_no_pool or node is None or pool is None:
+            return
+        if self._config.kv_pool.mode == "lmcache":
+            raise ConfigError(f"kv_pool='lmcache' cannot be had: {info.why_no_pool}")
+        where = f" on node {node.name}" if node.name else ""
+        _log.warning("no KV pool%s: %s", where, info.why_no_pool)
+        pool.close()
+        self.leave(node)
+        if not self._pools:
+            self.granularity = 0
 
     def leave(self, node: Node) -> None:
         """A node is gone, with all that its pool held."""

@@ -58,6 +58,8 @@ class Recorder:
     ) -> None:
         self._controller = controller
         self._kv_pool = kv_pool
+        # Of those that requests go by; where they lose the last pool, it is 0 there.
+        self._granularity = kv_pool.granularity if kv_pool is not None else 1
         if kv_pool is not None:
             self._pool_before = (kv_pool.counts, kv_pool.num_restarts)
         self._policy = policy
@@ -220,7 +222,7 @@ class Recorder:
         total, counters = self.kv_counts, self._controller.counters
         moves = (counters.moves, counters.node_moves)
         busy_s = sum(r.busy_until(now) for r in self._instances.values())
-        per_token = pool.per_chunk / self._kv_pool.granularity
+        per_token = pool.per_chunk / self._granularity
         return KvReport(
             stored_bytes=pool.stored - before.stored,
             loaded_bytes=int(total.loaded_tokens * per_token),

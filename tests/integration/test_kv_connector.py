@@ -6,6 +6,8 @@ at. CPU engines never schedule asynchronously, and GPU engines do by default.
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
 from array import array
 from collections import deque
@@ -41,13 +43,20 @@ with warnings.catch_warnings():
 
     from aseer.kv import connector
     from aseer.kv.connector import LATE_STORES, TransferStats
-    from aseer.kv.settings import CONNECTOR, CONNECTOR_MODULE, TIMEOUT_KEY
+    from aseer.kv.idle import IdleConnector
+    from aseer.kv.settings import (
+        CHUNK_KEY,
+        CONNECTOR,
+        CONNECTOR_MODULE,
+        TIMEOUT_KEY,
+    )
 
 from aseer.inputs.prompt_image import PromptImage
 from aseer.kv.images import pool_tokens
 from aseer.models.tiny import make_tiny
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 BLOCK, CHUNK, NUM_BLOCKS = 32, 128, 64
@@ -58,7 +67,9 @@ class FakeServer:
 
     lmcache_tokens_per_chunk = CHUNK
 
-    def __init__(self, **_: Any) -> None:
+    def __init__(self, *, vllm_block_size: int, **_: Any) -> None:
+        if CHUNK % vllm_block_size:  # as LMCache's own adapter does
+            raise ValueError(f"--chunk-size must be a multiple of {vllm_block_size}")
         self._health_events: dict[str, Any] = {}
         self.num_resets = 0
 
@@ -78,13 +89,17 @@ class FakeServer:
 class Engine:
     """A scheduler, and a model that says a new token for every row of a step."""
 
-    def __init__(self, model: Path, *, is_async: bool) -> None:
+    def __init__(
+        self, model: Path, *, is_async: bool, block_sizes: Sequence[int] = (BLOCK,)
+    ) -> None:
+        """`block_sizes` are what vLLM has chosen, of each group of layers."""
+        block, unit = math.lcm(*block_sizes), math.gcd(*block_sizes)
         config = EngineArgs(
             model=str(model),
             dtype="float32",
             max_model_len=1024,
             max_num_seqs=4,
-            block_size=BLOCK,
+            block_size=block,
             kv_cache_memory_bytes=64 << 20,
             enable_prefix_caching=True,
             enforce_eager=True,
@@ -95,27 +110,35 @@ class Engine:
                 kv_connector_extra_config={
                     "lmcache.mp.save_decode_cache": True,
                     TIMEOUT_KEY: 5.0,
+                    CHUNK_KEY: CHUNK,
                 },
             ),
         ).create_engine_config()
         config.scheduler_config.async_scheduling = is_async
         config.cache_config.num_gpu_blocks = NUM_BLOCKS
-        spec = FullAttentionSpec(
-            block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32
-        )
+        groups = [
+            KVCacheGroupSpec(
+                [f"layer {i}"],
+                FullAttentionSpec(
+                    block_size=size, num_kv_heads=1, head_size=1, dtype=torch.float32
+                ),
+            )
+            for i, size in enumerate(block_sizes)
+        ]
         self.scheduler = (AsyncScheduler if is_async else Scheduler)(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(
                 num_blocks=NUM_BLOCKS,
                 kv_cache_tensors=[],
-                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+                kv_cache_groups=groups,
             ),
             structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK,
+            block_size=block,
+            hash_block_size=unit,
             log_stats=False,
         )
         init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(BLOCK, sha256)
+        self._hasher = get_request_block_hasher(unit, sha256)
         self._depth = 2 if is_async else 1  # steps under way at once
         self._tokens = count(1000)
         self.stored: list[tuple[int, int]] = []
@@ -147,7 +170,8 @@ class Engine:
     def _step(self) -> Any:
         step = self.scheduler.schedule()
         meta = step.kv_connector_metadata
-        stores = [r for r in meta.requests if r.direction == "STORE"]
+        requests = getattr(meta, "requests", [])
+        stores = [r for r in requests if r.direction == "STORE"]
         for store in stores + getattr(meta, LATE_STORES, []):
             self.stored.append((store.op.start, store.op.end))
             self.blocks[store.op.start] = store.op.flat_block_ids
@@ -155,6 +179,7 @@ class Engine:
 
     def _answer(self, step: Any) -> ModelRunnerOutput:
         ids = list(step.num_scheduled_tokens)
+        is_idle = isinstance(self.scheduler.connector, IdleConnector)
         return ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={name: i for i, name in enumerate(ids)},
@@ -163,7 +188,7 @@ class Engine:
             prompt_logprobs_dict={},
             pooler_output=[],
             kv_connector_output=KVConnectorOutput(
-                finished_sending=set(step.finished_req_ids)
+                finished_sending=set() if is_idle else set(step.finished_req_ids)
             ),
         )
 
@@ -192,6 +217,27 @@ def test_a_chunks_whole_kv_is_stored_so_that_its_resume_computes_one_token(
     engine.stored.clear()
     engine.run(list(range(200, 300)), max_tokens=CHUNK)
     assert engine.stored == [(0, 128)]
+
+
+@pytest.mark.parametrize(
+    ("block_sizes", "why"),
+    [
+        ((96,), r"blocks of 96 tokens.*kv_pool=\{'chunk_tokens': 384\}"),
+        ((256,), r"blocks of 256 tokens.*kv_pool=\{'chunk_tokens': 256\}"),
+        ((32, 64), "2 groups of layers, with blocks of 32, 64 tokens"),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_an_engine_whose_blocks_the_pool_cannot_hold_runs_without_it(
+    model: Path, is_async: bool, block_sizes: tuple[int, ...], why: str
+) -> None:
+    engine = Engine(model, is_async=is_async, block_sizes=block_sizes)
+    assert isinstance(engine.scheduler.connector, IdleConnector)
+    assert re.search(why, engine.scheduler.connector.why_no_pool)
+    request = engine.run(list(range(5, 105)), max_tokens=300)
+    assert request.num_tokens == 400
+    assert engine.stored == []
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
 
 
 def test_an_engine_that_sleeps_leaves_the_others_their_pool(model: Path) -> None:

@@ -139,6 +139,7 @@ class VllmBackend:
             pid=os.getpid(),
             kv_groups=tuple(groups) if are_mixed(groups) else (),
             kv_world_size=kv_world_size(config),
+            why_no_pool=await self._why_no_pool(),
             max_images=self._images.max_images,
             image_token_id=self._images.image_token_id,
         )
@@ -288,6 +289,11 @@ class VllmBackend:
         answers = await self._engine.collective_rpc("aseer_describe_kv")
         groups, num_set_aside = answers[0]  # all workers plan the same
         return [KvGroup(*group) for group in groups], num_set_aside
+
+    async def _why_no_pool(self) -> str:
+        """See `InstanceInfo`."""
+        answers = await self._engine.collective_rpc("aseer_why_no_pool")
+        return str(answers[0])  # the same in all workers
 
     async def sleep(self, level: int) -> None:
         """See `Backend`."""

@@ -112,6 +112,14 @@ class WorkerExtension:
             hash_tokens=getattr(plan, "hash_block_size", None),
         )
 
+    def aseer_why_no_pool(self) -> str:
+        """Why the engine takes no part in its KV pool; "" = it does, or has none."""
+        from vllm.distributed.kv_transfer import kv_transfer_state
+
+        if not kv_transfer_state.has_kv_transfer_group():
+            return ""
+        return getattr(kv_transfer_state.get_kv_transfer_group(), "why_no_pool", "")
+
     def aseer_discard_weights(self) -> None:
         """Forget what was prepared."""
         if self.aseer_weights is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from aseer.errors import ConfigError
 from aseer.inputs.kv_pool import KvPoolConfig
 from aseer.kv.messages import PoolCounts
 from aseer.kv.pool import KvPool, plan_kv_pool
+from aseer.kv.process import ServerProcess
 from aseer.kv.settings import PoolPlan
 from aseer.node.machine import Launch
 from aseer.runtime.causes import start_error
@@ -81,6 +84,34 @@ def test_a_pool_of_another_connector_is_one_for_all_engines_and_starts_nothing()
     assert {pool.server_of(i) for i in range(4)} == {0}
     assert pool.engine_args(0) == {}
     assert pool.counts == PoolCounts()
+
+
+async def test_a_pool_that_is_closed_ends_its_servers(monkeypatch):
+    pool = KvPool(plan_of(2), 2, Path(), None)
+    ended = []
+    started = asyncio.Event()
+
+    async def keep_up() -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    async def nothing(server: Any) -> None: ...
+
+    monkeypatch.setattr(ServerProcess, "try_to_start", nothing)
+    for server in pool._servers:
+        monkeypatch.setattr(server, "keep_up", keep_up)
+        monkeypatch.setattr(server, "end", partial(end, ended, server))
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(pool.run())
+        await started.wait()
+        assert not ended
+        pool.close()
+        await running
+    assert ended == pool._servers
+
+
+async def end(ended: list[Any], server: Any, grace_s: float) -> None:
+    ended.append(server)
 
 
 def test_simulated_engines_have_none():

@@ -14,9 +14,11 @@ from aseer.errors import ConfigError
 from aseer.inputs.kv_pool import KvPoolConfig
 from aseer.kv.pool import model_obstacle
 from aseer.kv.settings import (
+    CHUNK_KEY,
     Memory,
     PoolPlan,
     cache_salt,
+    misfit,
     plan_pool,
     server_args,
     transfer_config,
@@ -161,7 +163,7 @@ def test_engines_copy_their_kv_themselves_on_every_device():
     assert found is not None
     args = server_args(found, 1, "name", Path())
     assert args[args.index("--supported-transfer-mode") + 1] == "engine_driven"
-    extra = transfer_config(found.timeout_s, 1, "log")["kv_connector_extra_config"]
+    extra = transfer_config(found.timeout_s, 1, "log", 128)["kv_connector_extra_config"]
     assert extra["lmcache.mp.mp_transfer_mode"] == "engine_driven"
 
 
@@ -186,6 +188,23 @@ def test_what_is_found_together_is_whole_blocks():
         assert found.chunk_tokens == tokens
 
 
+@pytest.mark.parametrize("size", [1, 16, 32, 64, 128])
+def test_blocks_that_divide_what_is_found_together_fit(size):
+    assert misfit([size], 128) == ""
+
+
+@pytest.mark.parametrize(("size", "advice"), [(48, 384), (256, 256), (528, 4224)])
+def test_blocks_that_do_not_are_told_with_what_to_set(size, advice):
+    why = misfit([size], 128)
+    assert f"blocks of {size} tokens" in why
+    assert f"kv_pool={{'chunk_tokens': {advice}}}" in why
+    assert misfit([size], advice) == ""
+
+
+def test_groups_of_layers_do_not_fit_whatever_their_blocks():
+    assert "2 groups of layers" in misfit([16, 16], 128)
+
+
 def test_the_disk_is_used_if_it_has_a_limit():
     found, _ = plan(disk_dir="/x", disk_bytes=3 << 30)
     assert found is not None
@@ -204,10 +223,11 @@ def test_the_disk_is_used_if_it_has_a_limit():
 def test_engines_are_told_to_store_what_they_generate_and_to_recompute_what_fails():
     found, _ = plan(timeout_s=3)
     assert found is not None
-    told = transfer_config(found.timeout_s, 7, "/logs/kv-pool-0.log")
+    told = transfer_config(found.timeout_s, 7, "/logs/kv-pool-0.log", 384)
     assert told["kv_load_failure_policy"] == "recompute"
     assert told["kv_connector_extra_config"]["lmcache.mp.save_decode_cache"] is True
     assert told["kv_connector_extra_config"]["lmcache.mp.port"] == 7
+    assert told["kv_connector_extra_config"][CHUNK_KEY] == 384
 
 
 def test_whatever_makes_other_kv_of_the_same_tokens_is_in_the_salt():

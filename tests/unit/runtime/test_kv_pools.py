@@ -61,6 +61,7 @@ class FakePool:
         self.pulls: list[tuple[Any, asyncio.Future[Pulled]]] = []
         self.address = "tcp://10.0.0.1:1"
         self.free = self.prefetch = self.told.append
+        self.is_closed = False
 
     def server_of(self, index: int) -> int:
         return index * self.num_servers // 2
@@ -72,6 +73,9 @@ class FakePool:
     def state(self) -> PoolState:
         servers = [ServerState(1, "", True, self.address)] * self.num_servers
         return PoolState(self.counts, 0, servers)
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def pull(self, order: Any) -> asyncio.Future[Pulled]:
         done: asyncio.Future[Pulled] = asyncio.get_running_loop().create_future()
@@ -155,6 +159,51 @@ def test_a_pool_of_another_connector_is_one_over_all_nodes():
     assert pools.counts == PoolCounts()
 
 
+def told(instance: int, why: str = "", block_size: int = 16) -> Any:
+    """What an instance says of itself."""
+    return replace(
+        info_of(),
+        instance_id=InstanceId(instance),
+        why_no_pool=why,
+        block_size=block_size,
+    )
+
+
+def test_a_pool_that_its_engines_cannot_use_is_ended_and_the_log_says_why(caplog):
+    first, second = FakePool(stored=3), FakePool()
+    pools, nodes = pools_of(first, second)
+    pools.check(told(0))
+    assert not first.is_closed
+    for instance in (2, 3):  # both say so, and it is said once
+        pools.check(told(instance, "its blocks have 96 tokens"))
+    assert (first.is_closed, second.is_closed) == (False, True)
+    numbers = [pools.server_of(InstanceId(i)) for i in range(4)]
+    assert numbers == [0, 0, NO_POOL, NO_POOL]
+    assert pools.engine_args(nodes[1], InstanceId(2)) == {}
+    assert pools.granularity == 128
+    warned = [r.getMessage() for r in caplog.records if r.name == "aseer"]
+    assert warned == ["no KV pool on node n1: its blocks have 96 tokens"]
+    pools.check(told(0, "its blocks have 96 tokens"))
+    assert first.is_closed
+    assert pools.granularity == 0, "chunks end where the engines' blocks do"
+    assert pools.counts.stored == 3
+
+
+def test_a_pool_that_was_asked_for_and_cannot_be_used_is_an_error():
+    made = KvPools(EngineConfig(model="m", kv_pool="lmcache"))
+    made.add(here := node(""), FakePool())
+    made.engine_args(here, InstanceId(0))
+    with pytest.raises(ConfigError, match="cannot be had: its blocks have 96 tokens"):
+        made.check(told(0, "its blocks have 96 tokens"))
+
+
+def test_chunks_end_at_the_blocks_of_engines_with_another_connector():
+    pools, _ = pools_of(KvPool(plan_of(0), 2, Path(), None), None)
+    pools.check(told(0, block_size=96))
+    pools.check(told(1, block_size=96))
+    assert pools.granularity == 384
+
+
 class Far:
     """A node on another host, its agent's pool, and what they say to each other."""
 
@@ -182,11 +231,15 @@ class Far:
         async def stop(grace_s: float) -> None:
             self.made.append("stopped")
 
+        def close() -> None:
+            self.made.append("closed")
+
         self.made.append((plan, num_instances))
         return SimpleNamespace(
             announce=lambda: None,
             run=forever,
             stop=stop,
+            close=close,
             state=self.state,
             free=self.made.append,
             prefetch=self.made.append,
@@ -229,6 +282,9 @@ async def test_a_node_that_joins_has_a_pool_of_its_own(monkeypatch):
         await pools.drop_older(4)
         assert far.made[1].start == 1
         assert far.made[2] == 4
+        pools.check(told(8, "its blocks have 96 tokens"))
+        assert far.made[3] == "closed"
+        assert pools.engine_args(far.node, InstanceId(8)) == {}
         running.cancel()
     assert far.made[-1] == "stopped"
 
