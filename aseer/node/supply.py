@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from aseer.errors import EngineError, ProtocolError, describe
+from aseer.errors import EngineError, InstanceLostError, ProtocolError, describe
 from aseer.node.chain import Files, Giver, late_at_s
 from aseer.node.fetching import BLOCK_BYTES, MAX_BLOCKS_ASKED, MAX_FILE_BYTES
 from aseer.node.messages import (
@@ -36,6 +36,10 @@ _INDEX = "index.json"
 # two at most.
 _MAX_WANTED = 16 * MAX_BLOCKS_ASKED
 _KEY_BYTES = 32
+
+
+class NotCome(EngineError):
+    """Files are not where they are wanted; they may come if they are asked for anew."""
 
 
 class Found(NamedTuple):
@@ -88,7 +92,8 @@ class Supply:
             paths: of the files, on this machine.
             index_of: makes a description of them of the paths that they will have.
 
-        The future raises EngineError if it cannot.
+        The future raises NotCome if it cannot, and InstanceLostError if the node is
+        gone, with all that ran there.
         """
         if key in self._fetches and self._fetches[key].has_failed:
             self.drop(key)
@@ -101,7 +106,7 @@ class Supply:
             places = [f"{fetch.place}/{i}" for i in range(len(paths))]
             self._order(fetch, index_of(places))
             if self._lost_because is not None:
-                fetch.fail(self._lost_because)
+                fetch.lose(self._lost_because)
         return self._fetches[key].done
 
     def drop(self, key: str) -> None:
@@ -159,7 +164,7 @@ class Supply:
         """The node is gone."""
         self._lost_because = why
         for key, fetch in self._fetches.items():
-            fetch.fail(why)
+            fetch.lose(why)
             self._leave(key, fetch)
 
     def _begin(self, files: Files) -> _Fetch:
@@ -239,16 +244,22 @@ class _Fetch:
         return self.done.done() and self.done.exception() is not None
 
     def fail(self, why: str) -> None:
-        if not self.done.done():
-            self.done.set_exception(EngineError(f"the weights did not come: {why}"))
-            self.done.exception()  # nobody may wait for them
+        _set_error(self.done, NotCome(f"the weights did not come: {why}"))
+
+    def lose(self, why: str) -> None:
+        _set_error(self.done, InstanceLostError(f"the weights did not come: {why}"))
 
 
 def _failed(why: str) -> asyncio.Future[str]:
     done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    done.set_exception(EngineError(f"the weights did not come: {why}"))
-    done.exception()  # nobody may wait for them
+    _set_error(done, NotCome(f"the weights did not come: {why}"))
     return done
+
+
+def _set_error(done: asyncio.Future[str], error: EngineError) -> None:
+    if not done.done():
+        done.set_exception(error)
+        done.exception()  # nobody may wait for them
 
 
 def _hurry_in_time(member: Member) -> None:

@@ -25,6 +25,7 @@ from aseer.instance.messages import (
     Report,
     Run,
 )
+from aseer.node.supply import NotCome
 from aseer.runtime.remote_weights import once_there
 from aseer.runtime.specs import Specs
 from aseer.runtime.supervisor import Supervisor
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from aseer.types import ChunkId, InstanceId, InstanceInfo
 
 _log = logging.getLogger("aseer")
+
+# Before weights that did not come are asked for again.
+_RETRY_PAUSE_S = 1.0
 
 
 class PoolOwner(Protocol):
@@ -335,23 +339,32 @@ class InstancePool:
     async def _get_ready(self, slot: Slot) -> None:
         """Wait for its hello, and let it load the current weights before it works."""
         await slot.said_hello.wait()
-        loaded = CurrentWeights()
-        while loaded != self.weights:  # they may change meanwhile
-            theirs = self.weights.whole
-            if isinstance(theirs, TrainersWeights) and loaded.whole is not theirs:
+        has = CurrentWeights()
+        while has != (wanted := self.weights):  # they may change meanwhile
+            theirs = wanted.whole
+            if isinstance(theirs, TrainersWeights) and has.whole is not theirs:
                 if await self._has_from_trainer(slot, theirs):
-                    loaded = CurrentWeights(theirs)
+                    has = CurrentWeights(theirs)
                 continue
-            way, loaded = loaded.way_to(self.weights), self.weights
+            way = has.way_to(wanted)
+            if way is None:
+                slot.is_replaced = True  # it cannot go back, and is not at fault
+                slot.failure = "the weights it had just loaded were taken back"
+                slot.kill(slot.failure)
+                return
             try:
-                if way is None:
-                    slot.is_replaced = True  # it cannot go back, and is not at fault
-                    raise EngineError("the weights it had just loaded were taken back")
                 for index in way:
                     await self.prepare_weights(slot.instance_id, index)
                     await self.ask(slot.instance_id, "commit_weights")
+                    has = has.after(index, is_adapters=index == wanted.adapters)
+                slot.failure = None
+            except NotCome as error:  # its host may have room for them in a while
+                if slot.failure is None:
+                    _log.warning("instance %d waits: %s", slot.instance_id, error)
+                slot.failure = str(error)
+                await asyncio.sleep(_RETRY_PAUSE_S)
             except EngineError as error:
-                if loaded == self.weights:
+                if wanted == self.weights:
                     slot.failure = str(error)
                     slot.kill(slot.failure)
                     return

@@ -28,8 +28,8 @@ def once_there(
         index: path of an `Index`, on this machine.
         ask: is given the path of the index on each host.
 
-    The future raises EngineError if the weights are gone or do not come, as it does if
-    the instance cannot take them.
+    The future raises what `Supply.fetch` does if the weights do not come, and
+    EngineError if they are gone or the instance cannot take them.
     """
     outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 

@@ -30,6 +30,7 @@ from aseer.transport.base import ConnectionLost, ConnectionRefused
 from aseer.transport.keys import derive_keys
 from aseer.transport.tcp import connect_tcp
 from tests.integration.nodes import KEY, NodeProcess, Nodes, nodes_in
+from tests.integration.own_shm import OwnShm
 from tests.integration.proxy import proxy_to
 from tests.integration.sims import config_of, content, groups_of
 from tests.waiting import until
@@ -165,6 +166,61 @@ async def test_a_node_that_joins_in_the_middle_gets_the_weights_and_then_work(
         await engine.update_weights(current)
         there, _ = await rolled_out(engine, groups)
     assert content(there) == content(responses)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+async def test_a_node_that_is_gone_while_weights_come_refuses_nothing(
+    nodes, monkeypatch, how
+):
+    """It counts as an instance that died: the others have the new weights."""
+    started = {name: nodes.start(name, num_instances=1) for name in ("one", "two")}
+    engine_args = {"weights": SHAPES}
+    config = nodes.config(
+        min_nodes=2, num_instances=1, engine_args=engine_args, node_timeout_s=2.0
+    )
+    async with aseer.Engine(config) as engine:
+        victim, blocks = started["two"], []
+
+        def block(wanted, path, *how_it_is):
+            if not blocks:  # the first node fetches from here, and the next from it
+                victim.signal(signal.SIGSTOP)
+                asyncio.run_coroutine_threadsafe(_gone(), loop)
+            blocks.append(path)
+            return block_of(wanted, path, *how_it_is)
+
+        async def _gone() -> None:
+            await asyncio.sleep(0.3)
+            victim.signal(how)
+            victim.signal(signal.SIGCONT)
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr("aseer.runtime.cluster.block_of", block)
+        report = await engine.update_weights(weights())
+        assert (report.version, engine.weight_version) == (1, 1)
+        assert sorted(info.node for info in engine.instances) == ["", "one"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a /dev/shm of its own needs root")
+async def test_a_node_that_has_no_room_for_weights_at_first_waits_for_it(
+    nodes, tmp_path, caplog
+):
+    host = OwnShm(tmp_path / "host", 16 << 20)
+    try:
+        nodes.start("one", num_instances=1)
+        config = nodes.config(engine_args={"weights": SHAPES}, max_restarts=0)
+        async with aseer.Engine(config) as engine:
+            await engine.update_weights(weights())
+            host.fill()
+            late = nodes.start("two", num_instances=1, prefix=host.prefix)
+            await until(lambda: "No space left on device" in caplog.text)
+            await asyncio.sleep(1.5)  # and again
+            assert len(engine.instances) == 1
+            host.empty()
+            await until(lambda: len(engine.instances) == 2)
+            assert {r.weight_version async for r in engine.rollout(groups_of(4))} == {1}
+        assert await late.wait() == 0
+    finally:
+        host.close()
 
 
 async def test_what_has_changed_makes_the_same_weights_on_each_node(nodes):

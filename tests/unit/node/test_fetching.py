@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from msgspec import structs
 
-from aseer.errors import EngineError
+from aseer.errors import EngineError, InstanceLostError
 from aseer.node import fetching
 from aseer.node.cleanup import remove_folder, wait_until_freed
 from aseer.node.fetching import BadBlock, Fetching, block_of, digest_of, read_block
@@ -286,7 +286,9 @@ async def test_a_lost_nodes_processes_and_files_are_over() -> None:
     assert await process.wait() == -9
     await process.end(1.0)
     assert node.lost_because == "its node far is gone: the cable"
-    with pytest.raises(EngineError, match="the cable"):
+    with pytest.raises(InstanceLostError, match="the cable"):
         await coming
+    late = node.weights.fetch("b", [], lambda paths: b"")
+    assert isinstance(late.exception(), InstanceLostError)
     process.kill()
     assert len(said) == num_said, "nothing is said to it any more"
