@@ -1,7 +1,10 @@
-"""A trainer for chaos: a rollout with a journal for each number that it is told.
+"""A trainer for chaos: weights, and a rollout with a journal, for each line it is told.
 
-Says what it has in lines of JSON: nodes and processes of its instances, whenever they
-change; each response; and the number, when the rollout is over.
+A line is JSON: the rollout's number, the weights that it is to run with and their
+version, and, if the rollout is to be cut short by an update, the `next` weights. The
+trainer says what it has in lines of JSON: nodes and processes of its instances,
+whenever they change; each response; each update that was made or refused; and the
+number, when the rollout is over.
 """
 
 from __future__ import annotations
@@ -14,9 +17,33 @@ from contextlib import suppress
 from typing import Any
 
 import aseer
+from tests.integration.counted import begin_to_count
 from tests.integration.sims import config_of, groups_of
+from tests.lazy import Lazy
+
+torch = Lazy("torch")
 
 _LOOK_INTERVAL_S = 0.05
+_RETRY_S = 0.2
+_NUM_NUMBERS = 1 << 20  # of the simulated engines' weights: four blocks on their way
+SIM_WEIGHTS = {"w": [_NUM_NUMBERS]}
+#: Weights that an engine starts with, beside those that are numbered from 0.
+BASE = -1
+
+
+def weights(told: dict[str, Any], which: int) -> Any:
+    """Some of the weights that rollouts take turns with.
+
+    Of simulated ones a fourth differs wholly from the others', and some numbers do.
+    """
+    if told["models"]:
+        return told["models"][which]
+    few = slice(1000 * which, 1000 * (which + 1))
+    many = slice(_NUM_NUMBERS // 2, _NUM_NUMBERS * 3 // 4)
+    values = torch.rand(_NUM_NUMBERS, generator=torch.Generator().manual_seed(0))
+    values[few] += 1.0
+    values[many] += which
+    return {"w": values}
 
 
 def groups(num: int, max_tokens: int) -> list[aseer.Group]:
@@ -38,7 +65,8 @@ def digest(response: aseer.Response) -> str:
 def config_for(engine: dict[str, Any], **settings: Any) -> aseer.EngineConfig:
     """Of simulated engines, or, if a model is named, of real ones."""
     if "model" not in engine:
-        return config_of(**engine | settings)
+        args = {"weights": SIM_WEIGHTS}
+        return config_of(**engine | settings, engine_args=args)
     from tests.e2e.tiny import tiny_config
 
     return tiny_config(**engine | settings)
@@ -47,6 +75,14 @@ def config_for(engine: dict[str, Any], **settings: Any) -> aseer.EngineConfig:
 def say(**what: Any) -> None:
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()
+
+
+def say_response(r: aseer.Response, **more: Any) -> None:
+    """A response; with all of its tokens, if it was cut short."""
+    if r.finish_reason == "aborted":
+        more["tokens"] = list(r.token_ids)
+    version = r.weight_version
+    say(id=r.request_id, digest=digest(r), error=r.error, version=version, **more)
 
 
 async def tell_nodes(engine: aseer.Engine) -> None:
@@ -59,17 +95,64 @@ async def tell_nodes(engine: aseer.Engine) -> None:
         await asyncio.sleep(_LOOK_INTERVAL_S)
 
 
-async def main(settings: dict[str, Any]) -> None:
+class Trainer:
+    """An engine, and what it does."""
+
+    def __init__(self, engine: aseer.Engine, told: dict[str, Any]) -> None:
+        self._engine = engine
+        self._told = told
+        self._work = groups(told["num_groups"], told["max_tokens"])
+
+    async def roll(
+        self, number: int, which: int, version: int, following: int | None
+    ) -> None:
+        """Do as a line says; an update that cuts a rollout short has `version` + 1."""
+        await self._take(which, version)
+        updating = None
+        rollout = self._engine.rollout(self._work, journal=f"round-{number}")
+        async with asyncio.TaskGroup() as tasks:
+            async for response in rollout:
+                say_response(response)
+                if following is not None and updating is None:
+                    updating = tasks.create_task(
+                        self._take(following, version + 1, cuts_short=True)
+                    )
+        say(over=number)
+
+    async def _take(
+        self, which: int, version: int, *, cuts_short: bool = False
+    ) -> None:
+        """Give the engine weights: all of it has them then, or what it had before."""
+        engine = self._engine
+        pause: Any = "abort" if cuts_short else None
+        while engine.weight_version < version:
+            before = engine.weight_version
+            try:
+                source = weights(self._told, which)
+                await engine.update_weights(source, version=version, pause=pause)
+                say(updated=version)
+            except (aseer.EngineError, aseer.WeightUpdateError) as error:
+                assert engine.weight_version == before, "it is refused as a whole"
+                say(refused=str(error))
+                await asyncio.sleep(_RETRY_S)
+                if not cuts_short:  # or the rollout is not over yet
+                    await self._look()
+
+    async def _look(self) -> None:
+        """See what the engine generates after an update that was refused."""
+        async for response in self._engine.rollout(self._work[:2]):
+            say_response(response, is_look=True)
+
+
+async def main(told: dict[str, Any]) -> None:
+    begin_to_count()
     loop = asyncio.get_running_loop()
-    work = groups(settings["num_groups"], settings["max_tokens"])
-    async with aseer.Engine(config_for(settings["engine"])) as engine:
+    async with aseer.Engine(config_for(told["engine"])) as engine:
+        trainer = Trainer(engine, told)
         async with asyncio.TaskGroup() as tasks:
             telling = tasks.create_task(tell_nodes(engine))
             while line := await loop.run_in_executor(None, sys.stdin.readline):
-                number = int(line)
-                async for r in engine.rollout(work, journal=f"round-{number}"):
-                    say(id=r.request_id, digest=digest(r), error=r.error)
-                say(over=number)
+                await trainer.roll(*json.loads(line))
             telling.cancel()
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from aseer.node.cleanup import SHARED_MEMORY
-from aseer.node.leftovers import sweep
 from tests.integration.nodes import KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.integration.own_shm import OwnShm
 
 _MARK = "ASEER_CHAOS_RUN"
 
@@ -42,7 +42,7 @@ def own_environment() -> Iterator[tuple[Path, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def left_behind(folder: Path, mark: str, shared_before: set[str]) -> list[str]:
+def left_behind(hosts: list[OwnShm], mark: str) -> list[str]:
     """What is still there after a while; processes are killed.
 
     What a killed process leaves in files is for the next that starts to remove; the
@@ -50,14 +50,11 @@ def left_behind(folder: Path, mark: str, shared_before: set[str]) -> list[str]:
     """
     deadline = time.monotonic() + 15.0
     while True:
-        tempdir, tempfile.tempdir = tempfile.tempdir, str(folder)
-        sweep()
-        tempfile.tempdir = tempdir
         processes = list(_marked(mark))
         left = [f"{p.pid} {' '.join(p.cmdline())[:150]}" for p in processes]
-        left += [str(path) for path in folder.glob("aseer-*")]
-        shared = set(os.listdir(SHARED_MEMORY)) - shared_before
-        left += [f"{SHARED_MEMORY}/{name}" for name in shared]
+        for host in hosts:
+            host.sweep()
+            left += host.left()
         if not left or time.monotonic() > deadline:
             break
         time.sleep(0.2)

@@ -130,25 +130,27 @@ class Nodes:
         key: str = KEY,
         num_instances: int = 2,
         prefix: tuple[str, ...] = (),
+        module: str = "aseer",
     ) -> NodeProcess:
         """Start a node.
 
         Args:
             where: the options that say where the controller is.
-            prefix: of the command.
+            prefix: of the command. module: that is the command.
         """
         output = self.folder / f"{name}-{len(self._started)}.txt"
         with output.open("wb") as file:
             process = subprocess.Popen(
                 [
                     *prefix,
-                    *(sys.executable, "-m", "aseer", "node", "--name", name),
+                    *(sys.executable, "-m", module, "node", "--name", name),
                     *(where or ("--controller", self.address)),
                     *("--num-instances", str(num_instances), *args),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
+                cwd=ROOT,
                 env={**os.environ, "ASEER_KEY": key},
             )
         node = NodeProcess(process, output)
