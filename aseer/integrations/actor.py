@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from aseer.config import EngineConfig
-from aseer.errors import ConfigError, RolloutClosedError, RolloutError
+from aseer.errors import AseerError, ConfigError, RolloutClosedError, RolloutError
 from aseer.node.janitor import start_janitor
 from aseer.runtime.engine import Engine
 
@@ -73,9 +73,11 @@ class EngineActor:
     async def stop(self) -> None:
         """End the engine with all its processes."""
         if self._engine is not None:
-            await self._close_desk()
-            await self._engine.aclose()
-            self._engine = None
+            try:
+                await self._close_desk()
+            finally:
+                await self._engine.aclose()
+                self._engine = None
 
     # Requests
 
@@ -203,6 +205,10 @@ class EngineActor:
 
     async def _open_desk(self) -> Desk:
         async with self._changing_desk:
+            # One whose rollout has failed serves no later request. While requests are
+            # held, it was ended for those that run, which are told so by it.
+            if self._desk and self._desk.has_ended and self._is_admitting.is_set():
+                await self._end_desk()
             if self._desk is None:
                 desk = self._get().open_rollout(join_s=self._settings.join_s)
                 await desk.__aenter__()
@@ -216,11 +222,18 @@ class EngineActor:
 
     async def _close_desk(self) -> None:
         async with self._changing_desk:
-            desk, self._desk = self._desk, None
-            if desk is None:
-                return
-            await desk.aclose()
-        report = desk.report
+            await self._end_desk()
+
+    async def _end_desk(self) -> None:
+        desk, self._desk = self._desk, None
+        if desk is None:
+            return
+        await desk.aclose()
+        try:
+            report = desk.report
+        except AseerError:  # those who asked for its responses were told why
+            _log.warning("a rollout failed, and has no report")
+            return
         _log.info(
             "a rollout of %d responses in %d groups, %d tokens in %.1f s (%.0f "
             "tokens/s), with weights of version %d",

@@ -107,11 +107,16 @@ class Desk:
             await asyncio.wait([self._reader])
 
     @property
+    def has_ended(self) -> bool:
+        """Whether no more requests are taken: it was closed, or its rollout ended."""
+        return self._end is not None
+
+    @property
     def report(self) -> RolloutReport:
         """Figures of the rollout.
 
         Raises:
-            AseerError: the desk is open still.
+            AseerError: the desk is open still, or its rollout failed.
         """
         return self._rollout.report
 

@@ -143,3 +143,39 @@ async def test_a_bad_request_costs_only_itself():
         with pytest.raises(aseer.ConfigError, match="no_such_setting"):
             await ask(server, [5, 6], 1, no_such_setting=3)
         assert len(await ask(server, [5, 6])) == 4
+
+
+async def test_a_rollout_that_failed_costs_no_later_one(monkeypatch):
+    def add_groups(self, *_):
+        raise ZeroDivisionError("not today")
+
+    async with serving() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr("aseer.controller.Controller.add_groups", add_groups)
+            with pytest.raises(aseer.RolloutError, match="ZeroDivisionError"):
+                await ask(server, [5, 6], 1)
+        assert len(await ask(server, [5, 6])) == 4, "they are another rollout"
+
+
+@pytest.mark.parametrize("then", ["sleep", "begin_update", "stop"])
+async def test_after_a_rollout_that_failed_a_trainer_can_do_what_comes_next(
+    monkeypatch, then
+):
+    def add_groups(self, *_):
+        raise ZeroDivisionError("not today")
+
+    monkeypatch.setattr("aseer.controller.Controller.add_groups", add_groups)
+    async with serving() as server:
+        with pytest.raises(aseer.RolloutError, match="ZeroDivisionError"):
+            await ask(server, [5, 6], 1)
+        await getattr(server, then)()
+
+
+async def test_without_an_instance_each_request_is_told_and_the_server_stops():
+    dying = {"num_kv_blocks": 256, "step_s": 0.001, "die_after_tokens": 1}
+    engine = {"model": "sim", "device": "sim", "num_instances": 1, "max_restarts": 0}
+    engine |= {"max_model_len": 4096, "engine_args": dying}
+    async with serving(engine=engine) as server:
+        for _ in range(2):
+            with pytest.raises(aseer.AseerError):
+                await ask(server, [5, 6], 1)

@@ -21,6 +21,7 @@ class Desk:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.waiting: list[asyncio.Future[Any]] = []
+        self.has_ended = False
         self.report = SimpleNamespace(
             num_responses=1,
             num_groups=1,
