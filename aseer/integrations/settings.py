@@ -8,7 +8,7 @@ from typing import Any
 
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError
-from aseer.inputs.fields import seconds
+from aseer.inputs.fields import refusal, seconds
 from aseer.runtime.takes_weights import UPDATE_TIMEOUT_S
 
 #: Siblings come through Ray, one call each, and through a trainer's own balancer. A
@@ -52,9 +52,9 @@ def own_settings(given: Any, where: str) -> OwnSettings:
     """The user's settings below the trainer's key `where`.
 
     Raises:
-        ConfigError: a name is none of aseer's, or a time is none.
+        ConfigError: they are no mapping, a name is none of aseer's, or a time is none.
     """
-    own = dict(plain(given or {}))
+    own = mapping(given, where)
     join_s = own.pop("join_s", JOIN_S)
     timeout_s = own.pop("update_timeout_s", UPDATE_TIMEOUT_S)
     times = {
@@ -68,7 +68,7 @@ def own_settings(given: Any, where: str) -> OwnSettings:
                 f"{where}.{name} is not known; the settings are those of "
                 "aseer.EngineConfig, join_s and update_timeout_s"
             )
-    engine_args = dict(own.pop("engine_args", None) or {})
+    engine_args = mapping(own.pop("engine_args", None), f"{where}.engine_args")
     return OwnSettings(own, engine_args, times)
 
 
@@ -84,6 +84,20 @@ def check_placement(nodes: list[str], trainer: str, advice: str) -> str:
             f"{len(set(nodes))}; {advice}"
         )
     return nodes[0]
+
+
+def mapping(given: Any, where: str) -> dict[str, Any]:
+    """The settings below the trainer's key `where`, as a dict of plain data.
+
+    Raises:
+        ConfigError: they are no mapping.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise refusal(where, given, f"settings by name, as in {where}.NAME=VALUE")
+    settings: dict[str, Any] = plain(given)
+    return settings
 
 
 def plain(value: Any) -> Any:

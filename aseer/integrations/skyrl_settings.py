@@ -10,13 +10,14 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import ConfigError
-from aseer.integrations.settings import ActorSettings, own_settings, plain
+from aseer.integrations.settings import ActorSettings, mapping, own_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _ENGINE = "generator.inference_engine"
-_OWN = f"{_ENGINE}.engine_init_kwargs.aseer"
+_KWARGS = f"{_ENGINE}.engine_init_kwargs"
+_OWN = f"{_KWARGS}.aseer"
 
 
 def actor_settings(config: Any, gpus: list[str] | None) -> ActorSettings:
@@ -31,7 +32,7 @@ def actor_settings(config: Any, gpus: list[str] | None) -> ActorSettings:
     """
     check_supported(config)
     engines = config.generator.inference_engine
-    kwargs = plain(engines.engine_init_kwargs or {})
+    kwargs = mapping(engines.engine_init_kwargs, _KWARGS)
     own = own_settings(kwargs.pop("aseer", None), _OWN)
     on_gpus = uses_gpus(config)
     sleeps = on_gpus and bool(config.trainer.placement.colocate_all)
@@ -61,7 +62,7 @@ def actor_settings(config: Any, gpus: list[str] | None) -> ActorSettings:
 
 def uses_gpus(config: Any) -> bool:
     """Whether the engine runs on GPUs, and not on CPUs or simulated."""
-    kwargs = plain(config.generator.inference_engine.engine_init_kwargs or {})
+    kwargs = mapping(config.generator.inference_engine.engine_init_kwargs, _KWARGS)
     own = own_settings(kwargs.get("aseer"), _OWN)
     return own.engine.get("device", "cuda") in ("auto", "cuda")
 

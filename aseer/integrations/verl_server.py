@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import ConfigError
+from aseer.inputs.fields import refusal
+from aseer.inputs.plain import as_list
 from aseer.integrations.actor import EngineActor
 from aseer.integrations.verl_settings import sampling_of
 
@@ -49,7 +51,7 @@ class AseerServer(EngineActor):
             `abort_all_requests` ended it, with the tokens that there were.
 
         Raises:
-            ConfigError: it is not a text, or cannot run.
+            ConfigError: it is no text as token ids, or cannot run.
             AseerError: what ended the rollout.
         """
         for name, value in media.items():
@@ -59,7 +61,9 @@ class AseerServer(EngineActor):
                     f"generate({name}=...) is not supported: aseer samples texts, and "
                     f"does not take {known}"
                 )
-        prompt = [int(token) for token in prompt_ids]
+        prompt = as_list(prompt_ids)
+        if prompt is None:
+            raise refusal("prompt_ids", prompt_ids, "token ids")
         sampling = sampling_of(self._settings, sampling_params, len(prompt))
         response = await self.sample(prompt, sampling, n=self._settings.group_size)
         if response is None:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import ConfigError
-from aseer.integrations.settings import ActorSettings, own_settings, plain
+from aseer.inputs.fields import refusal
+from aseer.inputs.plain import as_int
+from aseer.integrations.settings import ActorSettings, mapping, own_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_OWN = "actor_rollout_ref.rollout.engine_kwargs.aseer"
+_KWARGS = "actor_rollout_ref.rollout.engine_kwargs"
+_OWN = f"{_KWARGS}.aseer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ def server_settings(
             f"the trainer has {len(gpus)} processes, which rollout."
             f"tensor_model_parallel_size={tensor_parallel} does not divide"
         )
-    kwargs = plain(rollout.engine_kwargs or {})
+    kwargs = mapping(rollout.engine_kwargs, _KWARGS)
     own = own_settings(kwargs.get("aseer"), _OWN)
     device = own.engine.get("device", "cuda" if on_gpus else "cpu")
     sleeps = bool(rollout.free_cache_engine) and device in ("auto", "cuda")
@@ -72,7 +75,7 @@ def server_settings(
     engine |= own.engine
     engine["engine_args"] = (
         _engine_args(rollout, model, device=device, sleeps=sleeps)
-        | dict(kwargs.get("vllm") or {})
+        | mapping(kwargs.get("vllm"), f"{_KWARGS}.vllm")
         | dict(own.engine_args)
     )
     return ServerSettings(
@@ -122,7 +125,8 @@ def sampling_of(
     """A request's sampling, as verl's own servers understand what they are given.
 
     Raises:
-        ConfigError: logprobs of more than the sampled tokens are wanted.
+        ConfigError: logprobs of more than the sampled tokens are wanted, or a limit is
+            no whole number.
     """
     sampling = {**settings.sampling, **given}
     for name in ("logprobs", "prompt_logprobs"):
@@ -132,14 +136,22 @@ def sampling_of(
                 f"sampling_params[{name!r}]={wanted!r} is not allowed: responses carry "
                 "the logprobs of the sampled tokens, and no others"
             )
-    limits = [sampling.pop(name, None) for name in ("max_tokens", "max_new_tokens")]
+    limits = [_limit(sampling, name) for name in ("max_tokens", "max_new_tokens")]
     longest = settings.prompt_length + settings.response_length - num_prompt_tokens
-    limit = next((int(each) for each in limits if each is not None), None)
+    limit = next((each for each in limits if each is not None), None)
     if limit is None:
         limit = min(settings.response_length, longest)
     room = int(settings.engine["max_model_len"]) - num_prompt_tokens
     sampling["max_tokens"] = max(1, min(limit, room))
     return sampling
+
+
+def _limit(sampling: dict[str, Any], name: str) -> int | None:
+    given = sampling.pop(name, None)
+    limit = as_int(given)
+    if given is not None and limit is None:
+        raise refusal(f"sampling_params[{name!r}]", given, "an int")
+    return limit
 
 
 def check_supported(rollout: Any, model: Any) -> None:

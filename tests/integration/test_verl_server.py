@@ -140,6 +140,9 @@ async def test_a_bad_request_costs_only_itself():
     async with serving() as server:
         with pytest.raises(aseer.ConfigError, match="does not take images"):
             await server.generate([5], SAMPLING, "id", image_data=["an image"])
+        for prompt in (None, "text", 5, [], [5, "6"], [-1]):
+            with pytest.raises(aseer.ConfigError, match="prompt"):
+                await server.generate(prompt, SAMPLING, "id")
         with pytest.raises(aseer.ConfigError, match="no_such_setting"):
             await ask(server, [5, 6], 1, no_such_setting=3)
         assert len(await ask(server, [5, 6])) == 4

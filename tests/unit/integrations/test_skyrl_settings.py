@@ -154,6 +154,9 @@ def test_what_is_set_for_vllm_and_for_aseer_comes_last():
     kwargs["aseer"]["no_such"] = 1  # type: ignore[index]
     with pytest.raises(ConfigError, match=r"engine_init_kwargs\.aseer\.no_such is not"):
         actor_settings(config, None)
+    kwargs["aseer"] = "cpu"
+    with pytest.raises(ConfigError, match=r"engine_init_kwargs\.aseer='cpu' is not"):
+        actor_settings(config, None)
 
 
 @pytest.mark.parametrize(

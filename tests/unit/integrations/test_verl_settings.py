@@ -125,6 +125,10 @@ def test_users_own_settings_come_last():
         ({"scheduling_policy": "priority"}, "scheduling_policy=priority"),
         ({"checkpoint_engine": SimpleNamespace(backend="nccl")}, "backend=nccl"),
         ({"engine_kwargs": {"aseer": {"chunksize": 3}}}, "aseer.chunksize is not"),
+        ({"engine_kwargs": "aseer"}, "engine_kwargs='aseer' is not"),
+        ({"engine_kwargs": {"aseer": 512}}, "engine_kwargs.aseer=512 is not"),
+        ({"engine_kwargs": {"vllm": ["a"]}}, r"engine_kwargs.vllm=\['a'\] is not"),
+        ({"engine_kwargs": {"aseer": {"engine_args": 3}}}, "engine_args=3 is not"),
         ({"tensor_model_parallel_size": 3}, "does not divide"),
     ],
 )
@@ -176,5 +180,7 @@ def test_sampling_means_what_it_means_to_verls_own_servers():
     assert sampling_of(settings, {"max_tokens": 5000}, 1000)["max_tokens"] == 536
     with pytest.raises(ConfigError, match="prompt_logprobs"):
         sampling_of(settings, {"prompt_logprobs": 1}, 100)
+    with pytest.raises(ConfigError, match="'max_new_tokens'.='many' is not allowed"):
+        sampling_of(settings, {"max_new_tokens": "many"}, 100)
     seeded = settings_of(full_determinism=True)
     assert sampling_of(seeded, {}, 1)["seed"] == 42
