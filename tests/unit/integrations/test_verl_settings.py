@@ -180,7 +180,7 @@ def test_sampling_means_what_it_means_to_verls_own_servers():
     assert sampling_of(settings, {"max_tokens": 5000}, 1000)["max_tokens"] == 536
     with pytest.raises(ConfigError, match="prompt_logprobs"):
         sampling_of(settings, {"prompt_logprobs": 1}, 100)
-    with pytest.raises(ConfigError, match="'max_new_tokens'.='many' is not allowed"):
+    with pytest.raises(ConfigError, match=r"'max_new_tokens'.='many' is not"):
         sampling_of(settings, {"max_new_tokens": "many"}, 100)
     seeded = settings_of(full_determinism=True)
     assert sampling_of(seeded, {}, 1)["seed"] == 42
