@@ -12,7 +12,7 @@ TRAINERS := verl skyrl verifiers megatron
 CPP_FILES := find aseer tests/native -name '*.cc' -o -name '*.h'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo grpo test test-wheel test-quick test-slow test-v2 test-oldest test-trainers coverage lint format bench bench-smoke clean
+.PHONY: help setup demo grpo test test-wheel test-quick test-slow test-v2 test-oldest test-trainers compat coverage lint format bench bench-smoke clean
 
 help:
 	@echo "make demo        roll out 64 requests on two vLLM engines on this CPU"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-wheel  those and a type check, on the wheel instead of the checkout"
 	@echo "make test-v2     the GPUs' model runner, interpreted on this CPU (minutes)"
 	@echo "make test-oldest  real engines of the oldest vLLM that can be had here (minutes)"
+	@echo "make compat      names and facts of vLLM and LMCache, of releases that pip fetches (2.4 GB)"
 	@echo "make test-trainers  real trainers of others on this CPU (sets up 6 GB, half an hour)"
 	@echo "make coverage    those, and what of aseer/ they do not run (minutes)"
 	@echo "make lint        ruff, mypy, clang-format, codespell; changes nothing"
@@ -64,6 +65,9 @@ test-oldest: setup
 	@$(BIN)/python scripts/other_env.py oldest
 	.venv-oldest/bin/python -m pytest -n $(WORKERS) --no-loadscope-reorder \
 	    -m "not gpu and not slow and not v2" tests/e2e $(ARGS)
+
+compat: setup
+	$(BIN)/python scripts/compat_page.py $(ARGS)
 
 test-trainers: setup
 	@for name in $(TRAINERS); do \

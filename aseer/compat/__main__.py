@@ -7,13 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from aseer.compat.check import (
-    CompatError,
-    check,
-    installed_roots,
-    unpacked_roots,
-)
-from aseer.compat.wheels import fetch, requirement
+from aseer.compat.check import CompatError, check, installed_roots
+from aseer.compat.wheels import named_roots
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,11 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = parser.parse_args(arguments).what
     with tempfile.TemporaryDirectory(prefix="aseer-compat-") as scratch:
         try:
-            roots = [
-                root
-                for i, text in enumerate(wanted)
-                for root in unpacked_roots(_folder_of(text, Path(scratch, str(i))))
-            ]
+            roots = named_roots(wanted, Path(scratch))
         except CompatError as error:
             parser.error(str(error))
         if not wanted:
@@ -43,14 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
             if not roots:
                 parser.error("neither vllm nor lmcache is installed; name versions")
         return 0 if _report(roots) else 1
-
-
-def _folder_of(text: str, scratch: Path) -> Path:
-    release = requirement(text)
-    if release is None or Path(text).is_dir():
-        return Path(text)
-    scratch.mkdir()
-    return fetch(release, scratch)
 
 
 def _report(roots: list[tuple[str, str, Path]]) -> bool:

@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aseer.compat.check import CompatError
+from aseer.compat.check import CompatError, unpacked_roots
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterable
 
 _RELEASE = re.compile(r"(?:([\w-]+)==)?(\d[\w.+]*)")
 # A wheel has hundreds of MB, and a mirror may be slow.
@@ -22,6 +23,36 @@ def requirement(text: str) -> str | None:
     """What pip is asked for: of "0.33.0" vLLM, of "NAME==VERSION" that; else None."""
     match = _RELEASE.fullmatch(text)
     return f"{match[1] or 'vllm'}=={match[2]}" if match else None
+
+
+def named_roots(wanted: Iterable[str], scratch: Path) -> list[tuple[str, str, Path]]:
+    """The packages of folders, and of releases that are fetched: name, version, folder.
+
+    Args:
+        wanted: as `python -m aseer.compat` is told.
+        scratch: an empty folder, for what is fetched.
+    Raises:
+        CompatError: there is nothing of that name.
+    """
+    roots = []
+    for i, text in enumerate(wanted):
+        release = requirement(text)
+        folder = Path(text)
+        if release is not None and not folder.is_dir():
+            folder = scratch / str(i)
+            folder.mkdir()
+            folder = fetch(release, folder)
+        roots += unpacked_roots(folder)
+    return roots
+
+
+def torch_of(root: Path, package: str) -> str | None:
+    """The torch that an unpacked wheel is built for; None if it does not say."""
+    for metadata in root.glob(f"{package}*.dist-info/METADATA"):
+        found = re.search(r"^Requires-Dist: torch==(\S+)", metadata.read_text(), re.M)
+        if found is not None:
+            return found[1]
+    return None
 
 
 def fetch(wanted: str, folder: Path) -> Path:
