@@ -25,6 +25,7 @@ from aseer.kv.messages import Free
 from aseer.kv.pool import KvPool
 from aseer.kv.settings import CONNECTOR, SHM_PREFIX, Memory, plan_pool
 from aseer.node.leftovers import Leftovers
+from aseer.node.machine import GPU_VARIABLES
 from aseer.node.process import InstanceProcess
 from aseer.transport.zeromq import make_socket_dir
 
@@ -101,6 +102,16 @@ async def test_it_serves_and_leaves_nothing_behind(tmp_path):
         assert pool.counts.capacity == 64 << 20
         assert pool.pids == [pid]
     assert not psutil.pid_exists(pid)
+
+
+@on_uvloop
+async def test_it_sees_no_device_whatever_the_trainer_sees(tmp_path, monkeypatch):
+    for variable in GPU_VARIABLES:
+        monkeypatch.setenv(variable, "0,1,2,3")
+    async with running(tmp_path) as pool:
+        (pid,) = pool.pids
+        seen = psutil.Process(pid).environ()
+    assert [seen[variable] for variable in GPU_VARIABLES] == ["", ""]
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])

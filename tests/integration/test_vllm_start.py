@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import aseer
 from aseer.instance.base import InstanceSpec
 from aseer.instance.vllm.backend import AsyncLLM, VllmBackend
 from aseer.instance.vllm.patches import _keep_schedule
+from aseer.instance.vllm.speculation import Speculation
 from aseer.instance.vllm.worker import WorkerExtension
 from aseer.models.tiny import make_tiny
 from aseer.types import Chunk, ChunkId, GroupId, InstanceId, RequestId
@@ -139,6 +141,70 @@ def test_our_drafts_stay_as_long_as_they_are_on_a_vllm_that_pads_unknown_ones() 
     assert not _keep_schedule(SimpleNamespace())  # a vLLM that drops nothing
 
 
+def chunk_of(**sampling: Any) -> Chunk:
+    return Chunk(
+        chunk_id=ChunkId(1),
+        request_id=RequestId("g/0"),
+        group_id=GroupId("g"),
+        instance_id=InstanceId(0),
+        prompt=array("i", [5, 6]).tobytes(),
+        generated=array("i", [7]).tobytes(),
+        max_tokens=9,
+        min_tokens=0,
+        sampling=aseer.SamplingParams(**sampling).to_dict(),
+        seed=None,
+        num_reserved_blocks=1,
+    )
+
+
+async def test_prompts_go_to_vllm_in_no_form_that_it_warns_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of chunks, and of the steps that are measured for drafts; vLLM takes them in."""
+    from vllm.v1.engine import input_processor
+
+    config = await config_of(monkeypatch, make_tiny(tmp_path))
+    processor = input_processor.InputProcessor(config)
+    warned: list[str] = []
+    for name in ("warning", "warning_once"):
+        note: Any = lambda text, *args, **kwargs: warned.append(text)  # noqa: E731
+        monkeypatch.setattr(input_processor.logger, name, note)
+    taken: list[Any] = []
+
+    class Engine:
+        errored = False
+        vllm_config = config
+
+        async def generate(
+            self, prompt: Any, params: Any, request_id: str, **_: Any
+        ) -> Any:
+            took = processor.process_inputs(
+                request_id, prompt, params, supported_tasks=("generate",)
+            )
+            taken.append(took)
+            output = SimpleNamespace(
+                token_ids=[9],
+                logprobs=SimpleNamespace(logprobs=[-1.0], start_indices=[0]),
+                finish_reason="length",
+            )
+            yield SimpleNamespace(outputs=[output], num_cached_tokens=0)
+
+    engine: Any = Engine()
+    backend = VllmBackend(spec_of(tmp_path))
+    backend._llm, backend._info = engine, info_of()
+    end = await backend.run(chunk_of(detokenize=False), lambda **_: None)
+    assert end.reason == "length", end.error
+    await Speculation(engine, None)._profile_request(3, 2)
+    assert [list(t.prompt_token_ids) for t in taken] == [[5, 6, 7], [4]]
+    assert taken[0].cache_salt
+    assert warned == []
+    raw = {"prompt_token_ids": [5, 6, 7]}
+    with suppress(TypeError, ValueError, KeyError):  # a vLLM that takes it no more
+        async for _ in engine.generate(raw, taken[0].sampling_params, "raw"):
+            pass
+        assert "deprecated" in warned[0], "or this test says nothing"
+
+
 async def test_tokens_that_end_a_response_are_told_with_its_end(tmp_path: Path) -> None:
     """If they were told before, a controller that loses the engine would go on."""
     from transformers import AutoTokenizer
@@ -169,20 +235,6 @@ async def test_tokens_that_end_a_response_are_told_with_its_end(tmp_path: Path) 
     backend._llm = Engine()  # type: ignore[assignment]
     backend._tokenizer = tokenizer
     backend._info = info_of()
-    sampling = aseer.SamplingParams(stop=tokenizer.decode([21])).to_dict()
-    chunk = Chunk(
-        chunk_id=ChunkId(1),
-        request_id=RequestId("g/0"),
-        group_id=GroupId("g"),
-        instance_id=InstanceId(0),
-        prompt=array("i", [5, 6]).tobytes(),
-        generated=b"",
-        max_tokens=9,
-        min_tokens=0,
-        sampling=sampling,
-        seed=None,
-        num_reserved_blocks=1,
-    )
-    end = await backend.run(chunk, emit)
+    end = await backend.run(chunk_of(stop=tokenizer.decode([21])), emit)
     assert (end.reason, told) == ("stop", [[20], [21]])
     assert at_abort == [[20]]
