@@ -24,6 +24,7 @@ from pathlib import Path
 from types import NoneType
 from typing import (
     TYPE_CHECKING,
+    Annotated,
     Any,
     Generic,
     Literal,
@@ -118,11 +119,20 @@ def check_fields(settings: object, prefix: str = "") -> None:
 
 
 def documented(cls: type[Settings]) -> type[Settings]:
-    """Add the meanings of its fields to the docstring of a class of settings."""
+    """Add the meanings of its fields to the docstring of a class of settings, and let
+    its signature have their types alone: what `help` and notebooks show.
+    """
     if cls.__doc__:  # not with -OO
         lines = [inspect.cleandoc(cls.__doc__), "", "Attributes:"]
         lines += [_paragraph(field) for field in fields_of(cls)]
         cls.__doc__ = "\n".join(lines)
+    signature = inspect.signature(cls)
+    hints = get_type_hints(cls, include_extras=True)
+    plain = [
+        parameter.replace(annotation=_kind_of(hints[name]))
+        for name, parameter in signature.parameters.items()
+    ]
+    cls.__signature__ = signature.replace(parameters=plain)  # type: ignore[attr-defined]
     return cls
 
 
@@ -146,9 +156,7 @@ def settings_of(cls: type[Settings], short: str) -> Check:
 
 
 def _field(name: str, hint: Any) -> Field:
-    kind, *marks = get_args(hint) or (hint,)
-    if get_origin(kind) is Resolved:
-        kind = get_args(kind)[0]
+    kind, marks = _kind_of(hint), get_args(hint)[1:]
     takes_none = NoneType in get_args(kind)
     meanings = [mark for mark in marks if isinstance(mark, str)]
     checks = [mark for mark in marks if callable(mark)]
@@ -156,6 +164,12 @@ def _field(name: str, hint: Any) -> Field:
     if check is None or not meanings:
         raise TypeError(f"{name} has no check, or no meaning: {hint}")
     return Field(name, check, takes_none, " ".join(meanings[0].split()))
+
+
+def _kind_of(hint: Any) -> Any:
+    """The type of what may be given for a field."""
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_args(kind)[0] if get_origin(kind) is Resolved else kind
 
 
 def _check_of(kind: Any) -> Check | None:

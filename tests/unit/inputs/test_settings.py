@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -151,3 +152,18 @@ def test_another_connectors_settings_are_a_mapping() -> None:
 def test_what_is_given_as_a_sequence_may_be_any() -> None:
     gpus: list[Sequence[int | str]] = [[1, "2"], (1, 2), range(1, 3)]
     assert {EngineConfig(model="m", gpus=some).gpus for some in gpus} == {("1", "2")}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_signature_has_types_and_no_meanings(cls: type) -> None:
+    shown = str(inspect.signature(cls))
+    assert "Annotated" not in shown
+    assert "Resolved" not in shown
+    named = inspect.signature(cls).parameters
+    assert [*named] == [field.name for field in fields(cls)]
+
+
+def test_a_signature_says_what_may_be_given() -> None:
+    shown = str(inspect.signature(EngineConfig))
+    assert "max_restarts: int = 3" in shown
+    assert "log_dir: pathlib.Path | str | None = None" in shown
