@@ -1,6 +1,7 @@
-"""The thread of a pool server that gives KV to those of other nodes, and takes theirs.
+"""What of a pool server gives KV to those of other nodes, and takes theirs.
 
-It has a loop of its own: what engines of this node store and load does not wait for it.
+It has a thread and a loop of its own: what engines of this node store and load does not
+wait for it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _log = logging.getLogger("aseer.kv")
 
 
 class Exchange:
-    """See above."""
+    """Gives and takes while its `run` does, which is on one loop to its end."""
 
     def __init__(
         self,
@@ -35,11 +36,11 @@ class Exchange:
         tokens_each: int,
         tell: Callable[[Pulled], None],
     ) -> None:
-        """Begin, and return once it listens, or cannot.
+        """Neither listen nor take anything yet.
 
         Args:
             tokens_each: of a piece.
-            tell: is told on that thread how each pull ended.
+            tell: is told on the loop's thread how each pull ended.
         """
         self._spec = spec
         self._store = store
@@ -51,12 +52,18 @@ class Exchange:
         self._is_ready = threading.Event()
         self.address = ""
         """Where others find it; "" = nowhere."""
-        run = partial(asyncio.run, self._run())
+
+    def start(self) -> None:
+        """Run in a thread of its own, and return once it listens, or cannot.
+
+        The thread ends with the process.
+        """
+        run = partial(asyncio.run, self.run())
         threading.Thread(target=run, name="exchange", daemon=True).start()
         self._is_ready.wait()
 
     def pull(self, order: Pull) -> None:
-        """Begin; from any thread."""
+        """Begin to take; from any thread, once it is started."""
         self._loop.call_soon_threadsafe(self._begin, order)
 
     def _begin(self, order: Pull) -> None:
@@ -71,7 +78,11 @@ class Exchange:
             _log.warning("KV was not pulled from %s: %s", order.source, done.error)
         self._tell(done)
 
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Give to whoever asks, and take what is ordered, until cancelled.
+
+        Where it cannot listen it only takes, and the log says why.
+        """
         self._loop = asyncio.get_running_loop()
         # Others wait their turn, within their own time.
         self._turns = asyncio.Semaphore(MAX_PULLS)

@@ -137,6 +137,7 @@ class PoolServer:
                 self._ledger.pulling,
             )
             self._exchange = Exchange(spec.peers, store, context.chunk_size, tell)
+            self._exchange.start()
             tell(Serves(self._exchange.address))
 
     def counts(self) -> PoolCounts:

@@ -52,11 +52,16 @@ class NcclReceiver(TakesOurs, NCCLWeightTransferEngine):  # type: ignore[misc]
 
 
 def rebuilt(plain: list[Any]) -> tuple[Any, ...]:
-    """torch's description of a shared buffer of bytes, from its plain data."""
+    """torch's description of a shared buffer of bytes, from its plain data.
+
+    Raises:
+        ValueError: it names a class, which only this function may.
+    """
     import torch
 
     tensor, size, *_ = plain
-    assert tensor is None, "no class comes from outside"
+    if tensor is not None or plain[4] is not None or plain[5] is not None:
+        raise ValueError(f"a shared buffer comes with a class of its own: {plain!r}")
     args = list(plain)
     args[0], args[1] = torch.Tensor, torch.Size(size)
     args[4], args[5] = torch.storage.TypedStorage, torch.uint8
