@@ -65,6 +65,7 @@ ALIASES = {
     "Message": "inputs/tokenizer",
     "PolicyName": "config",
     "KvPoolMode": "inputs/kv_pool",
+    "KvTransfer": "inputs/kv_pool",
     "SpeculationMethod": "inputs/speculation",
     "BudgetPolicy": "inputs/speculation",
     "Pause": "runtime/weights",

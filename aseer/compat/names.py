@@ -206,6 +206,7 @@ vllm.utils.torch_utils  async_tensor_h2d?
 _POOL_VLLM = """
 vllm.distributed.kv_transfer.kv_connector.v1.base  KVConnectorRole.WORKER
   KVConnectorRole.SCHEDULER KVConnectorBase_V1.register_kv_caches
+  KVConnectorBase_V1.unregister_kv_caches? KVConnectorBase_V1.restore_kv_caches?
   KVConnectorBase_V1.start_load_kv KVConnectorBase_V1.get_num_new_matched_tokens
   KVConnectorBase_V1.build_connector_meta KVConnectorBase_V1.update_connector_output
   KVConnectorBase_V1.request_finished(request,block_ids) KVConnectorBase_V1.reset_cache
@@ -259,6 +260,8 @@ lmcache.v1.multiprocess.transfer_context.worker_transfer
   EngineDrivenTransferContext._engine_driven_context
   EngineDrivenTransferContext.submit_store EngineDrivenTransferContext.unregister
   EngineDrivenTransferContext.close
+lmcache.v1.multiprocess.transfer_context.async_engine_driven
+  AsyncEngineDrivenTransferContext.flush_inflight_stores
 lmcache.v1.multiprocess.transfer_context.base
   EngineDrivenContext.prepare_store(key,instance_id)
   EngineDrivenContext.commit_store(key,instance_id,chunks)

@@ -5,15 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
+from aseer.errors import ConfigError
 from aseer.inputs.fields import directory, one_of, refusal, seconds, whole
 from aseer.inputs.plain import INT64_MAX
 from aseer.inputs.settings import AnyPath, check_fields, default, documented
 
 KvPoolMode = Literal["auto", "off", "lmcache", "external"]
+KvTransfer = Literal["engine_driven", "lmcache_driven"]
+
+_NOT_BY_THE_SERVER = (
+    "transfer='lmcache_driven' is refused: LMCache's server would copy KV into the "
+    "engines' GPU memory, and LMCache has no message that calls such a copy back, so "
+    "that a server that hangs and then goes on writes into blocks that its engine has "
+    "given to other requests by then, and those sample from it without an error; leave "
+    "it at 'engine_driven'"
+)
 
 
 def _mode(_: str, given: object) -> str:
     return one_of("kv_pool", given, get_args(KvPoolMode))
+
+
+def _transfer(name: str, given: object) -> str:
+    found = one_of(name, given, get_args(KvTransfer))
+    if found == "lmcache_driven":
+        raise ConfigError(_NOT_BY_THE_SERVER)
+    return found
 
 
 @documented
@@ -66,6 +83,13 @@ class KvPoolConfig:
         example one for each NUMA domain. Each has its own memory, and none sees
         another's.""",
     ] = 1
+    transfer: Annotated[
+        KvTransfer,
+        _transfer,
+        """who copies KV between an engine and the pool: "engine_driven" = the engine,
+        which knows whose a block is. "lmcache_driven", LMCache's own choice on GPUs,
+        by which its server copies, is refused.""",
+    ] = "engine_driven"
     timeout_s: Annotated[
         float,
         seconds,

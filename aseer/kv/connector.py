@@ -134,6 +134,18 @@ class GuardedConnector(LMCacheMPConnector):  # type: ignore[misc]  # untyped, to
     def register_kv_caches(self, kv_caches: Any) -> None:
         self._guard.register(partial(super().register_kv_caches, kv_caches))
 
+    def rest_kv(self) -> None:
+        """Have nothing copy from the engine's KV any more, before it sleeps."""
+        self._guard.rest()
+
+    def unregister_kv_caches(self) -> None:
+        """What vLLM calls from 0.33 on before an engine sleeps, or gives up its KV.
+
+        There is nothing to undo, nor to restore afterwards: the server knows an
+        engine's KV by its shape, and not by its addresses.
+        """
+        self.rest_kv()
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         super().start_load_kv(forward_context, **kwargs)
         # Not with the other stores: in a step that computes nothing, such as the one

@@ -277,6 +277,19 @@ class WorkerGuard:
         if need_flush_before_forward:
             self._held.abandon()
 
+    def rest(self) -> None:
+        """Wait until nothing copies from the engine's KV, whose memory is taken away.
+
+        vLLM waits for all stores before, and an abandoned one may go on. It waits for
+        the server no longer than `timeout_s`.
+        """
+        transfer = self._adapter.transfer_ctx
+        try:
+            # On CPUs, where stores are no threads, there is nothing to wait for.
+            getattr(transfer, "flush_inflight_stores", lambda: None)()
+        except Exception as error:
+            self._failed("the end of its stores", error)
+
     def _failed(self, what: str, error: Exception) -> None:
         self._count(num_failures=1)
         mark(self._adapter._health_event, what, error)

@@ -47,10 +47,10 @@ _MAX_DRAM_BYTES = 128 << 30
 # LMCache drops stores and disk loads for which there is no room at once: with a lower
 # watermark eviction keeps ahead of them.
 WATERMARK = 0.6
-# Engines copy their KV themselves, on GPUs as well. By LMCache's own choice the server
-# opens the engines' GPU memory and copies. Such a server needs cupy and must see all
-# devices, keeps the memory of dead engines, and forbids sleep; and a server that hangs
-# and then goes on writes into blocks that belong to other requests by then.
+# Engines copy their KV themselves, on GPUs as well. By LMCache's own choice there the
+# server opens the engines' GPU memory and copies. What `aseer.inputs.kv_pool` says of
+# that is reason enough not to; besides, such a server needs cupy and must see all
+# devices, keeps the memory of dead engines, and forbids sleep.
 _TRANSFER_MODE = "engine_driven"
 # A worker that was stopped in the middle of a copy, and goes on after its memory was
 # given to other workers, overwrites their KV. So a worker is forgotten only when its

@@ -35,6 +35,7 @@ with warnings.catch_warnings():
     from lmcache.v1.multiprocess.transfer_context.pickle import (
         EngineDrivenContextPickle,
     )
+    from lmcache.v1.multiprocess.transport.base import RequestClient
 
 from aseer.kv.guard import WorkerGuard
 
@@ -365,3 +366,77 @@ def test_ids_of_requests_long_gone_are_forgotten(
         assert worker.finished(f"r{i}") == {f"r{i}"}
     assert worker.finished("r49") == set(), "vLLM may name one again"
     assert len(worker.adapter._returned_finished) == 10
+
+
+def test_an_engine_rests_when_nothing_copies_from_its_kv_any_more(
+    server: FakeServer,
+    make_worker: Callable[..., Worker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is about to sleep. vLLM has waited for the stores, but not for an abandoned
+    one, which would read memory that is gone.
+    """
+    worker = make_worker()
+    copying, go_on = threading.Event(), threading.Event()
+
+    def copy_slowly(*args: Any, **kwargs: Any) -> None:
+        copying.set()
+        assert go_on.wait(TIMEOUT_S)
+        assert len(worker.memory), "the engine sleeps"
+        copy_blocks(*args, **kwargs)
+
+    monkeypatch.setattr(async_engine_driven, "gather_paged_kv_to_cpu", copy_slowly)
+    worker.store("a", [1, 2, 3, 4])
+    assert copying.wait(TIMEOUT_S)
+    worker.adapter._health_event.clear()
+    assert worker.finished("a") == {"a"}, "vLLM knows of no store"
+    resting = threading.Thread(target=worker.guard.rest)
+    resting.start()
+    resting.join(0.2)
+    assert resting.is_alive()
+    go_on.set()
+    resting.join(TIMEOUT_S)
+    assert not resting.is_alive()
+    worker.memory = torch.zeros(0, BLOCK)
+    worker.settle()
+    assert server.committed == {}
+    worker.guard.rest()  # there is nothing left
+
+
+def test_an_engine_rests_though_waiting_for_its_stores_fails(
+    make_worker: Callable[..., Worker], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error")
+
+    worker = make_worker()
+    worker.adapter.transfer_ctx.flush_inflight_stores = fail
+    worker.guard.rest()
+    assert "failed in the end of its stores" in caplog.text
+
+
+def test_a_load_by_the_server_cannot_be_called_back_and_so_is_refused(
+    server: FakeServer, make_worker: Callable[..., Worker]
+) -> None:
+    """Why `KvPoolConfig.transfer` is no choice: once this fails, look at it again.
+
+    LMCache's adapter gives a load's blocks back to vLLM when the server is silent. Of
+    loads that an engine copies itself none is under way then. One by the server goes
+    on, nobody tells the server, and no message of LMCache's could.
+    """
+    worker = make_worker()
+    told: list[str] = []
+    for name in ("ping", "get_chunk_size", "get_experimental", "prepare_store"):
+        setattr(server, name, lambda *_, name=name: told.append(name))
+    copying: MessagingFuture[bool] = MessagingFuture()  # the server's, under way
+    worker.adapter.retrieve_futures["a"] = (copying, [5, 6])
+    worker.adapter._health_event.clear()
+    _, received = LMCacheMPWorkerAdapter.get_finished(worker.adapter, set())
+    assert received == {"a"}
+    assert worker.adapter.get_block_ids_with_load_errors() == {5, 6}
+    assert not copying.query()
+    assert told == []
+    messages = [name for name in dir(RequestClient) if not name.startswith("_")]
+    assert "retrieve" in messages
+    words = ("cancel", "abort", "fence", "flush", "drain", "stop")
+    assert [m for m in messages if any(word in m for word in words)] == []

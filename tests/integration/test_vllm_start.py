@@ -238,3 +238,37 @@ async def test_tokens_that_end_a_response_are_told_with_its_end(tmp_path: Path) 
     end = await backend.run(chunk_of(stop=tokenizer.decode([21])), emit)
     assert (end.reason, told) == ("stop", [[20], [21]])
     assert at_abort == [[20]]
+
+
+async def test_nothing_copies_from_an_engines_kv_when_it_sleeps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whichever vLLM: up to 0.32 it does not tell connectors."""
+    from vllm.distributed.kv_transfer import kv_transfer_state
+
+    told: list[str] = []
+    connector = SimpleNamespace(rest_kv=lambda: told.append("rest"))
+
+    class Engine:
+        vllm_config = SimpleNamespace(
+            device_config=SimpleNamespace(device_type="cuda"),
+            model_config=SimpleNamespace(enable_sleep_mode=True),
+        )
+
+        async def collective_rpc(self, method: str) -> None:
+            getattr(WorkerExtension(), method)()
+
+        async def sleep(self, level: int) -> None:
+            told.append(f"sleep {level}")
+
+    backend = VllmBackend(spec_of(tmp_path))
+    backend._llm = Engine()  # type: ignore[assignment]
+    for its, expected in (
+        (connector, ["rest", "sleep 1"]),
+        (SimpleNamespace(), ["sleep 1"]),  # another's
+        (None, ["sleep 1"]),
+    ):
+        monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", its)
+        told.clear()
+        await backend.sleep(1)
+        assert told == expected

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from aseer.errors import EngineError
+from aseer.errors import EngineError, WeightUpdateError
 from aseer.instance.base import EngineDied
-from aseer.weights.checks import TensorSpec
+from aseer.weights.checks import ModelSpec, TensorSpec, WeightCheck
 from aseer.weights.files import Index, Tensor
 
 pytest.importorskip("vllm")
@@ -131,25 +131,73 @@ async def test_a_dead_engine_is_told_apart_from_adapters_that_do_not_fit(
         await weights.prepare(index)
 
 
-async def test_what_an_engine_takes_says_its_rank(tmp_path):
+async def taken_by_an_engine(
+    directory: Path, lora: Any = None, **tensors: Any
+) -> ModelSpec:
+    """What an engine takes that computes in bfloat16, from a checkpoint of these."""
     from safetensors.torch import save_file
-    from torch import bfloat16, zeros
+    from torch import bfloat16
 
-    save_file({"a.weight": zeros(2, 2)}, tmp_path / "model.safetensors")
+    save_file(tensors, directory / "model.safetensors")
     settings = SimpleNamespace(tie_word_embeddings=False)
     model = SimpleNamespace(
-        model=str(tmp_path),
+        model=str(directory),
         revision=None,
         dtype=bfloat16,
         hf_config=settings,
         hf_text_config=settings,
     )
+    config = SimpleNamespace(model_config=model, lora_config=lora)
+    engine: Any = SimpleNamespace(vllm_config=config)
+    return await EngineWeights(lambda: engine).describe()
+
+
+async def test_what_an_engine_takes_says_its_rank(tmp_path):
+    from torch import zeros
+
     for lora, rank in ((SimpleNamespace(max_lora_rank=16), 16), (None, 0)):
-        config = SimpleNamespace(model_config=model, lora_config=lora)
-        engine: Any = SimpleNamespace(vllm_config=config)
-        spec = await EngineWeights(lambda engine=engine: engine).describe()
+        spec = await taken_by_an_engine(tmp_path, lora, weight=zeros(2, 2))
         assert spec.max_lora_rank == rank
         assert spec.dtype == "BF16"
+
+
+async def test_bfloat16_weights_are_for_fp8_engines_of_a_bfloat16_checkpoint(tmp_path):
+    """As docs/training.md has it: vLLM quantises what the checkpoint has whole."""
+    from torch import bfloat16, zeros
+
+    spec = await taken_by_an_engine(tmp_path, weight=zeros(4, 4, dtype=bfloat16))
+    for dtype in ("BF16", "F32"):
+        check = WeightCheck(spec)
+        accepted = check.add("weight", TensorSpec(dtype, (4, 4)))
+        check.finish()
+        assert accepted == ("weight", "BF16", False)
+
+
+async def test_an_fp8_checkpoint_takes_no_bfloat16_weights_and_says_what_would(
+    tmp_path,
+):
+    from torch import float8_e4m3fn, ones, zeros
+
+    spec = await taken_by_an_engine(
+        tmp_path, weight=zeros(4, 4).to(float8_e4m3fn), weight_scale=ones(1)
+    )
+    refused = (
+        "tensor 'weight' has dtype BF16; the model's has F8_E4M3: the engine's "
+        "checkpoint is quantised. Give the tensors quantised as it has them, with "
+        "their scales; or start the engine from a checkpoint that is not, with "
+        "engine_args={'quantization': ...}"
+    )
+    with pytest.raises(WeightUpdateError) as caught:
+        WeightCheck(spec).add("weight", TensorSpec("BF16", (4, 4)))
+    assert str(caught.value) == refused
+    check = WeightCheck(spec)
+    check.add("weight", TensorSpec("F8_E4M3", (4, 4)))
+    check.add("weight_scale", TensorSpec("F32", (1,)))
+    check.finish()
+    without_scale = WeightCheck(spec)
+    without_scale.add("weight", TensorSpec("F8_E4M3", (4, 4)))
+    with pytest.raises(WeightUpdateError, match="were not given: 'weight_scale'"):
+        without_scale.finish()
 
 
 async def test_weights_that_vllm_would_lose_are_refused_and_adapters_are_not(tmp_path):

@@ -290,6 +290,10 @@ def test_settings_may_come_from_a_yaml_file() -> None:
     assert config.speculation == SpeculationConfig(method="dgds", max_draft_tokens=4)
     with pytest.raises(ConfigError, match=r"kv_pool's key='modes' .* mode, dram_bytes"):
         EngineConfig(model="m", kv_pool={"modes": "off"})
+    with pytest.raises(ConfigError, match="no message that calls such a copy back"):
+        KvPoolConfig(transfer="lmcache_driven")
+    with pytest.raises(ConfigError, match="transfer='cuda_ipc'.*engine_driven"):
+        KvPoolConfig(transfer="cuda_ipc")
     with pytest.raises(ConfigError, match="policy=False is not allowed"):
         EngineConfig(model="m", policy=False)
     with pytest.raises(ConfigError, match="kv_pool=True is not allowed"):

@@ -305,6 +305,7 @@ class VllmBackend:
                 "it was started without sleep mode; set "
                 "EngineConfig(engine_args={'enable_sleep_mode': True})"
             )
+        await self._engine.collective_rpc("aseer_rest_kv")
         await self._engine.sleep(level)
 
     async def wake(self, tags: list[str] | None = None) -> None:

@@ -120,6 +120,15 @@ class WorkerExtension:
             return ""
         return getattr(kv_transfer_state.get_kv_transfer_group(), "why_no_pool", "")
 
+    def aseer_rest_kv(self) -> None:
+        """Have nothing copy from the engine's KV any more, before it sleeps."""
+        from vllm.distributed.kv_transfer import kv_transfer_state
+
+        if kv_transfer_state.has_kv_transfer_group():
+            # Of ours alone. From 0.33 on vLLM tells all connectors itself.
+            connector = kv_transfer_state.get_kv_transfer_group()
+            getattr(connector, "rest_kv", lambda: None)()
+
     def aseer_discard_weights(self) -> None:
         """Forget what was prepared."""
         if self.aseer_weights is not None:
