@@ -38,10 +38,10 @@ from aseer.node.messages import (
     KillProcess,
     Leave,
     Locate,
-    Located,
     NoteMemory,
     PeerGone,
     PeerLost,
+    Reach,
     StartProcess,
     ToPeer,
     ToPool,
@@ -49,7 +49,7 @@ from aseer.node.messages import (
     encode,
 )
 from aseer.node.metrics import AgentFigures
-from aseer.node.network import free_port, host_towards, interface_of
+from aseer.node.network import located, reached
 from aseer.node.relay import Relay
 from aseer.node.running import Running
 from aseer.transport.base import PROTOCOL_VERSION, ConnectionRefused
@@ -61,7 +61,7 @@ from aseer.transport.zeromq import bind_router, make_socket_dir
 from aseer.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     import msgspec
@@ -350,16 +350,14 @@ class _Service:
             case NoteMemory(peer) if peer in self._running:
                 self._tasks.create_task(self._running[peer].note())
             case Locate():
-                self._tasks.create_task(self._locate())
+                self._tasks.create_task(self._answer(located(self._controller)))
+            case Reach(address):
+                self._tasks.create_task(self._answer(reached(address)))
             case FetchFiles() | FetchRest() | Block() | DropFiles():
                 self._relay.take(message)
 
-    async def _locate(self) -> None:
-        try:
-            host = await host_towards(self._controller)
-            self._say(Located(host, interface_of(host), free_port(host)))
-        except Exception as error:
-            self._say(Located(error=describe(error)))
+    async def _answer(self, answer: Awaitable[msgspec.Struct]) -> None:
+        self._say(await answer)
 
     async def _live(self, start: StartProcess, running: Running) -> None:
         """Start a process, and tell of its end, once nothing of it remains."""

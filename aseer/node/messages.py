@@ -153,6 +153,19 @@ class Located(msgspec.Struct, tag="located", frozen=True):
     error: str = ""
 
 
+class Reach(msgspec.Struct, tag="reach", frozen=True):
+    """Ask whether this node reaches another, at an address where that one listens."""
+
+    address: str
+
+
+class Reached(msgspec.Struct, tag="reached", frozen=True):
+    """Whether it does."""
+
+    address: str
+    is_reached: bool
+
+
 class ToPeer(msgspec.Struct, tag="to", frozen=True):
     """A message for a process."""
 
@@ -335,6 +348,7 @@ ToNode = (
     | NoteMemory
     | EndProcess
     | Locate
+    | Reach
     | ToPeer
     | ForgetPeer
     | FetchFiles
@@ -348,6 +362,7 @@ FromNode = (
     Join
     | Ended
     | Located
+    | Reached
     | FromPeer
     | PeerGone
     | PeerLost

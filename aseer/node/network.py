@@ -10,12 +10,17 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
+from aseer.errors import describe
 from aseer.inputs.addresses import host_of
+from aseer.node.messages import Located, Reached
 
 # Linux: the address of the interface that a structure names (`man 7 netdevice`).
 _SIOCGIFADDR = 0x8915
 _IFREQ_BYTES = 256
 _ADDRESS_AT = slice(20, 24)  # in the structure: behind a name, a family and a port
+# For a connection to another host: the system tries again after one second, and after
+# three.
+REACH_TIMEOUT_S = 4.0
 
 
 async def host_towards(controller: str) -> str:
@@ -43,6 +48,29 @@ async def address_towards(controller: str) -> str:
     """
     host = await host_towards(controller)
     return f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*"
+
+
+async def located(controller: str) -> Located:
+    """Where processes of other nodes reach those of this host."""
+    try:
+        host = await host_towards(controller)
+        return Located(host, interface_of(host), free_port(host))
+    except Exception as error:
+        return Located(error=describe(error))
+
+
+async def reached(address: str) -> Reached:
+    """Whether another host is reached, whatever it does with a connection."""
+    try:
+        host, port = host_of(address), int(address.rpartition(":")[2])
+        async with asyncio.timeout(REACH_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(host, port)
+        writer.transport.abort()
+    except (ConnectionError, ValueError):  # the host has said it; or it is no address
+        return Reached(address, is_reached=True)
+    except OSError:  # also a TimeoutError
+        return Reached(address, is_reached=False)
+    return Reached(address, is_reached=True)
 
 
 def interface_of(host: str, proc: Path = Path("/proc")) -> str:

@@ -25,11 +25,14 @@ from aseer.node.messages import (
     NoteMemory,
     PeerGone,
     PeerLost,
+    Reach,
+    Reached,
     StartProcess,
     ToPeer,
     ToPool,
     encode,
 )
+from aseer.node.network import REACH_TIMEOUT_S
 from aseer.node.supply import Supply
 from aseer.watch import waking_timeout
 
@@ -114,6 +117,7 @@ class RemoteNode:
         self.weights = Supply(join, self.say, Chains() if chains is None else chains)
         self.supplies = (self.weights,)
         self._locating: deque[asyncio.Future[Located]] = deque()
+        self._reaching: dict[str, asyncio.Future[bool]] = {}
         self.on_pool: Callable[[bytes], None] = lambda _: None
         """Is told what the node's KV pool says."""
         self._on_loss: list[Callable[[], None]] = []
@@ -159,6 +163,21 @@ class RemoteNode:
             raise InstanceStartError(self.lost_because or why)
         return located
 
+    async def reaches(self, other: RemoteNode) -> bool:
+        """Whether this node reaches another; True where nobody can say it."""
+        address = other.weights.address
+        if not address or self.lost_because or other.lost_because:
+            return True
+        asked = self._reaching.get(address)
+        if asked is None:
+            asked = asyncio.get_running_loop().create_future()
+            self._reaching[address] = asked
+            self.say(Reach(address))
+        with suppress(TimeoutError):
+            async with waking_timeout(REACH_TIMEOUT_S + _WORD_S):
+                await asyncio.wait([asked])
+        return asked.result() if asked.done() else True
+
     def tell_pool(self, data: bytes) -> None:
         """Say something to the node's KV pool."""
         self.say(ToPool(data))
@@ -190,6 +209,9 @@ class RemoteNode:
         if isinstance(message, Located):
             self._answer(message)
             return
+        if isinstance(message, Reached):
+            self._reach(message.address, is_reached=message.is_reached)
+            return
         peer = getattr(message, "peer", b"")
         if peer not in self._processes:
             return
@@ -212,8 +234,15 @@ class RemoteNode:
             self.weights.lose(self.lost_because)
             while self._locating:
                 self._answer(Located(error=self.lost_because))
+            for address in list(self._reaching):
+                self._reach(address, is_reached=True)
             for tell in self._on_loss:
                 tell()
+
+    def _reach(self, address: str, *, is_reached: bool) -> None:
+        asked = self._reaching.pop(address, None)
+        if asked is not None:
+            asked.set_result(is_reached)
 
     def _answer(self, located: Located) -> None:
         """Take an answer for who asked first, if anybody did."""

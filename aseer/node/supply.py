@@ -156,6 +156,11 @@ class Supply:
                 self._end(key, fetch, message)
 
     @property
+    def address(self) -> str:
+        """Where the node listens for other nodes; "" = nowhere, or not known yet."""
+        return self._giver.address
+
+    @property
     def is_lost(self) -> bool:
         """Whether the node is gone."""
         return self._lost_because is not None

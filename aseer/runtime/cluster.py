@@ -68,6 +68,8 @@ _log = logging.getLogger("aseer")
 _LOOK_INTERVAL_S = 0.5
 # Between two lines of the log that say how many nodes are still waited for.
 _TELL_INTERVAL_S = 30.0
+# Between two looks whether nodes that were cut off from each other are so still.
+_MEETING_INTERVAL_S = 5.0
 # For last words to leave.
 _GOODBYE_S = 0.5
 
@@ -106,6 +108,7 @@ class Cluster:
         self._wanted: asyncio.Queue[tuple[RemoteNode, GetBlock]] = asyncio.Queue()
         self._failure: AseerError | None = None
         self._refusal = ""
+        self._apart = ""  # of nodes that do not reach each other, in words
         self.address = router.endpoint
 
     @property
@@ -176,9 +179,28 @@ class Cluster:
             )
 
     async def _attend_gang(self, gang: Gang, tasks: asyncio.TaskGroup) -> None:
-        await self._attend(gang.nodes, gang, [gang.launch])
+        await gang.look()
+        if gang.lost_because is None:
+            await self._attend(gang.nodes, gang, [gang.launch])
         self._gangs.remove(gang)
         self._seats.release(gang.members)
+        if gang.apart is not None:
+            self._apart = f"{gang.lost_because}"
+            _log.warning("%s; they run no instance together meanwhile", self._apart)
+            self._seats.part(*gang.apart)
+            tasks.create_task(self._await_meeting(*gang.apart, tasks))
+        self._form_gangs(tasks)
+
+    async def _await_meeting(
+        self, one: RemoteNode, other: RemoteNode, tasks: asyncio.TaskGroup
+    ) -> None:
+        """Let nodes that are apart form gangs again once they reach each other."""
+        while one.lost_because is None and other.lost_because is None:
+            await asyncio.sleep(_MEETING_INTERVAL_S)
+            if await one.reaches(other) and await other.reaches(one):
+                break
+        self._apart = ""
+        self._seats.meet(one, other)
         self._form_gangs(tasks)
 
     async def wait_for_nodes(self) -> None:
@@ -205,7 +227,7 @@ class Cluster:
                 raise launcher.failure
             what = (
                 f"{num} of {wanted} nodes are up ({len(self.nodes)} have joined); "
-                f"{self._advice}{self._refusal}"
+                f"{self._advice}{self._refusal}{self._apart and '; ' + self._apart}"
             )
             if clock.read() > timeout_s:
                 raise EngineError(f"after start_timeout_s={timeout_s:g} {what}")

@@ -3,14 +3,15 @@
 The first leads: vLLM's engine is there, and says all that the instance says. The others
 have workers of it. An instance lives and dies as a whole: when a process of it ends,
 the others are ended, and its end is told once nothing of it is left on any node that
-still answers. So whether a node was lost is known by then, and a node that is lost is
-nobody's fault.
+still answers, and these were asked whether they reach each other. So whether a node was
+lost, or is cut off from another, is known by then, and that is nobody's fault.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,7 +20,7 @@ from aseer.instance.base import InstanceSpec
 from aseer.runtime.launch import member_args, member_env
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from aseer.node.machine import Launch
     from aseer.node.messages import Located
@@ -46,11 +47,26 @@ class Gang:
         self.endpoint = leader.endpoint
         self.drafts = leader.drafts
         self.supplies = [node.weights for node in self.nodes]
+        self.apart: tuple[RemoteNode, RemoteNode] | None = None
+        """Nodes that do not reach each other, as far as was looked."""
 
     @property
     def lost_because(self) -> str | None:
-        """See `Node`: one that is gone takes the instance with it."""
-        return next((n.lost_because for n in self.nodes if n.lost_because), None)
+        """See `Node`: one that is gone, or cut off from another, takes the instance
+        with it.
+        """
+        lost = next((n.lost_because for n in self.nodes if n.lost_because), None)
+        if lost is None and self.apart is not None:
+            one, other = self.apart
+            return f"its nodes {one.name} and {other.name} do not reach each other"
+        return lost
+
+    async def look(self) -> None:
+        """See whether the nodes reach each other; nothing is to run there."""
+        pairs = list(permutations(self.nodes, 2))
+        found = await asyncio.gather(*(one.reaches(other) for one, other in pairs))
+        if not all(found):
+            self.apart = pairs[found.index(False)]
 
     def send(self, peer: bytes, message: Message) -> None:
         """See `Node`."""
@@ -79,9 +95,9 @@ class Gang:
                 )
                 parts.append((node, process))
         except BaseException:  # a node was lost just now
-            await GangProcess(parts).end(0)
+            await GangProcess(parts, self.look).end(0)
             raise
-        return GangProcess(parts)
+        return GangProcess(parts, self.look)
 
     def log_of(self, name: str) -> str:
         """See `Node`."""
@@ -104,8 +120,18 @@ class Gang:
 class GangProcess:
     """See `Process`; a process on each node."""
 
-    def __init__(self, parts: Sequence[tuple[RemoteNode, RemoteProcess]]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[RemoteNode, RemoteProcess]],
+        look: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Of parts that were started.
+
+        Args:
+            look: is called at the end, when nothing of them is left.
+        """
         self._parts = list(parts)
+        self._look = look
         self._first: int | None = None  # of them to end
 
     @property
@@ -123,6 +149,7 @@ class GangProcess:
             if self._first is None:
                 self._first = next(i for i, end in enumerate(ends) if end.done())
             self.kill()
+        await self._look()
         return ends[self._first].result()
 
     async def end(self, grace_s: float) -> None:
@@ -132,6 +159,7 @@ class GangProcess:
         async with asyncio.TaskGroup() as tasks:
             for _, process in self._parts:
                 tasks.create_task(process.end(0))
+        await self._look()
 
     def kill(self) -> None:
         """See `Process`."""

@@ -3,6 +3,7 @@
 A node has a seat for each engine that it could run a part of. A gang takes a seat of
 each of its nodes, which are all of one kind; a node may be in as many gangs as it has
 seats. Nodes with most free seats go first: so there are as many gangs as there can be.
+Nodes that do not reach each other are in no gang together.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Seats(Generic[Node, Seat]):
         """There are no nodes yet."""
         self._num = nodes_per_gang
         self._places: dict[Node, _Place[Seat]] = {}
+        self._apart: list[frozenset[Node]] = []
 
     def add(self, node: Node, seats: Iterable[Seat], kind: Hashable) -> None:
         """A node has come.
@@ -43,6 +45,14 @@ class Seats(Generic[Node, Seat]):
     def keep(self, nodes: Collection[Node]) -> None:
         """These are left, and none beside them."""
         self._places = {n: place for n, place in self._places.items() if n in nodes}
+
+    def part(self, one: Node, other: Node) -> None:
+        """Two nodes do not reach each other."""
+        self._apart.append(frozenset((one, other)))
+
+    def meet(self, one: Node, other: Node) -> None:
+        """What was told of two nodes by a `part` is over."""
+        self._apart.remove(frozenset((one, other)))
 
     def form(self) -> list[list[tuple[Node, Seat]]]:
         """All gangs that free seats are enough for, which they take; leaders first."""
@@ -72,4 +82,13 @@ class Seats(Generic[Node, Seat]):
         """As many nodes of a kind as form a gang, if so many have free seats."""
         able = [n for n, p in self._places.items() if p.free and p.kind == kind]
         able.sort(key=lambda node: -len(self._places[node].free))
-        return able[: self._num]
+        found: list[Node] = []
+        for first in able:  # else one that reaches nobody would be in everyone's way
+            found = [first]
+            for node in able:
+                met = all(frozenset((node, each)) not in self._apart for each in found)
+                if node not in found and met:
+                    found.append(node)
+            if len(found) >= self._num:
+                break
+        return found[: self._num]

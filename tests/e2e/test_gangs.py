@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from tests.integration.hosts import Hosts
     from tests.integration.nodes import NodeProcess
 
-# Four engines start, one after the other, of five processes each but for the first.
+# Five engines start, one after the other, of five processes each but for the first.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 ADDRESS = "tcp://10.77.0.1:5557"
@@ -89,6 +90,14 @@ class Cluster:
     def kill(self, name: str) -> None:
         """As if the power of a node's host went."""
         self._hosts[self._numbers[name]].kill()
+
+    def part(self, *names: str) -> None:
+        """What these nodes send each other is gone, and nobody is told."""
+        self._hosts.part(*(self._numbers[name] for name in names))
+
+    def join(self, *names: str) -> None:
+        """They reach each other again."""
+        self._hosts.join(*(self._numbers[name] for name in names))
 
     def signal(self, name: str, pid: int) -> None:
         """Kill a process of a node's host, by its id there."""
@@ -154,6 +163,24 @@ def test_two_ranks_on_two_hosts_generate_what_one_does(cluster, expected):
 def test_new_weights_reach_both_ranks(cluster, expected, other):
     assert cluster.trainer.tell(str(other)) == "updated"
     matches(cluster.trainer.roll(), expected["other"])
+
+
+def test_nodes_cut_off_from_each_other_end_their_engine_which_goes_on_with_another(
+    cluster, expected
+):
+    """A step that waits for the other rank ends by vLLM's limit of 60 s."""
+    (idle,) = [name for name in cluster.nodes if not cluster.command_lines(name)]
+    pair = set(cluster.nodes) - {idle}
+    began_s = time.monotonic()
+    found = cluster.trainer.roll(lambda: cluster.part(*pair))
+    sys.stderr.write(f"a cut of two nodes: {time.monotonic() - began_s:.0f} s\n")
+    assert found["num_retries"] > 0
+    matches(found, expected["other"])
+    busy = [name for name in cluster.nodes if cluster.command_lines(name)]
+    assert len(busy) == 2
+    assert idle in busy
+    assert all(cluster.nodes[name].is_running for name in pair), "none was let go"
+    cluster.join(*pair)
 
 
 def test_a_lost_host_ends_the_engine_which_goes_on_with_another(cluster, expected):

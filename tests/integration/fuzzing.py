@@ -35,6 +35,7 @@ from aseer.node.messages import (
     NotYet,
     PeerGone,
     PeerLost,
+    Reached,
     encode,
 )
 from aseer.transport.base import PROTOCOL_VERSION
@@ -57,6 +58,7 @@ _FROM_NODE = [
     lambda n: PeerGone(n.bytes()),
     lambda n: PeerLost(n.bytes(), n.text()),
     lambda n: Gives(n.text()),
+    lambda n: Reached(n.text(), bool(n.below(2))),
     lambda n: GetBlock(n.text(), n.number(), n.number(), n.number()),
     lambda n: Fetched(n.text(), n.text()),
     lambda n: AskDrafts(n.bytes(), RAW(encode(n.value(2)))),

@@ -90,6 +90,20 @@ class Hosts:
         """Its link works again."""
         self._switch.run(f"ip link set h{number} up")
 
+    def part(self, *numbers: int) -> None:
+        """What these hosts send each other is gone, and nobody is told; what they send
+        to others is not.
+        """
+        self._isolate("on", numbers)
+
+    def join(self, *numbers: int) -> None:
+        """They reach each other again."""
+        self._isolate("off", numbers)
+
+    def _isolate(self, how: str, numbers: tuple[int, ...]) -> None:
+        for number in numbers:
+            self._switch.run(f"ip link set h{number} type bridge_slave isolated {how}")
+
 
 class LossyHosts:
     """Hosts number 1 and up, each at 10.77.0.NUMBER, behind a switch that loses."""

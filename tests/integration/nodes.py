@@ -84,6 +84,10 @@ class TrainerProcess:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def until_open(self) -> None:
         assert self._hear() == "open"
 

@@ -92,6 +92,76 @@ def _fail_in_turn(
     assert digests == {expected}
 
 
+def test_nodes_of_an_engine_that_are_cut_off_from_each_other_go_on_with_others(
+    nodes: Nodes,
+) -> None:
+    """Both still reach the controller. A simulated engine needs nobody that follows:
+    it is killed, as a real one ends by its own time-out.
+    """
+    with hosts(4) as there:
+        started = {number: start(nodes, there[number]) for number in (2, 3, 4)}
+        trainer = TrainerProcess(
+            "tests.integration.cluster_trainer",
+            there[1].prefix,
+            num_instances=0,
+            nodes_per_instance=2,
+            listen=ADDRESS,
+            node_timeout_s=TIMEOUT_S,
+            min_nodes=3,
+            max_restarts=0,
+            max_request_retries=0,
+            # Slower than a loss is noticed.
+            engine_args={"step_s": 0.012},
+        )
+
+        def running() -> list[int]:
+            return [n for n in (2, 3, 4) if instances(there[n])]
+
+        def cut_off(*numbers: int) -> None:
+            there.part(*numbers)
+            leader = int(whole["nodes"][0].removeprefix("node"))
+            (pid,) = instances(there[leader])
+            there[leader].run(f"kill -KILL {pid}")
+
+        def without_the_spare() -> None:
+            there[spare].kill()
+            time.sleep(TIMEOUT_S + 4.0)
+            assert trainer.is_running
+            there.join(*pair)
+
+        try:
+            trainer.until_open()
+            whole = trainer.roll()
+            pair = running()
+            (spare,) = {2, 3, 4} - set(pair)
+            elsewhere = trainer.roll(lambda: cut_off(*pair))
+            assert elsewhere["num_retries"] > 0
+            assert spare in running()
+            assert len(running()) == 2
+            again = trainer.roll(without_the_spare)
+            assert again["num_retries"] > 0
+            assert running() == pair
+            assert trainer.close() == 0
+            assert [started[n]._process.wait(30) for n in pair] == [0, 0]
+        finally:
+            trainer.kill()
+            nodes.end()
+    with aseer.Engine(config_of(chunk_size=0)) as engine:
+        expected = digest(list(engine.rollout_sync(groups_of(GROUPS, **LONG))))
+    assert {each["digest"] for each in (whole, elsewhere, again)} == {expected}
+
+
+def instances(host: Namespace) -> list[int]:
+    """Processes of instances on a host, by their ids there."""
+    found = subprocess.run(
+        [*host.prefix, "pgrep", "-f", "aseer.instance.main"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return [int(line) for line in found.stdout.split()]
+
+
 @pytest.mark.slow
 def test_cuts_between_hosts_that_lose_packets_cost_nothing(
     nodes: Nodes, tmp_path: Path

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aseer.node.network import free_port, host_towards, interface_of
+from aseer.node import network
+from aseer.node.messages import Located
+from aseer.node.network import free_port, host_towards, interface_of, located, reached
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,3 +39,36 @@ def test_a_free_port_can_be_bound() -> None:
         bound.bind(("127.0.0.1", port))
     with pytest.raises(OSError, match="assign"):
         free_port("192.0.2.1")
+
+
+async def test_where_processes_of_other_nodes_reach_those_of_this_one() -> None:
+    found = await located("tcp://127.0.0.1:5557")
+    assert (found.address, found.interface, found.error) == ("127.0.0.1", "lo", "")
+    assert found.port > 0
+    lost = await located("tcp://[::1%nowhere]:5557")
+    assert lost == Located(error=lost.error)
+    assert lost.error
+
+
+@pytest.mark.parametrize("address", ["", "tcp://host", "tcp://127.0.0.1:x"])
+async def test_nonsense_says_nothing_of_a_host(address: str) -> None:
+    assert (await reached(address)).is_reached is True
+
+
+async def test_a_host_is_reached_if_it_says_anything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+        assert (await reached(address)).is_reached is True, "it refuses"
+        listening.listen(0)
+        assert (await reached(address)).is_reached is True
+        assert (await reached(address)).address == address
+        # It takes no further one, as a host that is cut off.
+        monkeypatch.setattr(network, "REACH_TIMEOUT_S", 0.1)
+        with socket.socket() as one, socket.socket() as two:
+            for waiting in (one, two):
+                waiting.setblocking(False)
+                waiting.connect_ex(listening.getsockname())
+            assert (await reached(address)).is_reached is False

@@ -92,6 +92,39 @@ async def test_nodes_form_gangs_anew_when_one_is_gone() -> None:
         working.cancel()
 
 
+async def test_nodes_that_do_not_reach_each_other_run_with_others_until_they_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spanning = Spanning()
+    cluster = spanning.cluster
+    a, b, c = (far(name) for name in "abc")
+    is_cut = False
+
+    async def reaches(self: RemoteNode, other: RemoteNode) -> bool:
+        return not (is_cut and {self.name, other.name} == {"a", "b"})
+
+    monkeypatch.setattr(RemoteNode, "reaches", reaches)
+    monkeypatch.setattr("aseer.runtime.cluster._MEETING_INTERVAL_S", 0.0)
+    async with asyncio.TaskGroup() as tasks:
+        working = tasks.create_task(cluster.work())
+        spanning.join(a, b)
+        await spanning.until("ab")
+        is_cut = True
+        await spanning.attended[0].look()  # as at the end of its engine
+        await until(lambda: not cluster._gangs, 0)
+        assert "nodes a and b do not reach each other" in caplog.text
+        spanning.join(c)
+        await spanning.until("ab", "ac")
+        spanning.lose(c)
+        await until(lambda: not cluster._gangs, 0)
+        assert spanning.names() == ["ab", "ac"], "those that are left wait"
+        is_cut = False
+        await until(lambda: len(spanning.attended) == 3, 0)
+        assert set(spanning.attended[2].nodes) == {a, b}
+        assert cluster.nodes == [a, b], "none of them was let go"
+        working.cancel()
+
+
 async def test_nodes_whose_instance_does_not_start_are_both_let_go() -> None:
     spanning = Spanning()
     cluster = spanning.cluster

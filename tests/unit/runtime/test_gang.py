@@ -20,9 +20,12 @@ from aseer.node.messages import (
     Fetched,
     FetchFiles,
     ForgetPeer,
+    Gives,
     KillProcess,
     Locate,
     Located,
+    Reach,
+    Reached,
     StartProcess,
     ToPeer,
 )
@@ -200,6 +203,53 @@ async def test_a_lost_node_takes_the_other_parts_with_it(a: Far, bb: Far) -> Non
         a.node.lose("the cable")
         await until(lambda: KillProcess(b"4.1/1") in bb.told, 0)
         bb.says(Ended(b"4.1/1", -9))
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+async def test_nodes_of_an_engine_that_ended_are_asked_whether_they_reach_each_other(
+    a: Far, bb: Far, is_cut: bool
+) -> None:
+    gang = gang_of(a, bb)
+    a.says(Gives("tcp://10.0.0.0:1"))
+    bb.says(Gives("tcp://10.0.0.1:1"))
+    process = await started(gang, a, bb)
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(process.wait())
+        await asyncio.sleep(0)
+        a.says(Ended(PEER, 1, cause="a step took 60 s"))
+        await until(lambda: KillProcess(b"4.1/1") in bb.told, 0)
+        assert Reach not in [*a.kinds(), *bb.kinds()]
+        bb.says(Ended(b"4.1/1", -9))
+        await until(lambda: Reach("tcp://10.0.0.1:1") in a.told, 0)
+        await until(lambda: Reach("tcp://10.0.0.0:1") in bb.told, 0)
+        a.says(Reached("tcp://10.0.0.1:1", is_reached=True))
+        assert not waiting.done()
+        bb.says(Reached("tcp://10.0.0.0:1", is_reached=not is_cut))
+    assert waiting.result() == 1
+    cut = "its nodes bb and a do not reach each other"
+    assert gang.lost_because == (cut if is_cut else None)
+    a.says(Reached("tcp://10.0.0.1:1", is_reached=False))  # nobody has asked
+
+
+async def test_a_node_that_is_lost_or_cannot_say_it_cuts_nobody_off(
+    a: Far, bb: Far, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang = gang_of(a, bb)
+    await gang.look()
+    assert gang.apart is None, "nobody has said where it listens"
+    a.says(Gives("tcp://10.0.0.0:1"))
+    async with asyncio.TaskGroup() as tasks:
+        looking = tasks.create_task(gang.look())
+        await until(lambda: Reach("tcp://10.0.0.0:1") in bb.told, 0)
+        bb.node.lose("the cable")
+    assert looking.result() is None
+    await gang.look()
+    cc = Far("cc")
+    monkeypatch.setattr("aseer.node.remote.REACH_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("aseer.node.remote._WORD_S", 0.01)
+    silent = gang_of(a, cc)
+    await silent.look()
+    assert gang.apart is silent.apart is None
 
 
 async def test_who_leads_gets_time_to_end_and_the_others_are_then_killed(

@@ -56,6 +56,35 @@ def test_when_a_node_is_gone_the_rest_of_its_gang_joins_another() -> None:
     assert names(seats.form()) == ["bc"]
 
 
+def test_nodes_that_are_apart_form_gangs_with_others_until_they_meet() -> None:
+    seats: Seats[str, int] = Seats(2)
+    for node in "abc":
+        seats.add(node, [0], "kind")
+    seats.part("a", "b")
+    seats.part("b", "a")
+    (gang,) = seats.form()
+    assert names([gang]) == ["ac"]
+    seats.release(gang)
+    seats.part("a", "c")
+    assert names(seats.form()) == ["bc"], "one that reaches nobody is in nobody's way"
+    seats.add("d", [0], "kind")
+    seats.part("a", "d")
+    assert seats.form() == []
+    seats.meet("a", "d")
+    assert names(seats.form()) in (["ad"], ["da"])
+
+
+def test_of_three_all_reach_each_other() -> None:
+    seats: Seats[str, int] = Seats(3)
+    for node in "abc":
+        seats.add(node, [0], "kind")
+    seats.part("b", "c")
+    assert seats.form() == []
+    seats.add("d", [0], "kind")
+    (gang,) = seats.form()
+    assert {node for node, _ in gang} in ({*"bad"}, {*"acd"})
+
+
 def test_a_node_that_comes_again_is_another() -> None:
     seats: Seats[object, int] = Seats(2)
     first, again, other = object(), object(), object()
