@@ -305,13 +305,11 @@ class RequestBuffer:
 
     def _made_nothing(self, request: Request) -> bool:
         """Whether its chunk had room for tokens and made none; it would go on so."""
-        assert request.chunk is not None
-        num_before = len(request.chunk.generated) // 4
+        num_before = len(request.running.generated) // 4
         return request.remaining > 0 and request.num_generated == num_before
 
     def _end_chunk(self, request: Request, end: ChunkEnd, now: float) -> Outcome:
-        chunk, num_cached = request.chunk, request.cached_by_chunk
-        assert chunk is not None
+        chunk, num_cached = request.running, request.cached_by_chunk
         if num_cached is not None:
             self._count_cached(request, chunk, num_cached)
         del self._chunks[chunk.chunk_id]

@@ -182,8 +182,7 @@ class Controller:
             request = self.buffer.chunk_owner(news.chunk_id)
             if request is None:
                 continue
-            chunk = request.chunk
-            assert chunk is not None
+            chunk = request.running
             num_before = request.num_generated
             is_first = request.cached_by_chunk is None
             outcome = self.buffer.settle(news, now)
@@ -309,13 +308,12 @@ class Controller:
         suspects = [] if is_blameless else self._quarantine.lose(lost)
         blamed: dict[GroupId, int] = {}
         for request in lost:
-            assert request.chunk is not None
             num_before = request.num_generated
             is_suspect = request in suspects
             # Of several suspects none is known to be the cause.
             is_blamed = not (is_blameless or suspects) or suspects == [request]
             outcome = self.buffer.lose_chunk(
-                request.chunk.chunk_id, now, why, is_blamed=is_blamed
+                request.running.chunk_id, now, why, is_blamed=is_blamed
             )
             self.counters.num_output_tokens += request.num_generated - num_before
             if outcome != "waiting":

@@ -162,6 +162,17 @@ class Request:
             self.past_metrics = past.metrics
             self.finished_at = now
 
+    @property
+    def running(self) -> Chunk:
+        """The chunk that runs.
+
+        Raises:
+            InvalidTransition: none does.
+        """
+        if self.chunk is None:
+            raise InvalidTransition(f"no chunk runs: {self.story_text()}")
+        return self.chunk
+
     def begin(self, chunk: Chunk) -> None:
         """Its next chunk runs, and will report."""
         self._outputs.begin(chunk.chunk_id, self._handle, chunk.max_tokens)

@@ -23,7 +23,7 @@ again, or is refused. Nothing is decided from what was true before an `await`.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,6 +58,11 @@ class Call(StrEnum):
     SLEEP = "sleep"
     WAKE = "wake"
     ABORT = "abort_rollout"
+
+
+#: Calls that have the engine in the end, unless they are refused: for them there is
+#: always something to do.
+Taking = Literal[Call.ROLLOUT, Call.UPDATE, Call.UPDATE_AFTER, Call.UPDATE_INSTEAD]
 
 
 class Verdict(StrEnum):

@@ -8,13 +8,16 @@ after every change, first come first served.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, overload
 
 from aseer.errors import EngineError, RolloutInProgressError
 from aseer.runtime.activity import TAKEN, Activity, Call, Verdict, decide
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aseer.runtime.activity import Taking
 
 # A rollout that has taken its groups without its reader so far may come to need that
 # one at any moment, of which nothing tells.
@@ -45,6 +48,27 @@ class InTheWay(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Doing:
+    """What has nothing to it but its name."""
+
+    activity: Activity
+
+
+@dataclass(frozen=True)
+class _RollingOut:
+    """A rollout is in progress, or was left."""
+
+    rollout: InTheWay
+
+
+@dataclass(frozen=True)
+class _Closed:
+    """The engine is closing, or closed."""
+
+    error: Callable[[], EngineError]
+
+
 class Claim:
     """The engine, as long as one call has it."""
 
@@ -66,17 +90,25 @@ class Claims:
     """What the engine is doing, and the calls that wait for it to do something else."""
 
     def __init__(self) -> None:
-        self._activity = Activity.IDLE
+        self._state: _Doing | _RollingOut | _Closed = _Doing(Activity.IDLE)
         self._holder: Claim | None = None
-        self._rollout: InTheWay | None = None
         self._waiting: list[asyncio.Future[None]] = []
-        self._closed: Callable[[], EngineError] | None = None
 
     @property
     def activity(self) -> Activity:
         """What the engine is doing."""
-        return self._activity
+        match self._state:
+            case _Doing(activity):
+                return activity
+            case _RollingOut():
+                return Activity.ROLLING_OUT
+            case _Closed():
+                return Activity.CLOSING
 
+    @overload
+    async def take(self, call: Taking, asker: object = None) -> Claim: ...
+    @overload
+    async def take(self, call: Call, asker: object = None) -> Claim | None: ...
     async def take(self, call: Call, asker: object = None) -> Claim | None:
         """Take the engine for a call; None if nothing is to be done for it.
 
@@ -90,47 +122,41 @@ class Claims:
             EngineError: the engine is asleep, closed, or has failed.
         """
         while True:
-            match decide(self._seen_by(asker), call):
-                case Verdict.TAKE:
-                    was = self._activity
+            match decide(self._seen_by(asker), call), self._state:
+                case Verdict.TAKE, _Doing(was):
                     is_half = was is Activity.HALF_AWAKE and call is not Call.WAKE
                     claim = Claim(self, was if is_half else Activity.IDLE)
                     self._holder = claim
                     self._do(claim, TAKEN[call])
                     return claim
-                case Verdict.DONE:
+                case Verdict.DONE, _:
                     return None
-                case Verdict.WAIT:
+                case Verdict.WAIT, _:
                     await self._change(asker)
-                case Verdict.END:
-                    assert self._rollout is not None
-                    await self._rollout.end()
+                case Verdict.END, _RollingOut(rollout):
+                    await rollout.end()
                     if call is Call.ABORT:
                         return None
-                case Verdict.ABORT:
-                    assert self._rollout is not None
-                    await self._rollout.abort()
+                case Verdict.ABORT, _RollingOut(rollout):
+                    await rollout.abort()
                     if call is Call.ABORT:  # one that began since is not meant
                         return None
-                case Verdict.BUSY:
-                    assert self._rollout is not None
+                case Verdict.BUSY, _RollingOut(rollout):
                     raise RolloutInProgressError(
-                        f"a rollout {self._rollout.description()} is in progress; "
+                        f"a rollout {rollout.description()} is in progress; "
                         f"{_ADVICE.get(call.name, _ADVICE_OTHERWISE)}"
                     )
-                case Verdict.SLEEPS:
-                    what = self._activity
+                case Verdict.SLEEPS, _Doing(what):
                     raise EngineError(f"the engine is {what}; wake() it first")
-                case Verdict.CLOSED:
-                    assert self._closed is not None
-                    raise self._closed()
+                case Verdict.CLOSED, _Closed(error):
+                    raise error()
+                case verdict, state:
+                    raise AssertionError(f"the table says {verdict!r} of {state}")
 
     def set_rollout(self, rollout: InTheWay) -> None:
         """The rollout that the call which has the engine began."""
-        self._rollout = rollout
-        if self._activity is Activity.BEGINNING:
-            self._activity = Activity.ROLLING_OUT
-            self._wake()
+        if self.activity is Activity.BEGINNING:
+            self._become(_RollingOut(rollout))
 
     def close(self, error: Callable[[], EngineError]) -> None:
         """Refuse every call from here on, those that wait included.
@@ -138,10 +164,8 @@ class Claims:
         Args:
             error: makes what they are refused with.
         """
-        self._closed = error
-        self._activity = Activity.CLOSING
         self._holder = None
-        self._wake()
+        self._become(_Closed(error))
 
     def check_open(self) -> None:
         """See that the engine did not close since a call took it.
@@ -149,40 +173,39 @@ class Claims:
         Raises:
             EngineError: it did.
         """
-        if self._closed is not None:
-            raise self._closed()
+        if isinstance(self._state, _Closed):
+            raise self._state.error()
 
     def _seen_by(self, asker: object) -> Activity:
-        is_left = (
-            self._activity is Activity.ROLLING_OUT
-            and self._rollout is not None
-            and self._rollout.was_left(asker)
-        )
-        return Activity.LEFT if is_left else self._activity
+        state = self._state
+        if isinstance(state, _RollingOut) and state.rollout.was_left(asker):
+            return Activity.LEFT
+        return self.activity
 
     def _do(self, claim: Claim, activity: Activity) -> None:
         if self._holder is claim:
-            self._activity = activity
-            self._wake()
+            self._become(_Doing(activity))
 
     def _release(self, claim: Claim) -> None:
         if self._holder is claim:
-            self._holder = self._rollout = None
-            self._activity = claim.after
-            self._wake()
+            self._holder = None
+            self._become(_Doing(claim.after))
+
+    def _become(self, state: _Doing | _RollingOut | _Closed) -> None:
+        self._state = state
+        waiting, self._waiting = self._waiting, []
+        for changed in waiting:
+            if not changed.done():
+                changed.set_result(None)
 
     def _check_can_end(self, asker: object) -> None:
-        rollout = self._rollout
-        if (
-            self._activity is Activity.ROLLING_OUT
-            and rollout is not None
-            and rollout.is_held_up_by(asker)
-        ):
+        state = self._state
+        if isinstance(state, _RollingOut) and state.rollout.is_held_up_by(asker):
             raise RolloutInProgressError(
-                f"the rollout in progress, {rollout.description()}, takes further "
-                "groups from its iterator only as it is read, and who reads it would "
-                "wait for its end here, for ever; read it to its end first, or give "
-                "pause='abort'"
+                f"the rollout in progress, {state.rollout.description()}, takes "
+                "further groups from its iterator only as it is read, and who reads it "
+                "would wait for its end here, for ever; read it to its end first, or "
+                "give pause='abort'"
             )
 
     async def _change(self, asker: object) -> None:
@@ -200,12 +223,6 @@ class Claims:
         finally:
             if changed in self._waiting:  # the wait was broken off
                 self._waiting.remove(changed)
-
-    def _wake(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for changed in waiting:
-            if not changed.done():
-                changed.set_result(None)
 
 
 _ADVICE = {

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from aseer.kv.pool import KvPool
     from aseer.node.interpreter import Interpreter
     from aseer.node.machine import Launch
-    from aseer.runtime.claims import Claim
     from aseer.runtime.cluster import Cluster
     from aseer.runtime.loop_thread import LoopThread
     from aseer.runtime.serving import Folders
@@ -112,7 +111,7 @@ class Host:
             self.weights,
             self._pool,
             self.infos,
-            self._take,
+            self._claims.take,
             self._check_alive,
             transfer_backend=transfer.get("backend"),
             draft_server=draft_server,
@@ -254,12 +253,6 @@ class Host:
             claim.become(Activity.HALF_AWAKE)
         else:
             claim.release()
-
-    async def _take(self, call: Call, asker: object) -> Claim:
-        """Take the engine for a call that is never answered with "nothing to do"."""
-        claim = await self._claims.take(call, asker)
-        assert claim is not None, call
-        return claim
 
     def _check_alive(self) -> None:
         if self._exhausted is not None:

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aseer.config import takes_nodes
 from aseer.errors import ConfigError
 from aseer.node.network import reachable
 from aseer.runtime.cluster import Cluster
@@ -34,15 +33,16 @@ def listening(config: EngineConfig, traits: ModelTraits | None) -> Listening:
         ConfigError: the address needs a key, the key cannot be used, or what is to
             start the nodes cannot.
     """
-    if not takes_nodes(config):
+    launcher = launcher_of(config)
+    if launcher is not None:
+        address = config.listen or f"tcp://{launcher.host}:*"
+    elif config.listen is not None:
+        address = config.listen
+    else:
         return nullcontext
     keys = find_keys(None if config.key_file is None else str(config.key_file))
-    if (launcher := launcher_of(config)) is not None:
+    if launcher is not None:
         keys = keys or new_keys()
-    address = config.listen
-    if address is None:
-        assert launcher is not None
-        address = f"tcp://{launcher.host}:*"
     check_key_is_there("listen", address, keys)
     return partial(_listen, config, address, traits, keys)
 

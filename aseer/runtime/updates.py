@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from aseer.dgds.server import DraftServer
+    from aseer.runtime.activity import Taking
     from aseer.runtime.claims import Claim
     from aseer.runtime.instances import InstancePool
     from aseer.runtime.kv_pools import KvPools
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from aseer.weights.files import Index
     from aseer.weights.target import Sent, WeightTarget
 
-_CALLS: dict[Pause | None, Call] = {
+_CALLS: dict[Pause | None, Taking] = {
     None: Call.UPDATE,
     "wait": Call.UPDATE_AFTER,
     "abort": Call.UPDATE_INSTEAD,
@@ -45,7 +46,7 @@ class Updates:
         keeper: WeightKeeper,
         pool: InstancePool,
         infos: Mapping[InstanceId, InstanceInfo],
-        take: Callable[[Call, object], Awaitable[Claim]],
+        take: Callable[[Taking, object], Awaitable[Claim]],
         check_alive: Callable[[], None],
         *,
         transfer_backend: str | None,

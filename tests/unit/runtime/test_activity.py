@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from itertools import product
+from typing import get_args
 
 import pytest
 
 from aseer.errors import EngineClosedError, EngineError, RolloutInProgressError
-from aseer.runtime.activity import TAKEN, Activity, Call, Verdict, decide
+from aseer.runtime.activity import (
+    TAKEN,
+    Activity,
+    Call,
+    Taking,
+    Verdict,
+    decide,
+)
 from aseer.runtime.claims import Claims
 
 # A row a state, a column a call.
@@ -62,6 +70,28 @@ def test_the_table_answers_every_pair():
     for name, *verdicts in rows:
         answers = [decide(Activity[name], call).name for call in calls]
         assert answers == verdicts, name
+
+
+def test_answers_are_about_what_the_engine_is_doing():
+    """`Claims` has a rollout to end only while there is one, and so on."""
+    about = {
+        Verdict.TAKE: {Activity.IDLE, Activity.ASLEEP, Activity.HALF_AWAKE},
+        Verdict.SLEEPS: {Activity.ASLEEP, Activity.HALF_AWAKE},
+        Verdict.CLOSED: {Activity.CLOSING},
+        Verdict.BUSY: {Activity.ROLLING_OUT},
+        Verdict.ABORT: {Activity.ROLLING_OUT},
+        Verdict.END: {Activity.LEFT},
+    }
+    for verdict, activities in about.items():
+        pairs = product(Activity, Call)
+        assert {a for a, c in pairs if decide(a, c) is verdict} == activities
+
+
+def test_a_call_that_has_the_engine_in_the_end_always_has_something_to_do():
+    for activity, call in product(Activity, get_args(Taking)):
+        assert decide(activity, call) is not Verdict.DONE
+    takes_it = {call for call in Call if decide(Activity.IDLE, call) is Verdict.TAKE}
+    assert takes_it == {*get_args(Taking), Call.SLEEP}
 
 
 def test_every_call_that_takes_the_engine_has_something_to_do():
