@@ -292,7 +292,7 @@ def test_settings_may_come_from_a_yaml_file() -> None:
         EngineConfig(model="m", kv_pool={"modes": "off"})
     with pytest.raises(ConfigError, match="no message that calls such a copy back"):
         KvPoolConfig(transfer="lmcache_driven")
-    with pytest.raises(ConfigError, match="transfer='cuda_ipc'.*engine_driven"):
+    with pytest.raises(ConfigError, match=r"transfer='cuda_ipc'.*engine_driven"):
         KvPoolConfig(transfer="cuda_ipc")
     with pytest.raises(ConfigError, match="policy=False is not allowed"):
         EngineConfig(model="m", policy=False)
