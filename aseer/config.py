@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from aseer.inputs.addresses import check_address
-from aseer.inputs.engine_args import check_engine_args, has_drafter
+from aseer.inputs.engine_args import (
+    check_engine_args,
+    check_variables,
+    has_drafter,
+)
 from aseer.inputs.fields import (
     directory,
     dtype_name,
@@ -345,6 +349,7 @@ class EngineConfig:
         if self.logs_calls and self.log_dir is None:
             raise refusal("log_dir", None, "a directory, since logs_calls is True")
         check_engine_args(self.engine_args, self.speculation.method)
+        check_variables(self.env)
         check_nodes(self)
 
 

@@ -110,6 +110,8 @@ _REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "skip_tokenizer_init": ((False,), _NO_TEXT),
     "tokens_only": ((False,), _NO_TEXT),
 }
+# vLLM takes them where its arguments say nothing.
+_REFUSED_VARIABLES = ("VLLM_DP_SIZE", "VLLM_DP_RANK", "VLLM_DP_RANK_LOCAL")
 # A drafter of the user's, which goes with no other.
 _DRAFTER = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 _CLASS_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
@@ -150,4 +152,17 @@ def check_engine_args(args: Mapping[str, Any], method: str) -> None:
         raise ConfigError(
             f"engine_args has worker_extension_cls={extension!r:.100}; give the name "
             'of a class with its module, such as "package.module.Extension"'
+        )
+
+
+def check_variables(env: Mapping[str, str]) -> None:
+    """Refuse environment variables that stand for arguments that are refused.
+
+    Raises:
+        ConfigError: there is one; it is named, with what to do instead.
+    """
+    for name in sorted(env.keys() & set(_REFUSED_VARIABLES)):
+        raise ConfigError(
+            f"env has {name}={env[name]!r:.100}, which aseer does not support: "
+            f"{_OTHER_REPLICAS}"
         )

@@ -63,6 +63,8 @@ _LONG_DEATH_S = 5.0
 _WORKERS_ONLY = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
     r"|TORCHELASTIC_.*"
+    # Of a trainer that has vLLM of its own, spread over its processes.
+    r"|VLLM_DP_(SIZE|RANK|RANK_LOCAL|MASTER_IP|MASTER_PORT)"
     # How PyTorch allocates device memory is tuned for the trainer. vLLM refuses to
     # start with `expandable_segments:True` beside a KV connector.
     r"|PYTORCH_(CUDA_|HIP_)?ALLOC_CONF"

@@ -157,6 +157,12 @@ def test_a_drafter_of_the_users_goes_with_no_other(name: str) -> None:
     assert not is_speculating(EngineConfig(model="m", engine_args={name: None}))
 
 
+@pytest.mark.parametrize("name", ["VLLM_DP_SIZE", "VLLM_DP_RANK"])
+def test_data_parallel_ranks_are_refused_as_variables_too(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"env has {name}='2'.*set num_instances"):
+        EngineConfig(model="m", env={name: "2"})
+
+
 def test_an_engine_argument_that_changes_nothing_goes_through() -> None:
     args = {
         "pipeline_parallel_size": 1,

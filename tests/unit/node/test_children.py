@@ -12,6 +12,8 @@ def test_a_child_is_not_told_which_of_the_launchers_workers_its_parent_is():
         "ROLE_NAME": "default",
         "MASTER_PORT": "29500",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "VLLM_DP_SIZE": "2",
+        "VLLM_DP_RANK_LOCAL": "1",
     }
     found = inherited({**ours, **of_a_worker}, ["/lib"])
     assert found == {**ours, "PYTHONPATH": "/lib"}
