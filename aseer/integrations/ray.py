@@ -8,6 +8,8 @@ and ends; all else goes over the connections of aseer's own nodes:
     trainer's process    RayNodes --- placement group, actors ---> NodeActor, one a host
                          Cluster  <------- tcp, encrypted --------- its agent: instances
 
+Hosts that join Ray later have placement groups of their own, if all hosts are wanted.
+
 Actors end with the trainer's process, whose job or actor owns them.
 """
 
@@ -30,7 +32,12 @@ from aseer.node.machine import this_machine
 
 try:
     import ray
-    from ray.util import get_node_ip_address, placement_group, remove_placement_group
+    from ray.util import (
+        get_node_ip_address,
+        placement_group,
+        placement_group_table,
+        remove_placement_group,
+    )
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 except ImportError as error:
     raise ConfigError(
@@ -39,7 +46,7 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from aseer.config import EngineConfig
@@ -54,6 +61,10 @@ T = TypeVar("T")
 _LOOK_S = 1.0
 # For agents that were told goodbye to remove their files before they are killed.
 _GOODBYE_S = 3.0
+# Between two looks for hosts that have joined Ray, or left it.
+_HOSTS_INTERVAL_S = 5.0
+# Ray's own label of each host.
+_HOST_LABEL = "ray.io/node-id"
 # For Ray to do what it is asked at the end.
 _END_S = 10.0
 
@@ -113,8 +124,14 @@ def launcher(config: EngineConfig) -> RayNodes:
             "nodes='ray', but this process is not connected to Ray; call ray.init(), "
             "for a cluster that runs ray.init(address='auto'), before aseer.Engine"
         )
-    hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return RayNodes(config, bundles_for(config, hosts), get_node_ip_address())
+    hosts = hosts_there()
+    bundles = bundles_for(config, list(hosts.values()))
+    return RayNodes(config, bundles, get_node_ip_address(), hosts)
+
+
+def hosts_there() -> dict[str, Mapping[str, float]]:
+    """All that Ray has on each host that is alive, in use or not, by the host's id."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def bundles_for(
@@ -128,15 +145,12 @@ def bundles_for(
         ConfigError: they have not what the settings ask for.
     """
     total = [int(host.get("GPU", 0)) for host in hosts]
-    if config.device == "cpu" or (config.device != "cuda" and not any(total)):
-        bundles = [{"CPU": 1} for host in hosts if host.get("CPU", 0) >= 1]
-        what = "a CPU"
-    else:
-        per, wanted = config.gpus_per_instance, config.num_instances
-        least = per * (wanted or 1)
-        sizes = sorted((n for n in total if n >= least), reverse=True)
-        bundles = [{"GPU": least if wanted else n - n % per} for n in sizes]
-        what = f"{least} GPUs" if least > 1 else "a GPU"
+    on_gpus = config.device == "cuda" or (config.device != "cpu" and any(total))
+    found = (bundle_for(config, host, on_gpus=on_gpus) for host in hosts)
+    bundles = [bundle for bundle in found if bundle is not None]
+    bundles.sort(key=lambda bundle: -bundle.get("GPU", 0))
+    least = config.gpus_per_instance * (config.num_instances or 1)
+    what = (f"{least} GPUs" if least > 1 else "a GPU") if on_gpus else "a CPU"
     if len(bundles) < max(config.min_nodes, 1):
         raise ConfigError(
             f"{max(config.min_nodes, 1)} hosts with {what} each are wanted, and "
@@ -147,17 +161,43 @@ def bundles_for(
     return bundles[: config.min_nodes or None]
 
 
+def bundle_for(
+    config: EngineConfig, host: Mapping[str, float], *, on_gpus: bool
+) -> dict[str, int] | None:
+    """What to reserve on a host; None if it has not what the settings ask for.
+
+    Args:
+        on_gpus: whether engines run on GPUs.
+    """
+    if not on_gpus:
+        return {"CPU": 1} if host.get("CPU", 0) >= 1 else None
+    per, wanted, total = (
+        config.gpus_per_instance,
+        config.num_instances,
+        int(host.get("GPU", 0)),
+    )
+    least = per * (wanted or 1)
+    if total < least:
+        return None
+    return {"GPU": least if wanted else total - total % per}
+
+
 class RayNodes:
     """See `Launcher`; for one opening of an engine."""
 
     def __init__(
-        self, config: EngineConfig, bundles: list[dict[str, int]], host: str
+        self,
+        config: EngineConfig,
+        bundles: list[dict[str, int]],
+        host: str,
+        hosts: Iterable[str] = (),
     ) -> None:
         """Ask nothing of Ray yet.
 
         Args:
             bundles: to reserve, one a host.
             host: the address that Ray has of this one.
+            hosts: ids of those that were looked at for `bundles`.
         """
         self.host = f"[{host}]" if ":" in host else host
         self.num_nodes = len(bundles)
@@ -170,6 +210,8 @@ class RayNodes:
         self._group: Any = None
         self._actors: list[Any] = []
         self._serving: list[Any] = []  # an object reference for each actor
+        self._seen = set(hosts)
+        self._late: dict[str, tuple[Any, Any]] = {}  # group and actor, by host
 
     async def run(self, address: str, keys: Keys) -> None:
         """See `Launcher`.
@@ -196,6 +238,10 @@ class RayNodes:
         async with asyncio.TaskGroup() as tasks:
             for serving in self._serving:
                 tasks.create_task(self._watch(serving))
+            while not config.min_nodes:
+                await asyncio.sleep(_HOSTS_INTERVAL_S)
+                for serving in await self._taken(settings):
+                    tasks.create_task(self._watch(serving, is_late=True))
 
     async def close(self) -> None:
         """See `Launcher`."""
@@ -228,19 +274,52 @@ class RayNodes:
         with self._lock:
             if self._is_over:
                 return
-            remote = ray.remote(NodeActor)
             for index, bundle in enumerate(self._bundles):
-                actor = remote.options(
-                    num_cpus=bundle.get("CPU", 0),
-                    num_gpus=bundle.get("GPU", 0),
-                    max_restarts=-1,
-                    max_task_retries=-1,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(
-                        self._group, placement_group_bundle_index=index
-                    ),
-                ).remote()
+                actor = _actor_in(self._group, index, bundle)
                 self._actors.append(actor)
                 self._serving.append(actor.serve.remote(settings))
+
+    async def _taken(self, settings: AgentSettings) -> list[Any]:
+        """Take hosts that have joined; what there is to watch of them."""
+        try:
+            return await _asked(self._take_hosts, settings)
+        except EngineError as error:
+            _log.warning("hosts that join Ray later are not taken now: %s", error)
+            return []
+
+    def _take_hosts(self, settings: AgentSettings) -> list[Any]:
+        """Reserve what is to be reserved on hosts that are new, and start actors there.
+
+        While Ray looks for a host in place of one that died, a new one is for that.
+        """
+        taken = []
+        with self._lock:
+            there = {} if self._is_over else hosts_there()
+            for host in self._late.keys() - there.keys():
+                self._give_back(*self._late.pop(host))
+            state = placement_group_table(self._group)["state"] if there else ""
+            new = there.keys() - self._seen if state == "CREATED" else set()
+            self._seen |= new
+            on_gpus = "GPU" in self._bundles[0]
+            for host in new:
+                bundle = bundle_for(self._config, there[host], on_gpus=on_gpus)
+                if bundle is None:
+                    continue
+                group = placement_group(
+                    [dict(bundle)],
+                    strategy="STRICT_PACK",
+                    bundle_label_selector=[{_HOST_LABEL: host}],
+                )
+                actor = _actor_in(group, 0, bundle)
+                self._late[host] = group, actor
+                taken.append(actor.serve.remote(settings))
+                self._serving.append(taken[-1])
+                _log.info("a host has joined Ray, and is taken with %s", bundle)
+        return taken
+
+    def _give_back(self, group: Any, actor: Any) -> None:
+        ray.kill(actor, no_restart=True)
+        remove_placement_group(group)
 
     def _end(self) -> None:
         with self._lock:
@@ -253,8 +332,10 @@ class RayNodes:
             for actor in self._actors:
                 ray.kill(actor, no_restart=True)
             remove_placement_group(self._group)
+            for group, actor in self._late.values():
+                self._give_back(group, actor)
 
-    async def _watch(self, serving: Any) -> None:
+    async def _watch(self, serving: Any, *, is_late: bool = False) -> None:
         try:
             why = await asyncio.wrap_future(serving.future())
             _log.info("an agent that Ray had placed has ended: %s", why)
@@ -262,7 +343,23 @@ class RayNodes:
             cause = getattr(error, "cause", None) or error
             told = f"an agent that Ray has placed failed: {describe(cause)}"
             _log.error("%s", told)
-            self.failure = self.failure or EngineError(told)
+            if not is_late:
+                self.failure = self.failure or EngineError(told)
+
+
+def _actor_in(group: Any, index: int, bundle: Mapping[str, int]) -> Any:
+    """Have Ray keep an actor in a bundle of a placement group."""
+    strategy = PlacementGroupSchedulingStrategy(
+        group, placement_group_bundle_index=index
+    )
+    remote = ray.remote(NodeActor)
+    return remote.options(
+        num_cpus=bundle.get("CPU", 0),
+        num_gpus=bundle.get("GPU", 0),
+        max_restarts=-1,
+        max_task_retries=-1,
+        scheduling_strategy=strategy,
+    ).remote()
 
 
 async def _asked(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -104,7 +104,9 @@ def alive(processes: set[int]) -> list[int]:
 
 
 def lives(cluster: Cluster, expected: dict[str, Any]) -> dict[str, Any]:
-    """An engine through the deaths of an agent and of a host, to its orderly end."""
+    """An engine through the deaths of an agent and of a host, and with a further one,
+    to its orderly end.
+    """
     saw: dict[str, Any] = {}
     second = cluster.list_all_nodes()[-1]
     with aseer.Engine(on_ray()) as engine:
@@ -127,7 +129,13 @@ def lives(cluster: Cluster, expected: dict[str, Any]) -> dict[str, Any]:
         cluster.add_node(**HOST)
         saw["host_back_s"] = until(lambda: two_others(engine, old))
         saw["at_last"] = roll(engine) == expected
+        third = cluster.add_node(**HOST)
+        saw["late_s"] = until(lambda: len(engine.instances) == 3)
+        saw["free_gpus_late"] = free_gpus()
+        saw["late"] = roll(engine) == expected
         old |= pids(engine)
+        lost = roll(engine, lambda: cluster.remove_node(third, allow_graceful=False))
+        saw["late_killed"] = lost == expected
     saw["freed_s"] = until(lambda: free_gpus() == NUM_GPUS)
     saw["left"] = alive(old)
     return saw

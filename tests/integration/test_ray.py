@@ -24,6 +24,7 @@ from aseer.errors import ConfigError, EngineError
 from tests.e2e.trainers import DEADLINE_S, RAY_PLUGIN, left_behind, run
 from tests.integration.sims import config_of, groups_of
 from tests.unit.integrations.rays import Ray, Started, importable
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,6 +83,26 @@ async def test_an_engine_runs_on_the_nodes_that_were_placed_and_ends_them(ray):
     assert ray.groups[0].is_removed
 
 
+async def test_a_host_that_joins_ray_in_the_middle_gets_work(ray, monkeypatch):
+    monkeypatch.setattr(ray.module, "_HOSTS_INTERVAL_S", 0.1)
+    config = config_of(nodes="ray", num_instances=1, engine_args={"step_s": 0.005})
+    async with aseer.Engine(config) as engine:
+        old = {info.instance_id for info in engine.instances}
+        responses = []
+        sampling = {"max_tokens": 1000, "ignore_eos": True}
+        async for response in engine.rollout(groups_of(8, **sampling)):
+            if not responses:
+                ray.hosts.append({"CPU": 8, "GPU": 2})
+            responses.append(response)
+        await until(lambda: len(engine.instances) == 3)
+        again = [r async for r in engine.rollout(groups_of(8))]
+    assert [r.error for r in [*responses, *again]] == [None] * 64
+    assert {i for r in again for i in r.metrics.instances} > old
+    ends = [actor.ends.result() for actor in ray.actors]
+    assert ends == ["the engine was closed"] * 3
+    assert all(group.is_removed for group in ray.groups)
+
+
 async def test_an_agent_that_cannot_run_ends_the_opening_with_its_words(
     ray, monkeypatch
 ):
@@ -121,9 +142,11 @@ def test_ray_keeps_nodes_up_and_their_gpus_from_others_and_leaves_nothing(
     )
     saw = json.loads((folder / "saw.json").read_text())
     lives, interrupted, killed = saw["lives"], saw["interrupted"], saw["killed"]
-    for rollout in ("undisturbed", "agent_killed", "host_killed", "at_last"):
+    rollouts = ("undisturbed", "agent_killed", "host_killed", "at_last", "late")
+    for rollout in (*rollouts, "late_killed"):
         assert lives[rollout], f"{rollout}: its responses are one machine's\n{said}"
     assert lives["free_gpus"] == 0
+    assert lives["free_gpus_late"] == 0, "those of the host that joined are taken"
     assert not lives["trainer_had_room"]
     assert not lives["trainer_had_room_then"], "also while Ray restarts an agent"
     assert "that Ray has placed failed: ConfigError: python=" in saw["failed"]["words"]

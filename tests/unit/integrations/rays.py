@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import pytest
 
@@ -57,6 +57,8 @@ class Group:
     bundles: list[dict[str, int]]
     strategy: str
     has_room: bool
+    host: str = ""
+    is_whole: bool = True
     is_removed: bool = False
     was_asked: threading.Event = field(default_factory=threading.Event)
 
@@ -70,16 +72,30 @@ class Ray:
 
     def __init__(self) -> None:
         self.is_connected = True
-        self.hosts: list[dict[str, float]] = [{"CPU": 8, "GPU": 2}] * 2
+        self.hosts: list[dict[str, float]] = [{"CPU": 8, "GPU": 2} for _ in range(2)]
         self.dead: list[dict[str, float]] = []
         self.has_room = True
         self.groups: list[Group] = []
         self.actors: list[Started] = []
         self.gpus_of_the_actor: list[str] = []
 
-    def place(self, bundles: list[dict[str, int]], strategy: str) -> Group:
-        self.groups.append(Group(bundles, strategy, self.has_room))
+    def place(
+        self,
+        bundles: list[dict[str, int]],
+        strategy: str,
+        bundle_label_selector: Sequence[dict[str, str]] = (),
+    ) -> Group:
+        (host,) = [each["ray.io/node-id"] for each in bundle_label_selector] or [""]
+        self.groups.append(Group(bundles, strategy, self.has_room, host))
         return self.groups[-1]
+
+    def nodes(self) -> list[dict[str, Any]]:
+        alive, dead = ([*hosts] for hosts in (self.hosts, self.dead))
+        return [
+            {"NodeID": f"{'dead' if i >= len(alive) else 'host'}-{i}"}
+            | {"Alive": i < len(alive), "Resources": resources}
+            for i, resources in enumerate([*alive, *dead])
+        ]
 
     def start(self, kind: type, options: dict[str, Any]) -> Started:
         self.actors.append(Started(kind, options))
@@ -97,15 +113,13 @@ class Ray:
         actor.was_killed = no_restart
 
     def modules(self) -> dict[str, dict[str, Any]]:
-        alive = [{"Alive": True, "Resources": host} for host in self.hosts]
-        dead = [{"Alive": False, "Resources": host} for host in self.dead]
         context = SimpleNamespace(
             get_accelerator_ids=lambda: {"GPU": self.gpus_of_the_actor, "TPU": []}
         )
         return {
             "ray": {
                 "is_initialized": lambda: self.is_connected,
-                "nodes": lambda: alive + dead,
+                "nodes": self.nodes,
                 "cluster_resources": lambda: {"GPU": 4.0, "CPU": 16.0},
                 "available_resources": lambda: {"GPU": 1.0, "CPU": 16.0},
                 "remote": self.remote,
@@ -116,6 +130,9 @@ class Ray:
             "ray.util": {
                 "get_node_ip_address": lambda: "127.0.0.1",
                 "placement_group": self.place,
+                "placement_group_table": lambda group: {
+                    "state": "CREATED" if group.is_whole else "RESCHEDULING"
+                },
                 "remove_placement_group": lambda group: setattr(
                     group, "is_removed", True
                 ),

@@ -146,9 +146,88 @@ async def test_an_agent_that_fails_is_told_of_and_one_that_ends_is_not(ray):
         error = RuntimeError("a trace of many lines")
         error.cause = NodeRefused("another release")  # as Ray has it
         second.ends.set_exception(error)
-        await running
+        await until(lambda: launcher.failure is not None)
+        running.cancel()
     assert isinstance(launcher.failure, EngineError)
     assert str(launcher.failure).endswith("failed: NodeRefused: another release")
+
+
+@pytest.fixture
+def looks_often(ray, monkeypatch):
+    monkeypatch.setattr(ray.module, "_HOSTS_INTERVAL_S", 0.0)
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_a_host_that_joins_later_is_taken_and_given_back(ray):
+    launcher = launcher_of(config(gpus_per_instance=2))
+    async with asyncio.TaskGroup() as tasks:
+        running = await placed(ray, launcher, tasks)
+        ray.hosts += [{"CPU": 8}, {"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 5}]
+        await until(lambda: len(ray.actors) == 3)
+        late, (_, late_group) = ray.actors[-1], ray.groups
+        assert late_group.bundles == [{"GPU": 4}]
+        assert late_group.host == "host-4", "on none but that, whoever has room"
+        assert late.options["num_gpus"] == 4
+        assert late.options["scheduling_strategy"] == (late_group, 0)
+        assert late.settings == ray.actors[0].settings
+        late.ends.set_exception(RuntimeError("it has another release"))
+        await asyncio.sleep(0.1)
+        assert launcher.failure is None, "it is no reason to end an opening"
+        ray.hosts.pop()
+        await until(lambda: late_group.is_removed)
+        assert late.was_killed
+        ray.hosts.append({"CPU": 8, "GPU": 2})
+        await asyncio.sleep(0.1)
+        assert len(ray.actors) == 3, "ids of hosts are never used again"
+        ray.hosts.append({"CPU": 8, "GPU": 2})
+        await until(lambda: len(ray.actors) == 4)
+        running.cancel()
+    await launcher.close()
+    assert all(actor.was_killed for actor in ray.actors)
+    assert all(group.is_removed for group in ray.groups)
+    assert launcher._take_hosts(None) == [], "of a thread that comes late"
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_a_host_that_comes_in_place_of_one_that_died_is_left_to_ray(ray):
+    launcher = launcher_of(config())
+    async with asyncio.TaskGroup() as tasks:
+        running = await placed(ray, launcher, tasks)
+        ray.groups[0].is_whole = False
+        ray.hosts.append({"CPU": 8, "GPU": 2})
+        await asyncio.sleep(0.1)
+        assert len(ray.actors) == 2
+        ray.groups[0].is_whole = True
+        await until(lambda: len(ray.actors) == 3)
+        running.cancel()
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_who_wants_so_many_hosts_has_no_more(ray):
+    launcher = launcher_of(config(min_nodes=2))
+    async with asyncio.TaskGroup() as tasks:
+        running = await placed(ray, launcher, tasks)
+        ray.hosts.append({"CPU": 8, "GPU": 2})
+        await asyncio.sleep(0.1)
+        assert len(ray.actors) == 2
+        running.cancel()
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_ray_that_does_not_answer_ends_nothing(ray, monkeypatch, caplog):
+    launcher = launcher_of(config())
+    async with asyncio.TaskGroup() as tasks:
+        running = await placed(ray, launcher, tasks)
+
+        def refuse() -> None:
+            raise OSError("the cluster is gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ray.module, "hosts_there", refuse)
+            await until(lambda: "the cluster is gone" in caplog.text)
+        ray.hosts.append({"CPU": 8, "GPU": 2})
+        await until(lambda: len(ray.actors) == 3)
+        running.cancel()
 
 
 async def test_what_ray_will_not_do_is_told_as_the_engines_error(ray, monkeypatch):
