@@ -130,6 +130,8 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.setenv("SPT_NOENV", "1")
     patch.setenv("VLLM_NO_USAGE_STATS", "1")
     patch.setenv("HF_HUB_OFFLINE", "1")
+    # Every rollout of a test compares its books, those of other processes too.
+    patch.setenv("ASEER_CHECK", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

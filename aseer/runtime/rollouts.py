@@ -7,6 +7,8 @@ and the sums of what was done.
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from functools import partial
 from random import Random
@@ -38,6 +40,13 @@ if TYPE_CHECKING:
     from aseer.runtime.mailbox import Mailbox
     from aseer.runtime.weights import WeightKeeper
     from aseer.types import InstanceId, InstanceInfo, InstanceLoad, Response
+
+_log = logging.getLogger("aseer")
+
+#: Environment variable: set, and to something else than 0, it has every rollout compare
+#: its books after each event. For whoever looks for a fault of ours: no setting, so
+#: that a program need not be changed for it.
+CHECK_VARIABLE = "ASEER_CHECK"
 
 
 class Rollouts:
@@ -124,6 +133,7 @@ class Rollouts:
                 call_log=self._new_call_log(),
                 journal=journal,
                 seeds=self._seeds,
+                checks_integrity=_is_to_check(),
             )
             for instance_id, info in sorted(self._infos.items()):
                 session.instance_up(info, self._loads[instance_id])
@@ -212,6 +222,13 @@ class Rollouts:
         if self._session is session:
             self._session = None
         claim.release()
+
+
+def _is_to_check() -> bool:
+    is_set = os.environ.get(CHECK_VARIABLE, "") not in ("", "0")
+    if is_set:
+        _log.info("%s: this rollout checks itself, which is slow", CHECK_VARIABLE)
+    return is_set
 
 
 class _InTheWay:

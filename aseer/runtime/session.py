@@ -17,7 +17,7 @@ import logging
 import time
 from dataclasses import replace
 from random import Random
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from aseer.core.commands import Abort, Blame, Command, Dispatch, Finished
 from aseer.errors import RolloutClosedError, RolloutError, describe
@@ -64,9 +64,6 @@ _CANCEL_AT_ONCE = 1000
 class Session:
     """A rollout in progress."""
 
-    #: Check after every event that the controller's parts agree (slow: for tests).
-    checks_integrity: ClassVar[bool] = False
-
     def __init__(
         self,
         *,
@@ -80,8 +77,11 @@ class Session:
         call_log: CallLog | None = None,
         journal: Journal | None = None,
         seeds: Random | None = None,
+        checks_integrity: bool = False,
     ) -> None:
+        """Begin; if it checks its integrity, it compares its books after each event."""
         self._pool = pool
+        self._checks_integrity = checks_integrity
         self._mailbox = mailbox
         self._weight_version = weight_version = settings.weight_version
         self._controller = controller_of(settings, call_log)
@@ -344,7 +344,7 @@ class Session:
                     self._finish(response)
                 case Blame(num_deaths):
                     self._pool.forgive(num_deaths)
-        if self.checks_integrity:
+        if self._checks_integrity:
             self._controller.check_integrity()
         self._recorder.mark_busy(self._now())
         self._end_if_over()

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 import aseer
+from aseer.controller import Controller
 from aseer.errors import (
     EngineClosedError,
     EngineError,
     InstanceStartError,
+    RolloutError,
     WeightUpdateError,
 )
 from aseer.runtime.activity import Activity
@@ -68,6 +70,27 @@ async def can_roll_out(engine: aseer.Engine) -> bool:
 def has_begun(rollout: aseer.Rollout) -> bool:
     progress = rollout.progress()
     return progress is not None and progress.num_output_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "is_checked"), [("1", True), ("yes", True), ("0", False), ("", False)]
+)
+async def test_a_rollout_compares_its_books_where_the_environment_asks_for_it(
+    sim, monkeypatch, value, is_checked
+) -> None:
+    def find_fault(controller: Controller) -> None:
+        assert not controller.buffer.num_unfinished, "two books differ"
+
+    monkeypatch.setenv("ASEER_CHECK", value)
+    async with sim.engine() as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(Controller, "check_integrity", find_fault)
+            if is_checked:
+                with pytest.raises(RolloutError, match="two books differ"):
+                    await can_roll_out(engine)
+            else:
+                assert await can_roll_out(engine)
+        assert await can_roll_out(engine)
 
 
 # Opening and closing

@@ -385,10 +385,9 @@ async def test_an_error_in_any_decision_fails_it_and_stops_its_work(
 
 @pytest.mark.parametrize("is_checked", [True, False])
 async def test_books_that_do_not_agree_fail_the_rollout_if_they_are_compared(
-    monkeypatch: pytest.MonkeyPatch, is_checked: bool
+    is_checked: bool,
 ) -> None:
-    monkeypatch.setattr(Session, "checks_integrity", is_checked)
-    rolling = Rolling()
+    rolling = Rolling(checks_integrity=is_checked)
     rolling.offer("g")
     rolling.work()
     rolling.session._controller.buffer.num_unfinished += 1
