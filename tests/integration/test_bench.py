@@ -31,6 +31,7 @@ NEEDS_VLLM = pytest.mark.skipif(
             {"us_per_decision", "controller_us_per_decision", "reporting_cores"},
         ),
         pytest.param("chain", {"chain_of_one", "star_of_one"}, marks=pytest.mark.slow),
+        pytest.param("streams", {"two_of_one"}, marks=pytest.mark.slow),
         ("busy_trainer", {"ratios", "computed"}),
         ("journal", {"us_per_report", "bytes_per_token", "read_mb_per_s"}),
         ("simulate", {"workloads"}),
