@@ -303,7 +303,7 @@ class EngineConfig:
         whole(0),
         """nodes of other hosts that must be up before the engine is open; more may
         join at any time. With `nodes`, how many hosts are taken; 0 = all that have
-        the GPUs.""",
+        the GPUs, also those that join Ray later.""",
     ] = 0
     node_timeout_s: Annotated[
         float,

@@ -8,9 +8,10 @@ second until all blocks are written, `cpu_ms_per_mb` what both processes took of
 for each, and `cores` how many they kept busy in the mean. Arms take turns; the first
 fetch of each is not counted.
 
-Expected on two cores: `two_of_one` between 0.8 and 1.3, since one stream keeps nearly
-two cores busy, one at either end. Where each end has cores to spare it says what
-several connections would gain.
+Expected on two cores that both ends share: `two_of_one` and `four_of_one` of about 1,
+and `cpu_ms_per_mb` the same for all, since what bounds the rate is the cores' time, of
+which streams save nothing. Where each end has cores to spare it says what several
+connections would gain.
 """
 
 from __future__ import annotations
