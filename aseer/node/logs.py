@@ -15,6 +15,7 @@ _LOG_BYTES = 4 << 20
 # it.
 _NOT_A_CAUSE = (
     "Engine core initialization failed",
+    "WorkerProc initialization failed",
     "EngineDeadError",
     "died unexpectedly",
 )

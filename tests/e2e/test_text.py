@@ -33,6 +33,22 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokens)
 
 
+def chunk_of(prompt: list[int], generated: list[int], **settings: Any) -> Chunk:
+    return Chunk(
+        chunk_id=ChunkId(0),
+        request_id=RequestId("g/0"),
+        group_id=GroupId("g"),
+        instance_id=InstanceId(0),
+        prompt=array("i", prompt).tobytes(),
+        generated=array("i", generated).tobytes(),
+        max_tokens=100,
+        min_tokens=settings.get("min_tokens", 0),
+        sampling=SamplingParams(**settings).to_dict(),
+        seed=None,
+        num_reserved_blocks=1,
+    )
+
+
 def text_of(
     tokenizer: Any, prompt: list[int], *chunks: bytes, **settings: Any
 ) -> tuple[str, str | None]:
@@ -41,20 +57,7 @@ def text_of(
     generated: list[int] = []
     hit = None
     for tokens in chunks:
-        chunk = Chunk(
-            chunk_id=ChunkId(0),
-            request_id=RequestId("g/0"),
-            group_id=GroupId("g"),
-            instance_id=InstanceId(0),
-            prompt=array("i", prompt).tobytes(),
-            generated=array("i", generated).tobytes(),
-            max_tokens=100,
-            min_tokens=0,
-            sampling=SamplingParams(**settings).to_dict(),
-            seed=None,
-            num_reserved_blocks=1,
-        )
-        text = Text(chunk, tokenizer)
+        text = Text(chunk_of(prompt, generated, **settings), tokenizer)
         for token in tokens:
             _, hit = text.add([token], stopped=False)
             if hit is not None:
@@ -100,3 +103,29 @@ def test_stop_strings_do_not_match_in_the_prompt(tokenizer):
     prompt = [*b"END", *EURO[:2]]
     found = text_of(tokenizer, prompt, b"ab", b"cEND", stop=["END"])
     assert found == ("abc", "END")
+
+
+@pytest.mark.parametrize("several", [1, 2, 3, 16])
+@pytest.mark.parametrize(
+    ("settings", "num", "text"),
+    [
+        ({}, 5, "ab"),
+        ({"include_stop_str_in_output": True}, 5, "abEND"),
+        ({"min_tokens": 5}, 10, "abENDcd"),
+    ],
+    ids=["cut", "kept", "min_tokens"],
+)
+def test_tokens_end_with_a_stop_string_however_many_come_at_once(
+    tokenizer, several, settings, num, text
+):
+    """As they do with drafts, or where the engine streams a few tokens at a time."""
+    response = list(b"abENDcdENDef")
+    chunk = chunk_of(list(b"Hello"), [], stop=["no", "END"], **settings)
+    written = Text(chunk, tokenizer)
+    num_kept, hit = 0, None
+    while hit is None:
+        tokens = response[num_kept : num_kept + several]
+        kept, hit = written.add(tokens, stopped=False)
+        num_kept += kept
+    assert (num_kept, hit) == (num, "END")
+    assert written.take(finished=True) == text

@@ -39,6 +39,7 @@ class Text:
         """Prepare for the chunk's tokens; `tokenizer` is vLLM's."""
         settings = {k: chunk.sampling[k] for k in SETTINGS}
         settings["stop"] = list(settings["stop"])
+        self._has_stops = bool(settings["stop"])
         prompt = array("i", chunk.prompt).tolist()
         generated = array("i", chunk.generated).tolist()
         # It counts earlier chunks' tokens too, and must not look for stops among them.
@@ -60,9 +61,16 @@ class Text:
         """Decode new tokens; returns how many count, and the stop string they
         complete.
         """
-        before = self._decoder.num_output_tokens()
-        hit = self._decoder.update(tokens, stopped)
-        return self._decoder.num_output_tokens() - before, hit
+        if not self._has_stops:
+            self._decoder.update(tokens, stopped)
+            return len(tokens), None
+        # One by one, since of several at once older releases (0.26, 0.27) count those
+        # behind the stop string, too.
+        for num, token in enumerate(tokens, 1):
+            hit = self._decoder.update([token], stopped and num == len(tokens))
+            if hit is not None:
+                return num, hit
+        return len(tokens), None
 
     def take(self, finished: bool) -> str:
         """Text since the last call, less what might begin a stop string."""

@@ -9,6 +9,7 @@ LOG = """\
 (EngineCore pid=7) ERROR 11-21 22:00:00 [core.py:1] Traceback (most recent call last):
 (EngineCore pid=7) ERROR 11-21 22:00:00 [core.py:1]   File "x.py", line 1, in load
 (EngineCore pid=7) ERROR 11-21 22:00:00 [core.py:1] ValueError: No available memory
+Exception: WorkerProc initialization failed due to an exception in a background process.
 Traceback (most recent call last):
   File "y.py", line 2, in start
 RuntimeError: Engine core initialization failed. See root cause above.
