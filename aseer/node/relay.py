@@ -130,7 +130,9 @@ class Relay:
 
         Without a key they could be anybody, and nothing is done.
         """
-        if self._keys is not None:
+        if self._keys is None:
+            self._say(Gives(""))
+        else:
             self._serving = self._tasks.create_task(self._serve(controller))
 
     async def give(self, router: Router[GetBlock]) -> None:

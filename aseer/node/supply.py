@@ -77,6 +77,8 @@ class Supply:
         self._fetches: dict[str, _Fetch] = {}
         self._num_fetches = 0
         self._lost_because: str | None = None
+        self.said_address = asyncio.Event()
+        """Set once `address` is known, or the node is gone."""
         self.num_wanted = 0
         """Blocks that the node has asked for, and has not been sent."""
 
@@ -150,6 +152,7 @@ class Supply:
         """Take what the node says of it."""
         if isinstance(message, Gives):
             self._giver.address = message.address
+            self.said_address.set()
             return
         for key, fetch in self._fetches.items():
             if fetch.folder == message.folder and not fetch.done.done():
@@ -157,7 +160,7 @@ class Supply:
 
     @property
     def address(self) -> str:
-        """Where the node listens for other nodes; "" = nowhere, or not known yet."""
+        """Where the node listens for other nodes; "" = nowhere, or not said yet."""
         return self._giver.address
 
     @property
@@ -168,6 +171,7 @@ class Supply:
     def lose(self, why: str) -> None:
         """The node is gone."""
         self._lost_because = why
+        self.said_address.set()
         for key, fetch in self._fetches.items():
             fetch.lose(why)
             self._leave(key, fetch)

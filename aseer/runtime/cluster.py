@@ -179,7 +179,7 @@ class Cluster:
             )
 
     async def _attend_gang(self, gang: Gang, tasks: asyncio.TaskGroup) -> None:
-        await gang.look()
+        await gang.meet()
         if gang.lost_because is None:
             await self._attend(gang.nodes, gang, [gang.launch])
         self._gangs.remove(gang)

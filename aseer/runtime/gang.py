@@ -10,6 +10,7 @@ lost, or is cut off from another, is known by then, and that is nobody's fault.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from itertools import permutations
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import msgspec
 
 from aseer.instance.base import InstanceSpec
 from aseer.runtime.launch import member_args, member_env
+from aseer.watch import waking_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from aseer.node.messages import Located
     from aseer.node.remote import RemoteNode, RemoteProcess
     from aseer.transport.base import Message
+
+
+# For nodes to say where they listen.
+_ADDRESS_S = 10.0
 
 
 class Gang:
@@ -60,6 +66,16 @@ class Gang:
             one, other = self.apart
             return f"its nodes {one.name} and {other.name} do not reach each other"
         return lost
+
+    async def meet(self) -> None:
+        """As `look`, once the nodes have said where they listen: they do as they join,
+        unless they cannot.
+        """
+        with suppress(TimeoutError):
+            async with waking_timeout(_ADDRESS_S):
+                for node in self.nodes:
+                    await node.weights.said_address.wait()
+        await self.look()
 
     async def look(self) -> None:
         """See whether the nodes reach each other; nothing is to run there."""

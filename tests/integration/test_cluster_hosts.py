@@ -151,6 +151,34 @@ def test_nodes_of_an_engine_that_are_cut_off_from_each_other_go_on_with_others(
     assert {each["digest"] for each in (whole, elsewhere, again)} == {expected}
 
 
+def test_nodes_that_never_reached_each_other_run_engines_with_others(
+    nodes: Nodes,
+) -> None:
+    with hosts(4) as there:
+        there.part(2, 3)
+        started = [start(nodes, there[number]) for number in (2, 3)]
+        trainer = TrainerProcess(
+            "tests.integration.cluster_trainer",
+            there[1].prefix,
+            num_instances=0,
+            nodes_per_instance=2,
+            listen=ADDRESS,
+            min_nodes=2,
+        )
+        try:
+            time.sleep(8.0)  # both have joined, and start nothing
+            assert not instances(there[2]) + instances(there[3])
+            started.append(start(nodes, there[4]))
+            trainer.until_open()
+            assert len(instances(there[4])) == 1
+            assert trainer.roll()["num_retries"] == 0
+            assert trainer.close() == 0
+            assert [node._process.wait(30) for node in started] == [0, 0, 0]
+        finally:
+            trainer.kill()
+            nodes.end()
+
+
 def instances(host: Namespace) -> list[int]:
     """Processes of instances on a host, by their ids there."""
     found = subprocess.run(

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 def far(name: str) -> RemoteNode:
-    return RemoteNode(structs.replace(JOIN, name=name), lambda data: None)
+    node = RemoteNode(structs.replace(JOIN, name=name), lambda data: None)
+    node.weights.said_address.set()
+    return node
 
 
 class Spanning:
@@ -122,6 +124,28 @@ async def test_nodes_that_do_not_reach_each_other_run_with_others_until_they_do(
         await until(lambda: len(spanning.attended) == 3, 0)
         assert set(spanning.attended[2].nodes) == {a, b}
         assert cluster.nodes == [a, b], "none of them was let go"
+        working.cancel()
+
+
+async def test_nodes_that_never_reached_each_other_start_nothing_together(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node says where it listens a moment after it has joined."""
+    spanning = Spanning()
+    a, b = (far(name) for name in "ab")
+
+    async def reaches(self: RemoteNode, other: RemoteNode) -> bool:
+        return not other.weights.said_address.is_set()
+
+    monkeypatch.setattr(RemoteNode, "reaches", reaches)
+    b.weights.said_address.clear()
+    async with asyncio.TaskGroup() as tasks:
+        working = tasks.create_task(spanning.cluster.work())
+        spanning.join(a, b)
+        await until(lambda: spanning.cluster._gangs, 0)
+        b.weights.said_address.set()
+        await until(lambda: "do not reach each other" in caplog.text, 0)
+        assert spanning.attended == []
         working.cancel()
 
 
