@@ -21,6 +21,7 @@ import pytest
 
 import aseer
 from aseer.data import load_prompts
+from aseer.kv import pool as pools
 from aseer.models import smollm2
 from tests.e2e.tiny import (
     by_request,
@@ -368,3 +369,49 @@ def largest_difference(found: dict[str, Any], expected: dict[str, Any]) -> float
         for request_id, response in found.items()
         for a, b in zip(response.logprobs, expected[request_id].logprobs, strict=True)
     )
+
+
+@pytest.fixture
+def chosen_late(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Engine arguments with a block size that is known once the model is loaded, as on
+    GPUs.
+    """
+    plan: Any = pools.plan_pool
+
+    def plan_unknowing(config: Any, num: int, block_size: int, *args: Any, **kw: Any):
+        assert block_size == 96
+        return plan(config, num, None, *args, **kw)
+
+    monkeypatch.setattr(pools, "plan_pool", plan_unknowing)
+    return {"block_size": 96}
+
+
+def test_engines_whose_blocks_do_not_fit_end_the_pool(chosen_late, caplog):
+    config = tiny_config(
+        num_instances=2,
+        chunk_size=CHUNK,
+        kv_pool=pool_config(mode="auto"),
+        engine_args=chosen_late,
+    )
+    with aseer.Engine(config) as engine:
+        rollout = engine.rollout_sync(groups_of(4, 300, seed=9))
+        responses = list(rollout)
+        assert {r.finish_reason for r in responses} == {"length"}
+        assert rollout.report.kv is None
+        assert pool_of(engine).pids == []
+    assert "no KV pool: the engine keeps KV in blocks of 96 tokens" in caplog.text
+    assert "set kv_pool={'chunk_tokens': 192}" in caplog.text
+
+
+def test_a_pool_that_was_asked_for_and_does_not_fit_is_refused(chosen_late):
+    config = tiny_config(
+        num_instances=1,
+        chunk_size=CHUNK,
+        kv_pool=pool_config(),
+        engine_args=chosen_late,
+    )
+    with (
+        pytest.raises(aseer.ConfigError, match=r"blocks of 96 tokens"),
+        aseer.Engine(config),
+    ):
+        pass
