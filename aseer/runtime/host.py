@@ -1,13 +1,22 @@
-"""What lives on the engine's thread: the instances, the weights, the rollout.
+"""The inside of an open engine: all that lives on the engine's own thread.
 
-The public `Engine` owns the thread (`aseer.runtime.loop_thread`) and calls in from
-outside; everything here runs on that thread's event loop.
+`Host` makes the parts and joins them. It is no machine: machines that instances run on
+are nodes. The public `Engine` owns the thread (`aseer.runtime.loop_thread`) and calls
+in from outside: `submit` runs a coroutine on the thread's event loop and gives its
+result, `post` runs a function there, soon. Everything here runs on that loop.
 
     user's thread                       engine's thread
     Engine   -- submit, post -->  Host -- Updates, Sleep --+
                                    |                       |
     Rollout  -- submit, post -->  Rollouts -- Session -- InstancePool -- Router
              <--- Mailbox ------              (pure Controller inside)
+
+    Claims            which call has the engine; the others wait, or are refused
+    Updates, Sleep    what is done to the instances between rollouts
+    Rollouts          begins rollouts, and ends them; a Session is the one in progress
+    InstancePool      the instances: their processes, what is said to them and by them
+    Router            carries messages to and from instances
+    KvPools, Cluster  KV that instances share on a node; nodes on other machines
 
 What fails belongs to what it was done for: an error in a rollout's decisions ends that
 rollout, an error in a call ends that call. The engine ends only with its last instance
@@ -55,7 +64,16 @@ _log = logging.getLogger("aseer")
 
 
 class Host:
-    """All of an engine that lives on its thread: makes the parts and joins them."""
+    """The inside of an engine, from its opening to its end; see the module.
+
+    Attributes:
+        infos: of the instances that are up, by id. `limits` is the latest of them: all
+            start with the same settings.
+        weights: the versions of the weights, and what instances must load.
+        folders: for sockets, logs and weights, and what the end of the engine removes.
+        kv_pool: this machine's; None = there is none. `kv_pools` has all nodes'.
+        cluster: nodes on other machines; None = they cannot join.
+    """
 
     def __init__(
         self,
@@ -76,7 +94,9 @@ class Host:
         self._router = router
         self._draft_server = draft_server
         self._claims = Claims()
+        # What each instance said of itself last; of one that is down, too.
         self._loads: dict[InstanceId, InstanceLoad] = {}
+        # Why no instance is left, and none will come up by itself; None = some may.
         self._exhausted: str | None = None
         self.metrics_url: str | None = None
         self.kv_pool = kv_pool
@@ -85,7 +105,6 @@ class Host:
         self.weights = WeightKeeper(folders.weights)
         self._images = ImageStore(folders.weights / "images")
         self.infos: dict[InstanceId, InstanceInfo] = {}
-        #: Limits of the instance that came up last (all start with the same settings).
         self.limits: InstanceInfo
         self._log_paths = [
             folders.logs / f"instance-{launch.instance_id}.log" for launch in launches
@@ -138,7 +157,14 @@ class Host:
         return list(self._log_paths)
 
     async def run(self, stop: asyncio.Event, started: Future[Host]) -> None:
-        """Bring the instances up, and work until `stop` is set."""
+        """Bring the instances up, and work until `stop` is set.
+
+        Then, in this order: refuse calls, end the rollout, end the processes. Whatever
+        happens, none of them is left at the end.
+
+        Args:
+            started: gets this host once the instances are up.
+        """
         try:
             async with asyncio.TaskGroup() as tasks:
                 talking = tasks.create_task(
@@ -155,7 +181,7 @@ class Host:
                 self._claims.close(self._thread.closed_error)
                 await self.rollouts.stop()
                 working.cancel()
-                await asyncio.wait([working])
+                await asyncio.wait([working])  # nothing is started any more
                 await self._pool.stop(self._config.shutdown_timeout_s)
                 if cluster and joining:
                     await cluster.dismiss("the engine was closed")
@@ -164,7 +190,7 @@ class Host:
         except BaseException as error:
             self._thread.failure = error
             raise
-        finally:
+        finally:  # what was done in order is done already, and does nothing again
             self._claims.close(self._thread.closed_error)
             self.weights.give_up("the engine was closed")
             self.weights.close()

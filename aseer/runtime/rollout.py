@@ -5,13 +5,16 @@ code.
         async for response in rollout:
             ...
 
-Responses come from the engine's thread through a mailbox. Groups go the other way
-(`aseer.runtime.group_source`). A rollout has one life: it is read to its end, or left
-before. Leaving the `async with` block leaves the rollout, and waits until the engines
-have stopped its work. A bare `for` loop that ends by a break, an exception or
-cancellation leaves the rollout as well, because the iterator that only the loop held is
-gone then. If something else holds that iterator (a variable, a debugger), the engine
-cannot know that the loop is over; the `async with` form does not depend on it.
+Both forms only read. What they read from is their `Work` (`aseer.runtime.work`), the
+rollout's one life: it is opened at the first read, and read to its end, or left before.
+Responses come from the engine's thread through its mailbox. Groups go the other way
+from its source, which whoever reads drives along (`aseer.runtime.group_source`).
+
+Leaving the `async with` block leaves the rollout, and waits until the engines have
+stopped its work. A bare `for` loop that ends by a break, an exception or cancellation
+leaves the rollout as well, because the iterator that only the loop held is gone then.
+If something else holds that iterator (a variable, a debugger), the engine cannot know
+that the loop is over; the `async with` form does not depend on it.
 """
 
 from __future__ import annotations
@@ -147,15 +150,17 @@ class Rollout:
         # suspended, and with it that loop's rollout, which would be in the way.
         await asyncio.sleep(0)
         opening = work.open(asyncio.current_task())
-        work.begin(await spared(opening))
-        work.check_not_left()
-        work.source.start_pump()
+        work.begin(await spared(opening))  # goes on if this wait is cancelled
+        work.check_not_left()  # by somebody else meanwhile
+        work.source.start_pump()  # takes groups of an async iterator from here on
 
     async def _next(self) -> Response:
         work = self._work
         try:
             await self._open()
             work.check_not_left()
+            # Groups of a plain iterator are taken here, a few before each response, so
+            # that the iterator runs in the reader's own thread and is never far ahead.
             more = work.source.pull()
             while more and not work.mailbox.has_items:
                 await asyncio.sleep(0)
@@ -164,10 +169,11 @@ class Rollout:
                 response = await work.mailbox.get()
             except MailboxClosed:
                 await work.source.wait_stopped()
-                response = work.ended()
-        except StopIteration:
+                response = work.ended()  # or raises how it ended
+        except StopIteration:  # which no coroutine may raise
             raise StopAsyncIteration from None
         except asyncio.CancelledError:
+            # If this task asks for the engine before it reads on, it has left.
             work.mailbox.give_up(asyncio.current_task())
             raise
         work.source.yielded()
@@ -242,13 +248,13 @@ class SyncRollout:
         try:
             self._open()
             work.check_not_left()
-            more = work.source.pull()
+            more = work.source.pull()  # see `Rollout._next`
             while more and not work.mailbox.has_items:
                 more = work.source.pull()
             try:
                 response = work.mailbox.get_blocking()
             except MailboxClosed:
-                response = work.ended()
+                response = work.ended()  # or raises how it ended
         except (KeyboardInterrupt, SystemExit):
             work.leave()  # whoever interrupts a wait does not come back to it
             raise

@@ -156,7 +156,7 @@ class Rollouts:
         if not session.over.done():
             self._pool.kill_busy(f"it did not stop its work within {timeout_s:g} s")
             await wait_awake(session.over, timeout_s)
-        session.set_over()
+        session.give_up()
 
     async def abort(self, asker: object) -> None:
         """See `Engine.abort_rollout`."""
@@ -174,7 +174,7 @@ class Rollouts:
         """Nothing runs any more: whoever waits for a rollout waits in vain."""
         if self._session is not None:
             self._session.fail(self._thread.closed_error())
-            self._session.set_over()
+            self._session.give_up()
 
     def tell(self, tell: Callable[[Session], None]) -> None:
         """Tell the rollout in progress of something, if there is one."""

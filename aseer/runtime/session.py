@@ -1,13 +1,15 @@
-"""One rollout on the engine's thread: the pure controller, joined to the clock, to the
-instances, and to whoever reads the responses.
+"""One rollout on the engine's thread: decisions, joined to clock, instances, reader.
 
-Everything here runs on the engine's event loop, in callbacks that never wait; the few
-methods that any thread may call say so. The session is over when its intake is closed
-and every request has finished. A rollout that is left early cancels its unfinished
-requests, and is over once the engines have said that they stopped.
+    Intake      groups on their way here, from any thread
+    Controller  decides: an event goes in, commands come out (`_carry_out` does them)
+    Followers   hear of groups and chunks: drafts, the KV pool, length priors
+    Recorder    figures; Outcome: what the reader is told at the end
 
-An error in a rollout's decisions fails the rollout, not the engine: its reader gets the
-error, and the session is over as soon as the engines have stopped its chunks.
+Callbacks on the engine's loop never wait; methods that any thread may call say so. The
+session is over when its intake is closed and every request has finished: by itself, or
+earlier by `abort` (its reader reads on) or `leave` (nobody does). A decision that fails
+is the rollout's failure, and not the engine's: the reader gets the error, nothing more
+is decided, and the session is over once the engines have stopped its chunks.
 """
 
 from __future__ import annotations
@@ -79,11 +81,17 @@ class Session:
         seeds: Random | None = None,
         checks_integrity: bool = False,
     ) -> None:
-        """Begin; if it checks its integrity, it compares its books after each event."""
+        """Begin, without instances: each is told of by `instance_up`.
+
+        Args:
+            post: runs a function on the loop, soon, from any thread; False if the loop
+                has ended.
+            checks_integrity: whether the books are compared after each event.
+        """
         self._pool = pool
         self._checks_integrity = checks_integrity
         self._mailbox = mailbox
-        self._weight_version = weight_version = settings.weight_version
+        self.weight_version = weight_version = settings.weight_version
         self._controller = controller_of(settings, call_log)
         self._recorder = Recorder(
             self._controller,
@@ -95,7 +103,7 @@ class Session:
         self._followers = Followers(
             self._controller,
             weight_version=weight_version,
-            rollout_id=settings.first_chunk_id,
+            rollout_id=settings.first_chunk_id,  # no other rollout has that chunk
             draft_server=draft_server,
             kv_pool=kv_pool,
             priors=length_priors,
@@ -111,9 +119,9 @@ class Session:
             self._end_if_over,
         )
         self._cancelled_early: set[GroupId] = set()  # before they had arrived
-        self._left = False  # by its reader
-        self._ends_early = False
-        self._failure: Exception | None = None
+        self._left = False  # by its reader: nothing is delivered any more
+        self._ends_early = False  # groups that come now are cancelled, too
+        self._failure: Exception | None = None  # nothing is decided any more
         self._outcome = Outcome()
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.report: RolloutReport | None = None
@@ -126,10 +134,6 @@ class Session:
     @property
     def next_chunk_id(self) -> int:
         return self._controller.buffer.next_chunk_id
-
-    @property
-    def weight_version(self) -> int:
-        return self._weight_version
 
     def was_left(self, asker: object) -> bool:
         """Whether its user walked away from it, as far as the asking task can know."""
@@ -180,15 +184,17 @@ class Session:
         tasks = [seeded(task, self._seeds) for task in tasks]
         commands = self._controller.add_groups(tasks, self._now(), past)
         self._followers.added(tasks, past)
-        self._do(commands)
+        self._carry_out(commands)
         if self._outcome.fatal is not None:
-            self._do(self._controller.fail_all(self._now(), self._outcome.fatal))
+            self._carry_out(self._controller.fail_all(self._now(), self._outcome.fatal))
         elif self._ends_early:  # since the offer
             self._cancel_some()
         for task in tasks:
             if task.group_id in self._cancelled_early:
                 self._cancelled_early.discard(task.group_id)
-                self._do(self._controller.cancel_group(task.group_id, self._now()))
+                self._carry_out(
+                    self._controller.cancel_group(task.group_id, self._now())
+                )
 
     def close_intake_soon(self) -> None:
         """No more groups will be offered; from any thread."""
@@ -203,12 +209,12 @@ class Session:
         if self._failure is not None:
             return
         if self._controller.buffer.has_group(group_id):
-            self._do(self._controller.cancel_group(group_id, self._now()))
+            self._carry_out(self._controller.cancel_group(group_id, self._now()))
         elif not self._intake.is_over:  # it is on its way here
             self._cancelled_early.add(group_id)
 
     def leave(self) -> None:
-        """Finish every request as aborted, for nobody. May be called again."""
+        """Its reader is gone: abort, and deliver nothing. May be called again."""
         if not self._left:
             self._left = True
             self._mailbox.close(
@@ -235,7 +241,7 @@ class Session:
         """End requests early, and go on later, so that others get their turn."""
         if self._failure is not None or self.over.done():
             return
-        self._do(self._controller.cancel_all(self._now(), _CANCEL_AT_ONCE))
+        self._carry_out(self._controller.cancel_all(self._now(), _CANCEL_AT_ONCE))
         if not self._controller.is_cancelled:
             self._post(lambda: self.guarded(self._cancel_some))
 
@@ -261,11 +267,11 @@ class Session:
         self._pool.abort_all()
         self._end_if_over()
 
-    def set_over(self) -> None:
-        """Take the rollout for over, whatever the engines still do."""
+    def give_up(self) -> None:
+        """Be over now, although the engines have not stopped its work."""
         self.fail(RolloutError("the engines did not stop this rollout's work"))
         if not self.over.done():
-            self._be_over()
+            self._end()
 
     # From the pool
 
@@ -274,7 +280,7 @@ class Session:
         if self._failure is not None:
             return
         self._recorder.instance_up(info, load)
-        self._do(self._controller.instance_up(info, self._now()))
+        self._carry_out(self._controller.instance_up(info, self._now()))
 
     def instance_report(self, instance_id: InstanceId, report: Report) -> None:
         """Take what an instance says of its chunks, and how busy it is."""
@@ -284,7 +290,7 @@ class Session:
         now = self._now()
         commands = self._controller.progress(report.chunks, now)
         self._recorder.count_tokens(instance_id)
-        self._do(commands, report=report.chunks)
+        self._carry_out(commands, report=report.chunks)
         self._recorder.sample(instance_id, report.load, now)
         progress = self._recorder.progress(now, intake_open=self._intake.is_open)
         if progress is not self.progress:
@@ -310,21 +316,21 @@ class Session:
             return
         self._recorder.instance_down(instance_id, self._now())
         lost = self._controller.running.chunks_on(instance_id)
-        self._do(decide(instance_id, self._now(), why), lost=lost)
+        self._carry_out(decide(instance_id, self._now(), why), lost=lost)
 
     def exhausted(self, why: str) -> None:
         """No instance is left: every unfinished request ends as an error."""
         self._outcome.fatal = why
         self._intake.close()
         if self._failure is None:
-            self._do(self._controller.fail_all(self._now(), why))
+            self._carry_out(self._controller.fail_all(self._now(), why))
         else:
             self._end_if_over()
 
     def _now(self) -> float:
         return time.monotonic() - self._started_at
 
-    def _do(
+    def _carry_out(
         self,
         commands: Sequence[Command],
         *,
@@ -367,7 +373,7 @@ class Session:
             return
         if self._failure is not None:
             if self._pool.is_idle and self._is_journal_closed():
-                self._be_over()
+                self._end()
             return
         if self._controller.num_unfinished or not self._is_journal_closed():
             return
@@ -378,14 +384,12 @@ class Session:
         if self._journal is not None:
             self.report = replace(self.report, journal_error=self._journal.error)
         self.progress = self._recorder.progress(now, intake_open=False, is_over=True)
-        self._be_over()
+        self._end()
         num_finished = self._controller.counters.num_finished
         self._mailbox.close(self._outcome.error(num_finished, was_left=self._left))
 
-    def _be_over(self) -> None:
-        """End the session, and let go of what groups had, such as images: the user may
-        keep the rollout for long.
-        """
+    def _end(self) -> None:
+        """Let go of what groups had, such as images: users may keep a rollout long."""
         self._controller.forget_finished()
         self.over.set_result(None)
 

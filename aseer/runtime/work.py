@@ -32,8 +32,13 @@ if TYPE_CHECKING:
 class Work:
     """What both forms of a rollout share: its life, its groups, its figures.
 
-    Its session is on the engine's thread. `_lock` guards what several of the user's
-    threads may touch; it is reentrant, since an iterator may be collected anywhere.
+    `_lock` guards what several of the user's threads may touch; it is reentrant, since
+    an iterator may be collected anywhere.
+
+    Attributes:
+        source: the user's groups. mailbox: the responses so far.
+        session: the same rollout on the engine's thread; None until it has begun.
+        was_left, is_read: how it was over for its reader, if it is.
     """
 
     def __init__(
@@ -114,10 +119,11 @@ class Work:
                 self._post_cancel(session, self._cancelled_early.pop())
 
     def ended(self) -> Response:
-        """What is left to read once the mailbox is empty and closed.
+        """A response of a group that came too late to run, once the mailbox is closed
+        and empty; call it again for the next.
 
         Raises:
-            StopIteration: nothing.
+            StopIteration: there is none, and nothing went wrong.
             RolloutClosedError: the rollout was left meanwhile.
             Exception: what went wrong, with the user's groups or the rollout.
         """

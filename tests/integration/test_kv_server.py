@@ -271,7 +271,7 @@ async def begin(instances):
 
 def report(session, request, tokens, **end):
     progress = report_of(instances.chunks[request], tokens, **end)
-    session._do(session._controller.progress([progress], session._now()))
+    session._carry_out(session._controller.progress([progress], session._now()))
 
 def finish(session, request, tokens, start=0):
     report(session, request, tokens, start=start, end="stop", stop_reason=0)

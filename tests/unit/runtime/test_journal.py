@@ -121,7 +121,7 @@ async def broken_off() -> bytes:
     chunk = next(c for c in rolling.pool.running.values() if c.request_id == "g/0")
     rolling.end(chunk.chunk_id)
     rolling.disk.work()
-    rolling.session.set_over()
+    rolling.session.give_up()
     return rolling.disk.file
 
 
@@ -136,7 +136,7 @@ async def test_a_response_is_seen_once_it_is_written() -> None:
     rolling.disk.work()
     (response,) = rolling.seen()
     assert not response.replayed
-    rolling.session.set_over()
+    rolling.session.give_up()
 
 
 async def test_the_end_waits_for_the_file_and_its_report_says_so() -> None:
@@ -180,7 +180,7 @@ async def test_what_comes_late_of_an_instance_that_is_gone_is_not_taken(gone) ->
     assert not reading.damage
     (response,) = rolling.seen()
     assert len(response.token_ids) == 8
-    rolling.session.set_over()
+    rolling.session.give_up()
 
 
 async def test_a_disk_that_fails_holds_nothing_back(caplog) -> None:
@@ -210,7 +210,7 @@ async def test_a_disk_that_does_not_answer_is_given_up(monkeypatch, caplog) -> N
     async with asyncio.timeout(5):
         await rolling.mailbox.get()
     assert "has not answered for 0.03 s" in caplog.text
-    rolling.session.set_over()
+    rolling.session.give_up()
 
 
 async def test_a_disk_that_is_too_slow_is_given_up(monkeypatch, caplog) -> None:
@@ -219,7 +219,7 @@ async def test_a_disk_that_is_too_slow_is_given_up(monkeypatch, caplog) -> None:
     rolling.offer_tasks(*(keyed(f"g{i}") for i in range(9)))
     rolling.work()
     assert "too slow" in caplog.text
-    rolling.session.set_over()
+    rolling.session.give_up()
 
 
 async def test_what_cannot_be_written_ends_the_journal_and_not_the_rollout(
@@ -282,7 +282,7 @@ async def test_a_lost_instance_is_in_the_journal() -> None:
     rolling.disk.work()
     assert not read(rolling.disk.file).damage
     assert b"lost" in rolling.disk.file
-    rolling.session.set_over()
+    rolling.session.give_up()
 
 
 async def test_an_abort_ends_groups_of_which_parts_are_to_come() -> None:
@@ -327,7 +327,7 @@ async def test_groups_of_a_journal_are_checked_as_they_come() -> None:
         ConfigError, match="'g' has n=3 here, and n=2 there, in the jou"
     ):
         rolling.session.check_group(keyed("g", num_requests=3).key)
-    rolling.session.set_over()
+    rolling.session.give_up()
 
 
 async def test_seeds_are_made_where_a_request_would_be_sampled_otherwise() -> None:
@@ -341,7 +341,7 @@ async def test_seeds_are_made_where_a_request_would_be_sampled_otherwise() -> No
     assert first["g/0"] is None
     assert first["u/0"] not in (None, first["u/1"])
     rolling.disk.work()
-    rolling.session.set_over()
+    rolling.session.give_up()
     repeating = IDENTITY._replace(repeats=True)
     Disk.before = rolling.disk.file
     journal = Journal(JournalPlan(Path("j"), None), lambda: repeating, print)
@@ -352,7 +352,7 @@ async def test_seeds_are_made_where_a_request_would_be_sampled_otherwise() -> No
     second = {c.request_id: c.seed for c in again.pool.running.values()}
     assert (second["u/0"], second["u/1"]) == (first["u/0"], first["u/1"])
     assert second["g/0"] is not None
-    again.session.set_over()
+    again.session.give_up()
 
 
 def test_a_journals_name_is_a_files() -> None:

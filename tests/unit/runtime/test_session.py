@@ -428,10 +428,10 @@ async def test_a_rollout_is_over_by_force_whatever_the_engines_do() -> None:
     rolling = Rolling()
     rolling.offer("g")
     rolling.work()
-    rolling.session.set_over()
+    rolling.session.give_up()
     assert rolling.is_over
     assert "did not stop" in str(rolling.mailbox.error)
-    rolling.session.set_over()
+    rolling.session.give_up()
     rolling.end_all("aborted")  # late, and of no more interest
 
 
@@ -585,7 +585,7 @@ async def test_what_starts_over_draws_the_same_random_numbers_again() -> None:
     again = {c.request_id: c for c in rolling.pool.running.values()}
     assert again["u/0"].chunk_id != first["u/0"].chunk_id
     assert again["u/0"].seed == first["u/0"].seed
-    rolling.session.set_over()
+    rolling.session.give_up()
 
 
 async def test_engines_with_a_seed_repeat_what_starts_over() -> None:
@@ -595,6 +595,6 @@ async def test_engines_with_a_seed_repeat_what_starts_over() -> None:
         rolling.offer("u", num_requests=1, undivided_because="bad_words")
         rolling.work()
         seeds += [chunk.seed for chunk in rolling.pool.running.values()]
-        rolling.session.set_over()
+        rolling.session.give_up()
     assert len(set(seeds)) == 3
     assert seeds[2] == seeds[3]
