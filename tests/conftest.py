@@ -338,16 +338,6 @@ async def _no_leaked_tasks() -> AsyncIterator[None]:
     pytest.fail(f"tasks left behind: {leaked}", pytrace=False)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _decisions_are_checked() -> Iterator[None]:
-    """Rollouts on engines compare their books after every event."""
-    from aseer.runtime.session import Session
-
-    Session.checks_integrity = True
-    yield
-    Session.checks_integrity = False
-
-
 @pytest.fixture(autouse=True)
 def _environment_stays() -> Iterator[None]:
     """What a test, or a library it imports, puts into the environment goes with it."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from aseer.counts import LATENCY_BUCKETS_S
-from aseer.kv.settings import TIMEOUT_KEY
+from aseer.kv.settings import CHUNK_KEY, TIMEOUT_KEY
 from tests.unit.stand_ins import imported
 
 MODULE = "aseer.kv.connector"
@@ -147,6 +147,13 @@ class Connector:
         return self.meta
 
 
+class Base:
+    """vLLM's connector."""
+
+    def __init__(self, vllm_config: Any, role: Role, kv_cache_config: Any) -> None:
+        self.role = role
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 100.0
@@ -160,28 +167,35 @@ def made(monkeypatch):
     """The module, and what makes a connector of a role."""
     state = SimpleNamespace(BYPASS_LMCACHE="bypasses")
     names = {
-        f"{LMCACHE}.lmcache_mp_connector": {"LMCacheMPConnector": Connector},
+        f"{LMCACHE}.lmcache_mp_connector": {
+            "LMCacheMPConnector": Connector,
+            "get_group_tokens_per_block": lambda config, sizes: sizes,
+        },
         f"{LMCACHE}.lmcache_mp_metadata": {
             "LMCacheMPRequestMetadata": Metadata,
             "LMCacheMPRequestState": state,
         },
-        f"{VLLM}.base": {"KVConnectorRole": Role},
+        f"{VLLM}.base": {
+            "KVConnectorRole": Role,
+            "KVConnectorBase_V1": Base,
+            "KVConnectorMetadata": SimpleNamespace,
+            "SupportsHMA": type("SupportsHMA", (), {}),
+        },
         f"{VLLM}.metrics": {"KVConnectorStats": Stats},
         "vllm.v1.request": {"RequestStatus": Status},
     }
-    module = imported(monkeypatch, MODULE, names)
+    module = imported(monkeypatch, MODULE, names, anew=["aseer.kv.idle"])
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module.patches, "apply", lambda process: [process])
     monkeypatch.setattr(module, "WorkerGuard", lambda *args: SimpleNamespace(args=args))
 
-    def make(role: Role = Role.SCHEDULER, **extra: Any) -> Any:
-        transfer = SimpleNamespace(
-            kv_connector_extra_config={TIMEOUT_KEY: str(TIMEOUT_S), **extra}
-        )
+    def make(role: Role = Role.SCHEDULER, blocks: tuple[int, ...] = (16,)) -> Any:
+        extra = {TIMEOUT_KEY: str(TIMEOUT_S), CHUNK_KEY: 128}
+        transfer = SimpleNamespace(kv_connector_extra_config=extra)
         parallel = SimpleNamespace(world_size=2)
         config = SimpleNamespace(kv_transfer_config=transfer, parallel_config=parallel)
-        return module.GuardedConnector(config, role)
+        return module.GuardedConnector(config, role, blocks)
 
     return SimpleNamespace(module=module, clock=clock, make=make)
 
@@ -356,6 +370,18 @@ def test_workers_count_together_what_one_would_have(made):
         assert worker.get_kv_connector_stats() is None
     assert total.reduce() == {"store_s": 3.0, "num_failures": 2}
     assert made.module.GuardedConnector.build_kv_connector_stats(None).is_empty()
+
+
+@pytest.mark.parametrize("blocks", [(16, 32), (96,)], ids=["two groups", "no multiple"])
+def test_an_engine_whose_kv_does_not_fit_runs_without_its_pool(made, caplog, blocks):
+    idle = made.make(blocks=blocks)
+    assert not isinstance(idle, made.module.GuardedConnector)
+    assert f"without its KV pool: {idle.why_no_pool}" in caplog.text
+    assert idle.get_num_new_matched_tokens(request(), 0) == (0, False)
+    assert idle.request_finished_all_groups(request(), [[1]]) == (False, None)
+    assert not idle.requires_kv_delivery
+    assert vars(idle.build_connector_meta(scheduled())) == {}
+    assert isinstance(made.make(blocks=(32,)), made.module.GuardedConnector)
 
 
 def test_kernels_that_cannot_be_loaded_are_named(made):
