@@ -100,9 +100,8 @@ class PoolAgent:
     ) -> None:
         """See `NodePool`."""
         self._say, self._controller = say, controller
-        await self._is_wanted.wait()
-        pool = self._pool
-        assert pool is not None
+        while (pool := self._pool) is None:
+            await self._is_wanted.wait()
         try:
             await self._open(pool, controller())
             pool.announce()

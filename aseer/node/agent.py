@@ -365,11 +365,10 @@ class _Service:
         try:
             _log.info("starting %s", start.name)
             process = await self._local.start(peer, start.name, start.line, start.env)
-            running.began(process)
             self._figures.starts += 1
             self._figures.instances += 1
             try:
-                status = await running.wait()
+                status = await running.run(process)
             finally:
                 self._figures.instances -= 1
             self._figures.deaths += not running.was_told

@@ -23,9 +23,6 @@ class Running:
         """Whether it was told to end."""
         return self._is_to_end.done()
 
-    def began(self, process: InstanceProcess) -> None:
-        self._process = process
-
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
@@ -43,10 +40,13 @@ class Running:
         if self._process is not None:
             await self._process.note_shared_memory()
 
-    async def wait(self) -> int:
-        """Wait until it has ended, or is to; its exit status once nothing remains."""
-        process = self._process
-        assert process is not None
+    async def run(self, process: InstanceProcess) -> int:
+        """It has started: wait until it has ended, or is to.
+
+        Returns:
+            Its exit status, once nothing of it remains.
+        """
+        self._process = process
         async with asyncio.TaskGroup() as tasks:
             ended = tasks.create_task(process.wait())
             await asyncio.wait(

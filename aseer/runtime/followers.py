@@ -76,9 +76,8 @@ class Followers:
 
     def progressed(self, recorder: Recorder) -> None:
         """The rollout's sums were made anew, a few times a second."""
-        if self._kv is not None:
-            info = recorder.any_instance()
-            assert info is not None
+        info = recorder.any_instance()
+        if self._kv is not None and info is not None:
             self._kv.progressed(recorder.kv_counts, info)
 
     def finished(self, response: Response, info: InstanceInfo | None) -> None:

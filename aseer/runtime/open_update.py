@@ -81,7 +81,7 @@ class OpenUpdates:
                 + self._ends.get(target.directory, "is not one of this engine")
             )
         direct = self.direct
-        self._close(why)
+        self._close(plan, why)
         return plan, direct
 
     def _expire(self, plan: Plan, timeout_s: float) -> None:
@@ -92,12 +92,11 @@ class OpenUpdates:
         _log.warning("the weight update to version %d %s", plan.version, why)
         if self.direct is not None:
             self.direct.fail(f"its weight update {why}")
-        self._close(why)
+        self._close(plan, why)
         self._keeper.abandon(plan)
 
-    def _close(self, why: str) -> None:
-        assert self._plan is not None
-        directory = str(self._plan.directory)
+    def _close(self, plan: Plan, why: str) -> None:
+        directory = str(plan.directory)
         withdraw_engines(directory)
         self._ends = {directory: why}
         self._plan = self.direct = None

@@ -41,12 +41,15 @@ from aseer.weights.writer import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from typing import TypeAlias
 
     from aseer.weights.checks import ModelSpec
     from aseer.weights.files import Tensor
     from aseer.weights.mappings import Mappings
 
+# Sending, a tensor a step; what comes of it is what was sent.
+_Steps: TypeAlias = "Generator[None, None, Index]"
 # A directory, a state_dict, an nn.Module, or (name, tensor) pairs.
 WeightSource: TypeAlias = Any
 
@@ -105,11 +108,10 @@ def send(
     Raises:
         WeightUpdateError: a tensor is not what the model takes, or there is no room.
     """
-    sent = None
-    for step in _steps(source, model, directory, mappings):
-        sent = step
-    assert sent is not None
-    return sent
+    sending = _Sending(_steps(source, model, directory, mappings))
+    for _ in sending:
+        pass
+    return sending.index
 
 
 async def send_async(
@@ -125,25 +127,32 @@ async def send_async(
     """
     if isinstance(source, AsyncIterable):
         return await _write_async(source, model, directory, mappings)
-    sent = None
-    for step in _steps(source, model, directory, mappings):
-        sent = step
+    sending = _Sending(_steps(source, model, directory, mappings))
+    for _ in sending:
         await asyncio.sleep(0)
-    assert sent is not None
-    return sent
+    return sending.index
+
+
+class _Sending:
+    """Sends as it is iterated over, a tensor a step; then `index` is what was sent."""
+
+    index: Index
+
+    def __init__(self, steps: _Steps) -> None:
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[None]:
+        self.index = yield from self._steps
 
 
 def _steps(
     source: WeightSource, model: ModelSpec, directory: Path, mappings: Mappings | None
-) -> Iterator[Index | None]:
-    """Send, a step a tensor; what was sent comes with the last one."""
+) -> _Steps:
     if isinstance(source, str | os.PathLike):
-        yield from _check_checkpoint(Path(source), model, directory)
-        return
+        return (yield from _check_checkpoint(Path(source), model, directory))
     source = module_of(source)
     if has_adapters(source) and model.max_lora_rank:
-        yield send_adapters(source, model, directory)
-        return
+        return send_adapters(source, model, directory)
     pairs = _pairs_of(source)
     # Another mapping may make each tensor in the memory of the one before.
     stays = isinstance(pairs, dict)
@@ -160,8 +169,8 @@ def _steps(
             name, tensor = _whole(pair)
             if name not in shared:
                 _write(name, tensor, model, writer)
-            yield None
-        yield writer.finish()
+            yield
+        return writer.finish()
 
 
 async def _write_async(
@@ -182,9 +191,7 @@ async def _write_async(
         return writer.finish()
 
 
-def _check_checkpoint(
-    source: Path, model: ModelSpec, directory: Path
-) -> Iterator[Index | None]:
+def _check_checkpoint(source: Path, model: ModelSpec, directory: Path) -> _Steps:
     """Its files are mapped where they are; only an index of them is made."""
     check, finite = WeightCheck(model), FiniteCheck()
     index = index_checkpoint(source)
@@ -200,7 +207,7 @@ def _check_checkpoint(
                 taken[accepted.key] = tensor
             if accepted.key in model.tied:
                 tied = values
-        yield None
+        yield
     check.finish()
     tensors = [
         structs.replace(tensor, name=name)
@@ -209,7 +216,7 @@ def _check_checkpoint(
     ]
     index = Index(index.files, tensors)
     index.write(directory / INDEX)
-    yield index
+    return index
 
 
 def module_of(source: WeightSource) -> WeightSource:
