@@ -156,6 +156,7 @@ vllm.v1.worker.gpu_model_runner  GPUModelRunner.take_draft_token_ids
   GPUModelRunner.rejection_sampler GPUModelRunner.drafter
   GPUModelRunner.num_spec_tokens GPUModelRunner.effective_drafter_max_model_len?
 vllm.v1.worker.gpu_input_batch  InputBatch.req_ids InputBatch.req_id_to_index
+  InputBatch.condense InputBatch.swap_states(i1,i2) InputBatch.num_reqs
   InputBatch.num_prompt_tokens InputBatch.num_tokens_no_spec InputBatch.token_ids_cpu
   InputBatch.generators InputBatch.num_reqs CachedRequestState.sampling_params
 vllm.v1.spec_decode.custom_class_proposer  create_custom_proposer

@@ -21,10 +21,12 @@ import zmq
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from aseer.dgds import sampler as drawing
@@ -101,6 +103,62 @@ def spare_generators() -> Callable[[], bool]:
     return dies
 
 
+def keep_masks_apart() -> Callable[[], bool]:
+    """A batch in which one request of three may generate token 5 only."""
+
+    def batch_of(names: str) -> Any:
+        wanted = signature(InputBatch).parameters
+        given = {
+            "max_num_reqs": 4,
+            "max_model_len": 16,
+            "max_num_batched_tokens": 16,
+            "device": CPU,
+            "vocab_size": 8,
+            "block_sizes": [16],
+            "kernel_block_sizes": [16],
+            "max_num_blocks_per_req": [1],
+        }
+        batch = InputBatch(**{k: v for k, v in given.items() if k in wanted})
+        for name in names:
+            add(batch, name)
+        return batch
+
+    def add(batch: Any, name: str) -> None:
+        allowed = [5] if name == "a" else None
+        request = CachedRequestState(
+            req_id=name,
+            prompt_token_ids=[1],
+            mm_features=[],
+            sampling_params=SamplingParams(allowed_token_ids=allowed),
+            generator=None,
+            block_ids=([0],),
+            num_computed_tokens=0,
+            output_token_ids=[],
+        )
+        batch.add_request(request)
+        batch.refresh_metadata()
+
+    def is_right(batch: Any) -> bool:
+        masks = batch.allowed_token_ids_mask_cpu_tensor
+        return all(
+            bool(masks[row].any()) == (name == "a")
+            for name, row in batch.req_id_to_index.items()
+        )
+
+    def mixes_up() -> bool:
+        moved = batch_of("xya")
+        moved.remove_request("x")
+        moved.condense()  # "a" has the row of "x" now
+        moved.refresh_metadata()
+        add(moved, "z")  # in the row that "a" had
+        swapped = batch_of("xya")
+        swapped.swap_states(0, 2)
+        assert set(moved.req_id_to_index) == set("yaz")
+        return not (is_right(moved) and is_right(swapped))
+
+    return mixes_up
+
+
 def verify_by_sampling(runner: Any) -> Callable[[], bool]:
     runner.drafter = object.__new__(GroupDrafter)
     runner.sampler = Sampler("processed_logprobs")
@@ -131,7 +189,7 @@ def expand_settings_rightly(runner: Any) -> Callable[[], bool]:
 
     def is_wrong() -> bool:
         expand = rejection_sampler.expand_batch_to_tokens
-        return not patches._expands_rightly(expand, CPU)
+        return not patches.expands_rightly(expand, CPU)
 
     return is_wrong
 
@@ -254,7 +312,9 @@ def shown(patch: Any) -> list[bool]:
 
 if __name__ == "__main__":
     current_platform.import_kernels()
-    current_platform.register_triton_kernel_overrides()
+    # Older releases have none.
+    if current_platform.register_triton_kernel_overrides is not None:
+        current_platform.register_triton_kernel_overrides()
     torch.set_num_threads(1)
     found = {p.name: shown(p) for p in patches.PATCHES if p.moment != "reload"}
     sys.stdout.write(json.dumps(found) + "\n")

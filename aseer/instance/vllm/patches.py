@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from aseer.compat.patching import Patch, apply_patches
 from aseer.dgds.proposer import GroupDrafter
 from aseer.instance.vllm import EXECUTOR
+from aseer.instance.vllm.rows import (
+    expand_batch_to_tokens,
+    expands_rightly,
+    keep_masks_apart,
+)
 from aseer.instance.vllm.sinks import load_sinks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import ExitStack
 
-    import torch
 
 Moment = Literal["configure", "worker", "sampler", "drafting", "refusal", "reload"]
 
@@ -125,48 +129,14 @@ def expand_settings_rightly(runner: Any) -> bool:
         return False
     from vllm.v1.sample import rejection_sampler
 
-    if _expands_rightly(rejection_sampler.expand_batch_to_tokens, runner.device):
+    if expands_rightly(rejection_sampler.expand_batch_to_tokens, runner.device):
         return False
-    rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
     return True
 
 
 def _drafts_by_group(runner: Any) -> bool:
     return isinstance(getattr(runner, "drafter", None), GroupDrafter)
-
-
-def _expand_batch_to_tokens(
-    x: torch.Tensor,
-    cu_num_tokens: torch.Tensor,
-    num_tokens: int,
-    replace_from: float = 0,
-    replace_to: float = 0,
-) -> torch.Tensor:
-    """Repeat each request's value for each of its tokens; vLLM's function, mended.
-
-    Args:
-        x: [num_requests]. cu_num_tokens: [num_requests], running sums.
-        num_tokens: their last.
-        replace_from: this value becomes `replace_to`.
-    """
-    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
-    values = x.masked_fill(x == replace_from, replace_to)
-    return values.repeat_interleave(counts, output_size=num_tokens)
-
-
-def _expands_rightly(function: Callable[..., torch.Tensor], device: Any) -> bool:
-    """Whether the function is right, by values that no left-over memory can hold."""
-    import torch
-
-    counts = torch.tensor([2, 0, 3, 1], device=device)
-    running = counts.cumsum(0).to(torch.int32)
-    for _ in range(4):
-        values = torch.rand(4, device=device) + 0.5
-        for x in (values, (values * 1e6).to(torch.int32)):
-            expected = x.repeat_interleave(counts)
-            if not torch.equal(function(x, running, 6), expected):
-                return False
-    return True
 
 
 def draft_near_the_end(runner: Any) -> bool:
@@ -333,6 +303,13 @@ PATCHES = (
         "vLLM samples after a part of a prompt, and then sets the request's generator "
         "back, which a CPU's cannot be: the engine dies of a seeded request",
         f"{_ALL}, on CPUs",
+    ),
+    Patch(
+        keep_masks_apart,
+        "worker",
+        "a request beside one with allowed_token_ids samples from those, too, once "
+        "rows of their batch have moved",
+        "0.26 to 0.30, model runner V1",
     ),
     Patch(
         expand_settings_rightly,

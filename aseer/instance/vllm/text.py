@@ -64,8 +64,8 @@ class Text:
         if not self._has_stops:
             self._decoder.update(tokens, stopped)
             return len(tokens), None
-        # One by one, since of several at once older releases (0.26, 0.27) count those
-        # behind the stop string, too.
+        # One by one, since of several at once releases before 0.32 count those behind
+        # the stop string, too.
         for num, token in enumerate(tokens, 1):
             hit = self._decoder.update([token], stopped and num == len(tokens))
             if hit is not None:
