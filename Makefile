@@ -22,7 +22,7 @@ help:
 	@echo "make test-slow   the tests that make test leaves out since they take long (hours)"
 	@echo "make test-wheel  those and a type check, on the wheel instead of the checkout"
 	@echo "make test-v2     the GPUs' model runner, interpreted on this CPU (minutes)"
-	@echo "make test-oldest  real engines of the oldest vLLM that can be had here (minutes)"
+	@echo "make test-oldest  real engines of the oldest vLLM that is supported (sets up 5 GB)"
 	@echo "make compat      names and facts of vLLM and LMCache, of releases that pip fetches (2.4 GB)"
 	@echo "make test-trainers  real trainers of others on this CPU (sets up 6 GB, half an hour)"
 	@echo "make coverage    those, and what of aseer/ they do not run (minutes)"

@@ -5,7 +5,7 @@
 It is .venv-NAME, with the packages of requirements/NAME.lock. Trainers that use aseer
 have it from a wheel, as their users do, anew each time: the wheel is built from .venv,
 which `make setup` has made and where engines run. In `oldest`, which has the oldest
-vLLM that tests can run, engines run themselves, and aseer is the checkout's.
+vLLM that aseer works with, engines run themselves, and aseer is the checkout's.
 """
 
 from __future__ import annotations
@@ -27,18 +27,28 @@ WHEELS = ROOT / "build" / "wheels"
 
 @dataclass(frozen=True)
 class Environment:
-    """What an environment has beside its lock."""
+    """What an environment has beside its lock.
 
-    torch: bool = True
+    Attributes:
+        torch: the version of its CPU build; None = none.
+        gpu_torch: a lock with torch's build for GPUs, and the libraries without which
+            that cannot be imported, for where no CPU build of this version can be had.
+            The two compute alike on a CPU.
+    """
+
+    torch: str | None = bootstrap.TORCH
+    gpu_torch: str | None = None
     aseer: Literal["wheel", "checkout", None] = "wheel"
 
 
 ENVIRONMENTS = {
     "verl": Environment(),
     "skyrl": Environment(),
-    "verifiers": Environment(torch=False, aseer=None),  # a client over HTTP
+    "verifiers": Environment(torch=None, aseer=None),  # a client over HTTP
     "megatron": Environment(),
-    "oldest": Environment(aseer="checkout"),
+    "oldest": Environment(
+        torch="2.11.0", gpu_torch="oldest-torch.lock", aseer="checkout"
+    ),
 }
 
 
@@ -53,14 +63,13 @@ def use_environment(name: str) -> None:
 
 def set_up(environment: Environment) -> None:
     """Install the lock, if it is not there already, and aseer as it is now."""
-    named = f"{sys.version_info[:2]} {bootstrap.TORCH}\n".encode()
+    named = f"{sys.version_info[:2]} {environment.torch}\n".encode()
     want = {"packages": hashlib.sha256(named + bootstrap.LOCK.read_bytes()).hexdigest()}
     if bootstrap.stamped() != want:
         bootstrap.make_venv()
         bootstrap.STAMP.unlink(missing_ok=True)
         bootstrap.drop_half_installed()
-        if environment.torch:
-            bootstrap.install_torch()
+        install_torch(environment)
         bootstrap.install_packages()
         bootstrap.STAMP.write_text(json.dumps(want))
     if environment.aseer == "checkout":
@@ -68,6 +77,22 @@ def set_up(environment: Environment) -> None:
     if environment.aseer == "wheel":
         install_wheel()
     say(f"{bootstrap.VENV.name} is ready")
+
+
+def install_torch(environment: Environment) -> None:
+    """Install the torch of an environment, if it has one."""
+    if environment.torch is None:
+        return
+    bootstrap.TORCH = environment.torch
+    try:
+        bootstrap.install_torch()
+    except SetupError:
+        if environment.gpu_torch is None:
+            raise
+        lock = ROOT / "requirements" / environment.gpu_torch
+        say(f"  there is none; installing the build for GPUs of {lock.name}, 4 GB")
+        arguments = ["--no-deps", "--progress-bar", "off", "-r", str(lock)]
+        must(pip("install", *arguments), "installing torch's build for GPUs")
 
 
 def install_checkout() -> None:
