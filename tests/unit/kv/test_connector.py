@@ -308,7 +308,7 @@ def test_computed_tokens_are_counted_as_vllm_does(made):
     [
         (Status.FINISHED_LENGTH_CAPPED, 256, 256),
         (Status.FINISHED_STOPPED, 256, 256),
-        (Status.FINISHED_LENGTH_CAPPED, 300, 256),  # drafts were computed, too
+        (Status.FINISHED_LENGTH_CAPPED, 400, 256),  # drafts were computed, too
         (Status.FINISHED_LENGTH_CAPPED, 255, 128),
         (Status.FINISHED_ABORTED, 256, None),
     ],

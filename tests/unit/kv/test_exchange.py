@@ -81,6 +81,7 @@ async def running(told: list[Pulled]) -> Any:
         task = tasks.create_task(exchange.run())
         await until(exchange._is_ready.is_set)
         yield exchange
+        assert not task.done()  # or its loop would end, and take nothing any more
         task.cancel()
 
 
