@@ -288,8 +288,8 @@ class Relay:
 
     def _on_lost(self, peer: bytes, why: str) -> None:
         self._on_gone(peer)
-        assert self._router is not None
-        self._router.forget(peer)
+        if self._router is not None:
+            self._router.forget(peer)
 
     def _on_gone(self, peer: bytes) -> None:
         self._wanted = [each for each in self._wanted if each.peer != peer]

@@ -45,7 +45,7 @@ class LoopThread:
         self.failure: BaseException | None = None
         self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._calls: asyncio.TaskGroup | None = None
+        self._calls: asyncio.TaskGroup
         self._tasks: dict[Future[Any], asyncio.Task[None]] = {}
         self._pending: set[Future[Any]] = set()
         self._stop: asyncio.Event | None = None
@@ -174,7 +174,6 @@ class LoopThread:
     ) -> None:
         if self._is_ending:  # it fails with the calls that are left
             return
-        assert self._calls is not None
         task = self._calls.create_task(self._complete(call, future))
         self._tasks[future] = task
         task.add_done_callback(lambda _: self._over(future))

@@ -192,13 +192,10 @@ class Front:
     @asynccontextmanager
     async def _admitted(self, n: int) -> AsyncIterator[Desk]:
         async with self._changed:
-            await self._changed.wait_for(
-                lambda: self._failure or (self._desk and self._is_open)
-            )
-            if self._failure is not None:
-                raise self._failure
-            assert self._desk is not None
-            desk = self._desk
+            while (desk := self._desk) is None or self._failure or not self._is_open:
+                if self._failure is not None:
+                    raise self._failure
+                await self._changed.wait()
             self._num_running += n
         try:
             yield desk
