@@ -164,6 +164,7 @@ def test_a_signature_has_types_and_no_meanings(cls: type) -> None:
 
 
 def test_a_signature_says_what_may_be_given() -> None:
-    shown = str(inspect.signature(EngineConfig))
-    assert "max_restarts: int = 3" in shown
-    assert "log_dir: pathlib.Path | str | None = None" in shown
+    signature = inspect.signature(EngineConfig)
+    assert "max_restarts: int = 3" in str(signature)
+    log_dir = signature.parameters["log_dir"]  # whose words depend on Python's release
+    assert (log_dir.annotation, log_dir.default) == (Path | str | None, None)
