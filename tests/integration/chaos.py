@@ -407,7 +407,7 @@ class _Chaos:
         kind = f"{what}-{how}{length}"
         self.outcome.faults[kind] += 1
         if what not in _NEEDLESS and (how in ("kill", "end") or length == "-long"):
-            self._hurt.append((kind, time.monotonic(), not length))
+            self._hurt.append((kind, time.monotonic(), False))
         match what:
             case "link":
                 await self._fail_link(self._proxies[which], how, pause_s)

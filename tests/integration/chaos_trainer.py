@@ -2,9 +2,9 @@
 
 A line is JSON: the rollout's number, the weights that it is to run with and their
 version, and, if the rollout is to be cut short by an update, the `next` weights. The
-trainer says what it has in lines of JSON: nodes and processes of its instances,
-whenever they change; each response; each update that was made or refused; and the
-number, when the rollout is over.
+trainer says what it has in lines of JSON: nodes and processes of its instances; each
+response; each update that was made or refused; and the number, when the rollout is
+over.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 import json
 import sys
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.lazy import Lazy
 torch = Lazy("torch")
 
 _LOOK_INTERVAL_S = 0.05
+_TELL_INTERVAL_S = 1.0
 _RETRY_S = 0.2
 _NUM_NUMBERS = 1 << 20  # of the simulated engines' weights: four blocks on their way
 SIM_WEIGHTS = {"w": [_NUM_NUMBERS]}
@@ -86,12 +88,13 @@ def say_response(r: aseer.Response, **more: Any) -> None:
 
 
 async def tell_nodes(engine: aseer.Engine) -> None:
-    told = None
+    """When they change, and now and again: it is time that shows what has not."""
+    told, at_s = None, 0.0
     while True:
         up = sorted((info.node, info.pid) for info in engine.instances)
-        if up != told:
+        if up != told or time.monotonic() - at_s > _TELL_INTERVAL_S:
             say(up=up)
-            told = up
+            told, at_s = up, time.monotonic()
         await asyncio.sleep(_LOOK_INTERVAL_S)
 
 

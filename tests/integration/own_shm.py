@@ -15,6 +15,7 @@ from pathlib import Path
 
 from aseer.node.cleanup import SHARED_MEMORY
 
+_WITH_US = ("setpriv", "--pdeathsig", "KILL")  # it ends
 _ROOT = Path(__file__).resolve().parents[2]
 _SWEEP = "from aseer.node.leftovers import sweep; sweep()"
 
@@ -40,7 +41,7 @@ class OwnShm:
                 "echo ready && exec sleep infinity >/dev/null"
             )
             self._holder = subprocess.Popen(
-                ["unshare", "--mount", "sh", "-c", script],
+                [*_WITH_US, "unshare", "--mount", "sh", "-c", script],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 env={"PATH": os.environ["PATH"]},  # without marks: it is no process
