@@ -1,14 +1,15 @@
 """Is anything lost when processes and connections of a cluster fail at random?
 
 A trainer with a journal and two nodes do rollouts, on three instances (`--gangs`: and
-three nodes, on an instance that spans two of them). Before each rollout the engine is
-given new weights, whole or as what has changed, and one rollout in four is cut short by
-an update. The trainer, the nodes' agents and the instances are killed (SIGKILL) and
-stopped (SIGSTOP) for less and for more than the time-outs, and so are, with real
-engines, vLLM's processes below them and the KV pools' servers; nodes are told to end;
-their connections are cut for less and for more, reset and slowed down; the journals'
-disk and a host's /dev/shm are full for a while (as root, who may mount one). What is
-killed is started again. A seed decides what happens when. See
+three nodes, on an instance that spans two of them; `--pools`: with a KV pool's server
+on each host, and simulated instances that store nothing there). Before each rollout the
+engine is given new weights, whole or as what has changed, and one rollout in four is
+cut short by an update. The trainer, the nodes' agents and the instances are killed
+(SIGKILL) and stopped (SIGSTOP) for less and for more than the time-outs, and so are,
+with real engines, vLLM's processes below them and the KV pools' servers; nodes are told
+to end; their connections are cut for less and for more, reset and slowed down; the
+journals' disk and a host's /dev/shm are full for a while (as root, who may mount one).
+What is killed is started again. A seed decides what happens when. See
 `tests/integration/chaos.py`.
 
 Every response is compared with that of an undisturbed run with the weights that the
@@ -55,6 +56,9 @@ def main() -> int:
         "--gangs", action="store_true", help="simulated instances that span nodes"
     )
     parser.add_argument(
+        "--pools", action="store_true", help="simulated instances beside KV pools"
+    )
+    parser.add_argument(
         "--seconds",
         type=float,
         metavar="S",
@@ -64,9 +68,12 @@ def main() -> int:
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from tests.integration.chaos import run_seed, undisturbed
-    from tests.integration.chaos_settings import GANGS, SIMULATED, Outcome, real
+    from tests.integration.chaos_settings import GANGS, POOLS, SIMULATED, Outcome, real
 
-    settings = GANGS if args.gangs else SIMULATED if args.sim else real()
+    if args.sim or args.gangs or args.pools:
+        settings = GANGS if args.gangs else POOLS if args.pools else SIMULATED
+    else:
+        settings = real()
     if os.geteuid():
         settings = settings.without_mounts()
     if args.num_events is not None:

@@ -224,6 +224,7 @@ class _Chaos:
         return {
             "engine": engine,
             "models": settings.models,
+            "pools": settings.pools,
             "num_groups": settings.num_groups,
             "max_tokens": settings.max_tokens,
         }

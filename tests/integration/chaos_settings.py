@@ -18,6 +18,7 @@ class Settings:
         num_own: instances on the trainer's host.
         engine: settings of its engines; with a `model` they are real.
         models: other weights of it; simulated engines have some of their own.
+        pools: whether there are KV pools beside simulated engines.
         victims: what fails, as often as it is named here: "trainer", "node" (its
             agent, which also carries weights and drafts), "instance", "worker" (a
             process below an instance, such as vLLM's), "part" (of an instance on a
@@ -47,6 +48,7 @@ class Settings:
     hang_s: float = 120.0
     engine: dict[str, Any] = field(default_factory=dict)
     models: tuple[str, ...] = ()
+    pools: bool = False
     shm_bytes: int = 96 << 20
     lasting: bool = False
 
@@ -75,6 +77,16 @@ class Settings:
 
 
 SIMULATED = Settings()
+#: With a KV pool on each host, whose servers fail most.
+POOLS = Settings(
+    victims=(
+        *("trainer", "node", "node", "instance", "link", "disk"),
+        *("shm", "shm", "pool", "pool", "pool"),
+    ),
+    pools=True,
+    shm_bytes=192 << 20,
+    start_s=120.0,
+)
 #: Instances that span two nodes each, and a node to spare.
 GANGS = Settings(
     num_nodes=3,

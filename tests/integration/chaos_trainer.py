@@ -27,6 +27,7 @@ torch = Lazy("torch")
 _LOOK_INTERVAL_S = 0.05
 _TELL_INTERVAL_S = 1.0
 _RETRY_S = 0.2
+_POOL_BYTES = 64 << 20
 _NUM_NUMBERS = 1 << 20  # of the simulated engines' weights: four blocks on their way
 SIM_WEIGHTS = {"w": [_NUM_NUMBERS]}
 #: Weights that an engine starts with, beside those that are numbered from 0.
@@ -46,6 +47,33 @@ def weights(told: dict[str, Any], which: int) -> Any:
     values[few] += 1.0
     values[many] += which
     return {"w": values}
+
+
+def use_pools() -> None:
+    """Have real KV pools beside simulated engines, which know nothing of them: servers
+    start, fail and end, and are told of what is free, and of what to pull.
+    """
+    import aseer.kv.pool
+    import aseer.kv.remote
+    import aseer.runtime.kv_pools
+    import aseer.runtime.serving
+    from aseer.kv.settings import PoolPlan
+
+    plan = PoolPlan(
+        num_servers=1,
+        dram_bytes=_POOL_BYTES,
+        disk_bytes=0,
+        disk_dir=None,
+        chunk_tokens=64,
+        timeout_s=5.0,
+        why="chaos",
+    )
+    modules: list[Any] = [aseer.runtime.kv_pools, aseer.runtime.serving]
+    for module in modules:
+        module.plan_kv_pool = lambda *_, **__: plan
+    modules = [aseer.kv.pool, aseer.kv.remote]
+    for module in modules:
+        module.engine_args = lambda *_: {}
 
 
 def groups(num: int, max_tokens: int) -> list[aseer.Group]:
@@ -149,6 +177,8 @@ class Trainer:
 
 async def main(told: dict[str, Any]) -> None:
     begin_to_count()
+    if told["pools"]:
+        use_pools()
     loop = asyncio.get_running_loop()
     async with aseer.Engine(config_for(told["engine"])) as engine:
         trainer = Trainer(engine, told)

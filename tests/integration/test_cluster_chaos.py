@@ -7,11 +7,11 @@ import os
 import pytest
 
 from tests.integration.chaos import Expected, run_seed, undisturbed
-from tests.integration.chaos_settings import GANGS, SIMULATED, Outcome
+from tests.integration.chaos_settings import GANGS, POOLS, SIMULATED, Outcome
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.timeout(400)
-SETTINGS = {"single": SIMULATED, "gangs": GANGS}
+SETTINGS = {"single": SIMULATED, "gangs": GANGS, "pools": POOLS}
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +19,18 @@ def expected() -> Expected:
     return undisturbed(SIMULATED)  # the same of engines that span nodes
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 50))]
+    ("kind", "seed"),
+    [
+        pytest.param(kind, i, marks=[pytest.mark.slow] if i or kind == "pools" else [])
+        for kind in SETTINGS
+        for i in range(50)
+    ],
 )
-async def test_nothing_is_lost_doubled_changed_or_left_behind(seed, kind, expected):
+async def test_nothing_is_lost_doubled_changed_or_left_behind(kind, seed, expected):
     settings = SETTINGS[kind]
+    if settings.pools:
+        pytest.importorskip("lmcache")
     if os.geteuid():
         settings = settings.without_mounts()
     outcome = Outcome()
