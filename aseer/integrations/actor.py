@@ -47,6 +47,9 @@ class EngineActor:
         self._nothing_runs.set()
         self._is_admitting = asyncio.Event()
         self._is_admitting.set()
+        self._num_beginning = 0  # updates that wait for what runs
+        self._none_begins = asyncio.Event()
+        self._none_begins.set()
         self._rejects = False
 
     async def start(self) -> None:
@@ -84,7 +87,7 @@ class EngineActor:
     async def sample(
         self, prompt: Sequence[int], sampling: Mapping[str, Any], *, n: int
     ) -> Response | None:
-        """Sample one response; while requests are held, wait.
+        """Sample one response; while requests are held, or an update begins, wait.
 
         Args:
             n: the most siblings that the request can have, itself included.
@@ -95,10 +98,11 @@ class EngineActor:
             ConfigError: it cannot run.
             AseerError: what ended the rollout.
         """
-        while not self._is_admitting.is_set():
-            if self._rejects:
+        while not (self._is_admitting.is_set() and self._none_begins.is_set()):
+            if not self._is_admitting.is_set() and self._rejects:
                 return None
             await self._is_admitting.wait()
+            await self._none_begins.wait()
         with self._running():
             try:
                 desk = await self._open_desk()
@@ -149,10 +153,20 @@ class EngineActor:
     # Weights
 
     async def begin_update(self) -> WeightTarget:
-        """A target for the process of the trainer that sends; see `WeightTarget`."""
-        await self._drain()
-        timeout_s = self._settings.update_timeout_s
-        return await self._get().begin_update(timeout_s=timeout_s)
+        """A target for the process of the trainer that sends; see `WeightTarget`.
+
+        What runs is waited for; requests that come meanwhile are of the new weights.
+        """
+        self._num_beginning += 1
+        self._none_begins.clear()
+        try:
+            await self._drain()
+            timeout_s = self._settings.update_timeout_s
+            return await self._get().begin_update(timeout_s=timeout_s)
+        finally:
+            self._num_beginning -= 1
+            if not self._num_beginning:
+                self._none_begins.set()
 
     async def finish_update(self, target: WeightTarget, step: int | None = None) -> int:
         """Switch to what was sent; the engine's weight version from now on.

@@ -99,6 +99,31 @@ async def test_an_update_waits_for_what_runs():
         await server.abandon_update(target)
 
 
+async def test_an_update_begins_though_requests_never_cease():
+    async with serving() as server, asyncio.timeout(20):
+        wants_more = True
+
+        async def loop():
+            steps = []
+            while wants_more:
+                (output,) = await ask(server, [5, 6], 1, max_tokens=20)
+                assert output.stop_reason == "completed"
+                steps.append(output.extra_fields["global_steps"])
+            return steps
+
+        loops = [asyncio.get_running_loop().create_task(loop()) for _ in range(6)]
+        await until(lambda: server._num_running == 6)
+        for step in (1, 2):
+            target = await server.begin_update()
+            await target.send_async(iter(weights(float(step)).items()))
+            await server.finish_update(target, step)
+        await until(lambda: server._num_running == 6)
+        wants_more = False
+        for steps in await asyncio.gather(*loops):
+            assert steps == sorted(steps)
+            assert steps[-1] == 2
+
+
 async def test_what_is_aborted_has_its_tokens_and_what_comes_waits():
     async with serving(response_length=4000) as server:
         long = {"ignore_eos": True, "max_tokens": 3900}
