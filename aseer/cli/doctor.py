@@ -5,27 +5,28 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.text import Text
 
 from aseer.cli.checks import all_checks
-from aseer.cli.findings import Finding
-from aseer.cli.first_hour import all_steps, run_steps, write_report
+from aseer.cli.examining import examine, show
+from aseer.cli.hour.plan import all_steps, site_here
+from aseer.cli.hour.report import DATA, PAGE, places_of, write_report
+from aseer.cli.hour.site import DEFAULT_MODEL
+from aseer.cli.hour.steps import choose, is_ok, run_steps
+from aseer.errors import ConfigError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from aseer.cli.findings import Check
+    from aseer.cli.hour.steps import Outcome
 
     MakeChecks = Callable[..., Sequence[Check]]
-
-_COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 
 def add_parser(
@@ -47,7 +48,8 @@ def add_parser(
         "--model",
         metavar="DIR",
         help="a model's directory or name: also say what aseer does for its family, "
-        "and whether its weights have room",
+        "and whether its weights have room; with --gpu, the model of its larger steps "
+        f"(default there: {DEFAULT_MODEL}, on a CPU a tiny one)",
     )
     parser.add_argument(
         "--gpu",
@@ -55,6 +57,15 @@ def add_parser(
         type=Path,
         help="go through a new machine's first hour, up to the first failure, and "
         "write first-hour.json and first-hour.md there",
+    )
+    parser.add_argument(
+        "--steps", nargs="+", default=[], metavar="NAME", help="with --gpu: these only"
+    )
+    parser.add_argument(
+        "--from", dest="first", metavar="NAME", help="with --gpu: begin with this step"
+    )
+    parser.add_argument(
+        "--list-steps", action="store_true", help="say what the steps of --gpu are"
     )
     parser.add_argument(
         "--json",
@@ -66,8 +77,12 @@ def add_parser(
 def run(args: argparse.Namespace, *, make_checks: MakeChecks = all_checks) -> int:
     """Check everything and return the exit code."""
     console = Console(quiet=args.json, highlight=False)
+    if args.list_steps:
+        return _list_steps(args)
     if args.gpu is not None:
-        return _first_hour(args.gpu, console)
+        return _first_hour(args, console)
+    if args.steps or args.first is not None:
+        raise ConfigError("--steps and --from choose of --gpu DIR; give that, too")
     with tempfile.TemporaryDirectory(prefix="aseer-doctor-") as scratch:
         checks = make_checks(
             Path(scratch), with_engine=not args.no_engine, model=args.model
@@ -82,36 +97,40 @@ def run(args: argparse.Namespace, *, make_checks: MakeChecks = all_checks) -> in
     return 0 if ok else 1
 
 
-def _first_hour(folder: Path, console: Console) -> int:
-    with tempfile.TemporaryDirectory(prefix="aseer-doctor-") as scratch:
-        outcomes = run_steps(
-            all_steps(Path(scratch)), lambda o: _print(console, o.name, o.finding)
+def _list_steps(args: argparse.Namespace) -> int:
+    nowhere = Path()
+    for each in all_steps(site_here(nowhere, nowhere, args.model)):
+        why = f" (skipped here: {each.skip})" if each.skip else ""
+        sys.stdout.write(f"{each.name}: {each.about}{why}\n")
+    return 0
+
+
+def _first_hour(args: argparse.Namespace, console: Console) -> int:
+    folder: Path = args.gpu.resolve()
+    with tempfile.TemporaryDirectory(prefix="aseer-doctor-") as made:
+        scratch = Path(made)
+        steps = choose(
+            all_steps(site_here(scratch, folder, args.model)), args.steps, args.first
         )
-    _, page = write_report(outcomes, folder)
-    console.print(f"written: {page}", style="bold")
-    return int(any(o.finding.status == "fail" for o in outcomes))
+        places = places_of(scratch=scratch, report=folder)
+        found: list[Outcome] = []
+
+        def tell(outcome: Outcome) -> None:
+            found.append(outcome)
+            _write(found, folder, places)
+            show(console, outcome.name, outcome.finding)
+
+        run_steps(
+            steps, tell, lambda each: console.status(f"{each.name}: {each.about}")
+        )
+    if args.json:
+        sys.stdout.write((folder / DATA).read_text("utf-8"))
+    console.print(f"written: {folder / PAGE}", style="bold", soft_wrap=True)
+    return 0 if is_ok(found) else 1
 
 
-def examine(checks: Sequence[Check], console: Console) -> dict[str, Finding]:
-    """Run the checks in order, and show each finding as it comes."""
-    findings: dict[str, Finding] = {}
-    for check in checks:
-        missing = [n for n in check.needs if findings[n].status in ("fail", "skip")]
-        if missing:
-            finding = Finding(status="skip", detail=f"needs {', '.join(missing)}")
-        else:
-            start = time.monotonic()
-            with console.status(f"checking {check.name}"):
-                finding = check.run()
-            finding = finding.after(time.monotonic() - start)
-        findings[check.name] = finding
-        _print(console, check.name, finding)
-    return findings
-
-
-def _print(console: Console, name: str, finding: Finding) -> None:
-    color = _COLORS[finding.status]
-    line = Text.assemble((f"{finding.status:<4}", color), (f"  {name}", "bold"))
-    console.print(line.append(f": {finding.detail}", "default"), soft_wrap=True)
-    if finding.advice:
-        console.print(Text(f"      -> {finding.advice}", color), soft_wrap=True)
+def _write(found: Sequence[Outcome], folder: Path, places: Mapping[str, str]) -> None:
+    try:
+        write_report(found, folder, places)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error}") from error

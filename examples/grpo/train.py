@@ -158,7 +158,8 @@ def policy_logprobs(policy: PreTrainedModel, rows: list[list[int]]) -> torch.Ten
     """[num_rows, longest - 1]: logprob of each row's tokens from the second on."""
     width = max(map(len, rows))
     # Padding comes last, where causal attention lets nothing see it.
-    ids = torch.tensor([row + [EOS] * (width - len(row)) for row in rows])
+    padded = [row + [EOS] * (width - len(row)) for row in rows]
+    ids = torch.tensor(padded, device=policy.device)
     logits = policy(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
 
@@ -250,8 +251,9 @@ def train_on(
             mask = response_mask(pairs, new)
             old = torch.zeros_like(new)
             sampled = [logprob for t in part for logprob in t.sample.logprobs]
-            old[mask.bool()] = torch.tensor(sampled)
-            advantage = torch.tensor([[t.advantage] for t in part])
+            old[mask.bool()] = torch.tensor(sampled, device=policy.device)
+            advantages = [[t.advantage] for t in part]
+            advantage = torch.tensor(advantages, device=policy.device)
             ratio = torch.exp((new - old) * mask)
             clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
             gain = torch.min(ratio * advantage, clipped * advantage)
@@ -297,6 +299,7 @@ async def main(args: argparse.Namespace) -> None:
             make_warm(warm, args)
     task = (Sums if args.model == "smollm2" else Countdown)(warm)
     policy = AutoModelForCausalLM.from_pretrained(warm, dtype=torch.float32)
+    policy.to(args.device)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
     rng = random.Random(f"train-{args.seed}")
     state = out / "trainer.pt"
@@ -310,7 +313,11 @@ async def main(args: argparse.Namespace) -> None:
         print(f"going on after iteration {first - 1}")
     problems = iter(lambda: task.group(rng, args.group_size), None)
     make_sampler = VllmSampler if args.engine == "vllm" else AseerSampler
-    ours = {"chunk_size": args.chunk_size, "speculation": args.speculation}
+    ours = {
+        "chunk_size": args.chunk_size,
+        "speculation": args.speculation,
+        "gpus": args.gpus.split(",") if args.gpus else None,
+    }
     settings: dict[str, Any] = ours if args.engine == "aseer" else {}
     async with make_sampler(
         warm, num_instances=2, dtype="float32", max_model_len=512, max_num_seqs=128,
@@ -386,6 +393,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--eval-problems", type=int, default=128)
     add("--eval-every", type=int, default=5)
     add("--threads", type=int, default=2, help="the trainer's; engines idle meanwhile")
+    add("--device", default="cpu", help="the trainer's, such as cuda:0")
+    add("--gpus", help="the engines', such as 4,5 (default: all, or the CPU)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(words)
     if args.lr is None:
