@@ -7,16 +7,16 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from aseer.cli.checks import all_checks
 from aseer.cli.examining import examine, show
 from aseer.cli.hour.plan import all_steps, site_here
-from aseer.cli.hour.report import DATA, PAGE, places_of, write_report
+from aseer.cli.hour.report import DATA, PAGE, kept_steps, places_of, write_report
 from aseer.cli.hour.site import DEFAULT_MODEL
-from aseer.cli.hour.steps import choose, is_ok, run_steps
+from aseer.cli.hour.steps import before, choose, is_ok, run_steps
 from aseer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +62,10 @@ def add_parser(
         "--steps", nargs="+", default=[], metavar="NAME", help="with --gpu: these only"
     )
     parser.add_argument(
-        "--from", dest="first", metavar="NAME", help="with --gpu: begin with this step"
+        "--from",
+        dest="first",
+        metavar="NAME",
+        help="with --gpu: begin with this step, and keep what DIR has of earlier ones",
     )
     parser.add_argument(
         "--list-steps", action="store_true", help="say what the steps of --gpu are"
@@ -109,19 +112,19 @@ def _first_hour(args: argparse.Namespace, console: Console) -> int:
     folder: Path = args.gpu.resolve()
     with tempfile.TemporaryDirectory(prefix="aseer-doctor-") as made:
         scratch = Path(made)
-        steps = choose(
-            all_steps(site_here(scratch, folder, args.model)), args.steps, args.first
-        )
+        steps = all_steps(site_here(scratch, folder, args.model))
+        chosen = choose(steps, args.steps, args.first)
+        kept = kept_steps(folder, before(steps, args.first))
         places = places_of(scratch=scratch, report=folder)
         found: list[Outcome] = []
 
         def tell(outcome: Outcome) -> None:
             found.append(outcome)
-            _write(found, folder, places)
+            _write(found, folder, places, kept)
             show(console, outcome.name, outcome.finding)
 
         run_steps(
-            steps, tell, lambda each: console.status(f"{each.name}: {each.about}")
+            chosen, tell, lambda each: console.status(f"{each.name}: {each.about}")
         )
     if args.json:
         sys.stdout.write((folder / DATA).read_text("utf-8"))
@@ -129,8 +132,13 @@ def _first_hour(args: argparse.Namespace, console: Console) -> int:
     return 0 if is_ok(found) else 1
 
 
-def _write(found: Sequence[Outcome], folder: Path, places: Mapping[str, str]) -> None:
+def _write(
+    found: Sequence[Outcome],
+    folder: Path,
+    places: Mapping[str, str],
+    kept: Sequence[Mapping[str, Any]],
+) -> None:
     try:
-        write_report(found, folder, places)
+        write_report(found, folder, places, kept)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error}") from error

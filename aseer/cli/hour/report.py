@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aseer.cli.hour.steps import is_ok
 from aseer.compat.versions import installed_packages
 from aseer.version import __version__
 
@@ -30,36 +29,66 @@ DATA, PAGE = "first-hour.json", "first-hour.md"
 
 
 def write_report(
-    outcomes: Sequence[Outcome], folder: Path, places: Mapping[str, str]
+    outcomes: Sequence[Outcome],
+    folder: Path,
+    places: Mapping[str, str],
+    kept: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write what was found so far; gives the page's path.
 
     Args:
         places: what to write instead of places of this machine (`places_of`).
+        kept: earlier steps that a report had there (`kept_steps`).
     Raises:
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = without_places(data_of(outcomes), places)
+    data = without_places(data_of(outcomes, kept), places)
     (folder / DATA).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
     page = folder / PAGE
     page.write_text(page_of(data), "utf-8")
     return page
 
 
-def data_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def kept_steps(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Steps of these names in the report that is there, by the same packages.
+
+    A run that goes on where another ended has one report with it. What other packages
+    were found to do says nothing of these.
+    """
+    try:
+        data = json.loads((folder / DATA).read_text("utf-8"))
+        found = [each for each in data["steps"] if each["name"] in names]
+        same = all(data[key] == value for key, value in _packages().items())
+    except (OSError, ValueError, KeyError, TypeError):  # none, or no report of ours
+        return []
+    return found if same else []
+
+
+def data_of(
+    outcomes: Sequence[Outcome], kept: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """The report as plain data."""
     steps = [
-        {"name": name, **asdict(finding), "figures": _plain(figures)}
-        for name, finding, figures in outcomes
+        *map(dict, kept),
+        *(
+            {"name": name, **asdict(finding), "figures": _plain(figures)}
+            for name, finding, figures in outcomes
+        ),
     ]
     return {
-        "ok": is_ok(outcomes),
+        "ok": all(each["status"] != "fail" for each in steps),
+        **_packages(),
+        "seconds": round(sum(each["seconds"] for each in steps), 1),
+        "steps": steps,
+    }
+
+
+def _packages() -> dict[str, Any]:
+    return {
         "aseer": __version__,
         "python": platform.python_version(),
         "packages": installed_packages(),
-        "seconds": round(sum(o.finding.seconds for o in outcomes), 1),
-        "steps": steps,
     }
 
 

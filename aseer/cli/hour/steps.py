@@ -96,6 +96,12 @@ def choose(
     return [each for each in steps[start:] if not names or each.name in names]
 
 
+def before(steps: Sequence[Step], first: str | None) -> list[str]:
+    """Names of the steps that come before one; of none, none do."""
+    names = [each.name for each in steps]
+    return [] if first is None else names[: names.index(first)]
+
+
 def run_steps(
     steps: Sequence[Step],
     tell: Callable[[Outcome], None],

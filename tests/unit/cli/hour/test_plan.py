@@ -10,7 +10,7 @@ import pytest
 
 from aseer.cli import doctor
 from aseer.cli.findings import Status, fail, ok, warn
-from aseer.cli.hour import plan
+from aseer.cli.hour import plan, report
 from aseer.cli.hour.load import real_groups
 from aseer.cli.hour.plan import all_steps
 from aseer.cli.hour.site import Site, sizes_for, too_few_gpus
@@ -145,6 +145,41 @@ def test_steps_can_be_chosen(
     assert run(monkeypatch, steps, *argv) == 0
     told = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in told["steps"]] == list(names)
+
+
+def test_a_run_that_goes_on_keeps_the_earlier_steps_of_the_same_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def written() -> list[tuple[str, str]]:
+        data = json.loads((tmp_path / "first-hour.json").read_text())
+        assert data["ok"] is all(each["status"] != "fail" for each in data["steps"])
+        return [(each["name"], each["status"]) for each in data["steps"]]
+
+    out = ["--gpu", str(tmp_path)]
+    assert run(
+        monkeypatch, [step("a", "warn"), step("b", "fail"), step("c", "ok")], *out
+    )
+    assert written() == [("a", "warn"), ("b", "fail"), ("c", "skip")]
+    mended = [step("a", "ok"), step("b", "ok"), step("c", "ok")]
+    assert run(monkeypatch, mended, *out, "--from", "b") == 0
+    assert written() == [("a", "warn"), ("b", "ok"), ("c", "ok")]
+
+    monkeypatch.setattr(report, "installed_packages", lambda: {"vllm": "99"})
+    assert run(monkeypatch, mended, *out, "--from", "c") == 0
+    assert written() == [("c", "ok")], "others say nothing of these packages"
+    assert run(monkeypatch, mended, *out) == 0
+    assert written() == [("a", "ok"), ("b", "ok"), ("c", "ok")]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"steps": [{}]}', '{"steps": 3}'])
+def test_a_file_that_is_no_report_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "first-hour.json").write_text(text)
+    steps = [step("a", "ok"), step("b", "ok")]
+    assert run(monkeypatch, steps, "--gpu", str(tmp_path), "--from", "b") == 0
+    data = json.loads((tmp_path / "first-hour.json").read_text())
+    assert [each["name"] for each in data["steps"]] == ["b"]
 
 
 def test_steps_are_chosen_of_the_list_only(monkeypatch: pytest.MonkeyPatch) -> None:
