@@ -47,7 +47,7 @@ class MachineFacts:
         checks: what `aseer doctor` found, by check.
         gpus: lines of `nvidia-smi -L`, without what tells one card from another.
         shm: size and free space of /dev/shm in GiB; None = there is none.
-        modules: by name, the version, or why it does not import.
+        modules: for GPUs, by name: the version, or why it does not import.
         variables: of the environment, that change what engines do.
     """
 
@@ -70,7 +70,7 @@ def machine_facts(site: Site) -> MachineFacts:
         shm=_shared_memory(),
         num_cores=len(machine.cores),
         free_memory_gib=round(machine.free_memory_bytes / _GIB, 1),
-        modules={name: _try_import(name) for name in _MODULES},
+        modules={name: _try_import(name) for name in _MODULES if site.on_gpu},
         variables=telling_variables(os.environ),
     )
 
@@ -84,11 +84,10 @@ def judge_machine(facts: MachineFacts) -> Finding:
     if facts.shm is not None:
         shm = "{:.1f} of {:.1f} GiB free in /dev/shm".format(*reversed(facts.shm))
     gpus = facts.checks["gpus"].detail if "gpus" in facts.checks else "not looked for"
-    detail = (
-        f"GPUs: {gpus}; {facts.num_cores} cores; {facts.free_memory_gib} GiB of memory "
-        f"free; {shm}; "
-        + "; ".join(f"{name}: {found}" for name, found in facts.modules.items())
-    )
+    memory = f"{facts.free_memory_gib} GiB of memory free"
+    modules = (f"{name}: {found}" for name, found in facts.modules.items())
+    parts = (f"GPUs: {gpus}", f"{facts.num_cores} cores", memory, shm, *modules)
+    detail = "; ".join(parts)
     warnings = [
         f"{n}: {f.detail}" for n, f in facts.checks.items() if f.status == "warn"
     ]
