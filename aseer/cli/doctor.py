@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from aseer.errors import ConfigError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from aseer.cli.findings import Check
     from aseer.cli.hour.steps import Outcome
@@ -123,13 +125,32 @@ def _first_hour(args: argparse.Namespace, console: Console) -> int:
             _write(found, folder, places, kept)
             show(console, outcome.name, outcome.finding)
 
-        run_steps(
-            chosen, tell, lambda each: console.status(f"{each.name}: {each.about}")
-        )
+        with _logging_to(folder / "logs"):
+            run_steps(
+                chosen, tell, lambda each: console.status(f"{each.name}: {each.about}")
+            )
     if args.json:
         sys.stdout.write((folder / DATA).read_text("utf-8"))
     console.print(f"written: {folder / PAGE}", style="bold", soft_wrap=True)
     return 0 if is_ok(found) else 1
+
+
+@contextmanager
+def _logging_to(folder: Path) -> Iterator[None]:
+    """Keep what aseer logs in a file: engines that are killed are no news here."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "aseer.log", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error}") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("aseer")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 def _write(

@@ -55,7 +55,7 @@ class Exactness:
 
 async def exactness(site: Site, num_engines: int) -> list[Exactness]:
     """Compare on so many engines, as vLLM schedules and in step with the device."""
-    found = [await exactness_of(site, num_engines, "as vLLM's default", {})]
+    found = [await exactness_of(site, num_engines, "default", {})]
     found.append(await exactness_of(site, num_engines, "async off", _SYNC))
     return found
 

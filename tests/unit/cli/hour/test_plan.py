@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,20 @@ def test_the_command_writes_both_and_fails_with_a_step(
     statuses = [each["status"] for each in written["steps"]]
     assert statuses == [status, "skip" if code else "ok"]
     assert (tmp_path / "out" / "first-hour.md").exists()
+
+
+def test_what_is_logged_meanwhile_is_in_a_file_and_not_among_the_findings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killing() -> Seen:
+        logging.getLogger("aseer").error("instance 0 is lost")
+        return Seen(ok("killed"))
+
+    steps = [Step(name="a", about="", see=killing)]
+    assert run(monkeypatch, steps, "--gpu", str(tmp_path)) == 0
+    assert "ERROR instance 0 is lost" in (tmp_path / "logs/aseer.log").read_text()
+    assert not logging.getLogger("aseer").handlers
+    assert "lost" not in "".join(capsys.readouterr())
 
 
 def test_what_was_found_before_an_interrupt_is_written(
