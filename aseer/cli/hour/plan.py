@@ -70,14 +70,14 @@ def all_steps(site: Site) -> list[Step]:
         ),
         step(
             "one-engine",
-            "in float32, chunks equal undivided responses; also with async scheduling "
-            "off",
+            "in float32, chunks equal undivided responses",
             _ran(lambda: exact.exactness(site, 1)),
             exact.judge_exactness,
         ),
         step(
             "two-engines",
-            "the same with requests that move, and with an engine killed",
+            "the same with requests that move, with an engine killed, and with async "
+            "scheduling off",
             _ran(lambda: exact.exactness(site, 2)),
             exact.judge_exactness,
             skip=two,

@@ -140,6 +140,12 @@ def test_equal_everywhere_is_ok() -> None:
     assert "up in 10 s" in finding.detail
 
 
+def test_of_one_engine_nothing_more_is_asked_if_all_is_equal() -> None:
+    finding = judge_exactness([EQUAL])
+    assert finding.status == "ok"
+    assert "async" not in finding.detail
+
+
 @pytest.mark.parametrize(
     ("default", "in_step", "text", "advice"),
     [
