@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aseer
-from tests.e2e.tiny import by_request, next_version, tiny_config
+from tests.e2e.distributions import exact, p_value
+from tests.e2e.tiny import by_request, next_version, tiny_config, tiny_model
 from tests.e2e.v2.runner import environment, v2_config
 
 if TYPE_CHECKING:
@@ -37,6 +39,11 @@ GROUPS = [
     for i, settings in enumerate(SETTINGS)
 ]
 MAX_DRAFT_TOKENS = 4
+# Two, so that every response that there can be is drawn often enough to be counted.
+ALLOWED = [42, 103]
+LENGTH = 6
+NUM_DRAWN = 400
+TEMPERATURE = 2.0
 
 SAMPLERS = """
 import json
@@ -178,3 +185,47 @@ def test_a_resume_computes_one_token_though_drafts_were_verified(drafting):
     assert response.metrics.num_migrations == 0
     assert response.metrics.num_recomputed_tokens == 0
     assert rollout.report.speculation.num_drafts > 0
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "chunk_size", "num_chunks"), [(5, 32, 1), (30, 3, 2)]
+)
+def test_drawn_responses_have_the_models_own_probabilities(
+    drafting, num_prompt_tokens, chunk_size, num_chunks
+):
+    """Of the drafts that siblings wrote, about half is refused.
+
+    After a prompt of 30 tokens chunks of three end where a KV block does. They are too
+    short for drafts, since neither their first token nor their last is drafted.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype="float32")
+    prompt = [5 + i for i in range(num_prompt_tokens)]
+    sampling = {
+        "temperature": TEMPERATURE,
+        "max_tokens": LENGTH,
+        "ignore_eos": True,
+        "allowed_token_ids": ALLOWED,
+    }
+    group = aseer.Group(prompt, NUM_DRAWN, sampling=sampling)
+    rollout = drafting.rollout_sync([group], chunk_size=chunk_size)
+    responses = list(rollout)
+    probabilities = exact(model, prompt, ALLOWED, LENGTH, TEMPERATURE)
+    for response in responses:
+        assert response.finish_reason == "length", response.error
+        expected = probabilities[tuple(response.token_ids)]
+        assert math.exp(sum(response.logprobs)) == pytest.approx(expected, rel=1e-3)
+    drawn = [tuple(response.token_ids) for response in responses]
+    assert len(drawn) == NUM_DRAWN
+    assert p_value(drawn, probabilities) > 1e-4
+    warmer = exact(model, prompt, ALLOWED, LENGTH, 3 * TEMPERATURE)
+    assert p_value(drawn, warmer) < 1e-4
+    assert rollout.report.num_chunks == num_chunks * NUM_DRAWN
+    if num_chunks == 1:
+        speculation = rollout.report.speculation
+        drafted, accepted = sum(speculation.drafted), sum(speculation.accepted)
+        assert drafted > NUM_DRAWN / 2
+        assert 0.2 < accepted / drafted < 0.9
+        assert speculation.drafted[1] > 50
+        assert not any(speculation.drafted[MAX_DRAFT_TOKENS:])
