@@ -93,8 +93,13 @@ vllm.v1.spec_decode.metrics  SpecDecodingStats.num_drafts
 _WEIGHTS = """
 vllm.v1.worker.gpu_worker  Worker.reload_weights Worker.model_runner
 vllm.v1.worker.gpu_model_runner  GPUModelRunner.reload_weights(weights_iterator)
-  GPUModelRunner.model
-vllm.v1.worker.gpu.model_runner  GPUModelRunner.reload_weights GPUModelRunner.model
+  GPUModelRunner.get_model
+vllm.v1.worker.gpu.model_runner  GPUModelRunner.reload_weights GPUModelRunner.get_model
+vllm.model_executor.model_loader.reload.layerwise  get_layerwise_info(layer)
+vllm.model_executor.model_loader.reload.types  LayerReloadingInfo.loaded_weights
+  LayerReloadingInfo.reset LayerReloadingInfo.restore_metadata
+vllm.model_executor.model_loader.reload.meta  SKIP_TENSORS
+vllm.model_executor.layers.quantization.kv_cache  BaseKVCacheMethod
 vllm.config.parallel  ParallelConfig.node_rank
 vllm.distributed.parallel_state  get_tensor_model_parallel_rank
 vllm.model_executor.layers.vocab_parallel_embedding  ParallelLMHead

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from aseer.instance.vllm.reload import Reload
 from aseer.instance.vllm.sinks import load_sinks
 from tests.lazy import Lazy
 
@@ -54,7 +54,7 @@ def reload(model: Any, weights: dict[str, Any], *, is_patched: bool) -> None:
     from vllm.model_executor.model_loader.reload import layerwise
 
     layerwise.record_metadata_for_reloading(model)
-    with ExitStack() as reloaded:
+    with Reload() as reloaded:
         if is_patched:
             assert load_sinks(model, reloaded)
         layerwise.initialize_layerwise_reload(model)
@@ -90,4 +90,4 @@ def test_sinks_are_those_of_the_last_update(
 
 def test_a_model_without_sinks_is_left_alone() -> None:
     model = torch.nn.Linear(2, 2)
-    assert not load_sinks(model, ExitStack())
+    assert not load_sinks(model, Reload())

@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from aseer.compat.patching import Patch, apply_patches
 from aseer.dgds.proposer import GroupDrafter
 from aseer.instance.vllm import EXECUTOR
+from aseer.instance.vllm.packing import is_on_cpu, pack_experts, pack_tied_heads
+from aseer.instance.vllm.reload import notice_losses
 from aseer.instance.vllm.rows import (
     expand_batch_to_tokens,
     expands_rightly,
     keep_masks_apart,
 )
 from aseer.instance.vllm.sinks import load_sinks
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import ExitStack
-
 
 Moment = Literal["configure", "worker", "sampler", "drafting", "refusal", "reload"]
 
@@ -43,8 +40,8 @@ def apply(moment: Moment, *targets: Any) -> list[str]:
             configured), "worker" (nothing, before a worker makes its model runner),
             "sampler" (the runner, before its sampler for drafts is tested), "drafting"
             (the runner, when it begins to draft by group), "refusal" (the runner, if it
-            must not draft), "reload" (the model and an `ExitStack` that is closed when
-            its new weights are loaded).
+            must not draft), "reload" (the model and a `Reload` that is closed when its
+            new weights are loaded).
     Returns:
         The names of those that changed something.
     """
@@ -82,7 +79,7 @@ def poll_less() -> bool:
     from vllm.distributed.device_communicators import shm_broadcast
 
     waiting = getattr(shm_broadcast, "SpinCondition", None)
-    if waiting is None or not _is_on_cpu():
+    if waiting is None or not is_on_cpu():
         return False
     waiting.__init__ = functools.partialmethod(waiting.__init__, busy_loop_s=_POLL_S)
     return True
@@ -90,7 +87,7 @@ def poll_less() -> bool:
 
 def spare_generators() -> bool:
     """Have a CPU engine's seeded requests draw nothing for a part of their prompt."""
-    if not _is_on_cpu():
+    if not is_on_cpu():
         return False
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -181,7 +178,7 @@ def take_undrafted_steps_as_plain(runner: Any) -> bool:
     """
     prepare = getattr(runner, "_prepare_inputs", None)
     is_hybrid = getattr(runner.model_config, "is_hybrid", True)
-    if prepare is None or is_hybrid or not _is_on_cpu():
+    if prepare is None or is_hybrid or not is_on_cpu():
         return False
 
     @functools.wraps(prepare)
@@ -212,71 +209,6 @@ def draft_nothing(runner: Any) -> bool:
 
     runner.drafter.propose = propose
     return True
-
-
-def pack_tied_heads(model: Any, reloaded: ExitStack) -> bool:
-    """Have a CPU's output layer follow the embedding that it shares its weight with.
-
-    A CPU computes logits from a packed copy of that weight. vLLM's reload makes the
-    copy anew only for layers that a checkpoint has tensors of.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import (
-        ParallelLMHead,
-        UnquantizedEmbeddingMethod,
-    )
-
-    heads = [
-        module
-        for module in (model.modules() if _is_on_cpu() else ())
-        if isinstance(module, ParallelLMHead)
-        and isinstance(module.quant_method, UnquantizedEmbeddingMethod)
-    ]
-
-    def pack(error: object, *_: object) -> None:
-        for head in () if error else heads:
-            head.quant_method.process_weights_after_loading(head)
-
-    reloaded.push(pack)
-    return bool(heads)
-
-
-def pack_experts(model: Any, reloaded: ExitStack) -> bool:
-    """Have a CPU's experts compute with the weights that are loaded meanwhile.
-
-    They read weights in an order of their own. vLLM's reload leaves them in a
-    checkpoint's order: other numbers, and no error.
-    """
-    packed: set[int] = set()
-
-    def note(layer: Any, pack: Callable[[Any], None]) -> None:
-        packed.add(id(layer))
-        pack(layer)
-
-    layers: list[tuple[Any, Any]] = []
-    for layer in model.modules() if _is_on_cpu() else ():
-        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-        experts: Any = getattr(kernel, "fused_experts", None)
-        if hasattr(experts, "process_weights_after_loading"):
-            layers.append((layer, experts))
-    for _, experts in layers:
-        pack = experts.process_weights_after_loading
-        experts.process_weights_after_loading = functools.partial(note, pack=pack)
-
-    def pack_rest(error: object, *_: object) -> None:
-        for _, experts in layers:
-            del experts.process_weights_after_loading  # the class's own again
-        for layer, experts in layers:
-            if not error and id(layer) not in packed:
-                experts.process_weights_after_loading(layer)
-
-    reloaded.push(pack_rest)
-    return bool(layers)
-
-
-def _is_on_cpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
 
 
 # Run with 0.32; the same lines were read in 0.26, 0.30 and 0.33.
@@ -355,6 +287,12 @@ PATCHES = (
         "refusal",
         "vLLM has no call that stops an engine's drafts",
         f"{_ALL}, model runner V1",
+    ),
+    Patch(
+        notice_losses,  # the first, so that it looks when all others are done
+        "reload",
+        "what a layer does not take of new weights is lost without an error",
+        _ALL,
     ),
     Patch(
         pack_tied_heads,

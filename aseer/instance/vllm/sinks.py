@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from contextlib import ExitStack
+
+    from aseer.instance.vllm.reload import Reload
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _SINKS = re.compile(rf"{_LAYER.pattern}.*(sinks|attention_sink_bias)")
 
 
-def load_sinks(model: Any, reloaded: ExitStack) -> bool:
+def load_sinks(model: Any, reloaded: Reload) -> bool:
     """Have a model compute with the sinks among the weights that are loaded meanwhile.
 
     Names are the checkpoint's on one side and vLLM's on the other: a layer's number is
@@ -39,15 +40,16 @@ def load_sinks(model: Any, reloaded: ExitStack) -> bool:
         return load(noted(weights), *args, **kwargs)
 
     def copy(error: object, *_: object) -> None:
-        del model.load_weights  # the class's own again
         if error:
             return
-        for layer, own in _tensors(model):
-            if layer in given:
-                _copy_part(given[layer], own)
+        for name, own in _tensors(model):
+            found = _LAYER.search(name)
+            if found and found[1] in given:
+                _copy_part(given[found[1]], own)
+                reloaded.mended.add(name)
 
-    model.load_weights = load_noted
     reloaded.push(copy)
+    reloaded.replace(model, "load_weights", load_noted)
     return True
 
 
@@ -58,17 +60,17 @@ def tail_of(name: str) -> str:
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
-    """All that hold sinks, with the number of their layer.
+    """All that hold sinks, with their names.
 
     Some of vLLM's attention backends keep a copy in another dtype.
     """
     for name, parameter in model.named_parameters():
-        if found := _SINKS.fullmatch(tail_of(name)):
-            yield found[1], parameter.data
+        if _SINKS.fullmatch(tail_of(name)):
+            yield name, parameter.data
     for name, module in model.named_modules():
         sinks = getattr(getattr(module, "impl", None), "sinks", None)
-        if sinks is not None and (found := _LAYER.search(name)):
-            yield found[1], sinks.data
+        if sinks is not None:
+            yield f"{name}.impl.sinks", sinks.data
 
 
 def _copy_part(given: Any, own: Any) -> None:

@@ -8,7 +8,6 @@ engine. Drafts are made in the first worker alone; vLLM hands them to the others
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,6 +21,7 @@ from aseer.dgds.replica import Replica
 from aseer.dgds.steptime import StepTimeModel
 from aseer.instance.vllm import patches
 from aseer.instance.vllm.kvgroups import describe_groups
+from aseer.instance.vllm.reload import Reload
 from aseer.instance.vllm.transfer import offer_receivers
 from aseer.instance.vllm.v2 import (
     is_v2,
@@ -55,7 +55,7 @@ class WorkerExtension:
     device: Any
     rank: int
     aseer_weights: OpenIndex | None = None
-    aseer_transfer: ExitStack | None = None
+    aseer_transfer: Reload | None = None
 
     def aseer_prepare_weights(self, *paths: str) -> None:
         """Open the files of new weights, and see that they are there.
@@ -68,10 +68,14 @@ class WorkerExtension:
         self.aseer_weights = OpenIndex(paths[rank])
 
     def aseer_commit_weights(self) -> None:
-        """Load what was prepared, each worker its own part of every tensor."""
+        """Load what was prepared, each worker its own part of every tensor.
+
+        Raises:
+            EngineError: vLLM lost some; nobody knows now what it computes with.
+        """
         assert self.aseer_weights is not None, "prepare first"
-        with ExitStack() as reloaded:
-            patches.apply("reload", self.model_runner.model, reloaded)
+        with Reload() as reloaded:
+            patches.apply("reload", self.model_runner.get_model(), reloaded)
             self.reload_weights(weights_iterator=self.aseer_weights.tensors())
         self.aseer_discard_weights()
 
@@ -85,15 +89,19 @@ class WorkerExtension:
 
     def aseer_begin_transfer(self) -> None:
         """Mend vLLM's reload for the weights that are about to come."""
-        self.aseer_transfer = stack = ExitStack()
-        patches.apply("reload", self.model_runner.model, stack)
+        self.aseer_transfer = reloaded = Reload()
+        patches.apply("reload", self.model_runner.get_model(), reloaded)
 
     def aseer_end_transfer(self) -> None:
-        """All weights of a transfer are loaded; leave the trainer's group."""
+        """All weights of a transfer are loaded; leave the trainer's group.
+
+        Raises:
+            EngineError: vLLM lost some; nobody knows now what it computes with.
+        """
         assert self.aseer_transfer is not None, "begin first"
-        self.aseer_transfer.close()
-        self.aseer_transfer = None
+        reloaded, self.aseer_transfer = self.aseer_transfer, None
         self.weight_transfer_engine.shutdown()
+        reloaded.close()
 
     def aseer_describe_kv(self) -> tuple[list[KvGroup], int]:
         """See `describe_groups`."""
