@@ -32,6 +32,12 @@ _PARTS = (
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("lm_head.", "language_model.lm_head."),
 )
+# What it calls the router and the experts of Granite, and what checkpoints call them.
+_ENDS = (
+    (".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),
+    (".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),
+    (".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),
+)
 _EMBEDDINGS = frozenset(
     {
         "embed_tokens",  # Llama, Qwen, Gemma and most others
@@ -89,6 +95,9 @@ def _with_other_parts(name: str) -> Iterator[str]:
         for prefix, other in (pair, pair[::-1]):
             if name.startswith(prefix):
                 yield other + name.removeprefix(prefix)
+    for end, other in _ENDS:
+        if name.endswith(end):
+            yield name.removesuffix(end) + other
 
 
 def is_weight(name: str) -> bool:

@@ -106,3 +106,19 @@ def test_layers_that_predict_further_are_told_from_a_models_own(
     name, num_layers, further
 ):
     assert predicts_further(name, num_layers) == further
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("router.weight", "router.layer.weight"),
+        ("experts.gate_up_proj", "input_linear.weight"),
+        ("experts.down_proj", "output_linear.weight"),
+    ],
+)
+def test_granites_experts_are_known_by_the_names_they_have_in_memory(given, meant):
+    moe = "model.layers.3.block_sparse_moe."
+    known = {f"{moe}{meant}", "model.layers.3.block_sparse_moe.other"}
+    for wrapped in (moe + given, f"module.{moe}{given}"):
+        assert unwrapped(wrapped, known) == moe + meant
+    assert unwrapped(moe + given, {moe + given}) == moe + given
