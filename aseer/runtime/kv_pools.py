@@ -62,6 +62,7 @@ class KvPools:
         self._pools: dict[Node, Pool] = {}
         self._kinds: dict[Node, Hashable] = {}
         self._numbers: dict[tuple[Hashable, int], int] = {}
+        self._num_numbers = itertools.count()  # none is used again
         self._links: dict[tuple[Node, Node], Link] = {}
         self._pulls = itertools.count()
         self._instances: dict[InstanceId, tuple[Node, int]] = {}
@@ -78,7 +79,7 @@ class KvPools:
         self.granularity = pool.granularity
         self._is_external |= not pool.num_servers
         self._pools[node] = pool
-        self._kinds[node] = id(node) if kind is None else kind
+        self._kinds[node] = object() if kind is None else kind
 
     async def join(
         self, node: RemoteNode, launches: list[Launch], *, pulls: bool
@@ -142,7 +143,14 @@ class KvPools:
             self.granularity = 0
 
     def leave(self, node: Node) -> None:
-        """A node is gone, with all that its pool held."""
+        """A node is gone, with all that its pool held, and is forgotten; or its pool is
+        over.
+        """
+        kind = self._kinds.pop(node, None)
+        self._num_seen.pop(node, None)
+        self._instances = {i: p for i, p in self._instances.items() if p[0] is not node}
+        if kind not in self._kinds.values():
+            self._numbers = {s: n for s, n in self._numbers.items() if s[0] != kind}
         pool = self._pools.pop(node, None)
         if pool is not None:
             self._past = sum_counts(self._past, ended_counts(pool.counts))
@@ -192,7 +200,9 @@ class KvPools:
             return NO_POOL
         pool, index = found
         server = self._kinds[self._instances[instance_id][0]], pool.server_of(index)
-        return self._numbers.setdefault(server, len(self._numbers))
+        if server not in self._numbers:
+            self._numbers[server] = next(self._num_numbers)
+        return self._numbers[server]
 
     def _pool_of(self, instance_id: InstanceId) -> tuple[Pool, int] | None:
         """The pool of an instance, and the instance's number on its node."""

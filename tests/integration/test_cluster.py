@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from aseer.node.interpreter import this_interpreter
 from aseer.node.machine import this_machine
 from aseer.node.messages import FROM_NEIGHBOUR, GetBlock, Goodbye
 from aseer.node.metrics import AGENT_METRICS, values_in
+from aseer.node.remote import RemoteNode
 from aseer.transport.base import ConnectionLost, ConnectionRefused
 from aseer.transport.keys import derive_keys
 from aseer.transport.tcp import connect_tcp
@@ -299,6 +301,21 @@ async def test_a_node_that_is_told_to_end_leaves_in_order(nodes):
         await until(lambda: set(restarts()) == set(names_in(engine)))
     assert "told to end" in leaver.said
     assert content(responses) == await reference(groups)
+
+
+async def test_of_nodes_that_are_gone_but_the_last_nothing_is_kept(nodes):
+    config = nodes.config(num_instances=1, min_nodes=0)
+    async with aseer.Engine(config) as engine:
+        for name in ("one", "two"):
+            node = nodes.start(name, num_instances=1)
+            await until(lambda: len(engine.instances) == 2)
+            assert [r async for r in engine.rollout(groups_of(2))]
+            node.signal(signal.SIGTERM)
+            assert await node.wait() == 0
+            await until(lambda: len(engine.instances) == 1)
+        gc.collect()
+        kept = {n.name for n in gc.get_objects() if type(n) is RemoteNode}
+        assert kept <= {"two"}, "the last may be at hand until another joins"
 
 
 async def test_a_node_whose_lifetime_is_over_leaves_in_order(nodes):

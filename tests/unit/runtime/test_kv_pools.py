@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +152,23 @@ async def test_figures_add_up_over_nodes_and_outlive_them():
     assert pools.server_of(InstanceId(2)) == NO_POOL
     await pools.drop_older(5)
     pools.free(info_of(), 0, b"", 0, [InstanceId(2)])
+
+
+@pytest.mark.parametrize("pool", [None, FakePool()])
+def test_a_node_that_is_gone_is_forgotten_and_its_number_is_not_used_again(pool):
+    pools, numbers = KvPools(EngineConfig(model="m")), []
+    for i in range(3):
+        node: Any = RemoteNode(JOIN, lambda data: None)
+        if pool is not None:
+            pools.add(node, pool)
+        pools.engine_args(node, InstanceId(i))
+        numbers.append(pools.server_of(InstanceId(i)))
+        gone = weakref.ref(node)
+        pools.leave(node)
+        del node
+        gc.collect()
+        assert gone() is None
+    assert numbers == ([NO_POOL] * 3 if pool is None else [0, 1, 2])
 
 
 def test_a_pool_of_another_connector_is_one_over_all_nodes():
