@@ -3,7 +3,7 @@
 The first leads: vLLM's engine is there, and says all that the instance says. The others
 have workers of it. An instance lives and dies as a whole: when a process of it ends,
 the others are ended, and its end is told once nothing of it is left on any node that
-still answers, and these were asked whether they reach each other. So whether a node was
+still answers, and these have said whether they reach each other. So whether a node was
 lost, or is cut off from another, is known by then, and that is nobody's fault.
 """
 
@@ -13,7 +13,7 @@ import asyncio
 from contextlib import suppress
 from dataclasses import replace
 from itertools import permutations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,7 +22,7 @@ from aseer.runtime.launch import member_args, member_env
 from aseer.watch import waking_timeout
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from aseer.node.machine import Launch
     from aseer.node.messages import Located
@@ -78,7 +78,7 @@ class Gang:
         await self.look()
 
     async def look(self) -> None:
-        """See whether the nodes reach each other; nothing is to run there."""
+        """See whether the nodes reach each other; their instance has ended, or ends."""
         pairs = list(permutations(self.nodes, 2))
         found = await asyncio.gather(*(one.reaches(other) for one, other in pairs))
         if not all(found):
@@ -139,12 +139,12 @@ class GangProcess:
     def __init__(
         self,
         parts: Sequence[tuple[RemoteNode, RemoteProcess]],
-        look: Callable[[], Awaitable[None]],
+        look: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         """Of parts that were started.
 
         Args:
-            look: is called at the end, when nothing of them is left.
+            look: is called once one has ended, and is over when their end is told.
         """
         self._parts = list(parts)
         self._look = look
@@ -165,7 +165,8 @@ class GangProcess:
             if self._first is None:
                 self._first = next(i for i, end in enumerate(ends) if end.done())
             self.kill()
-        await self._look()
+            # Meanwhile, as requests are sent there until the end is told.
+            tasks.create_task(self._look())
         return ends[self._first].result()
 
     async def end(self, grace_s: float) -> None:
