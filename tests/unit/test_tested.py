@@ -35,6 +35,7 @@ NOT_IMPORTED = {
     "aseer.instance.vllm.kvgroups": "tests/integration/test_kvgroups.py",
     "aseer.instance.vllm.limits": "tests/integration/test_v2_plan.py",
     "aseer.instance.vllm.patches": "tests/integration/test_patches.py",
+    "aseer.instance.vllm.reload": "tests/integration/test_reload.py",
     "aseer.instance.vllm.sinks": "tests/integration/test_sinks.py",
     "aseer.instance.vllm.speculation": "tests/integration/test_v2_plan.py",
     "aseer.instance.vllm.stats": "tests/integration/test_kv_pool.py",
