@@ -34,6 +34,7 @@ NOT_IMPORTED = {
     "aseer.instance.vllm.joining": "tests/integration/test_kv_joining.py",
     "aseer.instance.vllm.kvgroups": "tests/integration/test_kvgroups.py",
     "aseer.instance.vllm.limits": "tests/integration/test_v2_plan.py",
+    "aseer.instance.vllm.packing": "called by patches, whose tests find it needed",
     "aseer.instance.vllm.patches": "tests/integration/test_patches.py",
     "aseer.instance.vllm.reload": "tests/integration/test_reload.py",
     "aseer.instance.vllm.sinks": "tests/integration/test_sinks.py",
