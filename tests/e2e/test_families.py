@@ -44,7 +44,7 @@ KV_CACHE_BYTES = {
 }
 STEP_TOKENS = 128  # that an engine computes at a time
 # Of these, what was compared with transformers, after new weights.
-TRIED = {"gemma3_text", "gemma2", "mistral"}
+TRIED = {"gemma3_text", "gemma2", "mistral", "granitemoehybrid"}
 # Of these, what moves and is drafted for, by computing prefixes again, on engines.
 MOVED = ["gemma2", "gpt_oss"]
 # With two threads a CPU's sums round by how the batch is split between them.
