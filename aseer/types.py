@@ -84,10 +84,8 @@ class InstanceInfo:
             blocks out of the same `num_kv_blocks`. Empty = one group that keeps every
             token in blocks of `block_size`.
         kv_world_size: pieces that a token's KV is split into, as a KV pool counts them.
-        why_no_pool: why it cannot take part in the KV pool that it was told of; "" = it
-            does, or was told of none.
-        node: name of the host that it runs on, of several the one that leads; "" = the
-            controller's.
+        why_no_pool: why it takes no part in the KV pool that it was told of; "" = it does.
+        node: name of the (leading) host that it runs on; "" = the controller's.
         max_images: the most that a prompt may have; 0 = the model takes none.
         image_token_id: that stands for an image in a prompt, as often as the image
             takes tokens; -1 = none does.
