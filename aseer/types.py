@@ -84,11 +84,10 @@ class InstanceInfo:
             blocks out of the same `num_kv_blocks`. Empty = one group that keeps every
             token in blocks of `block_size`.
         kv_world_size: pieces that a token's KV is split into, as a KV pool counts them.
-        why_no_pool: why it takes no part in the KV pool that it was told of; "" = it does.
+        why_no_pool: why it takes no part in the KV pool that it was told of, or "".
         node: name of the (leading) host that it runs on; "" = the controller's.
         max_images: the most that a prompt may have; 0 = the model takes none.
-        image_token_id: that stands for an image in a prompt, as often as the image
-            takes tokens; -1 = none does.
+        image_token_id: a prompt has it for each token of an image; -1 = none is.
     """
 
     instance_id: InstanceId
