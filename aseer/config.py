@@ -98,6 +98,16 @@ class EngineConfig:
         Such engines run on nodes alone, none of them on this host (`listen`, and as
         many `min_nodes` or more). See docs/cluster.md.""",
     ] = 1
+    data_parallel_size: Annotated[
+        int,
+        whole(1),
+        """engines that compute a mixture of experts together, as vLLM's
+        data-parallel ranks: each has its own requests and KV, and all share out the
+        experts (over whole ones with `engine_args={"enable_expert_parallel": True}`,
+        else over parts of each). They are counted one by one (`num_instances`, a
+        multiple), start and end as one, and may be on several nodes. See
+        docs/cluster.md.""",
+    ] = 1
     device: Annotated[
         Literal["auto", "cuda", "cpu", "sim"],
         """"auto" (GPUs if this machine has any and vLLM is built for them), "cuda"

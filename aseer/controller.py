@@ -30,7 +30,7 @@ from aseer.policies import POLICIES, Policy
 from aseer.types import GroupId, InstanceId, RequestState, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from aseer.config import PolicyName
     from aseer.core.commands import Command
@@ -145,15 +145,23 @@ class Controller:
         return self.schedule(now)
 
     def instance_down(
-        self, instance_id: InstanceId, now: float, why: str
+        self,
+        instance_id: InstanceId,
+        now: float,
+        why: str,
+        partners: Collection[InstanceId] = (),
     ) -> list[Command]:
         """An instance has died; its requests wait again, with the tokens they have.
 
         One of them may have been the cause, so they are tried a few at a time
         (`aseer.core.quarantine`).
+
+        Args:
+            partners: that died with it, as if they were one.
         """
         self.forget_finished()
-        return self._lose_instance(instance_id, now, why) + self.schedule(now)
+        lost = self._lose_instances((instance_id, *partners), now, why)
+        return lost + self.schedule(now)
 
     def instance_left(
         self, instance_id: InstanceId, now: float, why: str
@@ -163,7 +171,7 @@ class Controller:
         Its requests go on elsewhere at once, with their tokens, as often as it happens.
         """
         self.forget_finished()
-        lost = self._lose_instance(instance_id, now, why, is_blameless=True)
+        lost = self._lose_instances((instance_id,), now, why, is_blameless=True)
         return lost + self.schedule(now)
 
     def progress(
@@ -241,7 +249,7 @@ class Controller:
         self.forget_finished()
         commands: list[Command] = []
         for instance_id in list(self.running):
-            commands += self._lose_instance(instance_id, now, why)
+            commands += self._lose_instances((instance_id,), now, why)
         for request in self.buffer.requests():
             if request.state is RequestState.WAITING:
                 self.scheduler.remove_group(request.group.group_id)
@@ -292,18 +300,19 @@ class Controller:
         assert len(waiting) - len(held) == len(self.scheduler)
         self._dispatcher.check_integrity()
 
-    def _lose_instance(
+    def _lose_instances(
         self,
-        instance_id: InstanceId,
+        instance_ids: Iterable[InstanceId],
         now: float,
         why: str,
         *,
         is_blameless: bool = False,
     ) -> list[Command]:
-        if instance_id not in self.running:
+        there = [i for i in instance_ids if i in self.running]
+        if not there:
             return []
         commands: list[Command] = []
-        lost = self._dispatcher.drop_instance(instance_id)
+        lost = [r for i in there for r in self._dispatcher.drop_instance(i)]
         lost.sort(key=lambda request: request.num_generated, reverse=True)
         suspects = [] if is_blameless else self._quarantine.lose(lost)
         blamed: dict[GroupId, int] = {}

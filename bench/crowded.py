@@ -35,11 +35,12 @@ from aseer.transport.zeromq import bind_router
 from aseer.types import GroupId, InstanceLoad, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
     from aseer.instance.messages import Report
+    from aseer.node.messages import Located
     from aseer.transport.base import Message, Router
     from aseer.types import InstanceId, InstanceInfo, Response
 
@@ -81,6 +82,9 @@ class CrowdNode:
     ) -> CrowdProcess:
         self._crowd.tell(line)
         return CrowdProcess()
+
+    async def locate(self) -> Located:
+        raise NotImplementedError("no engine of the crowd needs another")
 
     def log_of(self, name: str) -> str:
         return ""
@@ -172,7 +176,9 @@ class Owner:
             session.guarded(lambda: session.instance_report(instance_id, report))
         self._taken[0] += 1
 
-    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+    def instance_down(
+        self, instance_id: InstanceId, why: str, partners: Sequence[InstanceId] = ()
+    ) -> None:
         raise AssertionError(why)
 
     def instance_left(self, instance_id: InstanceId, why: str) -> None:

@@ -112,6 +112,11 @@ vllm.v1.executor.multiproc_executor
   MultiprocExecutor.__init__(vllm_config,monitor_workers)
   MultiprocExecutor.start_worker_monitor(inline)
 """
+_TEAMS = """
+vllm.engine.arg_utils  EngineArgs.data_parallel_size EngineArgs.data_parallel_size_local
+  EngineArgs.data_parallel_rank EngineArgs.data_parallel_address
+  EngineArgs.data_parallel_rpc_port
+"""
 _ADAPTERS = """
 vllm.engine.arg_utils  EngineArgs.enable_lora EngineArgs.max_lora_rank
   EngineArgs.max_loras
@@ -315,6 +320,7 @@ _TABLES = (
     (_FIGURES, "figures in reports", "instance/vllm/stats.py"),
     (_WEIGHTS, "Engine.update_weights", "instance/vllm/worker.py, patches.py"),
     (_SPANS, "EngineConfig.nodes_per_instance", "instance/vllm/follower.py"),
+    (_TEAMS, "EngineConfig.data_parallel_size", "runtime/launch.py"),
     (_ADAPTERS, "EngineConfig.max_lora_rank", "instance/vllm/weights.py"),
     (
         _TRANSFER,

@@ -47,9 +47,8 @@ _OTHER_LAYOUT = (
 _OTHER_REPLICAS = (
     "its ranks are schedulers with a KV cache each, of which aseer would see one, so "
     "that resumed requests miss their KV: leave it out, and set num_instances, each of "
-    "which is an engine of its own. Experts can be spread over one engine's GPUs, with "
-    "gpus_per_instance and enable_expert_parallel=True; over data-parallel ranks they "
-    "cannot yet"
+    "which is an engine of its own, and EngineConfig(data_parallel_size=...) for those "
+    "that share out the experts of one model"
 )
 _OTHER_NODES = (
     "the nodes that an engine spans are counted as nodes_per_instance, and found by "

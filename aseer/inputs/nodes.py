@@ -29,6 +29,8 @@ def check_nodes(config: Any) -> None:
     has_nodes_alone = config.listen is not None and config.nodes is None
     if config.num_instances == 0 and not has_nodes_alone:
         raise refusal("num_instances", 0, NUM_INSTANCES)
+    if config.data_parallel_size > 1:
+        _check_teams(config)
     if config.nodes_per_instance > 1:
         _check_gangs(config)
     if config.nodes is not None:
@@ -42,6 +44,22 @@ def check_nodes(config: Any) -> None:
         raise refusal("listen", None, "an address, since controller_file is given")
     if config.num_instances == 0 and not config.min_nodes:
         raise refusal("min_nodes", 0, "one >= 1, since num_instances is 0")
+
+
+def _check_teams(config: Any) -> None:
+    """Of engines that compute together."""
+    size = config.data_parallel_size
+    since = f"since data_parallel_size is {size}"
+    if config.nodes_per_instance > 1:
+        allowed = f"1, {since}: such engines may be on several nodes, each on one"
+        raise refusal("nodes_per_instance", config.nodes_per_instance, allowed)
+    if config.nodes is not None:
+        allowed = f"None, and start nodes by `aseer node`, {since}"
+        raise refusal("nodes", config.nodes, allowed)
+    if config.num_instances is not None and config.num_instances % size:
+        allowed = f"a multiple of {size}, {since}, or None"
+        raise refusal("num_instances", config.num_instances, allowed)
+    _refuse_what_is_for_one(config, since, "engines that compute alone")
 
 
 def _check_gangs(config: Any) -> None:
@@ -62,18 +80,26 @@ def _check_gangs(config: Any) -> None:
         raise refusal("num_instances", config.num_instances, allowed)
     if config.min_nodes < config.nodes_per_instance:
         raise refusal("min_nodes", config.min_nodes, f"as many or more, {spans}")
-    nothing = f"None, {spans}: it is for instances within a host"
+    _refuse_what_is_for_one(config, spans, "instances within a host")
+
+
+def _refuse_what_is_for_one(config: Any, since: str, ones: str) -> None:
+    """What does not go with engines that need others.
+
+    Args:
+        since: why they do. ones: what it is for, in words.
+    """
     for name in ("max_lora_rank", "kv_transfer_config"):
         if getattr(config, name) is not None:
-            raise refusal(name, getattr(config, name), nothing)
+            allowed = f"None, {since}: it is for {ones}"
+            raise refusal(name, getattr(config, name), allowed)
     if config.kv_pool.mode not in ("auto", "off"):
-        allowed = f"'auto' or 'off', {spans}: there is no pool for them"
+        allowed = f"'auto' or 'off', {since}: there is no pool for them"
         raise refusal("kv_pool", config.kv_pool.mode, allowed)
-    drafts_are_for = "drafts are for instances within a host"
     if config.speculation.method != "off":
-        allowed = f"'off', {spans}: {drafts_are_for}"
+        allowed = f"'off', {since}: drafts are for {ones}"
         raise refusal("speculation", config.speculation.method, allowed)
     if has_drafter(config.engine_args):
         raise ConfigError(
-            f"engine_args has a drafter; leave it out, {spans}: {drafts_are_for}"
+            f"engine_args has a drafter; leave it out, {since}: drafts are for {ones}"
         )

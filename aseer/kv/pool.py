@@ -266,6 +266,9 @@ def plan_kv_pool(
     if config.nodes_per_instance > 1:
         _log.info("no KV pool: instances that span nodes have none")
         return None
+    if config.data_parallel_size > 1:
+        _log.info("no KV pool: instances that compute their experts together have none")
+        return None
     if not launches or launches[0].backend != "vllm":
         return None
     interpreter = launches[0].interpreter

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from aseer.node.messages import Located
     from aseer.node.supply import Supply
     from aseer.transport.base import Message
 
@@ -118,6 +119,15 @@ class Node(Protocol):
             env: added to the node's own environment.
         Raises:
             InstanceStartError: the node has no room for it; nothing of it remains.
+        """
+        ...
+
+    async def locate(self) -> Located:
+        """Where processes elsewhere reach those of this one, with a free port; of a
+        machine that is alone, where its processes reach each other.
+
+        Raises:
+            InstanceStartError: it is lost, or cannot say it.
         """
         ...
 

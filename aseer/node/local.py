@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from aseer.errors import InstanceStartError, describe
 from aseer.node.interpreter import this_interpreter
+from aseer.node.messages import Located
+from aseer.node.network import free_port
 from aseer.node.process import InstanceProcess
 
 if TYPE_CHECKING:
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from aseer.node.leftovers import Leftovers
     from aseer.node.supply import Supply
     from aseer.transport.base import Message, Router
+
+_HERE = "127.0.0.1"
 
 
 class LocalNode:
@@ -71,6 +76,14 @@ class LocalNode:
             self._leftovers,
             self._interpreter,
         )
+
+    async def locate(self) -> Located:
+        """See `Node`."""
+        try:
+            return Located(_HERE, port=free_port(_HERE))
+        except OSError as error:
+            why = f"no port for instances to meet: {describe(error)}"
+            raise InstanceStartError(why) from error
 
     def log_of(self, name: str) -> str:
         """See `Node`."""

@@ -19,7 +19,7 @@ import zlib
 from array import array
 
 # At run time, too: msgspec resolves the annotations.
-from collections.abc import Callable, Iterable, Mapping  # noqa: TC003
+from collections.abc import Callable, Collection, Iterable, Mapping  # noqa: TC003
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -81,6 +81,7 @@ class _InstanceDown(msgspec.Struct, tag=True):
     instance_id: InstanceId
     now: float
     why: str
+    partners: tuple[InstanceId, ...] = ()
 
 
 class _InstanceLeft(msgspec.Struct, tag=True):
@@ -193,11 +194,15 @@ class LoggedController(Controller):
         return self._log(call, lambda: make(info, now))
 
     def instance_down(
-        self, instance_id: InstanceId, now: float, why: str
+        self,
+        instance_id: InstanceId,
+        now: float,
+        why: str,
+        partners: Collection[InstanceId] = (),
     ) -> list[Command]:
-        call = _InstanceDown(instance_id, now, why)
+        call = _InstanceDown(instance_id, now, why, tuple(partners))
         make = super().instance_down
-        return self._log(call, lambda: make(instance_id, now, why))
+        return self._log(call, lambda: make(instance_id, now, why, partners))
 
     def instance_left(
         self, instance_id: InstanceId, now: float, why: str
@@ -303,8 +308,8 @@ def _make(
         case _InstanceUp(info, pool, now):
             pools[info.instance_id] = pool
             return controller.instance_up(info, now)
-        case _InstanceDown(instance_id, now, why):
-            return controller.instance_down(instance_id, now, why)
+        case _InstanceDown(instance_id, now, why, partners):
+            return controller.instance_down(instance_id, now, why, partners)
         case _InstanceLeft(instance_id, now, why):
             return controller.instance_left(instance_id, now, why)
         case _Progress(report, now):

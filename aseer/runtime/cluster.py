@@ -41,8 +41,9 @@ from aseer.node.messages import (
 from aseer.node.network import reachable
 from aseer.node.remote import RemoteNode
 from aseer.runtime.gang import Gang
+from aseer.runtime.gangs import Gangs, forms_gangs
 from aseer.runtime.launch import plan_instances
-from aseer.runtime.seats import Seats
+from aseer.runtime.team import Team
 from aseer.transport.base import PROTOCOL_VERSION, Reader
 from aseer.transport.sessions import Sessions
 from aseer.version import __version__
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from aseer.config import EngineConfig
     from aseer.dgds.server import DraftServer
     from aseer.models.traits import ModelTraits
-    from aseer.node.base import Node
     from aseer.node.machine import Launch
     from aseer.runtime.instances import InstancePool
     from aseer.runtime.kv_pools import KvPools
@@ -68,8 +68,6 @@ _log = logging.getLogger("aseer")
 _LOOK_INTERVAL_S = 0.5
 # Between two lines of the log that say how many nodes are still waited for.
 _TELL_INTERVAL_S = 30.0
-# Between two looks whether nodes that were cut off from each other are so still.
-_MEETING_INTERVAL_S = 5.0
 # For last words to leave.
 _GOODBYE_S = 0.5
 
@@ -102,13 +100,11 @@ class Cluster:
         self._kv_pools: KvPools
         self._nodes: dict[int, RemoteNode] = {}
         self._chains = Chains(has_bases=config.weights == "delta")
-        self._gangs: list[Gang] = []
-        self._seats: Seats[RemoteNode, Launch] = Seats(config.nodes_per_instance)
+        self._gangs = Gangs(config, lambda: self.nodes, self._attend)
         self._joined: asyncio.Queue[tuple[RemoteNode, list[Launch]]] = asyncio.Queue()
         self._wanted: asyncio.Queue[tuple[RemoteNode, GetBlock]] = asyncio.Queue()
         self._failure: AseerError | None = None
         self._refusal = ""
-        self._apart = ""  # of nodes that do not reach each other, in words
         self.address = router.endpoint
 
     @property
@@ -157,51 +153,10 @@ class Cluster:
                 tasks.create_task(self._launcher.run(address, self._keys))
             while True:
                 node, launches = await self._joined.get()
-                if self._config.nodes_per_instance == 1:
-                    tasks.create_task(self._attend([node], node, launches))
+                if forms_gangs(self._config):
+                    self._gangs.add(node, launches, kind_of(node.join), tasks)
                 else:
-                    self._seats.add(node, launches, kind_of(node.join))
-                    self._form_gangs(tasks)
-
-    def _form_gangs(self, tasks: asyncio.TaskGroup) -> None:
-        """Put nodes to work together that are there and have nothing to do."""
-        self._seats.keep(self.nodes)
-        for members in self._seats.form():
-            gang = Gang(members)
-            self._gangs.append(gang)
-            tasks.create_task(self._attend_gang(gang, tasks))
-        for node in self._seats.waiting:
-            _log.info(
-                "node %s has room for more, and waits for another node: an instance "
-                "takes nodes_per_instance=%d",
-                node.name,
-                self._config.nodes_per_instance,
-            )
-
-    async def _attend_gang(self, gang: Gang, tasks: asyncio.TaskGroup) -> None:
-        await gang.meet()
-        if gang.lost_because is None:
-            await self._attend(gang.nodes, gang, [gang.launch])
-        self._gangs.remove(gang)
-        self._seats.release(gang.members)
-        if gang.apart is not None:
-            self._apart = f"{gang.lost_because}"
-            _log.warning("%s; they run no instance together meanwhile", self._apart)
-            self._seats.part(*gang.apart)
-            tasks.create_task(self._await_meeting(*gang.apart, tasks))
-        self._form_gangs(tasks)
-
-    async def _await_meeting(
-        self, one: RemoteNode, other: RemoteNode, tasks: asyncio.TaskGroup
-    ) -> None:
-        """Let nodes that are apart form gangs again once they reach each other."""
-        while one.lost_because is None and other.lost_because is None:
-            await asyncio.sleep(_MEETING_INTERVAL_S)
-            if await one.reaches(other) and await other.reaches(one):
-                break
-        self._apart = ""
-        self._seats.meet(one, other)
-        self._form_gangs(tasks)
+                    tasks.create_task(self._attend(node, launches))
 
     async def wait_for_nodes(self) -> None:
         """Wait until as many nodes as are wanted have instances that are up.
@@ -225,9 +180,10 @@ class Cluster:
                 raise self._failure
             if launcher is not None and launcher.failure is not None:
                 raise launcher.failure
+            apart = self._gangs.apart
             what = (
                 f"{num} of {wanted} nodes are up ({len(self.nodes)} have joined); "
-                f"{self._advice}{self._refusal}{self._apart and '; ' + self._apart}"
+                f"{self._advice}{self._refusal}{apart and '; ' + apart}"
             )
             if clock.read() > timeout_s:
                 raise EngineError(f"after start_timeout_s={timeout_s:g} {what}")
@@ -238,10 +194,9 @@ class Cluster:
 
     def _is_up(self, node: RemoteNode) -> bool:
         """Whether all that there is for a node to do is begun."""
-        if self._config.nodes_per_instance == 1:
+        if not forms_gangs(self._config):
             return self._pool.is_up(node)
-        up = [gang for gang in self._gangs if self._pool.is_up(gang)]
-        return bool(up) and all(g in up for g in self._gangs if node in g.nodes)
+        return self._gangs.are_up(node, self._pool.is_up)
 
     @property
     def _advice(self) -> str:
@@ -264,17 +219,25 @@ class Cluster:
         self._nodes.clear()
 
     async def _attend(
-        self, nodes: list[RemoteNode], place: Node, launches: list[Launch]
+        self, place: RemoteNode | Gang | Team, launches: list[Launch] | None = None
     ) -> None:
-        """Have instances run on a node, or on some as one, until it is gone.
+        """Have instances run on a node, or on some together, until it is gone.
 
         Those whose instances do not start are let go.
+
+        Args:
+            launches: of a node's instances.
         """
+        nodes = [place] if isinstance(place, RemoteNode) else place.nodes
         try:
-            if isinstance(place, RemoteNode):  # an engine over several has no pool
-                pulls = self._keys is not None
+            if isinstance(place, Team):
+                await self._pool.attend_team(place)
+            elif isinstance(place, Gang):
+                await self._pool.attend(place, [place.launch])
+            else:  # nodes have a pool each, and what spans them has none
+                launches, pulls = launches or [], self._keys is not None
                 await self._kv_pools.join(place, launches, pulls=pulls)
-            await self._pool.attend(place, launches)
+                await self._pool.attend(place, launches)
         except* Exception as group:
             error = root_of(group)
             names = " and ".join(node.name for node in nodes)
@@ -289,7 +252,10 @@ class Cluster:
                     del self._nodes[session]
                     node.lose(str(error))
         finally:
-            self._kv_pools.leave(place)
+            gone = place.nodes if isinstance(place, Team) else [place]
+            for each in gone:
+                if each.lost_because is not None:
+                    self._kv_pools.leave(each)
 
     def _on_message(self, session: int, data: bytes) -> None:
         node = self._nodes.get(session)

@@ -10,16 +10,14 @@ lost, or is cut off from another, is known by then, and that is nobody's fault.
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from dataclasses import replace
-from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from aseer.instance.base import InstanceSpec
 from aseer.runtime.launch import member_args, member_env
-from aseer.watch import waking_timeout
+from aseer.runtime.together import Together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -30,12 +28,10 @@ if TYPE_CHECKING:
     from aseer.transport.base import Message
 
 
-# For nodes to say where they listen.
-_ADDRESS_S = 10.0
-
-
-class Gang:
-    """See `Node`; its name and its endpoint are those of the node that leads."""
+class Gang(Together):
+    """See `Node`; its name and its endpoint are those of the node that leads. One that
+    is gone, or cut off from another, takes the instance with it.
+    """
 
     def __init__(self, members: Sequence[tuple[RemoteNode, Launch]]) -> None:
         """Start nothing yet.
@@ -43,8 +39,8 @@ class Gang:
         Args:
             members: each node, and what it has for its part; the first leads.
         """
+        super().__init__([node for node, _ in members])
         self.members = list(members)
-        self.nodes = [node for node, _ in members]
         leader, launch = self.members[0]
         self.launch = replace(
             launch, share=" and ".join(each.share for _, each in members)
@@ -53,36 +49,6 @@ class Gang:
         self.endpoint = leader.endpoint
         self.drafts = leader.drafts
         self.supplies = [node.weights for node in self.nodes]
-        self.apart: tuple[RemoteNode, RemoteNode] | None = None
-        """Nodes that do not reach each other, as far as was looked."""
-
-    @property
-    def lost_because(self) -> str | None:
-        """See `Node`: one that is gone, or cut off from another, takes the instance
-        with it.
-        """
-        lost = next((n.lost_because for n in self.nodes if n.lost_because), None)
-        if lost is None and self.apart is not None:
-            one, other = self.apart
-            return f"its nodes {one.name} and {other.name} do not reach each other"
-        return lost
-
-    async def meet(self) -> None:
-        """As `look`, once the nodes have said where they listen: they do as they join,
-        unless they cannot.
-        """
-        with suppress(TimeoutError):
-            async with waking_timeout(_ADDRESS_S):
-                for node in self.nodes:
-                    await node.weights.said_address.wait()
-        await self.look()
-
-    async def look(self) -> None:
-        """See whether the nodes reach each other; their instance has ended, or ends."""
-        pairs = list(permutations(self.nodes, 2))
-        found = await asyncio.gather(*(one.reaches(other) for one, other in pairs))
-        if not all(found):
-            self.apart = pairs[found.index(False)]
 
     def send(self, peer: bytes, message: Message) -> None:
         """See `Node`."""
@@ -114,6 +80,10 @@ class Gang:
             await GangProcess(parts, self.look).end(0)
             raise
         return GangProcess(parts, self.look)
+
+    async def locate(self) -> Located:
+        """See `Node`."""
+        return await self.nodes[0].locate()
 
     def log_of(self, name: str) -> str:
         """See `Node`."""

@@ -45,6 +45,7 @@ from aseer.runtime.weights import NO_INSTANCE, WeightKeeper
 from aseer.types import InstanceId, InstanceInfo, InstanceLoad
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -301,11 +302,14 @@ class Host:
         self._loads[instance_id] = report.load
         self.rollouts.tell(lambda s: s.instance_report(instance_id, report))
 
-    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+    def instance_down(
+        self, instance_id: InstanceId, why: str, partners: Sequence[InstanceId] = ()
+    ) -> None:
         """See `PoolOwner`."""
-        self.infos.pop(instance_id, None)
-        self.weights.instance_down(instance_id, why)
-        self.rollouts.tell(lambda s: s.instance_down(instance_id, why))
+        for each in (instance_id, *partners):
+            self.infos.pop(each, None)
+            self.weights.instance_down(each, why)
+        self.rollouts.tell(lambda s: s.instance_down(instance_id, why, partners))
 
     def instance_left(self, instance_id: InstanceId, why: str) -> None:
         """See `PoolOwner`."""

@@ -15,7 +15,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aseer.errors import EngineError, InstanceLostError
+from aseer.errors import InstanceLostError
 from aseer.instance.messages import (
     Answer,
     Ask,
@@ -25,7 +25,7 @@ from aseer.instance.messages import (
     Report,
     Run,
 )
-from aseer.node.supply import NotCome
+from aseer.runtime.readiness import Readiness
 from aseer.runtime.remote_weights import once_there
 from aseer.runtime.specs import Specs
 from aseer.runtime.supervisor import Supervisor
@@ -33,7 +33,7 @@ from aseer.transport.base import PROTOCOL_VERSION
 from aseer.weights.current import CurrentWeights, TrainersWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from aseer.config import EngineConfig
     from aseer.dgds.messages import DraftingSpec
@@ -43,12 +43,10 @@ if TYPE_CHECKING:
     from aseer.node.supply import Supply
     from aseer.runtime.kv_pools import KvPools
     from aseer.runtime.slot import Slot
+    from aseer.runtime.team import Team
     from aseer.types import ChunkId, InstanceId, InstanceInfo
 
 _log = logging.getLogger("aseer")
-
-# Before weights that did not come are asked for again.
-_RETRY_PAUSE_S = 1.0
 
 
 class PoolOwner(Protocol):
@@ -60,8 +58,10 @@ class PoolOwner(Protocol):
     def instance_report(self, instance_id: InstanceId, report: Report) -> None:
         """Progress and load."""
 
-    def instance_down(self, instance_id: InstanceId, why: str) -> None:
-        """It is gone, with all that ran there."""
+    def instance_down(
+        self, instance_id: InstanceId, why: str, partners: Sequence[InstanceId] = ()
+    ) -> None:
+        """It is gone, and so are its partners, with all that ran there."""
 
     def instance_left(self, instance_id: InstanceId, why: str) -> None:
         """It is gone with its node; nothing that ran there is to blame."""
@@ -92,16 +92,16 @@ class InstancePool:
         """
         self._owner = owner
         self._num_asked = 0
+        self._change = asyncio.Event()
         specs = Specs(config, node, drafting, kv_pools)
         self._supervisor = Supervisor(
-            config, specs, owner, self._get_ready, self._on_death
+            config, specs, owner, Readiness(self).bring, self._on_death
         )
         self._supervisor.add_own(node, launches)
         self._slots = self._supervisor.slots
         self._clock = self._supervisor.clock
         self._weights = CurrentWeights()
         self._supplied: set[Supply] = set()  # also where no instance is at the moment
-        self._weights_changed = asyncio.Event()
 
     @property
     def weights(self) -> CurrentWeights:
@@ -111,8 +111,22 @@ class InstancePool:
     @weights.setter
     def weights(self, weights: CurrentWeights) -> None:
         self._weights = weights
-        self._weights_changed.set()
-        self._weights_changed = asyncio.Event()
+        self.tell_change()
+
+    def tell_change(self) -> None:
+        """Wake who waits for a change of the weights that there are, or are wanted."""
+        self._change.set()
+        self._change = asyncio.Event()
+
+    async def await_change(self) -> None:
+        """Wait for the next `tell_change`."""
+        await self._change.wait()
+
+    def is_ready(self, slot: Slot) -> None:
+        """An instance takes work from now on."""
+        assert slot.info is not None
+        slot.up.set()
+        self._owner.instance_up(slot.info)
 
     @property
     def up(self) -> list[InstanceId]:
@@ -169,9 +183,9 @@ class InstancePool:
             if slot.running:
                 slot.abort(slot.running)
 
-    def is_up(self, node: Node) -> bool:
-        """Whether all instances of a node take work."""
-        slots = [slot for slot in self._slots.values() if slot.node is node]
+    def is_up(self, place: Node | Team) -> bool:
+        """Whether all instances of a node, or of a team, take work."""
+        slots = [s for s in self._slots.values() if place in (s.node, s.team)]
         return bool(slots) and all(slot.up.is_set() for slot in slots)
 
     @property
@@ -251,6 +265,10 @@ class InstancePool:
             InstanceStartError: one did not come up, before the node was gone.
         """
         await self._supervisor.attend(node, launches)
+
+    async def attend_team(self, team: Team) -> None:
+        """As `attend`, of instances that compute together, on one node or more."""
+        await self._supervisor.attend_team(team)
 
     async def stop(self, grace_s: float) -> None:
         """End every instance: ask those that are up, wait up to `grace_s`, kill.
@@ -336,60 +354,11 @@ class InstancePool:
         slot.info = replace(info, node=slot.node.name)
         slot.said_hello.set()
 
-    async def _get_ready(self, slot: Slot) -> None:
-        """Wait for its hello, and let it load the current weights before it works."""
-        await slot.said_hello.wait()
-        has = CurrentWeights()
-        while has != (wanted := self.weights):  # they may change meanwhile
-            theirs = wanted.whole
-            if isinstance(theirs, TrainersWeights) and has.whole is not theirs:
-                if await self._has_from_trainer(slot, theirs):
-                    has = CurrentWeights(theirs)
-                continue
-            way = has.way_to(wanted)
-            if way is None:
-                slot.is_replaced = True  # it cannot go back, and is not at fault
-                slot.failure = "the weights it had just loaded were taken back"
-                slot.kill(slot.failure)
-                return
-            try:
-                for index in way:
-                    await self.prepare_weights(slot.instance_id, index)
-                    await self.ask(slot.instance_id, "commit_weights")
-                    has = has.after(index, is_adapters=index == wanted.adapters)
-                slot.failure = None
-            except NotCome as error:  # its host may have room for them in a while
-                if slot.failure is None:
-                    _log.warning("instance %d waits: %s", slot.instance_id, error)
-                slot.failure = str(error)
-                await asyncio.sleep(_RETRY_PAUSE_S)
-            except EngineError as error:
-                if wanted == self.weights:
-                    slot.failure = str(error)
-                    slot.kill(slot.failure)
-                    return
-        assert slot.info is not None
-        slot.up.set()
-        self._owner.instance_up(slot.info)
-
-    async def _has_from_trainer(self, slot: Slot, theirs: TrainersWeights) -> bool:
-        """Whether an instance holds such weights; if not, once others count."""
-        if slot.identity in theirs.holders:
-            return True
-        _log.warning(
-            "instance %d waits for the next weight update: the weights of the last one "
-            "came straight from the trainer, and nobody else has them",
-            slot.instance_id,
-        )
-        slot.needs_weights = True
-        while self.weights.whole is theirs:
-            await self._weights_changed.wait()
-        slot.needs_weights = False
-        return False
-
-    def _on_death(self, instance_id: InstanceId, why: str) -> None:
+    def _on_death(
+        self, instance_id: InstanceId, why: str, partners: Sequence[InstanceId]
+    ) -> None:
         """Tell; also if none is up now, and none will be before the next update."""
-        self._owner.instance_down(instance_id, why)
+        self._owner.instance_down(instance_id, why, partners)
         if isinstance(self.weights.whole, TrainersWeights) and not self.up:
             self._owner.instances_need_weights(
                 "every instance is lost, and the weights of the last update came "

@@ -75,6 +75,18 @@ def plan_instances(
         _check_arctic(interpreter)
     num = (config.num_instances if num_instances is None else num_instances) or 0
     launches = _plan(config, machine, traits, num)
+    if num_instances is None and config.num_instances is None:
+        size = config.data_parallel_size
+        if len(launches) < size:
+            raise ConfigError(
+                f"data_parallel_size={size} instances run together, and this machine "
+                f"has room for {len(launches)}; lower it or gpus_per_instance, or set "
+                "num_instances=0, listen and min_nodes, so that nodes have them"
+            )
+        # Room is shared out among those that there are.
+        num = len(launches) // size * size
+        if num < len(launches):
+            launches = _plan(config, machine, traits, num)
     return [replace(launch, interpreter=interpreter) for launch in launches]
 
 
@@ -98,6 +110,23 @@ def member_args(
         "master_addr": places[0].address,
         "master_port": places[0].port,
         _EXECUTOR_ARG: "mp",
+    }
+
+
+def rank_args(launch: Launch, rank: int, num: int, place: Located) -> dict[str, Any]:
+    """What an engine is told of the data-parallel ranks of which it is one.
+
+    Args:
+        place: where the first of them is.
+    """
+    if launch.backend != "vllm":
+        return {}
+    return {
+        "data_parallel_size": num,
+        "data_parallel_size_local": 1,  # in its process, whatever its host has
+        "data_parallel_rank": rank,
+        "data_parallel_address": place.address,
+        "data_parallel_rpc_port": place.port,
     }
 
 
@@ -252,6 +281,12 @@ def check_experts(config: EngineConfig) -> None:
             f"engine_args has {_EXPERTS_ARG!r}, and vLLM's kernel for CPUs reads past "
             "the end of a worker's experts with it; leave it out: every worker then "
             "has a part of each expert"
+        )
+    if config.data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size={config.data_parallel_size}, and vLLM on CPUs has no "
+            "way to share out experts among engines; leave it out, as is right for "
+            "models without experts anywhere"
         )
 
 

@@ -1,9 +1,11 @@
-"""Which nodes form a gang: several that run one instance together. Pure.
+"""Which nodes form a gang: they run one instance together, or several that compute
+together. Pure.
 
-A node has a seat for each engine that it could run a part of. A gang takes a seat of
-each of its nodes, which are all of one kind; a node may be in as many gangs as it has
-seats. Nodes with most free seats go first: so there are as many gangs as there can be.
-Nodes that do not reach each other are in no gang together.
+A node has a seat for each engine that it could run, or run a part of. A gang takes
+seats of its nodes, which are all of one kind: one of each, or as many as they have.
+A node may be in as many gangs as it has seats. Nodes with most free seats go first: so
+there are as many gangs as there can be, each on as few nodes as can be. Nodes that do
+not reach each other are in no gang together.
 """
 
 from __future__ import annotations
@@ -28,9 +30,14 @@ class _Place(Generic[Seat]):
 class Seats(Generic[Node, Seat]):
     """Of all nodes, in the order in which they came."""
 
-    def __init__(self, nodes_per_gang: int) -> None:
-        """There are no nodes yet."""
-        self._num = nodes_per_gang
+    def __init__(self, seats_per_gang: int, *, of_one_node: int | None = 1) -> None:
+        """There are no nodes yet.
+
+        Args:
+            of_one_node: the most seats that a gang takes of a node; None = any number.
+        """
+        self._num = seats_per_gang
+        self._of_one_node = of_one_node
         self._places: dict[Node, _Place[Seat]] = {}
         self._apart: list[frozenset[Node]] = []
 
@@ -59,10 +66,10 @@ class Seats(Generic[Node, Seat]):
         gangs = []
         kinds = {place.kind: None for place in self._places.values()}
         for kind in kinds:
-            while len(found := self._most_free(kind)) == self._num:
+            while self._room(found := self._most_free(kind)) >= self._num:
                 found.sort(key=lambda node: self._places[node].num_led)
                 self._places[found[0]].num_led += 1
-                gangs.append([(node, self._places[node].free.pop(0)) for node in found])
+                gangs.append(self._take(found))
         return gangs
 
     def release(self, gang: Iterable[tuple[Node, Seat]]) -> None:
@@ -79,7 +86,7 @@ class Seats(Generic[Node, Seat]):
         return [node for node, place in self._places.items() if place.free]
 
     def _most_free(self, kind: Hashable) -> list[Node]:
-        """As many nodes of a kind as form a gang, if so many have free seats."""
+        """As many nodes of a kind as form a gang, if they have the seats for one."""
         able = [n for n, p in self._places.items() if p.free and p.kind == kind]
         able.sort(key=lambda node: -len(self._places[node].free))
         found: list[Node] = []
@@ -89,6 +96,19 @@ class Seats(Generic[Node, Seat]):
                 met = all(frozenset((node, each)) not in self._apart for each in found)
                 if node not in found and met:
                     found.append(node)
-            if len(found) >= self._num:
-                break
-        return found[: self._num]
+                if self._room(found) >= self._num:
+                    return found
+        return found
+
+    def _room(self, nodes: Iterable[Node]) -> int:
+        """How many seats a gang of these could have."""
+        most = self._num if self._of_one_node is None else self._of_one_node
+        return sum(min(most, len(self._places[node].free)) for node in nodes)
+
+    def _take(self, nodes: Iterable[Node]) -> list[tuple[Node, Seat]]:
+        gang: list[tuple[Node, Seat]] = []
+        for node in nodes:
+            free = self._places[node].free
+            num = min(self._room([node]), self._num - len(gang))
+            gang += [(node, free.pop(0)) for _ in range(num)]
+        return gang

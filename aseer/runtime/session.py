@@ -297,26 +297,32 @@ class Session:
             self._followers.progressed(self._recorder)
         self.progress = progress
 
-    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+    def instance_down(
+        self, instance_id: InstanceId, why: str, partners: Sequence[InstanceId] = ()
+    ) -> None:
         """An instance has died; see `Controller.instance_down`."""
-        self._lose(instance_id, why, self._controller.instance_down)
+        down = self._controller.instance_down
+        gone = (instance_id, *partners)
+        self._lose(gone, lambda now: down(instance_id, now, why, partners))
 
     def instance_left(self, instance_id: InstanceId, why: str) -> None:
         """An instance is gone with its node; see `Controller.instance_left`."""
-        self._lose(instance_id, why, self._controller.instance_left)
+        left = self._controller.instance_left
+        self._lose((instance_id,), lambda now: left(instance_id, now, why))
 
     def _lose(
         self,
-        instance_id: InstanceId,
-        why: str,
-        decide: Callable[[InstanceId, float, str], list[Command]],
+        instance_ids: Sequence[InstanceId],
+        decide: Callable[[float], list[Command]],
     ) -> None:
         if self._failure is not None:
             self._end_if_over()
             return
-        self._recorder.instance_down(instance_id, self._now())
-        lost = self._controller.running.chunks_on(instance_id)
-        self._carry_out(decide(instance_id, self._now(), why), lost=lost)
+        lost: list[ChunkId] = []
+        for instance_id in instance_ids:
+            self._recorder.instance_down(instance_id, self._now())
+            lost += self._controller.running.chunks_on(instance_id)
+        self._carry_out(decide(self._now()), lost=lost)
 
     def exhausted(self, why: str) -> None:
         """No instance is left: every unfinished request ends as an error."""

@@ -17,20 +17,36 @@ if TYPE_CHECKING:
     from aseer.node.base import Node, Process
     from aseer.node.machine import Launch
     from aseer.runtime.restarts import RestartBudget
+    from aseer.runtime.team import Team
     from aseer.transport.base import Message
     from aseer.types import InstanceInfo
     from aseer.watch import WakingClock
+    from aseer.weights.current import CurrentWeights
 
 
 class Slot:
     """A place for an instance, over all its incarnations."""
 
     def __init__(
-        self, launch: Launch, node: Node, restarts: RestartBudget, clock: WakingClock
+        self,
+        launch: Launch,
+        node: Node,
+        restarts: RestartBudget,
+        clock: WakingClock,
+        team: Team | None = None,
     ) -> None:
+        """A place without a process.
+
+        Args:
+            restarts: of all instances of the node, or of the team.
+            team: of which it is the next rank.
+        """
         self.launch = launch
         self.node = node
-        self.restarts = restarts  # of all instances of the node
+        self.team = team
+        if team is not None:
+            team.slots.append(self)
+        self.restarts = restarts
         self._clock = clock
         self.instance_id = InstanceId(launch.instance_id)
         self.name = f"instance-{launch.instance_id}"
@@ -47,6 +63,7 @@ class Slot:
         self.up = asyncio.Event()
         self.fail_asked("it was started again")
         self.needs_weights = False  # its own are old, and no file has the new ones
+        self.has: CurrentWeights | None = None  # once it could work with them
         self.info: InstanceInfo | None = None
         self.failure: str | None = None
         self.killed_because: str | None = None
@@ -59,6 +76,21 @@ class Slot:
         self.unreachable_since: float | None = None  # something sent to it was lost
         now = self._clock.read()
         self.last_heard = self.last_progress = self.last_answer = now
+
+    @property
+    def lost_because(self) -> str | None:
+        """Why there is no place for it any more; None while there is."""
+        return (self.team or self.node).lost_because
+
+    @property
+    def was_felled(self) -> bool:
+        """Whether its process ended as one did that it computes with."""
+        return self.team is not None and self.team.was_felled(self)
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it is not started again, as far as can be told."""
+        return self.given_up or (self.team is not None and self.team.is_given_up)
 
     @property
     def log(self) -> str:

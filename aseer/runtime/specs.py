@@ -11,6 +11,8 @@ import msgspec
 from aseer.instance.base import InstanceSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from aseer.config import EngineConfig
     from aseer.dgds.messages import DraftingSpec
     from aseer.node.base import Node
@@ -37,10 +39,14 @@ class Specs:
         seed = secrets.randbits(31) if config.seed is None else config.seed
         self._seeds = random.Random(seed)
 
-    def line_for(self, slot: Slot) -> bytes:
-        """The spec of the process that starts now, in JSON."""
+    def line_for(self, slot: Slot, told: Mapping[str, Any]) -> bytes:
+        """The spec of the process that starts now, in JSON.
+
+        Args:
+            told: to its engine, besides.
+        """
         launch, node = slot.launch, slot.node
-        args: dict[str, Any] = dict(launch.engine_args)
+        args: dict[str, Any] = {**launch.engine_args, **told}
         if launch.backend == "vllm":
             args["seed"] = self._seeds.getrandbits(31)
         if self._kv_pools is not None:

@@ -2,8 +2,9 @@
 
 A process that exits, that is silent for `heartbeat_timeout_s`, or that has work but
 makes no token for `stall_timeout_s` is dead: it is killed with its whole process group
-and started again, as often as its node's `RestartBudget` allows. What is said to
-instances and heard from them is `aseer.runtime.instances`.
+and started again, as often as its node's `RestartBudget` allows. Those of a team start
+and end together (`aseer.runtime.team`). What is said to instances and heard from them
+is `aseer.runtime.instances`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from aseer.config import takes_nodes
 from aseer.errors import InstanceStartError, describe
 from aseer.instance.messages import Stop
 from aseer.node.children import LONGEST_DEATH_S
 from aseer.runtime.causes import death, how_it_ended, start_error
+from aseer.runtime.deaths import Deaths
+from aseer.runtime.exhaustion import Exhaustion
 from aseer.runtime.restarts import RestartBudget, lacks_device_memory
 from aseer.runtime.slot import Slot, Slots
-from aseer.watch import WakingClock, wait_awake, waking_timeout
+from aseer.runtime.team import Team
+from aseer.watch import WakingClock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from aseer.config import EngineConfig
     from aseer.node.base import Node, Process
@@ -47,8 +50,6 @@ _RETRY_PAUSE_S = 1.0
 # pool after two minutes. For so long starts that lack memory cost no restart.
 _MEMORY_PATIENCE_S = 300.0
 _MEMORY_PAUSE_S = 10.0
-# For those that have ended since, once the engine is closed.
-_LAST_LOOK_S = 1.0
 # Counts between two looks at a start; reading a busy machine's /proc takes some of it.
 _LONGEST_NOTE_S = 5.0
 
@@ -62,13 +63,13 @@ class Supervisor:
         specs: Specs,
         owner: PoolOwner,
         get_ready: Callable[[Slot], Coroutine[Any, Any, None]],
-        on_death: Callable[[InstanceId, str], None],
+        on_death: Callable[[InstanceId, str, list[InstanceId]], None],
     ) -> None:
         """There are no instances yet; see `add_own` and `attend`.
 
         Args:
             get_ready: returns once an instance takes work, or cannot.
-            on_death: is told which instance died, and why.
+            on_death: is told which instance died, why, and which ones with it.
         """
         self._config = config
         self._specs = specs
@@ -79,12 +80,11 @@ class Supervisor:
         self._watch_interval_s = min(_WATCH_INTERVAL_S, silence_s)
         self.clock = WakingClock(2 * self._watch_interval_s)
         self.slots = Slots()
+        self._exhaustion = Exhaustion(config, self.slots, owner)
         self._own: list[Slot] = []  # of this machine
         self._num_launched = 0  # ids are never used again
         self._num_restarts: dict[InstanceId, int] = {}
-        self._undead: list[Process] = []  # killed, and not gone when last seen
-        self._may_grow = takes_nodes(config)
-        self._exhausted_at: float | None = None
+        self._deaths = Deaths()
         self._forgiven = asyncio.Event()
         self._may_start = asyncio.Event()
         self._may_start.set()
@@ -92,13 +92,23 @@ class Supervisor:
 
     def add_own(self, node: Node, launches: list[Launch]) -> None:
         """Have instances on this machine."""
-        self._own = self._add(node, launches, self._last_died_on)
-        self._num_launched = len(launches)
+        size = self._config.data_parallel_size
+        for i in range(0, len(launches), size):
+            members = [(node, launch) for launch in launches[i : i + size]]
+            team = Team(members) if size > 1 else None
+            self._own += self._add(members, self._last_died_on, team)
 
     def _add(
-        self, node: Node, launches: Iterable[Launch], restarts: RestartBudget
+        self,
+        members: Sequence[tuple[Node, Launch]],
+        restarts: RestartBudget,
+        team: Team | None,
     ) -> list[Slot]:
-        slots = [Slot(launch, node, restarts, self.clock) for launch in launches]
+        slots = [
+            Slot(replace(launch, instance_id=i), node, restarts, self.clock, team)
+            for i, (node, launch) in enumerate(members, self._num_launched)
+        ]
+        self._num_launched += len(slots)
         self.slots |= {slot.instance_id: slot for slot in slots}
         return slots
 
@@ -144,13 +154,20 @@ class Supervisor:
         Raises:
             InstanceStartError: one did not come up, before the node was gone.
         """
-        num = self._num_launched
-        self._num_launched += len(launches)
-        slots = self._add(
-            node,
-            [replace(launch, instance_id=num + i) for i, launch in enumerate(launches)],
-            RestartBudget(self._config.max_restarts),
-        )
+        members = [(node, launch) for launch in launches]
+        await self._attend_all(members, f"its node {node.name} is not used")
+
+    async def attend_team(self, team: Team) -> None:
+        """As `attend`, of instances on one node or more that compute together."""
+        await self._attend_all(team.members, f"{team.names} are not used", team)
+
+    async def _attend_all(
+        self,
+        members: Sequence[tuple[Node, Launch]],
+        unused: str,
+        team: Team | None = None,
+    ) -> None:
+        slots = self._add(members, RestartBudget(self._config.max_restarts), team)
         try:
             async with asyncio.TaskGroup() as tasks:
                 for slot in slots:
@@ -158,7 +175,7 @@ class Supervisor:
         except asyncio.CancelledError:
             raise  # `stop` ends them, with all others
         except BaseException as error:
-            self._leave(slots, f"its node {node.name} is not used: {describe(error)}")
+            self._leave(slots, f"{unused}: {describe(error)}")
             await self._end_all(slots, 0)
             self._drop(slots)
             raise
@@ -169,10 +186,11 @@ class Supervisor:
             try:
                 await self._bring_up(slot)
             except InstanceStartError as error:
-                if slot.node.lost_because is not None:
+                if slot.lost_because is not None:
                     return
                 # The system's own doing says nothing about the node.
-                if not (slot.was_shot and slot.restarts.spend()):
+                is_shot = slot.was_shot and slot.restarts.spend()
+                if not (is_shot or slot.was_felled):
                     raise
                 _log.warning("%s", error)
                 await asyncio.sleep(_RETRY_PAUSE_S)
@@ -197,9 +215,7 @@ class Supervisor:
         Supervision must have ended. May be called again.
         """
         await self._end_all(list(self.slots.values()), grace_s)
-        undead, self._undead = self._undead, []
-        for process in undead:
-            await self._kill(process, _LAST_LOOK_S)
+        await self._deaths.look_again()
 
     async def _end_all(self, slots: list[Slot], grace_s: float) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -245,26 +261,34 @@ class Supervisor:
             took = time.monotonic() - started
             _log.info("instance %d is up after %.1f s", slot.instance_id, took)
             return
-        await self._kill(process)
+        await self._deaths.kill(process)
         self.slots.forget(slot, slot.killed_because or "it did not come up")
         what = f"was not ready after start_timeout_s={timeout_s:g}"
         if not dead.cancelled():
             what = how_it_ended(process, dead.result())
             slot.was_shot = dead.result() < 0 and slot.killed_because is None
+        if slot.team is not None:
+            await slot.team.fall(slot)
         raise start_error(slot, process, what, self._specs.cause_beside(slot))
 
     async def _spawn(self, slot: Slot) -> Process:
         if slot.incarnation:
             self._num_restarts[slot.instance_id] = slot.incarnation
         self.slots.begin_incarnation(slot)
-        line = self._specs.line_for(slot)
+        told: Mapping[str, Any] = {}
+        env = slot.launch.env
         try:
-            slot.process = await slot.node.start(
-                slot.identity, slot.name, line, slot.launch.env
-            )
+            if slot.team is not None:
+                told, env = await slot.team.gather(slot)
+            line = self._specs.line_for(slot, told)
+            slot.process = await slot.node.start(slot.identity, slot.name, line, env)
         except InstanceStartError as error:
             self.slots.forget(slot, str(error))
+            if slot.team is not None:
+                await slot.team.fall(slot)
             raise
+        if slot.team is not None:
+            slot.team.end_if_felled(slot)
         return slot.process
 
     async def _keep_up(self, slot: Slot) -> None:
@@ -272,47 +296,34 @@ class Supervisor:
         while True:
             process = slot.process
             assert process is not None
-            status = await self._death_of(slot, process)
-            if status is not None:
-                await self._kill(process)  # the rest of its process group
-            if (gone := slot.node.lost_because) is not None:
+            status = await self._deaths.of(slot, process)
+            if slot.team is not None:
+                await slot.team.fall(slot)
+            if (gone := slot.lost_because) is not None:
                 self.slots.forget(slot, gone)
                 self._owner.instance_left(slot.instance_id, gone)
                 return
-            hint = "" if self._config.log_dir else "; EngineConfig.log_dir keeps it"
-            why = death(slot, process, status, hint)
-            if status is None:
-                self._undead.append(process)
-                why += f"; it was killed, and lives on {LONGEST_DEATH_S:g} s later"
-            self.slots.forget(slot, why)
-            _log.warning("instance %d is lost: %s", slot.instance_id, why)
-            self._last_died_on = slot.restarts
-            self._on_death(slot.instance_id, why)
+            why = self._tell_of_death(slot, process, status)
             if not await self._restart(slot, why):
                 return
 
-    async def _death_of(self, slot: Slot, process: Process) -> int | None:
-        """Wait for a process's end; its exit status, or None if it cannot be killed.
-
-        One that a driver holds up is not waited for: its requests go on elsewhere.
-        """
-        async with asyncio.TaskGroup() as tasks:
-            ended = tasks.create_task(process.wait())
-            killed = tasks.create_task(slot.killed.wait())
-            await asyncio.wait((ended, killed), return_when=asyncio.FIRST_COMPLETED)
-            await wait_awake(ended, LONGEST_DEATH_S)
-            killed.cancel()
-            ended.cancel()
-        return None if ended.cancelled() else ended.result()
-
-    async def _kill(self, process: Process, timeout_s: float | None = None) -> None:
-        """End a process with all that it started, unless it cannot be killed."""
-        try:
-            async with waking_timeout(timeout_s or LONGEST_DEATH_S):
-                await process.end(0)
-        except TimeoutError:
-            _log.error("a process was killed and lives on; what it has stays taken")
-            self._undead.append(process)
+    def _tell_of_death(self, slot: Slot, process: Process, status: int | None) -> str:
+        """Tell of an instance's end, and of its partners', and log why it was."""
+        hint = "" if self._config.log_dir else "; EngineConfig.log_dir keeps it"
+        why = death(slot, process, status, hint)
+        if status is None:
+            why += f"; it was killed, and lives on {LONGEST_DEATH_S:g} s later"
+        self.slots.forget(slot, why)
+        if slot.was_felled:  # its end was told with the first one's
+            slot.is_replaced = True
+            return why
+        _log.warning("instance %d is lost: %s", slot.instance_id, why)
+        self._last_died_on = slot.restarts
+        partners = [] if slot.team is None else slot.team.partners_up(slot)
+        for each in partners:
+            self.slots.forget(each, why)
+        self._on_death(slot.instance_id, why, [each.instance_id for each in partners])
+        return why
 
     async def _restart(self, slot: Slot, why: str) -> bool:
         """Start a dead instance again; False once no instance can be any more."""
@@ -327,10 +338,13 @@ class Supervisor:
             try:
                 await self._bring_up(slot)
             except InstanceStartError as error:
-                if slot.node.lost_because is not None:
+                if slot.lost_because is not None:
                     return False
                 why = str(error)
-                _log.warning("%s", error)
+                slot.is_replaced |= slot.was_felled
+                _log.log(
+                    logging.INFO if slot.was_felled else logging.WARNING, "%s", why
+                )
                 if lacks_device_memory(why) and self.clock.read() < patient_until:
                     slot.is_replaced = True  # the next start is free
                     await asyncio.sleep(_MEMORY_PAUSE_S)
@@ -343,42 +357,19 @@ class Supervisor:
         """Wait until a restart can be paid for; False if it never will be."""
         slot.given_up = True
         limit = f"max_restarts={self._config.max_restarts}"
-        if self._is_exhausted and not self._may_grow:
+        if self._exhaustion.is_final():
             self._forgiven.set()
-            self._owner.instances_exhausted(
-                f"every instance is lost and {limit} are used up; the last one: {why}"
-            )
+            self._exhaustion.tell(f"{limit} are used up; the last one: {why}")
             return False
         _log.error(
             "instance %d is not started again: %s are used up", slot.instance_id, limit
         )
         self._forgiven.clear()
         await self._forgiven.wait()
-        if self._is_exhausted and not self._may_grow:
+        if self._exhaustion.is_final():
             return False
         slot.given_up = False
         return True
-
-    @property
-    def _is_exhausted(self) -> bool:
-        """Whether no instance will be up again, unless a node joins."""
-        return all(slot.given_up for slot in self.slots.values())
-
-    def _watch_for_nodes(self, now: float) -> None:
-        """Tell when no instance is left, and no node has come for as long as one may
-        take.
-        """
-        if not self._is_exhausted:
-            self._exhausted_at = None
-        elif self._exhausted_at is None:
-            self._exhausted_at = now
-            _log.warning("no instance is left; waiting for a node to join")
-        elif now - self._exhausted_at > self._config.start_timeout_s:
-            self._exhausted_at = float("inf")  # it is told once
-            limit = f"start_timeout_s={self._config.start_timeout_s:g}"
-            self._owner.instances_exhausted(
-                f"every instance is lost, and no node has joined for {limit}"
-            )
 
     async def _watch(self) -> None:
         """Kill what is silent or stuck; its death is then handled like any other."""
@@ -389,5 +380,4 @@ class Supervisor:
                 why = slot.why_dead(now, self._config, self._watch_interval_s)
                 if why:
                     slot.kill(why)
-            if self._may_grow:
-                self._watch_for_nodes(now)
+            self._exhaustion.look(now)

@@ -430,12 +430,13 @@ async def test_if_no_other_comes_the_requests_end_as_errors(nodes):
     first = nodes.start("one", num_instances=1)
     config = nodes.config(node_timeout_s=1.0, start_timeout_s=15.0)
     async with aseer.Engine(config) as engine:
-        engine._host._pool._supervisor._config = nodes.config(start_timeout_s=1.0)
+        exhaustion = engine._host._pool._supervisor._exhaustion
+        exhaustion._timeout_s = 1.0
         with pytest.raises(aseer.InstanceLostError, match="no node has joined"):
             await rolled_out(engine, groups_of(4, **LONG), first.kill)
         with pytest.raises(aseer.EngineError, match="no node has joined"):
             await rolled_out(engine, groups_of(1))
-        engine._host._pool._supervisor._config = config
+        exhaustion._timeout_s = config.start_timeout_s
         nodes.start("two", num_instances=1)
         await until(lambda: engine.instances)
         responses, _ = await rolled_out(engine, groups_of(1))
@@ -475,9 +476,7 @@ async def test_why_a_nodes_instance_died_is_told_with_the_place_of_its_log(nodes
     nodes.start("one", num_instances=1)
     config = nodes.config(max_restarts=0, engine_args={"die_after_tokens": 300})
     async with aseer.Engine(config) as engine:
-        engine._host._pool._supervisor._config = nodes.config(
-            start_timeout_s=1.0, max_restarts=0
-        )
+        engine._host._pool._supervisor._exhaustion._timeout_s = 1.0
         with pytest.raises(aseer.InstanceLostError, match="no node has joined"):
             await rolled_out(engine, groups_of(4, **LONG))
 

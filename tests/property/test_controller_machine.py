@@ -127,16 +127,27 @@ class ControllerMachine(RuleBasedStateMachine):
             self.alive[info.instance_id] = info
             self.do(self.controller.instance_up(info, self.tick()))
 
-    @rule(i=st.integers(0, NUM_INSTANCES - 1), is_blameless=st.booleans())
-    def instance_dies(self, i: int, is_blameless: bool) -> None:
-        self.alive.pop(InstanceId(i), None)
+    @rule(
+        i=st.integers(0, NUM_INSTANCES - 1),
+        is_blameless=st.booleans(),
+        with_all=st.booleans(),
+    )
+    def instance_dies(self, i: int, is_blameless: bool, with_all: bool) -> None:
+        gone = [InstanceId(i)]
+        if with_all and not is_blameless:
+            gone += [each for each in self.alive if each != i]
+        for each in gone:
+            self.alive.pop(each, None)
         for chunk_id, running in list(self.running.items()):
-            if running.chunk.instance_id == i:
+            if running.chunk.instance_id in gone:
                 del self.running[chunk_id]
                 self.old.append(report_of(chunk_id, [0], end="stop"))
-        controller = self.controller
-        gone = controller.instance_left if is_blameless else controller.instance_down
-        self.do(gone(InstanceId(i), self.tick(), "it died"))
+        first, *partners = gone
+        if is_blameless:
+            self.do(self.controller.instance_left(first, self.tick(), "it left"))
+        else:
+            down = self.controller.instance_down
+            self.do(down(first, self.tick(), "it died", partners))
 
     @rule(
         picks=st.lists(

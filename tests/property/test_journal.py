@@ -28,7 +28,7 @@ from tests.property.test_controller_machine import ControllerMachine
 from tests.unit.builders import chunks_in, finished_in, info_of, report_of, task_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from aseer.core.commands import Command
     from aseer.journal.records import Record
@@ -102,9 +102,16 @@ class JournaledController(Controller):
     def instance_up(self, info: Any, now: float) -> Any:
         return self.note(super().instance_up(info, now))
 
-    def instance_down(self, instance_id: InstanceId, now: float, why: str) -> Any:
-        lost = self.running.chunks_on(instance_id)
-        return self.note(super().instance_down(instance_id, now, why), lost=lost)
+    def instance_down(
+        self,
+        instance_id: InstanceId,
+        now: float,
+        why: str,
+        partners: Collection[InstanceId] = (),
+    ) -> Any:
+        lost = [c for i in (instance_id, *partners) for c in self.running.chunks_on(i)]
+        down = super().instance_down(instance_id, now, why, partners)
+        return self.note(down, lost=lost)
 
     def instance_left(self, instance_id: InstanceId, now: float, why: str) -> Any:
         lost = self.running.chunks_on(instance_id)

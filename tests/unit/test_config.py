@@ -415,3 +415,34 @@ def test_no_chunks_is_a_chunk_size() -> None:
 def test_a_chunk_size_is_a_whole_number(chunk_size: object) -> None:
     with pytest.raises(ConfigError, match="an int >= 1, or 0 for undivided"):
         check_chunk_size(chunk_size)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"data_parallel_size": 0}, "data_parallel_size=0 .* an int >= 1"),
+        ({"num_instances": 3}, "num_instances=3 .* a multiple of 2, since"),
+        ({"nodes": "ray"}, "nodes='ray' .* start nodes by `aseer node`"),
+        (
+            {"nodes_per_instance": 2, "listen": "tcp://127.0.0.1:5557"},
+            "nodes_per_instance=2 .* since data_parallel_size is 2",
+        ),
+        ({"max_lora_rank": 8}, "max_lora_rank=8 .* that compute alone"),
+        ({"kv_pool": "lmcache"}, "kv_pool='lmcache' .* 'auto' or 'off'"),
+        ({"speculation": "dgds"}, "speculation='dgds' .* that compute alone"),
+        ({"engine_args": {"spec_method": "ngram"}}, "a drafter; leave it out, since"),
+        ({"engine_args": {"data_parallel_size": 2}}, "EngineConfig.data_parallel_size"),
+        ({"engine_args": {"data_parallel_rank": 1}}, "EngineConfig.data_parallel_size"),
+    ],
+)
+def test_what_engines_that_compute_together_cannot_have_is_refused(
+    settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        EngineConfig(model="m", **{"data_parallel_size": 2} | settings)
+
+
+def test_engines_that_compute_together_are_counted_one_by_one() -> None:
+    for num in (None, 2, 4):
+        config = EngineConfig(model="m", data_parallel_size=2, num_instances=num)
+        assert config.num_instances == num

@@ -663,3 +663,30 @@ def test_everything_is_cancelled_a_little_at_a_time_and_nothing_starts_meanwhile
     assert late == []
     assert not controller.is_cancelled
     assert len(controller.cancel_all(3.0)) == 2
+
+
+def test_instances_that_died_as_one_are_gone_before_anything_goes_on() -> None:
+    controller = with_instances(12, 12, 12)
+    tasks = [task_of(g, num_requests=1) for g in "ghi"]
+    places = dict(placed(controller.add_groups(tasks, 0.0)))
+    assert sorted(places.values()) == [0, 1, 2]
+    ids = [InstanceId(i) for i in range(3)]
+    commands = controller.instance_down(ids[1], 1.0, "it burnt", [ids[2]])
+    controller.check_integrity()
+    ((tried, place),) = placed(commands)
+    assert places[tried] in (1, 2)
+    assert place == 0, "on none of those that died"
+    assert set(controller.running) == {ids[0]}
+
+
+def test_one_on_trial_when_several_died_as_one_is_blamed() -> None:
+    controller = with_instances(12, 12)
+    controller.add_groups([task_of(num_requests=1)], 0.0)
+    one, other = InstanceId(0), InstanceId(1)
+    for times in range(2):
+        controller.instance_down(one, 1.0, "it burnt", [other])
+        commands = controller.instance_up(info_of(0), 2.0)
+        commands += controller.instance_up(info_of(1), 2.0)
+        (request,) = controller.buffer.requests()
+        assert request.num_retries == times + 1
+        assert len(placed(commands)) == 1

@@ -259,9 +259,12 @@ class Owner:
         assert instance_id in self.infos, "it reports before it is up"
         self.reports.append((instance_id, report))
 
-    def instance_down(self, instance_id: InstanceId, why: str) -> None:
-        self.infos.pop(instance_id)
-        self.told.append(("down", instance_id, why))
+    def instance_down(
+        self, instance_id: InstanceId, why: str, partners: Sequence[InstanceId] = ()
+    ) -> None:
+        for each in (instance_id, *partners):
+            self.infos.pop(each)
+        self.told.append(("down", instance_id, *partners, why))
 
     def instance_left(self, instance_id: InstanceId, why: str) -> None:
         self.infos.pop(instance_id)

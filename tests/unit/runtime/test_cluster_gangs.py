@@ -106,19 +106,19 @@ async def test_nodes_that_do_not_reach_each_other_run_with_others_until_they_do(
         return not (is_cut and {self.name, other.name} == {"a", "b"})
 
     monkeypatch.setattr(RemoteNode, "reaches", reaches)
-    monkeypatch.setattr("aseer.runtime.cluster._MEETING_INTERVAL_S", 0.0)
+    monkeypatch.setattr("aseer.runtime.gangs._MEETING_INTERVAL_S", 0.0)
     async with asyncio.TaskGroup() as tasks:
         working = tasks.create_task(cluster.work())
         spanning.join(a, b)
         await spanning.until("ab")
         is_cut = True
         await spanning.attended[0].look()  # as at the end of its engine
-        await until(lambda: not cluster._gangs, 0)
+        await until(lambda: not cluster._gangs._gangs, 0)
         assert "nodes a and b do not reach each other" in caplog.text
         spanning.join(c)
         await spanning.until("ab", "ac")
         spanning.lose(c)
-        await until(lambda: not cluster._gangs, 0)
+        await until(lambda: not cluster._gangs._gangs, 0)
         assert spanning.names() == ["ab", "ac"], "those that are left wait"
         is_cut = False
         await until(lambda: len(spanning.attended) == 3, 0)
@@ -142,7 +142,7 @@ async def test_nodes_that_never_reached_each_other_start_nothing_together(
     async with asyncio.TaskGroup() as tasks:
         working = tasks.create_task(spanning.cluster.work())
         spanning.join(a, b)
-        await until(lambda: spanning.cluster._gangs, 0)
+        await until(lambda: spanning.cluster._gangs._gangs, 0)
         b.weights.said_address.set()
         await until(lambda: "do not reach each other" in caplog.text, 0)
         assert spanning.attended == []

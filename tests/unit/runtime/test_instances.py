@@ -460,8 +460,8 @@ async def test_all_that_runs_is_aborted_whoever_it_is_for(monkeypatch) -> None:
 async def test_nobody_waits_for_a_process_that_cannot_be_killed(
     monkeypatch, when
 ) -> None:
-    monkeypatch.setattr("aseer.runtime.supervisor.LONGEST_DEATH_S", 0.2)
-    monkeypatch.setattr("aseer.runtime.supervisor._LAST_LOOK_S", 0.05)
+    monkeypatch.setattr("aseer.runtime.deaths.LONGEST_DEATH_S", 0.2)
+    monkeypatch.setattr("aseer.runtime.deaths._LAST_LOOK_S", 0.05)
     config = config_of(start_timeout_s=1.0)
     async with running(monkeypatch, config) as run, asyncio.timeout(20):
         if when == "it starts":

@@ -12,7 +12,12 @@ from aseer.errors import ConfigError
 from aseer.models.traits import ModelTraits, traits_of
 from aseer.node.machine import Machine, fast_cpu_dtype, free_memory_bytes, visible_gpus
 from aseer.node.messages import Located
-from aseer.runtime.launch import member_args, member_env, plan_instances
+from aseer.runtime.launch import (
+    member_args,
+    member_env,
+    plan_instances,
+    rank_args,
+)
 
 GIB = 1 << 30
 
@@ -387,3 +392,33 @@ def test_parts_have_the_arguments_of_the_first_but_for_what_is_of_their_host():
     env = member_env(replace(second, env={"VLLM_HOST_IP": "the user's"}), places[1])
     assert env == {"VLLM_HOST_IP": "the user's"}
     assert member_env(first, places[0])["GLOO_SOCKET_IFNAME"] == "eth0"
+
+
+def test_as_many_whole_teams_as_a_machine_has_room_for():
+    config = EngineConfig(model="m", data_parallel_size=2, gpus_per_instance=2)
+    gpus = tuple(map(str, range(7)))
+    assert devices(plan_instances(config, machine(gpus=gpus))) == ["0,1", "2,3"]
+    alone = plan_instances(config, machine(gpus=gpus), num_instances=0)
+    assert len(alone) == 3, "a node's engines may be in a team with another's"
+    with pytest.raises(ConfigError, match="data_parallel_size=2 instances run togeth"):
+        plan_instances(config, machine(gpus=("0", "1")))
+
+
+def test_on_a_cpu_experts_are_not_shared_out():
+    config = EngineConfig(model="m", data_parallel_size=2)
+    with pytest.raises(ConfigError, match="vLLM on CPUs has no way to share out"):
+        plan_instances(config, machine())
+
+
+def test_a_rank_is_told_where_the_first_one_is():
+    config = EngineConfig(model="m", data_parallel_size=2)
+    first, second = plan_instances(config, machine(gpus=("0", "1")))
+    assert rank_args(second, 1, 2, Located("10.0.0.1", "eth0", 5000)) == {
+        "data_parallel_size": 2,
+        "data_parallel_size_local": 1,
+        "data_parallel_rank": 1,
+        "data_parallel_address": "10.0.0.1",
+        "data_parallel_rpc_port": 5000,
+    }
+    simulated = replace(first, backend="sim")
+    assert rank_args(simulated, 0, 2, Located("10.0.0.1", port=5000)) == {}

@@ -34,6 +34,31 @@ def test_a_gang_takes_one_seat_of_each_node_and_nodes_take_turns_to_lead() -> No
     assert [seat for gang in gangs for _, seat in gang] == [0, 0, 1, 1, 2, 2]
 
 
+def test_a_team_takes_as_many_seats_of_a_node_as_it_needs() -> None:
+    seats: Seats[str, int] = Seats(4, of_one_node=None)
+    seats.add("a", [0, 1], "kind")
+    seats.add("b", [0], "kind")
+    assert seats.form() == []
+    seats.add("c", [0, 1, 2, 3, 4], "kind")
+    first, second = seats.form()
+    assert names([first]) == ["cccc"], "on one node, where there is room"
+    assert second == [("a", 0), ("a", 1), ("b", 0), ("c", 4)]
+    assert seats.waiting == []
+
+
+def test_seats_of_a_team_that_is_no_more_are_free_again() -> None:
+    seats: Seats[str, int] = Seats(3, of_one_node=None)
+    seats.add("a", [0, 1], "kind")
+    seats.add("b", [0, 1], "kind")
+    (team,) = seats.form()
+    assert names([team]) == ["aab"]
+    seats.keep(["b"])
+    seats.release(team)
+    assert seats.form() == []
+    seats.add("c", [7], "kind")
+    assert sorted(seats.form()[0]) == [("b", 0), ("b", 1), ("c", 7)]
+
+
 def test_nodes_of_another_kind_form_none() -> None:
     seats: Seats[str, int] = Seats(2)
     seats.add("a", [0], "0.32")

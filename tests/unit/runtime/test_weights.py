@@ -19,7 +19,7 @@ from aseer.weights.files import INDEX
 from tests.unit.runtime.machine import Exited, Owner, config_of, running
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from aseer.runtime.weights import Plan, SwitchTimes
     from aseer.types import InstanceInfo
@@ -38,10 +38,13 @@ class KeepersOwner(Owner):
             self.keeper.instance_up(info.instance_id)
         super().instance_up(info)
 
-    def instance_down(self, instance_id: InstanceId, why: str) -> None:
-        super().instance_down(instance_id, why)
+    def instance_down(
+        self, instance_id: InstanceId, why: str, partners: Sequence[InstanceId] = ()
+    ) -> None:
+        super().instance_down(instance_id, why, partners)
         if self.keeper is not None:
-            self.keeper.instance_down(instance_id, why)
+            for each in (instance_id, *partners):
+                self.keeper.instance_down(each, why)
 
 
 class Updates:

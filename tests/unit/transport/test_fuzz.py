@@ -223,7 +223,9 @@ class Owner:
         self.recorder.sample(instance_id, report.load, self.now)
         self.recorder.progress(self.now, intake_open=True)
 
-    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+    def instance_down(
+        self, instance_id: InstanceId, why: str, partners: Sequence[InstanceId] = ()
+    ) -> None:
         raise AssertionError(why)
 
     def instance_left(self, instance_id: InstanceId, why: str) -> None:
