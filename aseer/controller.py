@@ -154,25 +154,21 @@ class Controller:
         """An instance has died; its requests wait again, with the tokens they have.
 
         One of them may have been the cause, so they are tried a few at a time
-        (`aseer.core.quarantine`).
-
-        Args:
-            partners: that died with it, as if they were one.
+        (`aseer.core.quarantine`). `partners` died with it, as if they were one.
         """
         self.forget_finished()
-        lost = self._lose_instances((instance_id, *partners), now, why)
-        return lost + self.schedule(now)
+        gone = (instance_id, *partners)
+        return self._lose_instances(gone, now, why) + self.schedule(now)
 
     def instance_left(
         self, instance_id: InstanceId, now: float, why: str
     ) -> list[Command]:
-        """An instance is gone with its node; what ran there was not the cause.
-
-        Its requests go on elsewhere at once, with their tokens, as often as it happens.
+        """An instance is gone with its node: its requests go on elsewhere at once, with
+        their tokens, as often as it happens.
         """
         self.forget_finished()
-        lost = self._lose_instances((instance_id,), now, why, is_blameless=True)
-        return lost + self.schedule(now)
+        gone = self._lose_instances((instance_id,), now, why, is_blameless=True)
+        return gone + self.schedule(now)
 
     def progress(
         self, report: Columns | Iterable[ChunkProgress], now: float
@@ -247,9 +243,7 @@ class Controller:
     def fail_all(self, now: float, why: str) -> list[Command]:
         """Nothing can run any more: every unfinished request ends as an error."""
         self.forget_finished()
-        commands: list[Command] = []
-        for instance_id in list(self.running):
-            commands += self._lose_instances((instance_id,), now, why)
+        commands = self._lose_instances(list(self.running), now, why)
         for request in self.buffer.requests():
             if request.state is RequestState.WAITING:
                 self.scheduler.remove_group(request.group.group_id)
@@ -308,10 +302,8 @@ class Controller:
         *,
         is_blameless: bool = False,
     ) -> list[Command]:
-        there = [i for i in instance_ids if i in self.running]
-        if not there:
-            return []
         commands: list[Command] = []
+        there = [i for i in instance_ids if i in self.running]
         lost = [r for i in there for r in self._dispatcher.drop_instance(i)]
         lost.sort(key=lambda request: request.num_generated, reverse=True)
         suspects = [] if is_blameless else self._quarantine.lose(lost)

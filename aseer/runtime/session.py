@@ -18,6 +18,7 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -301,28 +302,21 @@ class Session:
         self, instance_id: InstanceId, why: str, partners: Sequence[InstanceId] = ()
     ) -> None:
         """An instance has died; see `Controller.instance_down`."""
-        down = self._controller.instance_down
-        gone = (instance_id, *partners)
-        self._lose(gone, lambda now: down(instance_id, now, why, partners))
+        down = partial(self._controller.instance_down, why=why, partners=partners)
+        self._lose(down, instance_id, *partners)
 
     def instance_left(self, instance_id: InstanceId, why: str) -> None:
         """An instance is gone with its node; see `Controller.instance_left`."""
-        left = self._controller.instance_left
-        self._lose((instance_id,), lambda now: left(instance_id, now, why))
+        self._lose(partial(self._controller.instance_left, why=why), instance_id)
 
-    def _lose(
-        self,
-        instance_ids: Sequence[InstanceId],
-        decide: Callable[[float], list[Command]],
-    ) -> None:
+    def _lose(self, decide: Callable[..., list[Command]], *gone: InstanceId) -> None:
         if self._failure is not None:
             self._end_if_over()
             return
-        lost: list[ChunkId] = []
-        for instance_id in instance_ids:
-            self._recorder.instance_down(instance_id, self._now())
-            lost += self._controller.running.chunks_on(instance_id)
-        self._carry_out(decide(self._now()), lost=lost)
+        for each in gone:
+            self._recorder.instance_down(each, self._now())
+        lost = [c for i in gone for c in self._controller.running.chunks_on(i)]
+        self._carry_out(decide(gone[0], self._now()), lost=lost)
 
     def exhausted(self, why: str) -> None:
         """No instance is left: every unfinished request ends as an error."""

@@ -81,6 +81,8 @@ SMALL = [
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
     "actor_rollout_ref.rollout.agent.num_workers=1",
     "+actor_rollout_ref.rollout.engine_kwargs.aseer.chunk_size=16",
+    # On a busy machine a sibling may be late by more than the default, 0.25 s.
+    "+actor_rollout_ref.rollout.engine_kwargs.aseer.join_s=5",
     "reward.num_workers=1",
     f"reward.custom_reward_function.path={PLUGIN / 'reward.py'}",
     "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
