@@ -140,6 +140,6 @@ def test_the_death_of_one_is_that_of_both_and_costs_no_response(
     assert rollout.report.num_retries > 0
     same(found, expected, rounding=ROUNDING)
     assert {i.instance_id for i in engine.instances} == pids.keys()
-    assert pids.values() & {info.pid for info in engine.instances} == set()
+    assert not {info.pid for info in engine.instances} & set(pids.values())
     assert not any(process.is_running() for process in before)
     equals_transformers(engine, seed=1)
