@@ -257,9 +257,27 @@ class RayNodes:
                 bundles = [dict(bundle) for bundle in self._bundles]
                 self._group = placement_group(bundles, strategy="STRICT_SPREAD")
 
+    def _forget_hosts(self) -> None:
+        """Where a host that was to be taken is gone, reserve anew, without it.
+
+        Ray counts one that has just died among those that are there for a while.
+        """
+        with self._lock:
+            there = {} if self._is_over else hosts_there()
+            if not there or self._seen <= there.keys():
+                return
+            self._seen &= there.keys()
+            left = [there[host] for host in self._seen]
+            self._bundles = bundles_for(self._config, left)
+            self.num_nodes = len(self._bundles)
+            remove_placement_group(self._group)
+        self._reserve()
+
     def _has_room(self) -> bool:
         if self._group.wait(timeout_seconds=_LOOK_S):
             return True
+        if not self._config.min_nodes:
+            self._forget_hosts()
         total, free = ray.cluster_resources(), ray.available_resources()
         wanted = ", ".join(str(bundle) for bundle in self._bundles)
         self.state = (

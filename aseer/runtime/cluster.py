@@ -170,9 +170,9 @@ class Cluster:
         timeout_s = self._config.start_timeout_s
         launcher, num_nodes = self._launcher, self._config.min_nodes
         wanted = f"min_nodes={num_nodes}"
-        if launcher is not None:
-            num_nodes, wanted = launcher.num_nodes, str(launcher.num_nodes)
         while True:
+            if launcher is not None:  # hosts that it counts on may go
+                num_nodes, wanted = launcher.num_nodes, str(launcher.num_nodes)
             num = sum(self._is_up(node) for node in self.nodes)
             if num >= num_nodes:
                 return

@@ -135,6 +135,37 @@ async def test_while_there_is_no_room_it_is_said_what_is_free(ray):
         running.cancel()
 
 
+async def test_a_host_that_goes_before_it_is_reserved_is_not_waited_for(ray):
+    ray.has_room = False
+    launcher = launcher_of(config())
+    assert launcher is not None
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(launcher.run(ADDRESS, KEYS))
+        await until(lambda: "no room" in launcher.state)
+        ray.has_room = True
+        ray.dead.append(ray.hosts.pop())
+        await until(lambda: len(ray.actors) == 1)
+        assert launcher.num_nodes == 1
+        assert [group.is_removed for group in ray.groups] == [True, False]
+        running.cancel()
+
+
+async def test_as_many_hosts_as_were_asked_for_are_waited_for(ray):
+    ray.has_room = False
+    launcher = launcher_of(config(min_nodes=2))
+    assert launcher is not None
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(launcher.run(ADDRESS, KEYS))
+        await until(lambda: "no room" in launcher.state)
+        ray.dead.append(ray.hosts.pop())
+        launcher.state = ""
+        await until(lambda: "no room" in launcher.state)
+        assert [group.is_removed for group in ray.groups] == [False]
+        ray.groups[0].has_room = True
+        await until(lambda: len(ray.actors) == 2)
+        running.cancel()
+
+
 async def test_an_agent_that_fails_is_told_of_and_one_that_ends_is_not(ray):
     launcher = launcher_of(config())
     async with asyncio.TaskGroup() as tasks:
