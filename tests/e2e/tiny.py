@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import aseer
+from aseer.compat.versions import installed_vllm
 from aseer.models.tiny import make_tiny
+
+_, _VLLM = installed_vllm() or ("", "")
+_HAS_AVX512 = "avx512f" in Path("/proc/cpuinfo").read_text()
+# On a CPU vLLM 0.27 rounds by what else is in the batch, as does 0.26 without AVX-512;
+# 0.32 does not.
+IS_BITWISE = not (
+    _VLLM.startswith("0.27.") or (_VLLM.startswith("0.26.") and not _HAS_AVX512)
+)
+ROUNDING = 1e-5  # where it does
 
 
 def tiny_model() -> Path:
@@ -70,6 +80,8 @@ def same(
     What is computed again in one step has other last bits than what grew token by
     token: then the logprobs are equal to rounding.
     """
+    if not IS_BITWISE:
+        rounding = max(rounding, ROUNDING)
     assert found.keys() == expected.keys()
     for request_id, response in found.items():
         assert response.finish_reason == "length", response.error

