@@ -249,10 +249,11 @@ class EngineActor:
             _log.warning("a rollout failed, and has no report")
             return
         _log.info(
-            "a rollout of %d responses in %d groups, %d tokens in %.1f s (%.0f "
-            "tokens/s), with weights of version %d",
+            "a rollout of %d responses in %d groups on %d instances, %d tokens in "
+            "%.1f s (%.0f tokens/s), with weights of version %d",
             report.num_responses,
             report.num_groups,
+            sum(each.num_output_tokens > 0 for each in report.instances),
             report.num_output_tokens,
             report.wall_s,
             report.throughput_tok_s,

@@ -69,6 +69,10 @@ _HOST_LABEL = "ray.io/node-id"
 _END_S = 10.0
 
 
+# Starts nodes in this process instead, if set: where they have a trainer's GPUs.
+instead: Callable[[EngineConfig], RayNodes] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class AgentSettings:
     """What an actor is told; the fields are those of `Offer`."""
@@ -78,6 +82,7 @@ class AgentSettings:
     num_instances: int | None
     python: str | None
     log_dir: Path | None
+    gpus: tuple[str, ...] | None = None  # None = those that Ray reserved for the actor
 
 
 class NodeActor:
@@ -96,7 +101,9 @@ class NodeActor:
         if settings.log_dir is not None:
             settings.log_dir.mkdir(parents=True, exist_ok=True)
         interpreter = await in_thread(interpreter_at, settings.python)
-        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        gpus: Sequence[str] | None = settings.gpus
+        if gpus is None:
+            gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         machine = this_machine(interpreter.packages)
         offer = Offer(
             controller=settings.controller,
@@ -124,6 +131,8 @@ def launcher(config: EngineConfig) -> RayNodes:
             "nodes='ray', but this process is not connected to Ray; call ray.init(), "
             "for a cluster that runs ray.init(address='auto'), before aseer.Engine"
         )
+    if instead is not None:
+        return instead(config)
     hosts = hosts_there()
     bundles = bundles_for(config, list(hosts.values()))
     return RayNodes(config, bundles, get_node_ip_address(), hosts)
@@ -258,10 +267,7 @@ class RayNodes:
                 self._group = placement_group(bundles, strategy="STRICT_SPREAD")
 
     def _forget_hosts(self) -> None:
-        """Where a host that was to be taken is gone, reserve anew, without it.
-
-        Ray counts one that has just died among those that are there for a while.
-        """
+        """Reserve anew if a host is gone: Ray counts one that died for a while."""
         with self._lock:
             there = {} if self._is_over else hosts_there()
             if not there or self._seen <= there.keys():
@@ -342,14 +348,15 @@ class RayNodes:
     def _end(self) -> None:
         with self._lock:
             self._is_over = True
-            if self._group is None or not ray.is_initialized():
+            if not ray.is_initialized():
                 return
             if self._serving:
                 num = len(self._serving)
                 ray.wait(self._serving, num_returns=num, timeout=_GOODBYE_S)
             for actor in self._actors:
                 ray.kill(actor, no_restart=True)
-            remove_placement_group(self._group)
+            if self._group is not None:
+                remove_placement_group(self._group)
             for group, actor in self._late.values():
                 self._give_back(group, actor)
 

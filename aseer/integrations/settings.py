@@ -16,6 +16,21 @@ from aseer.runtime.takes_weights import UPDATE_TIMEOUT_S
 JOIN_S = 0.25
 
 
+@dataclass(frozen=True)
+class HostShare:
+    """What engines are given of a host where a trainer runs.
+
+    Attributes:
+        node_id: Ray's, of the host.
+        gpus: ids of the trainer's GPUs there.
+        num_instances: that run there.
+    """
+
+    node_id: str
+    gpus: tuple[str, ...]
+    num_instances: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActorSettings:
     """What the process that has the engine is told. All of it is plain data.
@@ -25,10 +40,13 @@ class ActorSettings:
         sleeps: whether the engine releases its GPUs between rollouts.
         join_s: see `Engine.open_rollout`.
         update_timeout_s: see `Engine.begin_update`; the trainer gathers meanwhile.
+        hosts: of the trainer, the first that of the engine, if it has several; all
+            instances then run on nodes there.
     """
 
     engine: Mapping[str, Any]
     sleeps: bool
+    hosts: tuple[HostShare, ...] = ()
     join_s: float = JOIN_S
     update_timeout_s: float = UPDATE_TIMEOUT_S
 
@@ -45,7 +63,7 @@ class OwnSettings:
 
     engine: Mapping[str, Any]
     engine_args: Mapping[str, Any]
-    times: Mapping[str, float]
+    times: Mapping[str, Any]
 
 
 def own_settings(given: Any, where: str) -> OwnSettings:

@@ -27,7 +27,6 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from aseer.errors import ConfigError
 from aseer.integrations.sending import SENDER, send_weights
-from aseer.integrations.settings import check_placement
 from aseer.integrations.verl_server import AseerServer
 from aseer.integrations.verl_settings import server_settings
 
@@ -103,17 +102,13 @@ class AseerReplica(RolloutReplica):  # type: ignore[misc]
         places = await asyncio.gather(
             *[worker.__ray_call__.remote(_place) for worker in self._all_workers]
         )
-        node = check_placement(
-            [place[0] for place in places],
-            "rollout.name=aseer",
-            "set trainer.nnodes=1",
-        )
         settings = server_settings(
             self.config,
             self.model_config,
-            [gpu for _, gpu in places],
+            places,
             on_gpus=get_device_name() == "cuda",
         )
+        node, _ = places[SENDER]  # the sender's host: what it writes is read there
         server = (
             ray.remote(AseerServer)
             .options(

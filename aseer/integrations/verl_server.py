@@ -36,6 +36,14 @@ class AseerServer(EngineActor):
         super().__init__(settings)
         self._global_steps = 0
 
+    async def start(self) -> None:
+        """As `EngineActor.start`; on several hosts with a node on each."""
+        if self._settings.hosts:
+            from aseer.integrations.ray_placed import place_on  # here is Ray
+
+            place_on(self._settings.hosts)
+        await super().start()
+
     async def generate(
         self,
         prompt_ids: Sequence[int],

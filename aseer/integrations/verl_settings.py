@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any
 from aseer.errors import ConfigError
 from aseer.inputs.fields import refusal
 from aseer.inputs.plain import as_int
-from aseer.integrations.settings import ActorSettings, mapping, own_settings
+from aseer.integrations.settings import (
+    ActorSettings,
+    HostShare,
+    mapping,
+    own_settings,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _KWARGS = "actor_rollout_ref.rollout.engine_kwargs"
 _OWN = f"{_KWARGS}.aseer"
@@ -38,25 +43,30 @@ class ServerSettings(ActorSettings):
 
 
 def server_settings(
-    rollout: Any, model: Any, gpus: list[str], *, on_gpus: bool
+    rollout: Any, model: Any, places: Sequence[tuple[str, str]], *, on_gpus: bool
 ) -> ServerSettings:
     """Settings of the one server that all of a trainer's processes share.
 
     Args:
         rollout: verl's `actor_rollout_ref.rollout`.
         model: verl's `actor_rollout_ref.model`.
-        gpus: ids of the trainer's GPUs, by rank.
+        places: Ray's id of the host, and the id of the GPU there, of each of the
+            trainer's processes, by rank. The engine is on the first one's host.
         on_gpus: whether they are GPUs indeed.
     Raises:
         ConfigError: something is set that aseer does not do.
     """
     check_supported(rollout, model)
     tensor_parallel = int(rollout.tensor_model_parallel_size)
-    if len(gpus) % tensor_parallel:
-        raise ConfigError(
-            f"the trainer has {len(gpus)} processes, which rollout."
-            f"tensor_model_parallel_size={tensor_parallel} does not divide"
-        )
+    gpus: dict[str, list[str]] = {}
+    for node_id, gpu in places:
+        gpus.setdefault(node_id, []).append(gpu)
+    for there in gpus.values():
+        if len(there) % tensor_parallel:
+            raise ConfigError(
+                f"the trainer has {len(there)} processes on a host, which rollout."
+                f"tensor_model_parallel_size={tensor_parallel} does not divide"
+            )
     kwargs = mapping(rollout.engine_kwargs, _KWARGS)
     own = own_settings(kwargs.get("aseer"), _OWN)
     device = own.engine.get("device", "cuda" if on_gpus else "cpu")
@@ -65,13 +75,23 @@ def server_settings(
         "model": model.path,
         "dtype": rollout.dtype,
         "device": device,
-        "num_instances": len(gpus) // tensor_parallel,
+        "num_instances": len(gpus[places[0][0]]) // tensor_parallel,
         "max_model_len": rollout.max_model_len
         or rollout.prompt_length + rollout.response_length,
         "max_num_seqs": rollout.max_num_seqs,
     }
     if device in ("auto", "cuda"):
-        engine |= {"gpus": gpus, "gpus_per_instance": tensor_parallel}
+        engine["gpus_per_instance"] = tensor_parallel
+    hosts: tuple[HostShare, ...] = ()
+    if len(gpus) > 1:
+        num = own.engine.get("num_instances")
+        hosts = tuple(
+            HostShare(node_id, tuple(there), num or len(there) // tensor_parallel)
+            for node_id, there in gpus.items()
+        )
+        engine |= {"nodes": "ray", "min_nodes": len(hosts)}
+    elif device in ("auto", "cuda"):
+        engine["gpus"] = gpus[places[0][0]]
     engine |= own.engine
     engine["engine_args"] = (
         _engine_args(rollout, model, device=device, sleeps=sleeps)
@@ -85,6 +105,7 @@ def server_settings(
         response_length=int(rollout.response_length),
         sampling=_sampling(rollout),
         sleeps=sleeps,
+        hosts=hosts,
         **own.times,
     )
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -25,6 +26,9 @@ from tests.e2e.trainers import (
     make_model,
     run,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PLUGIN = Path(__file__).parent / "verl_plugin"
 SCRIPT = ROOT / "examples" / "verl" / "grpo.sh"
@@ -119,12 +123,18 @@ def make_prompts(path: Path) -> Path:
     return path
 
 
-def train(folder: Path, model: Path, *args: str) -> tuple[list[dict], str]:
-    """Run the trainer; its metrics by step, and all that it said."""
+def train(
+    folder: Path, model: Path, *args: str, below: Sequence[str] = ()
+) -> tuple[list[dict], str]:
+    """Run the trainer; its metrics by step, and all that it said.
+
+    Args:
+        below: a command that runs another.
+    """
     metrics = folder / "metrics.jsonl"
     command = [str(SCRIPT), *ON_A_CPU, *SMALL, f"hydra.run.dir={folder / 'hydra'}"]
     said = run_verl(
-        [*command, *args],
+        [*below, *command, *args],
         folder,
         MODEL=model,
         TRAIN=make_prompts(folder / "train.parquet"),
@@ -149,8 +159,11 @@ def run_verl(command: list[str], folder: Path, **environ: object) -> str:
     )
 
 
-def test_the_server_and_verls_own_classes_keep_to_the_contract_on_ray(folder):
-    command = [PYTHON, str(PLUGIN / "contract.py"), sys.executable]
+@pytest.mark.parametrize("num_hosts", [1, 2])
+def test_the_server_and_verls_own_classes_keep_to_the_contract_on_ray(
+    folder, num_hosts
+):
+    command = [PYTHON, str(PLUGIN / "contract.py"), sys.executable, str(num_hosts)]
     assert "the contract is kept" in run_verl(command, folder)
     assert left_behind(folder, 20.0) == [], "Ray had killed the engine's actor"
 
@@ -171,10 +184,35 @@ def test_a_trainer_of_verl_trains_on_what_its_own_weights_generate(folder, tied)
     joined = sum(int(responses) - int(groups) for responses, groups in found)
     assert joined == STEPS * BATCH * (SIBLINGS - 1), "and none of validation"
     assert left_behind(folder, 20.0) == []
-    keep(
-        PYTHON,
-        ["verl", "ray", "torch", "transformers"],
-        "verl",
-        settings=[*ON_A_CPU, *SMALL],
-        **{"tied" if tied else "untied": steps},
-    )
+    keep_as("tied" if tied else "untied", steps)
+
+
+def keep_as(name: str, steps: list[dict]) -> None:
+    packages = ["verl", "ray", "torch", "transformers"]
+    settings = [*ON_A_CPU, *SMALL]
+    keep(PYTHON, packages, "verl", settings=settings, **{name: steps})
+
+
+ON_TWO_HOSTS = [
+    # Of a cluster that is there already.
+    "++ray_kwargs.ray_init.num_cpus=null",
+    "++ray_kwargs.ray_init.num_gpus=null",
+    "++ray_kwargs.ray_init.include_dashboard=null",
+    "trainer.nnodes=2",
+    "trainer.n_gpus_per_node=1",
+]
+
+
+def test_a_trainer_on_two_hosts_has_an_engine_on_each(folder):
+    model = make_model(folder / "model", tied=True)
+    below = [PYTHON, str(PLUGIN / "on_two_hosts.py")]
+    lines, said = train(folder, model, *ON_TWO_HOSTS, below=below)
+    steps = [line["data"] for line in lines if WORST in line["data"]]
+    assert len(steps) == STEPS, said[-20_000:]
+    for data in steps:
+        assert data[WORST] < 1e-4, "what generates is what is trained"
+        assert data[GRADIENT] > 0
+    assert "2 instances are up" in said
+    assert "on 2 instances" in said, "both have generated"
+    assert left_behind(folder, 20.0) == []
+    keep_as("two_hosts", steps)

@@ -1,8 +1,9 @@
 """verl's own classes, configuration and Ray around the server; no trainer, no model.
 
-    python contract.py ENGINE_PYTHON
+    python contract.py ENGINE_PYTHON [NUM_HOSTS]
 
-Run in verl's environment. The engine is simulated, and has two small tensors.
+Run in verl's environment. The engine is simulated, and has two small tensors. On two
+hosts, as Ray sees them, each has one of the trainer's processes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import ray
 import torch
 import verl
 from hydra import compose, initialize_config_dir
+from ray.cluster_utils import Cluster
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.rollout.base import BaseRollout, get_rollout_class
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
@@ -31,6 +33,14 @@ OVERRIDES = [
     "+actor_rollout_ref.rollout.engine_kwargs.aseer.device=sim",
     f"+actor_rollout_ref.rollout.engine_kwargs.aseer.engine_args={SIM}",
 ]
+
+
+def two_hosts() -> Cluster:
+    """Two of Ray's nodes on this machine, each with a GPU in name."""
+    host = {"num_cpus": 4, "num_gpus": 1, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=host)
+    cluster.add_node(**host)
+    return cluster
 
 
 @ray.remote(num_gpus=1)
@@ -75,7 +85,7 @@ def check_parameters(ours: type, names: list[str]) -> None:
             assert argument.arg in mine or takes_any, (name, argument.arg)
 
 
-async def main(python: str) -> None:
+async def main(python: str, num_hosts: int) -> None:
     config_dir = Path(verl.__file__).parent / "trainer" / "config"
     with initialize_config_dir(str(config_dir), version_base=None):
         own = f"+actor_rollout_ref.rollout.engine_kwargs.aseer.python={python}"
@@ -92,7 +102,10 @@ async def main(python: str) -> None:
     names += ["release_kv_cache", "resume_kv_cache", "resume_generation"]
     check_parameters(AseerServer, names)
 
-    ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=True)
+    if num_hosts == 1:
+        ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=True)
+    else:
+        ray.init(address=two_hosts().address, log_to_driver=True)
     dataclass = omega_conf_to_dataclass(rollout)
     workers = [Trainer.remote(dataclass, dataclass) for _ in range(2)]
     group = SimpleNamespace(workers=workers)
@@ -101,6 +114,11 @@ async def main(python: str) -> None:
     assert len({replica._server_address for replica in replicas}) == 2
     first, second = (replica._server_handle for replica in replicas)
     assert first._actor_id == second._actor_id
+    instances = await first.__ray_call__.remote(
+        lambda server: [info.node for info in server._engine.instances]
+    )
+    assert len(instances) == 2
+    assert all(instances) == (num_hosts > 1), "on several hosts all are on nodes"
 
     sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "logprobs": True}
     sampling["repetition_penalty"] = 1.0
@@ -131,4 +149,4 @@ async def main(python: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 1))

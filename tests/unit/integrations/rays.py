@@ -141,7 +141,8 @@ class Ray:
                 "PlacementGroupSchedulingStrategy": lambda group, **where: (
                     group,
                     where["placement_group_bundle_index"],
-                )
+                ),
+                "NodeAffinitySchedulingStrategy": lambda node, soft: (node, soft),
             },
         }
 

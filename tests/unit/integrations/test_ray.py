@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import sys
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError, EngineError
+from aseer.integrations.settings import HostShare
 from aseer.node.agent import NodeRefused
 from aseer.runtime.launcher import launcher_of
 from aseer.runtime.listening import listening
@@ -19,6 +21,7 @@ from tests.waiting import until
 
 ADDRESS = "tcp://10.0.0.1:5557"
 KEYS = new_keys()
+PLACED = "aseer.integrations.ray_placed"
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def config(**settings: Any) -> EngineConfig:
     return EngineConfig(**{"model": "m", "nodes": "ray"} | settings)
 
 
-async def placed(ray: Ray, launcher: Any, tasks: asyncio.TaskGroup) -> asyncio.Task:
+async def placed_by(ray: Ray, launcher: Any, tasks: asyncio.TaskGroup) -> asyncio.Task:
     """A launcher at work, once there is an actor for every node."""
     running = tasks.create_task(launcher.run(ADDRESS, KEYS))
     await until(lambda: len(ray.actors) == launcher.num_nodes)
@@ -98,7 +101,7 @@ async def test_an_actor_is_kept_in_each_bundle_and_told_where_to_join(ray):
     settings = {"num_instances": 1, "gpus_per_instance": 2, "python": "/v/python"}
     launcher = launcher_of(config(**settings))
     async with asyncio.TaskGroup() as tasks:
-        running = await placed(ray, launcher, tasks)
+        running = await placed_by(ray, launcher, tasks)
         running.cancel()
     (group,) = ray.groups
     assert group.bundles == [{"GPU": 2}, {"GPU": 2}]
@@ -169,7 +172,7 @@ async def test_as_many_hosts_as_were_asked_for_are_waited_for(ray):
 async def test_an_agent_that_fails_is_told_of_and_one_that_ends_is_not(ray):
     launcher = launcher_of(config())
     async with asyncio.TaskGroup() as tasks:
-        running = await placed(ray, launcher, tasks)
+        running = await placed_by(ray, launcher, tasks)
         first, second = ray.actors
         first.ends.set_result("the engine was closed")
         await asyncio.sleep(0)
@@ -192,7 +195,7 @@ def looks_often(ray, monkeypatch):
 async def test_a_host_that_joins_later_is_taken_and_given_back(ray):
     launcher = launcher_of(config(gpus_per_instance=2))
     async with asyncio.TaskGroup() as tasks:
-        running = await placed(ray, launcher, tasks)
+        running = await placed_by(ray, launcher, tasks)
         ray.hosts += [{"CPU": 8}, {"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 5}]
         await until(lambda: len(ray.actors) == 3)
         late, (_, late_group) = ray.actors[-1], ray.groups
@@ -223,7 +226,7 @@ async def test_a_host_that_joins_later_is_taken_and_given_back(ray):
 async def test_a_host_that_comes_in_place_of_one_that_died_is_left_to_ray(ray):
     launcher = launcher_of(config())
     async with asyncio.TaskGroup() as tasks:
-        running = await placed(ray, launcher, tasks)
+        running = await placed_by(ray, launcher, tasks)
         ray.groups[0].is_whole = False
         ray.hosts.append({"CPU": 8, "GPU": 2})
         await asyncio.sleep(0.1)
@@ -237,7 +240,7 @@ async def test_a_host_that_comes_in_place_of_one_that_died_is_left_to_ray(ray):
 async def test_who_wants_so_many_hosts_has_no_more(ray):
     launcher = launcher_of(config(min_nodes=2))
     async with asyncio.TaskGroup() as tasks:
-        running = await placed(ray, launcher, tasks)
+        running = await placed_by(ray, launcher, tasks)
         ray.hosts.append({"CPU": 8, "GPU": 2})
         await asyncio.sleep(0.1)
         assert len(ray.actors) == 2
@@ -248,7 +251,7 @@ async def test_who_wants_so_many_hosts_has_no_more(ray):
 async def test_ray_that_does_not_answer_ends_nothing(ray, monkeypatch, caplog):
     launcher = launcher_of(config())
     async with asyncio.TaskGroup() as tasks:
-        running = await placed(ray, launcher, tasks)
+        running = await placed_by(ray, launcher, tasks)
 
         def refuse() -> None:
             raise OSError("the cluster is gone")
@@ -276,7 +279,7 @@ async def test_what_ray_will_not_do_is_told_as_the_engines_error(ray, monkeypatc
 async def test_the_end_kills_for_good_and_gives_the_gpus_back(ray):
     launcher = launcher_of(config())
     async with asyncio.TaskGroup() as tasks:
-        running = await placed(ray, launcher, tasks)
+        running = await placed_by(ray, launcher, tasks)
         running.cancel()
     await launcher.close()
     assert all(actor.was_killed for actor in ray.actors)
@@ -301,7 +304,7 @@ async def test_an_end_before_there_is_room_starts_nothing_later(ray):
 async def test_an_end_after_rays_own_asks_it_nothing(ray, caplog):
     launcher = launcher_of(config())
     async with asyncio.TaskGroup() as tasks:
-        running = await placed(ray, launcher, tasks)
+        running = await placed_by(ray, launcher, tasks)
         running.cancel()
     ray.is_connected = False
     await launcher.close()
@@ -374,3 +377,35 @@ def test_a_key_that_is_there_is_used(ray, monkeypatch):
 def test_an_address_of_ipv6_is_one_that_is_connected_to(ray):
     launcher = ray.module.RayNodes(config(), [{"CPU": 1}], "fd00::1")
     assert launcher.host == "[fd00::1]"
+
+
+@pytest.fixture
+def placed(ray, monkeypatch):
+    monkeypatch.delitem(sys.modules, PLACED, raising=False)
+    yield importlib.import_module(PLACED)
+    sys.modules.pop(PLACED, None)
+
+
+async def test_on_a_trainers_hosts_nothing_is_reserved_and_its_gpus_are_told(
+    ray, placed
+):
+    placed.place_on(
+        [HostShare("a", ("0", "1"), num_instances=2), HostShare("b", ("3",), 1)]
+    )
+    launcher = launcher_of(config(min_nodes=2))
+    assert launcher is not None
+    assert launcher.num_nodes == 2
+    async with asyncio.TaskGroup() as tasks:
+        running = await placed_by(ray, launcher, tasks)
+        assert ray.groups == []
+        for actor, node in zip(ray.actors, "ab", strict=True):
+            assert actor.options["scheduling_strategy"] == (node, False)
+            assert actor.options["num_gpus"] == actor.options["num_cpus"] == 0
+        told = [actor.settings for actor in ray.actors]
+        assert [(each.gpus, each.num_instances) for each in told] == [
+            (("0", "1"), 2),
+            (("3",), 1),
+        ]
+        running.cancel()
+    await launcher.close()
+    assert all(actor.was_killed for actor in ray.actors)

@@ -166,12 +166,19 @@ async def test_all_replicas_share_one_server_with_all_gpus(world):
     assert settings.engine["num_instances"] == 2
 
 
+async def test_on_two_hosts_the_server_is_the_senders(world):
+    workers = [Worker(node, gpu) for node in ("node", "other") for gpu in "01"]
+    replica = world.module.AseerReplica(0, rollout_of(), model_of())
+    await replica.init_hybrid(SimpleNamespace(workers=workers))
+    (options, settings) = world.actors["aseer_server"]
+    assert options["scheduling_strategy"] == "node"
+    hosts = [(host.node_id, host.gpus) for host in settings.hosts]
+    assert hosts == [("node", ("0", "1")), ("other", ("0", "1"))]
+
+
 async def test_other_uses_of_replicas_are_refused(world):
     replica = world.module.AseerReplica(0, rollout_of(), model_of())
     with pytest.raises(ConfigError, match="separate_async"):
         await replica.init_standalone()
     with pytest.raises(ConfigError, match="reward and teacher"):
         await replica.init_colocated(None)
-    spread = [Worker("node", "0"), Worker("other", "0")]
-    with pytest.raises(ConfigError, match="one node"):
-        await replica.init_hybrid(SimpleNamespace(workers=spread))

@@ -24,6 +24,7 @@ class Desk:
         self.has_ended = False
         self.report = SimpleNamespace(
             num_responses=1,
+            instances=[],
             num_groups=1,
             num_output_tokens=2,
             wall_s=1.0,

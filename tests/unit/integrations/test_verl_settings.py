@@ -9,7 +9,7 @@ import pytest
 
 from aseer.config import EngineConfig
 from aseer.errors import ConfigError
-from aseer.integrations.settings import check_placement
+from aseer.integrations.settings import HostShare, check_placement
 from aseer.integrations.verl_settings import (
     sampling_of,
     server_settings,
@@ -56,6 +56,9 @@ def rollout_of(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**defaults | changes)
 
 
+PAIR = [("a", "0"), ("a", "1")]
+
+
 def model_of(**changes: Any) -> SimpleNamespace:
     defaults: dict[str, Any] = {
         "path": "Qwen/Qwen3-8B",
@@ -66,9 +69,28 @@ def model_of(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**defaults | changes)
 
 
-def settings_of(*, gpus: int = 8, on_gpus: bool = True, **changes: Any) -> Any:
-    ids = [f"{number}" for number in range(gpus)]
-    return server_settings(rollout_of(**changes), model_of(), ids, on_gpus=on_gpus)
+def settings_of(
+    *, gpus: int = 8, hosts: str = "a", on_gpus: bool = True, **changes: Any
+) -> Any:
+    places = [(host, f"{number}") for host in hosts for number in range(gpus)]
+    return server_settings(rollout_of(**changes), model_of(), places, on_gpus=on_gpus)
+
+
+def test_on_several_hosts_each_has_a_node_with_the_trainers_gpus_there():
+    settings = settings_of(gpus=4, hosts="ab")
+    assert settings.hosts == (
+        HostShare("a", tuple("0123"), 2),
+        HostShare("b", tuple("0123"), 2),
+    )
+    config = EngineConfig(**settings.engine)
+    assert (config.nodes, config.min_nodes, config.gpus) == ("ray", 2, None)
+    assert (config.num_instances, config.gpus_per_instance) == (2, 2)
+    one = {"aseer": {"num_instances": 1}}
+    shares = settings_of(gpus=4, hosts="ab", engine_kwargs=one).hosts
+    assert [share.num_instances for share in shares] == [1, 1]
+    with pytest.raises(ConfigError, match="has 1 processes on a host, which"):
+        settings_of(gpus=1, hosts="ab")
+    assert settings_of().hosts == ()
 
 
 def test_all_of_the_trainers_gpus_are_one_engines():
@@ -147,9 +169,9 @@ def test_what_would_be_ignored_is_refused(changes, words):
 )
 def test_models_that_it_cannot_serve_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
-        server_settings(rollout_of(), model_of(**changes), ["0", "1"], on_gpus=True)
+        server_settings(rollout_of(), model_of(**changes), PAIR, on_gpus=True)
     merged = model_of(lora_rank=8, lora={"merge": True})
-    server_settings(rollout_of(), merged, ["0", "1"], on_gpus=True)
+    server_settings(rollout_of(), merged, PAIR, on_gpus=True)
 
 
 def test_several_nodes_are_refused():
