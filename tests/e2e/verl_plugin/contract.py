@@ -37,7 +37,7 @@ OVERRIDES = [
 
 def two_hosts() -> Cluster:
     """Two of Ray's nodes on this machine, each with a GPU in name."""
-    host = {"num_cpus": 4, "num_gpus": 1, "object_store_memory": 100 << 20}
+    host = {"num_cpus": 16, "num_gpus": 1, "object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args=host)
     cluster.add_node(**host)
     return cluster
