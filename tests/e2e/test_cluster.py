@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aseer.node.leftovers import sweep
+from tests.e2e import tiny
 from tests.e2e.cluster_trainer import NAMES
 from tests.e2e.pair.test_exactness import CASES, PROMPTS, plain_vllm
-from tests.e2e.tiny import tiny_model
+from tests.e2e.tiny import IS_BITWISE, tiny_model
 from tests.integration.hosts import hosts
 from tests.integration.nodes import TrainerProcess, nodes_in
 
@@ -89,8 +90,8 @@ def matches(found: Any, expected: dict[str, Any], rounding: float) -> None:
     assert found["error"] is None
     for name in ("token_ids", "text", "finish_reason"):
         assert found[name] == expected[name]
-    if rounding:
-        near = pytest.approx(expected["logprobs"], abs=rounding)
+    if rounding or not IS_BITWISE:
+        near = pytest.approx(expected["logprobs"], abs=rounding or tiny.ROUNDING)
         assert found["logprobs"] == near
     else:
         assert found["logprobs"] == expected["logprobs"], "bit for bit"
