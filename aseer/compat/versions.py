@@ -35,7 +35,7 @@ class Release(NamedTuple):
 
 
 RELEASES = (
-    Release((0, 26), (2, 11)),
+    Release((0, 26), (2, 11), was_run=True),
     Release((0, 27), (2, 13)),
     Release((0, 28), (2, 13)),
     Release((0, 29), (2, 13)),
