@@ -85,12 +85,18 @@ class EngineActor:
     # Requests
 
     async def sample(
-        self, prompt: Sequence[int], sampling: Mapping[str, Any], *, n: int
+        self,
+        prompt: Sequence[int],
+        sampling: Mapping[str, Any],
+        *,
+        n: int,
+        images: Sequence[Any] | None = None,
     ) -> Response | None:
         """Sample one response; while requests are held, or an update begins, wait.
 
         Args:
             n: the most siblings that the request can have, itself included.
+            images: see `aseer.Group`.
         Returns:
             The response; None if it was aborted before it began.
 
@@ -106,7 +112,7 @@ class EngineActor:
         with self._running():
             try:
                 desk = await self._open_desk()
-                response = await desk.submit(list(prompt), sampling, n=n)
+                response = await desk.submit(list(prompt), sampling, n=n, images=images)
             except RolloutClosedError:
                 if self._is_admitting.is_set():
                     raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from aseer.config import is_speculating
 from aseer.errors import ConfigError
 from aseer.inputs.fields import refusal
 from aseer.inputs.plain import as_list
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from aseer.weights.target import WeightTarget
 
 # What verl's generate() is given beside token ids, when there is something of it.
-_MEDIA = ("image_data", "video_data", "audio_data", "mm_processor_kwargs")
+_MEDIA = ("video_data", "audio_data", "mm_processor_kwargs")
+# Of a token that is not to be generated.
+_NEVER = -1e20
 # The level of sleep that does.
 _KEEPING_WEIGHTS = 1
 
@@ -50,9 +53,14 @@ class AseerServer(EngineActor):
         sampling_params: Mapping[str, Any],
         request_id: str = "",
         priority: int = 0,
+        image_data: Sequence[Any] | None = None,
         **media: Any,
     ) -> SimpleNamespace:
         """Sample one response; see verl's `vLLMHttpServer.generate`.
+
+        Args:
+            image_data: of a model that sees; the prompt has its image token once an
+                image, or as often as the image takes tokens.
 
         Returns:
             What verl's `TokenOutput` has. `stop_reason` is "aborted" if
@@ -64,20 +72,35 @@ class AseerServer(EngineActor):
         """
         for name, value in media.items():
             if value:
-                known = "images, video and audio" if name in _MEDIA else repr(name)
+                known = "video and audio" if name in _MEDIA else repr(name)
                 raise ConfigError(
-                    f"generate({name}=...) is not supported: aseer samples texts, and "
-                    f"does not take {known}"
+                    f"generate({name}=...) is not supported: aseer takes texts and "
+                    f"images, not {known}"
                 )
         prompt = as_list(prompt_ids)
         if prompt is None:
             raise refusal("prompt_ids", prompt_ids, "token ids")
         sampling = sampling_of(self._settings, sampling_params, len(prompt))
-        response = await self.sample(prompt, sampling, n=self._settings.group_size)
+        images = list(image_data) if image_data else None
+        if images:
+            sampling = self._without_image_tokens(sampling)
+        size = self._settings.group_size
+        response = await self.sample(prompt, sampling, n=size, images=images)
         if response is None:
             return self._output([], [], "aborted")
         reason = "aborted" if response.finish_reason == "aborted" else "completed"
         return self._output(response.token_ids, response.logprobs, reason)
+
+    def _without_image_tokens(self, sampling: dict[str, Any]) -> dict[str, Any]:
+        """Sampling with which a model does not generate the token that stands for an
+        image: the trainer would take it for one. An engine that speculates cannot.
+        """
+        engine = self._get()
+        tokens = [info.image_token_id for info in engine.instances]
+        if sampling.get("logit_bias") or is_speculating(engine.config):
+            return sampling
+        bias = {token: _NEVER for token in tokens if token >= 0}
+        return {**sampling, "logit_bias": bias} if bias else sampling
 
     def _output(
         self, token_ids: Sequence[int], logprobs: Sequence[float], stop_reason: str

@@ -131,14 +131,15 @@ class Desk:
         *,
         group: str | None = None,
         n: int | None = None,
+        images: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Any] | None = None,
     ) -> Response:
         """Sample one response.
 
         Args:
-            prompt: see `aseer.Group`, as for `sampling`, `chat_template_kwargs` and
-                `tools`.
+            prompt: see `aseer.Group`, as for `sampling`, `images`,
+                `chat_template_kwargs` and `tools`.
             group: name of the group that the request belongs to; all requests of a name
                 bring the same prompt and settings.
             n: requests that the group will have, so that it starts when all are there;
@@ -167,6 +168,7 @@ class Desk:
             prompt,
             n=1,
             sampling=sampling,
+            images=images,
             chat_template_kwargs=chat_template_kwargs,
             tools=tools,
         )
@@ -247,4 +249,5 @@ class Desk:
 def _content_of(task: Task) -> object:
     """What requests have in common that can be one group."""
     limits = (task.max_tokens, task.min_tokens, task.seed)
-    return (task.prompt, *limits, repr(task.sampling))
+    images = tuple((image.key, image.start) for image in task.images)
+    return (task.prompt, images, *limits, repr(task.sampling))

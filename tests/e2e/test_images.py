@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ import pytest
 
 import aseer
 from aseer.errors import ConfigError
+from aseer.integrations.verl_server import AseerServer
+from aseer.integrations.verl_settings import ServerSettings
 from tests.e2e.tiny import by_request, same, tiny_config, undivided
 from tests.e2e.vision import (
     END,
@@ -198,3 +201,43 @@ def test_requests_with_images_take_their_kv_along_and_draft() -> None:
     assert report.num_migrations > 8
     assert report.kv.num_moves_found > 8, "of the pool's KV"
     assert sum(report.speculation.accepted) > 10
+
+
+async def test_verls_server_samples_what_a_rollout_does() -> None:
+    """Requests come one by one, their prompts expanded, as verl makes them."""
+    config = tiny_config(model=vision_model(POOLED), kv_cache_bytes=64 << 20)
+    names = ("model", "device", "dtype", "max_model_len", "kv_cache_bytes")
+    engine: dict[str, Any] = {name: getattr(config, name) for name in names}
+    settings = ServerSettings(
+        engine=engine
+        | {"num_instances": 1, "kv_pool": "off", "chunk_size": 64, "env": vision_env()}
+        | {"engine_args": {"limit_mm_per_prompt": {"image": 2, "video": 0}}},
+        group_size=2,
+        prompt_length=400,
+        response_length=100,
+        sampling={},
+        sleeps=False,
+    )
+    server = AseerServer(settings)
+    await server.start()
+    try:
+        groups = [group(f"{i}", prompt(1), [image(i)], max_tokens=100) for i in (1, 2)]
+        expected = {r.request_id: r async for r in server._get().rollout(groups)}
+        asked = [f"{i}/{k}" for i in (1, 2) for k in (0, 1)]
+        outputs = await asyncio.gather(
+            *(
+                server.generate(
+                    expected[name].prompt_token_ids,
+                    GREEDY | {"logprobs": True, "max_tokens": 100},
+                    image_data=[image(int(name[0]))],
+                )
+                for name in asked
+            )
+        )
+    finally:
+        await server.stop()
+    assert expected["1/0"].token_ids != expected["2/0"].token_ids
+    for name, output in zip(asked, outputs, strict=True):
+        assert output.token_ids == expected[name].token_ids
+        logprobs = expected[name].logprobs
+        assert output.log_probs == pytest.approx(logprobs, abs=ROUNDING)

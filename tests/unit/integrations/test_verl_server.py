@@ -21,6 +21,7 @@ class Desk:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.waiting: list[asyncio.Future[Any]] = []
+        self.asked: list[Any] = []
         self.has_ended = False
         self.report = SimpleNamespace(
             num_responses=1,
@@ -41,8 +42,11 @@ class Desk:
             if not future.done():
                 future.set_exception(RolloutClosedError("closed"))
 
-    async def submit(self, prompt: Any, sampling: Any, *, n: int) -> Any:
+    async def submit(
+        self, prompt: Any, sampling: Any, *, n: int, images: Any = None
+    ) -> Any:
         self._engine.did.append((tuple(prompt), n))
+        self.asked.append((images, sampling.get("logit_bias")))
         future = asyncio.get_running_loop().create_future()
         self.waiting.append(future)
         return await future
@@ -66,7 +70,8 @@ class Engine:
     def __init__(self, config: Any) -> None:
         self.did: list[Any] = []
         self.desks: list[Desk] = []
-        self.instances = [object()]
+        self.instances = [SimpleNamespace(image_token_id=7)]
+        self.config = config
         self.run_dir = Path("/nowhere")
 
     async def __aenter__(self) -> Engine:
@@ -197,9 +202,20 @@ async def test_aborted_requests_keep_their_tokens_and_later_ones_wait(server):
     assert (await later).stop_reason == "completed"
 
 
+async def test_images_go_along_and_their_token_is_not_generated(server):
+    for images in (["one", "two"], [], None):
+        asking = server.generate([5, 7], {}, "id", image_data=images)
+        task = asyncio.get_running_loop().create_task(asking)
+        await settled()
+        (desk,) = server._get().desks
+        desk.answer()
+        assert (await task).token_ids == [1, 2]
+    assert desk.asked == [(["one", "two"], {7: -1e20}), (None, None), (None, None)]
+
+
 async def test_what_the_engine_refuses_is_an_error_of_the_request(server):
-    with pytest.raises(ConfigError, match="does not take images"):
-        await server.generate([5], {}, "id", image_data=["one"])
+    with pytest.raises(ConfigError, match="not video and audio"):
+        await server.generate([5], {}, "id", video_data=["one"])
     with pytest.raises(ConfigError, match="'kv_transfer_params'"):
         await server.generate([5], {}, "id", kv_transfer_params={"a": 1})
     bad = asked(server)

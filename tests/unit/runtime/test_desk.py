@@ -22,6 +22,7 @@ from aseer.errors import (
     RolloutClosedError,
     RolloutError,
 )
+from aseer.inputs.prompt_image import PromptImage
 from aseer.runtime.desk import Desk
 from tests.unit.builders import task_of
 from tests.waiting import until
@@ -81,7 +82,8 @@ class Source:
             raise ConfigError("its prompt is bad")
         limit = (given.sampling or {}).get("max_tokens", 9)
         prompt = array("i", given.prompt).tobytes()
-        return replace(task_of(max_tokens=limit), prompt=prompt)
+        images = [PromptImage(key, "/there", 1, 2) for key in given.images or ()]
+        return replace(task_of(max_tokens=limit), prompt=prompt, images=tuple(images))
 
     def add(self, task: Task) -> None:
         self.begun.append(task)
@@ -171,6 +173,8 @@ async def test_only_requests_that_are_alike_or_of_one_name_are_joined() -> None:
             run.submit(5, 6, n=2),
             run.submit(5, 7, n=2),
             run.submit(5, 6, n=2, sampling=short),
+            run.submit(5, 6, n=2, images=["one"]),
+            run.submit(5, 6, n=2, images=["other"]),
             run.submit(5, 6, n=2, group="mine"),
             run.submit(5, 6, n=2, group="yours"),
         ]
