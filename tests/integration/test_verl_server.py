@@ -163,8 +163,10 @@ async def test_an_engine_that_sleeps_wakes_for_weights_and_then_for_requests():
 
 async def test_a_bad_request_costs_only_itself():
     async with serving() as server:
-        with pytest.raises(aseer.ConfigError, match="does not take images"):
+        with pytest.raises(aseer.ConfigError, match="this model takes none"):
             await server.generate([5], SAMPLING, "id", image_data=["an image"])
+        with pytest.raises(aseer.ConfigError, match="not video and audio"):
+            await server.generate([5], SAMPLING, "id", video_data=["a film"])
         for prompt in (None, "text", 5, [], [5, "6"], [-1]):
             with pytest.raises(aseer.ConfigError, match="prompt"):
                 await server.generate(prompt, SAMPLING, "id")
