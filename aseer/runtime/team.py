@@ -15,6 +15,7 @@ step of one is a step of all:
 from __future__ import annotations
 
 import asyncio
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from aseer.errors import InstanceStartError
@@ -66,8 +67,10 @@ class Team(Together):
         self.slots: list[Slot] = []
         self._next = Meeting()
         self._meetings: dict[Slot, Meeting] = {}  # of what is there, or was last
+        # A node outlives many teams, and is not to keep them.
+        on_loss = weakref.WeakMethod(self._on_loss)
         for node in self.nodes:
-            node.on_loss(self._on_loss)
+            node.on_loss(lambda: tell() if (tell := on_loss()) else None)
 
     @property
     def is_given_up(self) -> bool:
@@ -103,10 +106,9 @@ class Team(Together):
         rank = self.slots.index(slot)
         args = rank_args(slot.launch, rank, len(places), places[0])
         # On one host the ranks find each other without being told how.
-        is_alone = len(self.nodes) <= 1
-        return args, slot.launch.env if is_alone else member_env(
-            slot.launch, places[rank]
-        )
+        if len(self.nodes) <= 1:
+            return args, slot.launch.env
+        return args, member_env(slot.launch, places[rank])
 
     def was_felled(self, slot: Slot) -> bool:
         """Whether a rank's process ends, or has ended, since a partner's did."""

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from aseer.config import EngineConfig
 
 A, B = InstanceId(0), InstanceId(1)
-BOTH_DOWN = ("down", A, B)
 
 
 def team_of(num: int = 2, **settings: Any) -> EngineConfig:
