@@ -252,10 +252,12 @@ class Cluster:
                     del self._nodes[session]
                     node.lose(str(error))
         finally:
-            gone = place.nodes if isinstance(place, Team) else [place]
-            for each in gone:
-                if each.lost_because is not None:
-                    self._kv_pools.leave(each)
+            if isinstance(place, Team):  # whose nodes may be in others
+                for node in place.nodes:
+                    if node.lost_because is not None:
+                        self._kv_pools.leave(node)
+            else:
+                self._kv_pools.leave(place)
 
     def _on_message(self, session: int, data: bytes) -> None:
         node = self._nodes.get(session)

@@ -296,8 +296,10 @@ class InstancePool:
     def replace(self, instance_id: InstanceId, why: str) -> None:
         """Kill an instance for no fault of its own; it is started again for free."""
         if (slot := self._slots.get(instance_id)) is not None:  # else it is gone
-            slot.is_replaced = True
-            slot.kill(why)
+            # Partners at once, too: none is to compute with weights that are not its.
+            for each in [slot] if slot.team is None else slot.team.slots:
+                each.is_replaced = True
+                each.kill(why)
 
     def kill_busy(self, why: str) -> None:
         """Kill the instances that run chunks; they are started again like any other."""

@@ -8,7 +8,7 @@ transformers generates, and undivided runs of the same engines.
 
 from __future__ import annotations
 
-import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 import psutil
@@ -17,6 +17,7 @@ import pytest
 import aseer
 from aseer.runtime import launch
 from tests.e2e.families import family_model, greedy
+from tests.e2e.test_ranks import groups_of as any_groups
 from tests.e2e.tiny import by_request, same, tiny_config, undivided
 
 if TYPE_CHECKING:
@@ -30,18 +31,7 @@ FAMILY = "qwen3_moe"
 ROUNDING = 5e-5
 
 
-def groups_of(num: int, max_tokens: int, n: int = 3) -> list[aseer.Group]:
-    rng = random.Random(7)
-    sampling = {"temperature": 0.0, "ignore_eos": True, "max_tokens": max_tokens}
-    return [
-        aseer.Group(
-            [rng.randrange(3, 90) for _ in range(rng.randrange(20, 80))],
-            n=n,
-            group_id=f"g{i}",
-            sampling=sampling,
-        )
-        for i in range(num)
-    ]
+groups_of = partial(any_groups, seed=7)
 
 
 @pytest.fixture(scope="module")

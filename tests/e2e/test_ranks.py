@@ -35,8 +35,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 ROUNDING = 5e-5
 
 
-def groups_of(num: int, max_tokens: int, n: int = 3) -> list[aseer.Group]:
-    rng = random.Random(5)
+def groups_of(
+    num: int, max_tokens: int, n: int = 3, seed: int = 5
+) -> list[aseer.Group]:
+    rng = random.Random(seed)
     sampling = {"temperature": 0.0, "ignore_eos": True, "max_tokens": max_tokens}
     return [
         aseer.Group(

@@ -147,6 +147,19 @@ async def test_one_that_is_replaced_costs_nothing_nor_do_its_partners(
         assert all("for a test" in why for why in run.owner.whys())
 
 
+async def test_one_that_is_replaced_ends_its_partner_before_it_can_compute(
+    monkeypatch,
+) -> None:
+    async with running(monkeypatch, team_of()) as run:
+        partner = run.process("0.1")
+        killed: list[str] = []
+        kill = partner.kill
+        monkeypatch.setattr(partner, "kill", lambda: (killed.append("0.1"), kill()))
+        run.pool.replace(B, "its weights are not those of the others")
+        assert killed == ["0.1"], "in the same moment"
+        await until_up(run, A, B)
+
+
 async def test_both_that_are_replaced_at_once_are_started_once(monkeypatch) -> None:
     async with running(monkeypatch, team_of(max_restarts=0)) as run:
         run.pool.replace(A, "for a test")
