@@ -13,7 +13,6 @@ lost: the one case in which tokens are dropped.
 
 from __future__ import annotations
 
-from struct import Struct
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from aseer.core.outputs import Outputs
@@ -40,7 +39,7 @@ __all__ = ["News", "Outcome", "Request", "RequestBuffer", "Taken", "aborted_resp
 
 Outcome = Literal["running", "broken", "waiting", "finished"]
 _MISSING = "a report of its tokens is missing or malformed"
-_ID = Struct("=q")
+_ID_BYTES = 8
 
 
 class News(NamedTuple):
@@ -208,13 +207,13 @@ class RequestBuffer:
         if not (refused or report.cached or report.ends):
             return Taken(num_tokens, [])
         cached, ends = dict(report.cached), dict(report.ends)
-        ids, failed = report.chunk_ids, set(refused)
+        num_chunks, failed = len(report.chunk_ids) // _ID_BYTES, set(refused)
         return Taken(
             num_tokens,
             [
-                News(_id_at(ids, i), i in failed, cached.get(i), ends.get(i))
+                News(report.chunk_id_at(i), i in failed, cached.get(i), ends.get(i))
                 for i in sorted(failed.union(cached, ends))
-                if 0 <= i < len(ids) // _ID.size
+                if 0 <= i < num_chunks
             ],
         )
 
@@ -341,7 +340,3 @@ class RequestBuffer:
         if len(request.instances) > 1:  # the last token's KV was never computed before
             at_start = (len(chunk.prompt) + len(chunk.generated)) // 4
             request.num_recomputed_tokens += max(0, at_start - 1 - num_cached)
-
-
-def _id_at(chunk_ids: bytes, place: int) -> ChunkId:
-    return ChunkId(_ID.unpack_from(chunk_ids, place * _ID.size)[0])

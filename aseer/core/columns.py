@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from struct import Struct
 from typing import TYPE_CHECKING
 
 # Runtime imports: msgspec resolves the annotations.
@@ -19,6 +20,7 @@ from aseer.types import ChunkEnd, ChunkId, ChunkProgress
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+_ID = Struct("=q")
 _TOKEN_BYTES = 4  # and a logprob's
 _MALFORMED = -1  # a count that is refused
 
@@ -55,8 +57,12 @@ class Columns:
 
     def ended(self) -> list[tuple[ChunkId, ChunkEnd]]:
         """Chunks that are over, by id."""
-        ids = _numbers("q", self.chunk_ids) if self.ends else ()
-        return [(ChunkId(ids[i]), end) for i, end in self.ends if 0 <= i < len(ids)]
+        num = len(self.chunk_ids) // _ID.size
+        return [(self.chunk_id_at(i), end) for i, end in self.ends if 0 <= i < num]
+
+    def chunk_id_at(self, place: int) -> ChunkId:
+        """The chunk that has a place in the columns."""
+        return ChunkId(_ID.unpack_from(self.chunk_ids, place * _ID.size)[0])
 
     def tokens_by_chunk(self) -> Iterator[tuple[ChunkId, int, bytes]]:
         """Chunks that have any: id, where they begin, the tokens."""

@@ -102,7 +102,7 @@ std::pair<int64_t, std::vector<int64_t>> Take(
   return {taken.num_tokens, std::move(taken.refused)};
 }
 
-std::pair<int64_t, int64_t> LongestRunning(const Outputs& outputs) {
+std::pair<int64_t, int64_t> LongestRunning(Outputs& outputs) {
   const nb::gil_scoped_release release;
   const Outputs::Longest longest = outputs.LongestRunning();
   return {longest.chunk_id, longest.num_tokens};

@@ -9,27 +9,35 @@
 
 namespace aseer {
 
+// Where the next value goes: what an append looks at, apart from the list of blocks.
+template <typename Block>
+struct Tail {
+  size_t size = 0;        // values before it
+  Block* last = nullptr;  // the block they end in
+
+  // The next value's place there; a new block's first if it is full.
+  size_t At() const { return size % Block::kSize; }
+};
+
 // Block: has room for `kSize` values, and may be left as it is made.
 template <typename Block>
 class Blocks {
  public:
-  size_t Size() const { return size_; }
-
   // Room for more values, a stretch after the other: `write` is given its block, where
   // in the block it begins, which of the new values is its first, and how many it is.
   template <typename Write>
-  void Append(size_t num, Write write) {
+  void Append(Tail<Block>& tail, size_t num, Write write) {
     for (size_t done = 0; done < num;) {
-      const size_t at = size_ % Block::kSize;
-      if (at == 0) blocks_.emplace_back(new Block);
+      const size_t at = tail.At();
+      if (at == 0) tail.last = blocks_.emplace_back(new Block).get();
       const size_t some = std::min(num - done, Block::kSize - at);
-      write(*blocks_.back(), at, done, some);
+      write(*tail.last, at, done, some);
       done += some;
-      size_ += some;
+      tail.size += some;
     }
   }
 
-  // Values, a stretch after the other, as `Append` has them.
+  // Values that there are, a stretch after the other, as `Append` has them.
   template <typename Take>
   void Read(size_t start, size_t num, Take take) const {
     for (size_t done = 0; done < num;) {
@@ -40,15 +48,14 @@ class Blocks {
     }
   }
 
-  // The block of a value that there is, or of the next one, if it is there.
-  const Block* At(size_t i) const {
+  // The block of a value, if it is there.
+  const Block* BlockOf(size_t i) const {
     const size_t block = i / Block::kSize;
     return block < blocks_.size() ? blocks_[block].get() : nullptr;
   }
 
  private:
   std::vector<std::unique_ptr<Block>> blocks_;
-  size_t size_ = 0;
 };
 
 }  // namespace aseer

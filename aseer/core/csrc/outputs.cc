@@ -1,6 +1,7 @@
 #include "outputs.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 namespace aseer {
@@ -41,10 +42,9 @@ bool Agree(const Columns& c, size_t num) {
          c.text.size() == Sum(c.text_counts);
 }
 
-template <typename To, typename From>
-void Copy(To* to, const From* from, size_t num) {
-  static_assert(sizeof(To) == kTokenBytes || sizeof(To) == sizeof(char));
-  std::memcpy(to, from, num * sizeof(To));
+template <typename Number>
+Number NumberAt(const char* numbers, size_t place) {
+  return ReadAt<Number>({numbers, (place + 1) * sizeof(Number)}, place);
 }
 
 }  // namespace
@@ -68,6 +68,7 @@ void Outputs::Close(Handle request) {
   }
   output.is_closed = true;
   output.text = {};
+  output.characters = {};
 }
 
 void Outputs::Clear(Handle request) {
@@ -76,7 +77,9 @@ void Outputs::Clear(Handle request) {
   output = {.is_shared = output.is_shared};
 }
 
-int64_t Outputs::NumTokens(Handle request) const { return At(request).num_tokens; }
+int64_t Outputs::NumTokens(Handle request) const {
+  return static_cast<int64_t>(At(request).tokens.size);
+}
 
 void Outputs::Share(Handle request) {
   const std::lock_guard lock(mutex_);
@@ -92,49 +95,60 @@ void Outputs::Unshare(Handle request) {
 }
 
 void Outputs::Prefetch(Handle request, size_t start) const {
-  const Values* block = outputs_[request].values.At(start);
-  if (block) __builtin_prefetch(block->tokens + start % Values::kSize);
+  const Values* block = outputs_[request].values.BlockOf(start);
+  if (block) __builtin_prefetch(block->of + start % Values::kSize);
 }
 
 size_t Outputs::Read(Handle request, size_t start, size_t max_tokens,
                      std::string& out) const {
-  const Blocks<Values>& values = outputs_[request].values;
-  if (start >= values.Size()) return 0;
-  const size_t num = std::min(max_tokens, values.Size() - start);
-  values.Read(start, num, [&out](const Values& from, size_t at, size_t, size_t some) {
-    out.append(reinterpret_cast<const char*>(from.tokens + at), some * kTokenBytes);
-  });
+  const Output& output = outputs_[request];
+  if (!keeps_values_ || start >= output.tokens.size) return 0;
+  const size_t num = std::min(max_tokens, output.tokens.size - start);
+  const size_t before = out.size();
+  out.resize(before + num * kTokenBytes);
+  char* to = out.data() + before;
+  output.values.Read(
+      start, num, [to](const Values& from, size_t at, size_t i, size_t some) {
+        for (size_t j = 0; j < some; ++j) {
+          std::memcpy(to + (i + j) * kTokenBytes, &from.of[at + j].token, kTokenBytes);
+        }
+      });
   return num;
 }
 
 std::vector<int32_t> Outputs::Tokens(Handle request) const {
   const Output& output = At(request);
-  std::vector<int32_t> tokens(static_cast<size_t>(output.num_tokens));
-  output.values.Read(0, output.values.Size(),
+  std::vector<int32_t> tokens(output.tokens.size);
+  output.values.Read(0, keeps_values_ ? tokens.size() : 0,
                      [&tokens](const Values& from, size_t at, size_t i, size_t some) {
-                       Copy(tokens.data() + i, from.tokens + at, some);
+                       for (size_t j = 0; j < some; ++j) {
+                         tokens[i + j] = from.of[at + j].token;
+                       }
                      });
   return tokens;
 }
 
 std::vector<float> Outputs::Logprobs(Handle request) const {
   const Output& output = At(request);
-  std::vector<float> logprobs(static_cast<size_t>(output.num_tokens));
-  output.values.Read(0, output.values.Size(),
+  std::vector<float> logprobs(output.tokens.size);
+  output.values.Read(0, keeps_values_ ? logprobs.size() : 0,
                      [&logprobs](const Values& from, size_t at, size_t i, size_t some) {
-                       Copy(logprobs.data() + i, from.logprobs + at, some);
+                       for (size_t j = 0; j < some; ++j) {
+                         logprobs[i + j] = from.of[at + j].logprob;
+                       }
                      });
   return logprobs;
 }
 
 std::string Outputs::Text(Handle request) const {
-  const Blocks<Characters>& text = At(request).text;
-  std::string bytes(text.Size(), '\0');
-  text.Read(0, text.Size(),
-            [&bytes](const Characters& from, size_t at, size_t i, size_t some) {
-              Copy(bytes.data() + i, from.bytes + at, some);
-            });
-  return bytes;
+  const Output& output = At(request);
+  std::string text(keeps_values_ ? output.text.size : 0, '\0');
+  output.characters.Read(
+      0, text.size(),
+      [&text](const Characters& from, size_t at, size_t i, size_t some) {
+        std::memcpy(text.data() + i, from.bytes + at, some);
+      });
+  return text;
 }
 
 void Outputs::Begin(int64_t chunk_id, Handle request, int64_t max_tokens) {
@@ -148,12 +162,13 @@ void Outputs::Begin(int64_t chunk_id, Handle request, int64_t max_tokens) {
     Grow();
     row = Find(chunk_id);
   }
-  table_[row] = {.chunk_id = chunk_id,
-                 .request = request,
-                 .first = output.num_tokens,
-                 .max_tokens = max_tokens};
-  output.runs = true;
+  table_[row] = {.chunk_id = chunk_id, .request = request};
+  output.chunk_id = chunk_id;
+  output.first = output.tokens.size;
+  output.first_text = output.text.size;
+  output.max_tokens = max_tokens;
   ++num_running_;
+  Compare(output);
 }
 
 void Outputs::End(int64_t chunk_id) {
@@ -164,14 +179,15 @@ void Outputs::End(int64_t chunk_id) {
 void Outputs::EndLocked(int64_t chunk_id) {
   size_t free = Find(chunk_id);
   if (chunk_id < 0 || table_[free].chunk_id < 0) return;
-  outputs_[table_[free].request].runs = false;
+  outputs_[table_[free].request].chunk_id = -1;
   --num_running_;
+  is_longest_known_ &= chunk_id != longest_.chunk_id;
   // Rows behind it move up, unless that would put one before the place it is looked
   // for.
   const size_t mask = table_.size() - 1;
   for (size_t next = (free + 1) & mask; table_[next].chunk_id >= 0;
        next = (next + 1) & mask) {
-    const size_t home = static_cast<size_t>(table_[next].chunk_id) & mask;
+    const size_t home = Home(table_[next].chunk_id);
     if (((next - home) & mask) >= ((next - free) & mask)) {
       table_[free] = table_[next];
       free = next;
@@ -197,7 +213,7 @@ Outputs::Taken Outputs::Take(const Columns& report, const std::vector<int64_t>& 
   const char* text = report.text.data();
   for (size_t i = 0; i < num; ++i) {
     const int64_t chunk_id = ReadAt<int64_t>(report.chunk_ids, i);
-    Running& chunk = table_[Find(chunk_id)];
+    const Running& chunk = table_[Find(chunk_id)];
     const bool runs = chunk_id >= 0 && chunk.chunk_id == chunk_id;
     bool follows = false;
     if (agree) {
@@ -209,9 +225,11 @@ Outputs::Taken Outputs::Take(const Columns& report, const std::vector<int64_t>& 
                       .logprobs = logprobs,
                       .text = text};
       if (runs) {
-        const int64_t before = chunk.num_tokens;
-        follows = Append(chunk, part);
-        taken.num_tokens += chunk.num_tokens - before;
+        Output& output = outputs_[chunk.request];
+        const size_t before = output.tokens.size;
+        follows = Append(output, part);
+        taken.num_tokens += static_cast<int64_t>(output.tokens.size - before);
+        Compare(output);
       }
       const auto num_bytes = std::max<int64_t>(0, part.count) * kTokenBytes;
       tokens += num_bytes;
@@ -224,17 +242,24 @@ Outputs::Taken Outputs::Take(const Columns& report, const std::vector<int64_t>& 
   return taken;
 }
 
-Outputs::Longest Outputs::LongestRunning() const {
-  Longest longest;
-  for (const Running& chunk : table_) {
-    if (chunk.chunk_id < 0) continue;
-    const int64_t num = chunk.first + chunk.num_tokens;
-    if (longest.chunk_id < 0 || num > longest.num_tokens ||
-        (num == longest.num_tokens && chunk.chunk_id < longest.chunk_id)) {
-      longest = {.chunk_id = chunk.chunk_id, .num_tokens = num};
+Outputs::Longest Outputs::LongestRunning() {
+  if (!is_longest_known_) {
+    const std::lock_guard lock(mutex_);
+    longest_ = {};
+    is_longest_known_ = true;
+    for (const Output& output : outputs_.values()) {
+      if (output.chunk_id >= 0) Compare(output);
     }
   }
-  return longest;
+  return longest_;
+}
+
+void Outputs::Compare(const Output& output) {
+  const auto num = static_cast<int64_t>(output.tokens.size);
+  if (longest_.chunk_id < 0 || num > longest_.num_tokens ||
+      (num == longest_.num_tokens && output.chunk_id < longest_.chunk_id)) {
+    longest_ = {.chunk_id = output.chunk_id, .num_tokens = num};
+  }
 }
 
 const Outputs::Output& Outputs::At(Handle request) const {
@@ -244,13 +269,21 @@ const Outputs::Output& Outputs::At(Handle request) const {
 }
 
 Outputs::Output& Outputs::Idle(Handle request) {
-  Require(!At(request).runs, "a chunk of this request runs");
+  Require(At(request).chunk_id < 0, "a chunk of this request runs");
   return outputs_[request];
+}
+
+// Chunk ids are given in turn: by their lowest bits alone, all rows would be next to
+// each other, and an end would have to look at all that follow its own.
+size_t Outputs::Home(int64_t chunk_id) const {
+  constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
+  const int num_bits = std::countr_zero(table_.size());
+  return static_cast<uint64_t>(chunk_id) * kGolden >> (64 - num_bits);
 }
 
 size_t Outputs::Find(int64_t chunk_id) const {
   const size_t mask = table_.size() - 1;
-  size_t row = static_cast<size_t>(chunk_id) & mask;
+  size_t row = Home(chunk_id);
   while (table_[row].chunk_id >= 0 && table_[row].chunk_id != chunk_id) {
     row = (row + 1) & mask;
   }
@@ -265,38 +298,43 @@ void Outputs::Grow() {
   }
 }
 
-bool Outputs::Append(Running& chunk, const Part& part) {
+bool Outputs::Append(Output& output, const Part& part) {
+  const auto num_tokens = static_cast<int64_t>(output.tokens.size - output.first);
+  const auto num_text = static_cast<int64_t>(output.text.size - output.first_text);
   const bool follows = part.count >= 0 && part.text_count >= 0 && part.start >= 0 &&
-                       part.start <= chunk.num_tokens && part.text_start >= 0 &&
-                       part.text_start <= chunk.num_text &&
-                       part.start + part.count <= chunk.max_tokens;
+                       part.start <= num_tokens && part.text_start >= 0 &&
+                       part.text_start <= num_text &&
+                       part.start + part.count <= output.max_tokens;
   if (!follows) return false;
-  Output& output = outputs_[chunk.request];
-  const int64_t known = chunk.num_tokens - part.start;
+  const int64_t known = num_tokens - part.start;
   if (known < part.count) {
     const auto num_new = static_cast<size_t>(part.count - known);
     if (keeps_values_) {
       const char* tokens = part.tokens + known * kTokenBytes;
       const char* logprobs = part.logprobs + known * kTokenBytes;
-      output.values.Append(num_new, [=](Values& to, size_t at, size_t i, size_t some) {
-        Copy(to.tokens + at, tokens + i * kTokenBytes, some);
-        Copy(to.logprobs + at, logprobs + i * kTokenBytes, some);
-      });
+      output.values.Append(output.tokens, num_new,
+                           [=](Values& to, size_t at, size_t i, size_t some) {
+                             for (size_t j = 0; j < some; ++j) {
+                               to.of[at + j] = {NumberAt<int32_t>(tokens, i + j),
+                                                NumberAt<float>(logprobs, i + j)};
+                             }
+                           });
+    } else {
+      output.tokens.size += num_new;
     }
-    chunk.num_tokens += static_cast<int64_t>(num_new);
-    output.num_tokens += static_cast<int64_t>(num_new);
   }
-  const int64_t known_text = chunk.num_text - part.text_start;
+  const int64_t known_text = num_text - part.text_start;
   if (known_text < part.text_count) {
     const auto num_new = static_cast<size_t>(part.text_count - known_text);
     if (keeps_values_) {
       const char* text = part.text + known_text;
-      output.text.Append(num_new,
-                         [=](Characters& to, size_t at, size_t i, size_t some) {
-                           Copy(to.bytes + at, text + i, some);
-                         });
+      output.characters.Append(output.text, num_new,
+                               [=](Characters& to, size_t at, size_t i, size_t some) {
+                                 std::memcpy(to.bytes + at, text + i, some);
+                               });
+    } else {
+      output.text.size += num_new;
     }
-    chunk.num_text += static_cast<int64_t>(num_new);
   }
   return true;
 }
@@ -305,10 +343,8 @@ bool Outputs::Append(Running& chunk, const Part& part) {
 // main memory otherwise, three times over.
 void Outputs::Prefetch(std::string_view chunk_ids) const {
   const size_t num = chunk_ids.size() / sizeof(int64_t);
-  const size_t mask = table_.size() - 1;
   for (size_t i = 0; i < num; ++i) {
-    const auto id = static_cast<size_t>(ReadAt<int64_t>(chunk_ids, i));
-    __builtin_prefetch(&table_[id & mask], 1);
+    __builtin_prefetch(&table_[Home(ReadAt<int64_t>(chunk_ids, i))], 1);
   }
   for (size_t i = 0; i < num; ++i) {
     const Running& chunk = table_[Find(ReadAt<int64_t>(chunk_ids, i))];
@@ -317,15 +353,9 @@ void Outputs::Prefetch(std::string_view chunk_ids) const {
   for (size_t i = 0; i < num; ++i) {
     const Running& chunk = table_[Find(ReadAt<int64_t>(chunk_ids, i))];
     if (chunk.chunk_id < 0) continue;
-    const Output& output = outputs_[chunk.request];
-    const size_t num = output.values.Size();
-    if (const Values* block = output.values.At(num)) {
-      __builtin_prefetch(block->tokens + num % Values::kSize, 1);
-      __builtin_prefetch(block->logprobs + num % Values::kSize, 1);
-    }
-    if (const Characters* block = output.text.At(output.text.Size())) {
-      __builtin_prefetch(block->bytes + output.text.Size() % Characters::kSize, 1);
-    }
+    const Output& o = outputs_[chunk.request];
+    if (o.tokens.last) __builtin_prefetch(o.tokens.last->of + o.tokens.At(), 1);
+    if (o.text.last) __builtin_prefetch(o.text.last->bytes + o.text.At(), 1);
   }
 }
 

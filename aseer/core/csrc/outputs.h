@@ -69,36 +69,41 @@ class Outputs {
   // Takes a report. Over: places of the chunks that are over with it.
   Taken Take(const Columns& report, const std::vector<int64_t>& over);
   // The running request with the most tokens, by its chunk; -1 = none runs. Takes
-  // milliseconds if very many run; for the writer alone.
-  Longest LongestRunning() const;
+  // milliseconds if very many run and the last one's chunk is over; for the writer
+  // alone.
+  Longest LongestRunning();
 
  private:
   // A kilobyte each: a few dozen for a long response, and little room left free.
   struct Values {
     static constexpr size_t kSize = 128;
-    int32_t tokens[kSize];
-    float logprobs[kSize];
+    struct {
+      int32_t token;
+      float logprob;
+    } of[kSize];
   };
   struct Characters {
     static constexpr size_t kSize = 1024;
     char bytes[kSize];
   };
-  struct Output {
-    int64_t num_tokens = 0;
-    bool runs = false;
+  // A request's. What an append touches is together in one line of a cache.
+  struct alignas(64) Output {
+    Tail<Values> tokens{};
+    Tail<Characters> text{};
+    int64_t chunk_id = -1;  // that runs; -1 = none
+    // What there was before it, and its limit.
+    size_t first = 0;
+    size_t first_text = 0;
+    int64_t max_tokens = 0;
     bool is_closed = false;  // and kept for its reader
     bool is_shared = false;
     Blocks<Values> values{};
-    Blocks<Characters> text{};
+    Blocks<Characters> characters{};
   };
   // A row of the table of running chunks; a chunk id of -1 = it is free.
   struct Running {
     int64_t chunk_id = -1;
     Handle request = 0;
-    int64_t first = 0;  // tokens of the request before the chunk
-    int64_t num_tokens = 0;
-    int64_t max_tokens = 0;
-    int64_t num_text = 0;
   };
   // One chunk's part of a report.
   struct Part {
@@ -114,21 +119,26 @@ class Outputs {
 
   const Output& At(Handle request) const;
   Output& Idle(Handle request);
+  // Where a chunk's row is looked for first.
+  size_t Home(int64_t chunk_id) const;
   // Where a chunk's row is, or would be put.
   size_t Find(int64_t chunk_id) const;
   void Grow();
   void EndLocked(int64_t chunk_id);
   void Prefetch(std::string_view chunk_ids) const;
-  bool Append(Running& chunk, const Part& part);
+  bool Append(Output& output, const Part& part);
+  // A running chunk's request has so many tokens now.
+  void Compare(const Output& output);
 
   bool keeps_values_;
   // Over `outputs_`; rows of the table are the writer's alone.
   mutable std::mutex mutex_;
   Slots<Output> outputs_;
-  // Open addressing, at most half full. Chunk ids are given in turn, so that their
-  // lowest bits spread them well.
+  // Open addressing, at most half full.
   std::vector<Running> table_;
   size_t num_running_ = 0;
+  Longest longest_;
+  bool is_longest_known_ = true;
 };
 
 }  // namespace aseer

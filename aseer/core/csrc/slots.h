@@ -44,6 +44,9 @@ class Slots {
     free_.push_back(handle);
   }
 
+  // By handle; of one that is closed, a new one.
+  const std::vector<Value>& values() const { return values_; }
+
   // Of a handle that is known to be open.
   Value& operator[](Handle handle) { return values_[static_cast<size_t>(handle)]; }
   const Value& operator[](Handle handle) const {
