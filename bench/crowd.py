@@ -216,8 +216,13 @@ class _Engine:
         self._done.num_ends += num_ends
         self._done.report_bytes += len(data)
 
-    def fetch(self) -> None:
-        """Take what siblings wrote, and ask for more."""
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has asked for what siblings wrote, and was not answered."""
+        return self._is_waiting
+
+    def take_drafts(self) -> None:
+        """Take what siblings wrote."""
         while (data := _received(self._drafts)) is not None:
             self._is_waiting = False
             for delta in TO_CLIENT.decode(data).groups:
@@ -228,6 +233,10 @@ class _Engine:
                     self._done.num_given += len(row.tokens) // 4
                     known = row.start + len(row.tokens) // 4
                     group[row.request_id] = max(group.get(row.request_id, 0), known)
+
+    def fetch(self) -> None:
+        """Take what siblings wrote, and ask for more."""
+        self.take_drafts()
         if self._unregistered:
             entries = [GroupEntry(g, g.encode(), 600.0) for g in self._unregistered]
             self._drafts.send(_ENCODER.encode(RegisterGroups(entries)))
@@ -299,6 +308,9 @@ class Crowd:
             time.sleep(_PAUSE_S)
         for engine in engines:
             engine.take()
+            while engine.is_waiting:  # the next rounds are not to pay for these
+                engine.take_drafts()
+                time.sleep(_PAUSE_S)
 
 
 def _dealer(

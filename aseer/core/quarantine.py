@@ -56,6 +56,9 @@ class Quarantine:
 
     def next_trials(self) -> list[Request]:
         """The requests that are to go on now; none while some are on trial."""
+        if not (self._on_trial or self._held):  # nearly always
+            self._num_alone, self._num_at_once = 0, 1
+            return []
         self._clear()
         if self._on_trial:
             return []

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aseer.counts import DraftCounts, KvCounts, total
-from aseer.report import InstanceReport
+from aseer.report import InstanceReport, TimelineSample
 from aseer.types import InstanceLoad
 
 if TYPE_CHECKING:
-    from aseer.report import TimelineSample
+    from collections.abc import Callable
+
     from aseer.types import InstanceInfo
 
 
@@ -27,7 +28,7 @@ class InstanceFigures:
         self.num_chunks = 0
         self.busy_s = 0.0
         self.samples: list[TimelineSample] = []
-        self.latest: TimelineSample | None = None
+        self.sampled_at: float | None = None  # when it reported last
         self._load = self._seen = InstanceLoad()
         self._earlier_preemptions = 0
         self._earlier_drafts: DraftCounts | None = None
@@ -45,11 +46,10 @@ class InstanceFigures:
 
     def count(self, load: InstanceLoad) -> None:
         """What the process has counted now; what it does not say stays as it was."""
-        if load.drafts is None or load.kv is None:
-            last = self._load
-            load = replace(
-                load, drafts=load.drafts or last.drafts, kv=load.kv or last.kv
-            )
+        last = self._load
+        drafts, kv = load.drafts or last.drafts, load.kv or last.kv
+        if drafts is not load.drafts or kv is not load.kv:
+            load = replace(load, drafts=drafts, kv=kv)
         self._load = load
 
     @property
@@ -123,14 +123,34 @@ class InstanceFigures:
         since = self._busy_since
         return self.busy_s + (0.0 if since is None else now - since)
 
-    def add_sample(self, sample: TimelineSample, max_samples: int) -> None:
-        self.latest = sample
+    def add_sample(self, make: Callable[[], TimelineSample], max_samples: int) -> None:
+        """Keep a sample if one more is wanted; it is made only then."""
         self._num_offered += 1
         if self._num_offered % self._keep_every == 0:
-            self.samples.append(sample)
+            self.samples.append(make())
         while len(self.samples) > max_samples:
             del self.samples[::2]
             self._keep_every *= 2
+
+    def sample(
+        self, now: float, num_running: int, num_free_blocks: int
+    ) -> TimelineSample:
+        """The instance at this moment, as far as it has reported."""
+        load, drafts, kv = self._load, self.drafts_in_all, self.kv_in_all
+        return TimelineSample(
+            t_s=now,
+            instance_id=self.info.instance_id,
+            num_running=num_running,
+            num_waiting=load.num_waiting,
+            kv_used=load.kv_used,
+            kv_reserved=1 - num_free_blocks / self.info.num_kv_blocks,
+            num_output_tokens=self.num_tokens,
+            num_drafts=drafts[0],
+            num_drafted_tokens=drafts[1],
+            num_accepted_tokens=drafts[2],
+            num_stored_tokens=kv[0],
+            num_loaded_tokens=kv[1],
+        )
 
     def report(self, num_restarts: int) -> InstanceReport:
         return InstanceReport(

@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 _MAX_SAMPLES = 2000
 _MAX_SAMPLES_OF_ALL = 100_000
 _MIN_SAMPLES = 50
+# The rollout as it stands is made anew so often, and with very many instances so much
+# more seldom that the share of time it takes does not grow with them.
 _PROGRESS_INTERVAL_S = 0.2
+_PROGRESS_INTERVAL_PER_INSTANCE_S = 0.001
 _SUMS_INTERVAL_S = 1.0
 
 
@@ -125,25 +128,13 @@ class Recorder:
         """An instance's load, for the timeline."""
         record = self._instances[instance_id]
         record.count(load)
-        drafts, kv = record.drafts_in_all, record.kv_in_all
+        record.sampled_at = now
+        record.add_sample(lambda: self._sample(record, now), self._max_samples)
+
+    def _sample(self, record: InstanceFigures, now: float) -> TimelineSample:
+        instance_id = record.info.instance_id
         free = self._controller.scheduler.fleet.num_free_blocks(instance_id)
-        record.add_sample(
-            TimelineSample(
-                t_s=now,
-                instance_id=instance_id,
-                num_running=self._controller.running.num_on(instance_id),
-                num_waiting=load.num_waiting,
-                kv_used=load.kv_used,
-                kv_reserved=1 - free / record.info.num_kv_blocks,
-                num_output_tokens=record.num_tokens,
-                num_drafts=drafts[0],
-                num_drafted_tokens=drafts[1],
-                num_accepted_tokens=drafts[2],
-                num_stored_tokens=kv[0],
-                num_loaded_tokens=kv[1],
-            ),
-            self._max_samples,
-        )
+        return record.sample(now, self._controller.running.num_on(instance_id), free)
 
     def finished(self, response: Response) -> None:
         """A request is over."""
@@ -175,7 +166,11 @@ class Recorder:
         """The rollout as it stands; made anew a few times a second, and at its end."""
         last = self._progress
         if last is not None and not is_over:
-            if now - last.t_s < _PROGRESS_INTERVAL_S:
+            num = len(self._instances)
+            interval_s = max(
+                _PROGRESS_INTERVAL_S, num * _PROGRESS_INTERVAL_PER_INSTANCE_S
+            )
+            if now - last.t_s < interval_s:
                 return last
         self._sum_up(now, is_over=is_over)
         controller = self._controller
@@ -193,7 +188,11 @@ class Recorder:
             longest_running=controller.buffer.longest_running(),
             eta_s=self._eta(throughput),
             intake_open=intake_open,
-            instances=[r.latest for r in self._in_order if r.latest is not None],
+            instances=[
+                self._sample(record, record.sampled_at)
+                for record in self._in_order
+                if record.sampled_at is not None
+            ],
             speculation=self._speculation_sum,
             kv=self._kv(now),
         )

@@ -61,6 +61,8 @@ Sent = Literal["sent", "full", "gone"]
 
 # What is sent: a message, or one that was received as bytes and is passed on unread.
 Message = msgspec.Struct | msgspec.Raw
+# A message that has come: its sender and its frames.
+Received = tuple[bytes, "Sequence[bytes | memoryview]"]
 
 
 class ConnectionLost(AseerError):
@@ -136,7 +138,7 @@ class Reader(Generic[In]):
         self._next_complaint_s = 0.0
         self._num_untold = 0
 
-    def read(self, frames: Sequence[bytes], sender: bytes) -> In | None:
+    def read(self, frames: Sequence[bytes | memoryview], sender: bytes) -> In | None:
         """The message in these frames; None, and a line in the log, if it is none."""
         if len(frames) != 1:
             why = f"it has {len(frames)} frames instead of one"
@@ -219,8 +221,8 @@ class QueueingRouter(ABC, Generic[In]):
         """Send a message if the peer has room for it."""
 
     @abstractmethod
-    def _try_receive(self) -> list[bytes] | None:
-        """The next message that has come, its sender and its frames; else None."""
+    def _try_receive(self) -> Received | None:
+        """The next message that has come; None if there is none."""
 
     @abstractmethod
     async def _arrival(self) -> None:
@@ -344,7 +346,7 @@ class QueueingRouter(ABC, Generic[In]):
                 if received is None:
                     await self._arrival()
                     break
-                peer, *frames = received
+                peer, frames = received
                 message = self._reader.read(frames, peer)
                 if message is None:
                     continue

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from random import Random
 
-    from aseer.transport.base import Message, Sent
+    from aseer.transport.base import Message, Received, Sent
 
 In = TypeVar("In")
 T = TypeVar("T")
@@ -164,11 +164,12 @@ class MemoryRouter(QueueingRouter[In]):
         dealer.down.carry([data])
         return "sent"
 
-    def _try_receive(self) -> list[bytes] | None:
+    def _try_receive(self) -> Received | None:
         if not self._inbox:
             return None
         self._has_room.set()
-        return self._inbox.popleft()
+        peer, *frames = self._inbox.popleft()
+        return peer, frames
 
     async def _arrival(self) -> None:
         self._has_arrived.clear()

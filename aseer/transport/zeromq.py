@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from typing import Self
 
-    from aseer.transport.base import Message, Sent
+    from aseer.transport.base import Message, Received, Sent
 
 In = TypeVar("In")
 
@@ -39,6 +39,7 @@ HIGH_WATER_MARK = 1000
 # ZeroMQ closes a connection that brings a larger one. Twice what is ever taken, so that
 # what is a little too large is dropped and named instead.
 _MAX_FRAME_BYTES = 2 * MAX_MESSAGE_BYTES
+_NOBLOCK_MORE = zmq.NOBLOCK | zmq.SNDMORE
 _LONGEST_NAME = 36  # of a socket: a UUID, vLLM's
 
 
@@ -87,7 +88,8 @@ class ZmqRouter(QueueingRouter[In]):
         # The socket's file tells once of what has come, and any call may take the note.
         self._has_arrived.set()
         try:
-            self._socket.send_multipart([peer, data], zmq.NOBLOCK)
+            self._socket.send(peer, _NOBLOCK_MORE)
+            self._socket.send(data, zmq.NOBLOCK)
         except zmq.Again:
             return "full"
         except zmq.ZMQError as error:
@@ -96,12 +98,20 @@ class ZmqRouter(QueueingRouter[In]):
             raise
         return "sent"
 
-    def _try_receive(self) -> list[bytes] | None:
+    def _try_receive(self) -> Received | None:
         self._has_arrived.clear()
         try:
-            return self._socket.recv_multipart(zmq.NOBLOCK)
+            peer = self._socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
+        frames: list[memoryview] = []
+        has_more = True  # every message has a sender, and something after it
+        while has_more:
+            # Reports are long, and are read where they are.
+            frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+            frames.append(frame.buffer)
+            has_more = frame.more
+        return peer, frames
 
     async def _arrival(self) -> None:
         await self._has_arrived.wait()
