@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from aseer.core._native import untracked
 from aseer.core.outputs import Outputs
 from aseer.core.request import Request, aborted_responses
 from aseer.sampling import chunk_seed
@@ -146,9 +147,9 @@ class RequestBuffer:
         """
         if self.has_group(task.group_id):
             raise ValueError(f"group {task.group_id!r} is in this rollout already")
-        requests = [
-            Request(task, i, now, self._outputs) for i in range(task.num_requests)
-        ]
+        requests = untracked(
+            [Request(task, i, now, self._outputs) for i in range(task.num_requests)]
+        )
         for index, had in (past or {}).items():
             requests[index].restore(had, now)
         self._groups[task.group_id] = requests
@@ -179,21 +180,23 @@ class RequestBuffer:
         task = request.group
         done = request.num_generated
         seed = task.seed
-        chunk = Chunk(
-            chunk_id=ChunkId(self._next_chunk_id),
-            request_id=request.request_id,
-            group_id=task.group_id,
-            instance_id=assignment.instance_id,
-            prompt=task.prompt,
-            generated=request.generated,
-            max_tokens=assignment.max_tokens,
-            min_tokens=min(max(0, task.min_tokens - done), assignment.max_tokens),
-            sampling=task.sampling,
-            seed=None if seed is None else chunk_seed(seed, request.index, done),
-            num_reserved_blocks=assignment.num_reserved_blocks,
-            rollout_id=self._rollout_id,
-            weight_version=self._weight_version,
-            images=task.images,
+        chunk = untracked(
+            Chunk(
+                chunk_id=ChunkId(self._next_chunk_id),
+                request_id=request.request_id,
+                group_id=task.group_id,
+                instance_id=assignment.instance_id,
+                prompt=task.prompt,
+                generated=request.generated,
+                max_tokens=assignment.max_tokens,
+                min_tokens=min(max(0, task.min_tokens - done), assignment.max_tokens),
+                sampling=task.sampling,
+                seed=None if seed is None else chunk_seed(seed, request.index, done),
+                num_reserved_blocks=assignment.num_reserved_blocks,
+                rollout_id=self._rollout_id,
+                weight_version=self._weight_version,
+                images=task.images,
+            )
         )
         request.move(RequestState.RUNNING, now, assignment)
         self._next_chunk_id += 1

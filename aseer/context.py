@@ -27,6 +27,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from aseer.core._native import untracked
+
 if TYPE_CHECKING:
     from aseer.types import GroupId, RequestId
 
@@ -107,7 +109,9 @@ class ContextManager:
             raise ValueError(f"group {group_id!r} is known already")
         if prior is not None:
             prior = min(prior, max_tokens)
-        self._groups[group_id] = GroupContext(max_tokens, num_requests, prior)
+        self._groups[group_id] = untracked(
+            GroupContext(max_tokens, num_requests, prior, unforeseen=untracked(set()))
+        )
 
     def forget_group(self, group_id: GroupId) -> None:
         """Drop a group; what the group told of siblings in general stays."""

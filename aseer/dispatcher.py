@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aseer.core._native import untracked
 from aseer.core.commands import Dispatch
 from aseer.core.residency import DEFAULT_MOVE_PRICE, KvResidency
 from aseer.core.running import RunningChunks
@@ -76,17 +77,19 @@ class Dispatcher:
         self._context.record_length(task.group_id, request.request_id, num_generated)
         self.scheduler.set_siblings_alike(alike=self._context.siblings_are_alike)
         lengths = task.known_lengths
-        waiting = Waiting(
-            request_id=request.request_id,
-            group_id=task.group_id,
-            arrival=self._arrivals[task.group_id] + request.index,
-            is_probe=request.is_probe and task.length_prior is None,
-            num_tokens=task.num_prompt_tokens + num_generated,
-            num_generated=num_generated,
-            remaining=task.max_tokens - num_generated,
-            divisible=task.undivided_because is None,
-            known_length=lengths[request.index] if lengths is not None else None,
-            is_new=num_generated < self._chunk_size,
+        waiting = untracked(
+            Waiting(
+                request_id=request.request_id,
+                group_id=task.group_id,
+                arrival=self._arrivals[task.group_id] + request.index,
+                is_probe=request.is_probe and task.length_prior is None,
+                num_tokens=task.num_prompt_tokens + num_generated,
+                num_generated=num_generated,
+                remaining=task.max_tokens - num_generated,
+                divisible=task.undivided_because is None,
+                known_length=lengths[request.index] if lengths is not None else None,
+                is_new=num_generated < self._chunk_size,
+            )
         )
         self.scheduler.add(waiting, self._context.length_estimate(task.group_id))
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aseer.core._native import untracked
 from aseer.core.fleet import Fleet
 from aseer.core.prompts import SharedPrompts
 from aseer.core.residency import NO_POOL, Holders
@@ -271,7 +272,7 @@ class Scheduler:
                 blocks = self._reserve(request, where, needs)
                 self._note_node(request.group_id, where)
                 assignments.append(
-                    Assignment(request.request_id, where, tokens, blocks)
+                    untracked(Assignment(request.request_id, where, tokens, blocks))
                 )
                 queue.remove(request)
                 self._num_since_oldest = 0 if owed else self._num_since_oldest + 1
@@ -364,7 +365,7 @@ class Scheduler:
                 where = self._group_home(request.group_id)
             fleet.reserve(where, 0)
             assignments.append(
-                Assignment(request.request_id, where, request.remaining, 0)
+                untracked(Assignment(request.request_id, where, request.remaining, 0))
             )
             queue.remove(request)
         return assignments

@@ -6,7 +6,7 @@ instance that was never added a KeyError), and nothing has changed.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 from aseer.core.waiting import Rank
 from aseer.types import InstanceId
@@ -15,6 +15,16 @@ MAX_PASSED: Final[int]
 """Groups passed over in a round until it ends."""
 DEFAULT_MOVE_PRICE: Final[float]
 """What loading a token from a pool costs, as a share of computing it."""
+
+T = TypeVar("T")
+
+def untracked(object: T) -> T:
+    """The same object, at which Python's collector of garbage looks no more.
+
+    Of what there is a lot of, and what is in no cycle: the collector stops every thread
+    of the process for a second if it has to look at a million objects. What is in a
+    cycle nevertheless is never freed.
+    """
 
 class WaitingOrders:
     """Waiting requests by rank, in one or two orders, and by age."""

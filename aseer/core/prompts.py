@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from aseer.core._native import untracked
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -33,9 +35,6 @@ _FOUND, _BEGUN = 1, 2
 class _Prompt:
     """One group's prompt on one instance.
 
-    There is one for nearly every running request, so it is few objects: a dict from
-    strings to numbers is none that Python's collector of garbage looks at.
-
     Attributes:
         chunks: of the requests that run here, the two bits above.
         is_kept: the copy that is found is no running chunk's own.
@@ -45,9 +44,10 @@ class _Prompt:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.chunks: dict[RequestId, int] = {}
+        self.chunks: dict[RequestId, int] = untracked({})
         self.num_bringers = self.num_begun = 0
         self.is_kept = False
+        untracked(self)
 
     @property
     def num_finders(self) -> int:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
+from aseer.core._native import untracked
 from aseer.core.outputs import Outputs
 from aseer.errors import InvalidTransition
 from aseer.inputs.prompt_image import without_images
@@ -103,7 +104,7 @@ class Request:
         self.cancelled = False
         self.stop_reason: int | str | None = None
         self.error: str | None = None
-        self.instances: list[InstanceId] = []
+        self.instances: list[InstanceId] = untracked([])
         self.num_cached_tokens = 0
         self.num_recomputed_tokens = 0
         self.num_retries = 0
@@ -111,7 +112,8 @@ class Request:
         self.run_s = 0.0
         self.finished_at = 0.0
         self._entered_at = now
-        self.story: list[tuple[float, RequestState, object]] = []
+        self.story: list[tuple[float, RequestState, object]] = untracked([])
+        untracked(self)
 
     @property
     def is_probe(self) -> bool:
@@ -201,7 +203,7 @@ class Request:
         self.state = state
         if len(self.story) == _STORY_LENGTH:
             del self.story[0]
-        self.story.append((now, state, why))
+        self.story.append(untracked((now, state, why)))
         if state.is_finished:
             self.finished_at = now
 

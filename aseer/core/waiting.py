@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from aseer.core._native import MAX_PASSED, WaitingOrders
+from aseer.core._native import MAX_PASSED, WaitingOrders, untracked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +83,7 @@ class WaitingQueue:
         self._other = other
         self.orders = WaitingOrders(1 if other is None else 2)
         self._handles: dict[RequestId, int] = {}
-        self._waiting: list[Waiting | None] = []  # by handle
+        self._waiting: list[Waiting | None] = untracked([])  # by handle
         self._groups: dict[GroupId, _Group] = {}
         self._first = self.orders.first
         self.begin_round = self.orders.begin_round

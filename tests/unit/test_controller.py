@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -690,3 +691,38 @@ def test_one_on_trial_when_several_died_as_one_is_blamed() -> None:
         (request,) = controller.buffer.requests()
         assert request.num_retries == times + 1
         assert len(placed(commands)) == 1
+
+
+def test_the_collector_of_garbage_looks_at_no_single_request() -> None:
+    """A million objects would stop the trainer's thread for a second."""
+    controller = controller_of()
+    tasks = [task_of(f"g{i}", num_requests=50) for i in range(20)]
+    gc.collect()
+    num_before = len(gc.get_objects())
+    commands = controller.add_groups(tasks, 0.0)
+    num_waiting = len(gc.get_objects()) - num_before
+    controller.instance_up(info_of(0, num_kv_blocks=10_000, max_num_seqs=1000), 0.0)
+    num_running = len(gc.get_objects()) - num_before
+    assert not commands
+    assert controller.num_waiting == 0
+    assert num_waiting < 200, "a few for each group"
+    assert num_running < 300
+
+
+def test_what_a_finished_group_had_is_free_without_the_collector() -> None:
+    class Metadata:
+        pass
+
+    controller = with_instances(100)
+    metadata = Metadata()
+    is_alive = weakref.ref(metadata)
+    task = replace(task_of(num_requests=1), metadata=metadata)
+    gc.disable()
+    try:
+        (chunk,) = chunks_in(controller.add_groups([task], 0.0))
+        controller.progress([report_of(chunk.chunk_id, [1], end="stop")], 1.0)
+        controller.forget_finished()
+        del metadata, task, chunk
+        assert is_alive() is None
+    finally:
+        gc.enable()

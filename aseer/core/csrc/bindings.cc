@@ -108,6 +108,13 @@ std::pair<int64_t, int64_t> LongestRunning(Outputs& outputs) {
   return {longest.chunk_id, longest.num_tokens};
 }
 
+nb::object Untracked(nb::object object) {
+  if (PyObject_IS_GC(object.ptr()) && PyObject_GC_IsTracked(object.ptr())) {
+    PyObject_GC_UnTrack(object.ptr());
+  }
+  return object;
+}
+
 nb::bytes ToBytes(const std::string& bytes) {
   return nb::bytes(bytes.data(), bytes.size());
 }
@@ -212,6 +219,8 @@ NB_MODULE(_native, m) {
       .def("least_loaded_of", &Capacity::LeastLoadedOf, "pool"_a, "node"_a = 0)
       .def("hold_none", &Capacity::HoldNone)
       .def("hold_freest", &Capacity::HoldFreest);
+
+  m.def("untracked", &aseer::Untracked, "object"_a);
 
   nb::class_<Outputs>(m, "Outputs")
       .def(nb::init<bool>(), nb::kw_only(), "keeps_values"_a = true)
