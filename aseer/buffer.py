@@ -95,7 +95,8 @@ class RequestBuffer:
         self._weight_version = weight_version
         self._requests: dict[RequestId, Request] = {}
         self._groups: dict[GroupId, list[Request]] = {}
-        self._finished_groups: set[GroupId] = set()  # forgotten but for their ids
+        # Forgotten but for their ids.
+        self._finished_groups: set[GroupId] = untracked(set())
         self._chunks: dict[ChunkId, Request] = {}
         self._num_requests = 0
         self.num_unfinished = 0
@@ -154,6 +155,8 @@ class RequestBuffer:
             requests[index].restore(had, now)
         self._groups[task.group_id] = requests
         self._requests.update((r.request_id, r) for r in requests)
+        for each in (task, self._groups, self._requests):
+            untracked(each)
         self.num_unfinished += sum(not r.state.is_finished for r in requests)
         self._num_requests += len(requests)
         return requests
@@ -201,6 +204,7 @@ class RequestBuffer:
         request.move(RequestState.RUNNING, now, assignment)
         self._next_chunk_id += 1
         self._chunks[chunk.chunk_id] = request
+        untracked(self._chunks)
         request.begin(chunk)
         return chunk
 

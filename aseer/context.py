@@ -112,6 +112,7 @@ class ContextManager:
         self._groups[group_id] = untracked(
             GroupContext(max_tokens, num_requests, prior, unforeseen=untracked(set()))
         )
+        untracked(self._groups)
 
     def forget_group(self, group_id: GroupId) -> None:
         """Drop a group; what the group told of siblings in general stays."""

@@ -21,9 +21,10 @@ T = TypeVar("T")
 def untracked(object: T) -> T:
     """The same object, at which Python's collector of garbage looks no more.
 
-    Of what there is a lot of, and what is in no cycle: the collector stops every thread
-    of the process for a second if it has to look at a million objects. What is in a
-    cycle nevertheless is never freed.
+    For what there is a lot of, and what is in no cycle: the collector stops every
+    thread of the process for a second if it has to look at a million objects. What is
+    in a cycle nevertheless is never freed. A dict is looked at again once something
+    else than numbers and text was put into it.
     """
 
 class WaitingOrders:

@@ -113,7 +113,10 @@ class SharedPrompts:
         prompt = here.get(instance_id)
         if prompt is None:
             prompt = here[instance_id] = _Prompt(num_blocks)
-            self._by_instance[instance_id][group_id] = prompt
+            there = self._by_instance[instance_id]
+            there[group_id] = prompt
+            for each in (here, there, self._by_group):
+                untracked(each)
         return prompt.start(request_id)
 
     def begin(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aseer.core._native import untracked
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -53,6 +55,7 @@ class RunningChunks:
         if not chunks:
             self._touched.add(instance_id)
         chunks[chunk_id] = request
+        untracked(chunks)
 
     def end(self, instance_id: InstanceId, chunk_id: ChunkId) -> None:
         """A chunk is over."""

@@ -130,7 +130,8 @@ class WaitingQueue:
         else:
             self._waiting.append(request)
         if group is None:
-            self._groups[group_id] = _Group(of_group, length_estimate)
+            self._groups[group_id] = untracked(_Group(of_group, length_estimate))
+            untracked(self._groups)
 
     def set_length_estimate(self, group_id: GroupId, length_estimate: int) -> None:
         """Re-rank a group whose estimate changed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from aseer.core._native import untracked
 from aseer.errors import EngineError, InstanceLostError
 from aseer.instance.messages import AbortChunks
 from aseer.types import ChunkId, InstanceId
@@ -71,7 +72,8 @@ class Slot:
         self.was_shot = (
             False  # a signal ended it before it was up, which we did not send
         )
-        self.running: set[ChunkId] = set()  # sent to it, and not reported as over
+        # Sent to it, and not reported as over.
+        self.running: set[ChunkId] = untracked(set())
         self._held: dict[ChunkId, Run] = {}  # of these, what waits for its KV
         self.unreachable_since: float | None = None  # something sent to it was lost
         now = self._clock.read()

@@ -705,8 +705,8 @@ def test_the_collector_of_garbage_looks_at_no_single_request() -> None:
     num_running = len(gc.get_objects()) - num_before
     assert not commands
     assert controller.num_waiting == 0
-    assert num_waiting < 200, "a few for each group"
-    assert num_running < 300
+    assert num_waiting < 10
+    assert num_running < 20
 
 
 def test_what_a_finished_group_had_is_free_without_the_collector() -> None:
