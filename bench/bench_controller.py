@@ -25,6 +25,9 @@ are how many of one kind alone fill a core.
 run a line of Python every half millisecond, was kept from that by the engine's threads:
 how late it was, but at most what they computed meanwhile. Rounds with drafts count.
 
+`collection_ms` is how long one full collection of Python's garbage takes then: it stops
+every thread, and comes now and then.
+
 `us_per_1000_response_tokens` is the time to make a response's lists of numbers. It is
 not part of the above, where responses are shorter than those of a rollout in which
 as many tokens are finished as are generated: there it is paid for every token.
@@ -35,6 +38,7 @@ Expected: at most one core, and no block of 5 ms.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import tempfile
 import threading
@@ -130,6 +134,7 @@ def run(size: Size) -> dict[str, Any]:
                     phase = measure_phase(serving, probe, size.rounds, kind)
                     phases[kind].append(phase)
             return figures_of(size, phases, probe) | {
+                "collection_ms": collection_ms(),
                 "num_responses": serving.num_read,
                 "us_per_1000_response_tokens": us_per_1000_response_tokens(),
             }
@@ -180,6 +185,16 @@ def _mean(phases: list[Phase], what: str, per: str) -> float:
     return float(
         sum(getattr(d, what) for d in done) / max(1, sum(getattr(d, per) for d in done))
     )
+
+
+def collection_ms() -> float:
+    """Time in which Python's collector of garbage stops all threads, at the least."""
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        gc.collect()
+        times.append(time.perf_counter() - begun)
+    return round(1e3 * min(times), 1)
 
 
 def us_per_1000_response_tokens() -> float:
