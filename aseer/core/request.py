@@ -13,13 +13,12 @@ A move the table does not allow raises `InvalidTransition` with the request's st
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 from aseer.core._native import untracked
-from aseer.core.outputs import Outputs
+from aseer.core.outputs import Outputs, numbers_of
 from aseer.errors import InvalidTransition
 from aseer.inputs.prompt_image import without_images
 from aseer.types import (
@@ -232,7 +231,7 @@ class Request:
         return Response(
             group_id=self.group.group_id,
             index=self.index,
-            prompt_token_ids=array("i", prompt).tolist(),
+            prompt_token_ids=numbers_of("i", prompt),
             token_ids=outputs.token_ids(handle),
             logprobs=outputs.logprobs_of_tokens(handle),
             text=outputs.text(handle).decode(errors="replace") + self.held_text,
@@ -243,7 +242,9 @@ class Request:
             metadata=self.group.metadata,
             error=self.error,
             replayed=self.is_replayed,
-            unexpanded_prompt_token_ids=without_images(prompt, images).tolist()
+            unexpanded_prompt_token_ids=untracked(
+                without_images(prompt, images).tolist()
+            )
             if images
             else None,
         )

@@ -709,6 +709,17 @@ def test_the_collector_of_garbage_looks_at_no_single_request() -> None:
     assert num_running < 20
 
 
+def test_the_collector_of_garbage_looks_at_no_single_token() -> None:
+    controller = with_instances(100)
+    commands = controller.add_groups([task_of(num_requests=1)], 0.0)
+    (chunk,) = chunks_in(commands)
+    end = report_of(chunk.chunk_id, [1, 2, 3], end="stop")
+    (response,) = finished_in(controller.progress([end], 1.0))
+    assert response.token_ids == [1, 2, 3]
+    lists = (response.token_ids, response.logprobs, response.prompt_token_ids)
+    assert not any(map(gc.is_tracked, lists))
+
+
 def test_what_a_finished_group_had_is_free_without_the_collector() -> None:
     class Metadata:
         pass
