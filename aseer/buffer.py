@@ -13,6 +13,7 @@ lost: the one case in which tokens are dropped.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from aseer.core._native import untracked
@@ -176,6 +177,17 @@ class RequestBuffer:
         else:
             self.num_unfinished -= sum(not r.state.is_finished for r in requests)
             self._num_requests -= len(requests)
+
+    def let_go(self) -> None:
+        """Nothing more is decided: drop what users gave with unfinished groups.
+
+        Their metadata may refer to the rollout, and so be in a cycle with requests, at
+        which the garbage collector does not look.
+        """
+        for requests in self._groups.values():
+            task = replace(requests[0].group, metadata=None, images=())
+            for request in requests:
+                request.group = task
 
     def start_chunk(self, assignment: Assignment, now: float) -> Chunk:
         """A waiting request starts its next chunk."""

@@ -25,7 +25,7 @@ are how many of one kind alone fill a core.
 run a line of Python every half millisecond, was kept from that by the engine's threads:
 how late it was, but at most what they computed meanwhile. Rounds with drafts count.
 
-`collection_ms` is how long one full collection of Python's garbage takes then: it stops
+`collection_ms` is how long one full garbage collection of Python takes then: it stops
 every thread, and comes now and then.
 
 `us_per_1000_response_tokens` is the time to make a response's lists of numbers. It is
@@ -188,7 +188,7 @@ def _mean(phases: list[Phase], what: str, per: str) -> float:
 
 
 def collection_ms() -> float:
-    """Time in which Python's collector of garbage stops all threads, at the least."""
+    """The least time in which a full garbage collection stops all threads."""
     times = []
     for _ in range(3):
         begun = time.perf_counter()

@@ -18,13 +18,14 @@ DEFAULT_MOVE_PRICE: Final[float]
 
 T = TypeVar("T")
 
-def untracked(object: T) -> T:
-    """The same object, at which Python's collector of garbage looks no more.
+def untracked(value: T) -> T:
+    """Exclude an object from Python's cyclic garbage collection, and return it.
 
-    For what there is a lot of, and what is in no cycle: the collector stops every
-    thread of the process for a second if it has to look at a million objects. What is
-    in a cycle nevertheless is never freed. A dict is looked at again once something
-    else than numbers and text was put into it.
+    For numerous objects that are in no reference cycle, or only in one that is broken
+    by hand: a full collection stops every thread of the process for a second if it has
+    to traverse a million objects. A cycle through an untracked object is never freed.
+    Before Python 3.14 a dict is tracked again when an object that can be is put into
+    it.
     """
 
 class WaitingOrders:

@@ -68,9 +68,13 @@ class Outputs(_Outputs):
 
 
 def numbers_of(typecode: str, data: bytes) -> list[Any]:
-    """A list that users keep a lot of: of 32-bit numbers, by `array`'s typecode.
+    """Decode 32-bit numbers into a list that Python's garbage collector does not
+    traverse.
 
-    Python's collector of garbage would look at every number of every list, which takes
-    it a second for some ten thousand long responses.
+    Trainers keep lists of ten thousand long responses. To traverse them takes each full
+    collection a second.
+
+    Args:
+        typecode: `array`'s.
     """
     return untracked(array(typecode, data).tolist())

@@ -112,7 +112,7 @@ class Request:
         self.finished_at = 0.0
         self._entered_at = now
         self.story: list[tuple[float, RequestState, object]] = untracked([])
-        untracked(self)
+        untracked(self)  # its task's metadata: see `RequestBuffer.let_go`
 
     @property
     def is_probe(self) -> bool:

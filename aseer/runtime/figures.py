@@ -10,8 +10,6 @@ from aseer.report import InstanceReport, TimelineSample
 from aseer.types import InstanceLoad
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from aseer.types import InstanceInfo
 
 
@@ -28,12 +26,13 @@ class InstanceFigures:
         self.num_chunks = 0
         self.busy_s = 0.0
         self.samples: list[TimelineSample] = []
-        self.sampled_at: float | None = None  # when it reported last
         self._load = self._seen = InstanceLoad()
         self._earlier_preemptions = 0
         self._earlier_drafts: DraftCounts | None = None
         self._earlier_kv = KvCounts()
         self._busy_since: float | None = None
+        # When it reported last: the time, chunks placed there, and free KV blocks.
+        self._noted: tuple[float, int, int] | None = None
         self._keep_every = 1
         self._num_offered = 0
 
@@ -123,19 +122,26 @@ class InstanceFigures:
         since = self._busy_since
         return self.busy_s + (0.0 if since is None else now - since)
 
-    def add_sample(self, make: Callable[[], TimelineSample], max_samples: int) -> None:
-        """Keep a sample if one more is wanted; it is made only then."""
+    def note(
+        self, now: float, num_running: int, num_free_blocks: int, max_samples: int
+    ) -> None:
+        """It has reported; a sample is made only if one is kept."""
+        self._noted = (now, num_running, num_free_blocks)
         self._num_offered += 1
         if self._num_offered % self._keep_every == 0:
-            self.samples.append(make())
+            self.samples.append(self._sample(*self._noted))
         while len(self.samples) > max_samples:
             del self.samples[::2]
             self._keep_every *= 2
 
-    def sample(
+    @property
+    def latest(self) -> TimelineSample | None:
+        """The instance when it reported last; None if it has not."""
+        return self._noted and self._sample(*self._noted)
+
+    def _sample(
         self, now: float, num_running: int, num_free_blocks: int
     ) -> TimelineSample:
-        """The instance at this moment, as far as it has reported."""
         load, drafts, kv = self._load, self.drafts_in_all, self.kv_in_all
         return TimelineSample(
             t_s=now,

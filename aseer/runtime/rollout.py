@@ -121,7 +121,10 @@ class Rollout:
         return self._work.report
 
     def progress(self) -> Progress | None:
-        """How the rollout stands, a fraction of a second old; None before it begins."""
+        """How the rollout stands; None before it begins.
+
+        A fraction of a second old, and with more than 1,000 instances some seconds.
+        """
         return self._work.progress()
 
     def cancel(self, group_id: str) -> None:

@@ -378,9 +378,8 @@ class Session:
         if self._controller.num_unfinished or not self._is_journal_closed():
             return
         now = self._now()
-        self.report = self._recorder.report(
-            now, [self._pool.num_restarts(i) for i in self._recorder.instance_ids()]
-        )
+        restarts = [self._pool.num_restarts(i) for i in self._recorder.instance_ids()]
+        self.report = self._recorder.report(now, restarts)
         if self._journal is not None:
             self.report = replace(self.report, journal_error=self._journal.error)
         self.progress = self._recorder.progress(now, intake_open=False, is_over=True)
@@ -391,6 +390,7 @@ class Session:
     def _end(self) -> None:
         """Let go of what groups had, such as images: users may keep a rollout long."""
         self._controller.forget_finished()
+        self._controller.buffer.let_go()
         self.over.set_result(None)
 
     def _is_journal_closed(self) -> bool:

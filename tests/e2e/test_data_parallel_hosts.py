@@ -24,7 +24,8 @@ from tests.integration.nodes import TrainerProcess, nodes_in
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Engines of two hosts start four times, two of them once more.
+# Nine starts of vLLM on two cores: a reference, and four times an engine on each of two
+# hosts.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 Responses = dict[str, Any]

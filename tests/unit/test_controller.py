@@ -693,7 +693,7 @@ def test_one_on_trial_when_several_died_as_one_is_blamed() -> None:
         assert len(placed(commands)) == 1
 
 
-def test_the_collector_of_garbage_looks_at_no_single_request() -> None:
+def test_the_garbage_collector_traverses_no_single_request() -> None:
     """A million objects would stop the trainer's thread for a second."""
     controller = controller_of()
     tasks = [task_of(f"g{i}", num_requests=50) for i in range(20)]
@@ -709,7 +709,7 @@ def test_the_collector_of_garbage_looks_at_no_single_request() -> None:
     assert num_running < 20
 
 
-def test_the_collector_of_garbage_looks_at_no_single_token() -> None:
+def test_the_garbage_collector_traverses_no_tokens_of_responses() -> None:
     controller = with_instances(100)
     commands = controller.add_groups([task_of(num_requests=1)], 0.0)
     (chunk,) = chunks_in(commands)
@@ -720,7 +720,7 @@ def test_the_collector_of_garbage_looks_at_no_single_token() -> None:
     assert not any(map(gc.is_tracked, lists))
 
 
-def test_what_a_finished_group_had_is_free_without_the_collector() -> None:
+def test_what_a_finished_group_had_is_freed_without_the_garbage_collector() -> None:
     class Metadata:
         pass
 

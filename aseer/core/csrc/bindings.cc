@@ -108,11 +108,11 @@ std::pair<int64_t, int64_t> LongestRunning(Outputs& outputs) {
   return {longest.chunk_id, longest.num_tokens};
 }
 
-nb::object Untracked(nb::object object) {
-  if (PyObject_IS_GC(object.ptr()) && PyObject_GC_IsTracked(object.ptr())) {
-    PyObject_GC_UnTrack(object.ptr());
+nb::object Untracked(nb::object value) {
+  if (PyObject_IS_GC(value.ptr()) && PyObject_GC_IsTracked(value.ptr())) {
+    PyObject_GC_UnTrack(value.ptr());
   }
-  return object;
+  return value;
 }
 
 nb::bytes ToBytes(const std::string& bytes) {
@@ -220,7 +220,7 @@ NB_MODULE(_native, m) {
       .def("hold_none", &Capacity::HoldNone)
       .def("hold_freest", &Capacity::HoldFreest);
 
-  m.def("untracked", &aseer::Untracked, "object"_a);
+  m.def("untracked", &aseer::Untracked, "value"_a);
 
   nb::class_<Outputs>(m, "Outputs")
       .def(nb::init<bool>(), nb::kw_only(), "keeps_values"_a = true)

@@ -168,7 +168,7 @@ void Outputs::Begin(int64_t chunk_id, Handle request, int64_t max_tokens) {
   output.first_text = output.text.size;
   output.max_tokens = max_tokens;
   ++num_running_;
-  Compare(output);
+  UpdateLongest(output);
 }
 
 void Outputs::End(int64_t chunk_id) {
@@ -229,7 +229,7 @@ Outputs::Taken Outputs::Take(const Columns& report, const std::vector<int64_t>& 
         const size_t before = output.tokens.size;
         follows = Append(output, part);
         taken.num_tokens += static_cast<int64_t>(output.tokens.size - before);
-        Compare(output);
+        UpdateLongest(output);
       }
       const auto num_bytes = std::max<int64_t>(0, part.count) * kTokenBytes;
       tokens += num_bytes;
@@ -248,13 +248,13 @@ Outputs::Longest Outputs::LongestRunning() {
     longest_ = {};
     is_longest_known_ = true;
     for (const Output& output : outputs_.values()) {
-      if (output.chunk_id >= 0) Compare(output);
+      if (output.chunk_id >= 0) UpdateLongest(output);
     }
   }
   return longest_;
 }
 
-void Outputs::Compare(const Output& output) {
+void Outputs::UpdateLongest(const Output& output) {
   const auto num = static_cast<int64_t>(output.tokens.size);
   if (longest_.chunk_id < 0 || num > longest_.num_tokens ||
       (num == longest_.num_tokens && output.chunk_id < longest_.chunk_id)) {

@@ -68,9 +68,8 @@ class Outputs {
   void End(int64_t chunk_id);
   // Takes a report. Over: places of the chunks that are over with it.
   Taken Take(const Columns& report, const std::vector<int64_t>& over);
-  // The running request with the most tokens, by its chunk; -1 = none runs. Takes
-  // milliseconds if very many run and the last one's chunk is over; for the writer
-  // alone.
+  // The running request with the most tokens, by its chunk; -1 = none runs. Scans all
+  // requests if the chunk it returned last has ended since. For the writer alone.
   Longest LongestRunning();
 
  private:
@@ -127,8 +126,8 @@ class Outputs {
   void EndLocked(int64_t chunk_id);
   void Prefetch(std::string_view chunk_ids) const;
   bool Append(Output& output, const Part& part);
-  // A running chunk's request has so many tokens now.
-  void Compare(const Output& output);
+  // Takes a running request for the longest if it has more tokens.
+  void UpdateLongest(const Output& output);
 
   bool keeps_values_;
   // Over `outputs_`; rows of the table are the writer's alone.

@@ -44,7 +44,7 @@ class Slots {
     free_.push_back(handle);
   }
 
-  // By handle; of one that is closed, a new one.
+  // By handle; a closed handle's is as it was made.
   const std::vector<Value>& values() const { return values_; }
 
   // Of a handle that is known to be open.

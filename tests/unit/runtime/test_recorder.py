@@ -106,6 +106,16 @@ def test_a_report_that_comes_twice_counts_once() -> None:
     assert (figures.num_output_tokens, figures.num_chunks) == (3, 1)
 
 
+def test_an_instance_is_shown_as_it_was_when_it_reported_last() -> None:
+    controller, recorder = recording(1)
+    controller.add_groups([task_of(num_requests=2)], 0.0)
+    recorder.sample(InstanceId(0), InstanceLoad(num_waiting=1), 1.0)
+    controller.instance_down(InstanceId(0), 2.0, "killed")
+    (latest,) = recorder.progress(3.0, intake_open=False).instances
+    assert (latest.t_s, latest.num_running, latest.num_waiting) == (1.0, 2, 1)
+    assert latest.kv_reserved > 0
+
+
 def test_samples_are_bounded_for_all_instances_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import weakref
 from array import array
 from random import Random
@@ -410,6 +412,28 @@ async def test_what_a_group_had_goes_with_the_rollout_whoever_keeps_that() -> No
     rolling.end_all()
     assert rolling.is_over
     assert await rolling.read() == each("length")
+    assert is_there() is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_rollout_that_its_own_metadata_refers_to_is_freed(fails: bool) -> None:
+    had = Weakly()
+    is_there = weakref.ref(had)
+    rolling = Rolling()
+    had.rolling = rolling  # as an episode keeps the rollout it is of
+    rolling.offer("a", "b", metadata=had)
+    rolling.work()
+    if fails:
+        rolling.session.fail(KeyError("x"))
+        rolling.session.give_up()
+    else:
+        rolling.session.close_intake_soon()
+        rolling.work()
+        rolling.end_all()
+    assert rolling.is_over
+    del had, rolling
+    await asyncio.sleep(0)
+    gc.collect()
     assert is_there() is None
 
 
