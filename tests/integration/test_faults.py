@@ -97,7 +97,10 @@ async def test_an_engine_that_makes_no_token_is_killed_for_it():
 
 
 async def test_when_every_instance_is_lost_all_responses_come_and_then_the_error():
-    config = config_of(max_restarts=2, engine_args={"die_after_tokens": 300})
+    # Nobody is to be blamed before the restarts are used up.
+    config = config_of(
+        max_restarts=2, max_request_retries=100, engine_args={"die_after_tokens": 300}
+    )
     responses = []
     async with aseer.Engine(config) as engine:
         with pytest.raises(aseer.InstanceLostError, match=r"max_restarts=2.*status 13"):
