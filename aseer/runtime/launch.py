@@ -257,6 +257,11 @@ def _plan_cores(
         args["compilation_config"] = _without_rotary_kernel(
             args.get("compilation_config")
         )
+    is_full = args["dtype"] in ("float32", "float")
+    if traits is not None and traits.has_latent and is_full:
+        # With AMX vLLM takes kernels that fail at once for anything but bfloat16.
+        if "attention_config" not in args:
+            args.setdefault("attention_backend", "CPU_MLA")
     launches = []
     for i in range(num):
         own = _shared_out(cores, num)[i]

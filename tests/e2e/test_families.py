@@ -53,8 +53,6 @@ ONE_CORE = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
 DTYPES = {"qwen3_next": "bfloat16"}
 # Mixtures of experts, with latent attention and without.
 EXPERTS = ["deepseek_v3", pytest.param("qwen3_moe", marks=slow)]
-# The other backend, which is vLLM's choice on a CPU with AMX, takes no float32.
-ENGINE_ARGS = {"deepseek_v3": {"attention_backend": "CPU_MLA"}}
 # The last bits differ by a batch's other rows, and where KV was computed again.
 ROUNDING = 5e-5
 
@@ -209,7 +207,6 @@ def experts(request: pytest.FixtureRequest) -> Iterator[aseer.Engine]:
             mode="lmcache", chunk_tokens=64, dram_bytes=256 << 20
         ),
         speculation="dgds",
-        engine_args=ENGINE_ARGS.get(request.param, {}),
     )
     with aseer.Engine(config) as engine:
         yield engine

@@ -328,6 +328,20 @@ def test_slices_are_rotated_without_vllms_kernel_on_a_cpu():
     assert launch.traits is LATENT
 
 
+def test_latent_attention_in_float32_has_the_kernels_that_take_it():
+    def backend(dtype: str, traits: ModelTraits | None = LATENT, **args: Any) -> Any:
+        config = EngineConfig(model="m", dtype=dtype, engine_args=args)
+        (first, *_) = plan_instances(config, machine(), traits)
+        return first.engine_args.get("attention_backend")
+
+    assert backend("float32") == "CPU_MLA"
+    assert backend("bfloat16") is None
+    assert backend("float32", traits_of({"model_type": "llama"})) is None
+    assert backend("float32", None) is None
+    assert backend("float32", attention_backend="AMX_MLA") == "AMX_MLA"
+    assert backend("float32", attention_config={"backend": "AMX_MLA"}) is None
+
+
 def test_the_users_compilation_settings_stay():
     given = {"mode": 0, "custom_ops": ["none"]}
     assert compilation(LATENT, given) == {
