@@ -41,7 +41,6 @@ __all__ = ["News", "Outcome", "Request", "RequestBuffer", "Taken", "aborted_resp
 
 Outcome = Literal["running", "broken", "waiting", "finished"]
 _MISSING = "a report of its tokens is missing or malformed"
-_ID_BYTES = 8
 
 
 class News(NamedTuple):
@@ -226,7 +225,7 @@ class RequestBuffer:
         if not (refused or report.cached or report.ends):
             return Taken(num_tokens, [])
         cached, ends = dict(report.cached), dict(report.ends)
-        num_chunks, failed = len(report.chunk_ids) // _ID_BYTES, set(refused)
+        num_chunks, failed = report.num_chunks, set(refused)
         return Taken(
             num_tokens,
             [

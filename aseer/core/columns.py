@@ -57,8 +57,13 @@ class Columns:
 
     def ended(self) -> list[tuple[ChunkId, ChunkEnd]]:
         """Chunks that are over, by id."""
-        num = len(self.chunk_ids) // _ID.size
+        num = self.num_chunks
         return [(self.chunk_id_at(i), end) for i, end in self.ends if 0 <= i < num]
+
+    @property
+    def num_chunks(self) -> int:
+        """Whole ids that the columns have."""
+        return len(self.chunk_ids) // _ID.size
 
     def chunk_id_at(self, place: int) -> ChunkId:
         """The chunk that has a place in the columns."""

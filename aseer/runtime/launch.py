@@ -257,11 +257,11 @@ def _plan_cores(
         args["compilation_config"] = _without_rotary_kernel(
             args.get("compilation_config")
         )
-    is_full = args["dtype"] in ("float32", "float")
-    if traits is not None and traits.has_latent and is_full:
+    is_float32 = args["dtype"] in ("float32", "float")
+    is_chosen = "attention_config" in args
+    if traits is not None and traits.has_latent and is_float32 and not is_chosen:
         # With AMX vLLM takes kernels that fail at once for anything but bfloat16.
-        if "attention_config" not in args:
-            args.setdefault("attention_backend", "CPU_MLA")
+        args.setdefault("attention_backend", "CPU_MLA")
     launches = []
     for i in range(num):
         own = _shared_out(cores, num)[i]

@@ -41,8 +41,7 @@ _MAX_SAMPLES = 2000
 _MAX_SAMPLES_OF_ALL = 100_000
 _MIN_SAMPLES = 50
 # The least time between two snapshots of the rollout. It grows with the number of
-# instances, each of which takes some 6 us of a snapshot, so that the share of time that
-# snapshots take is bounded.
+# instances, as a snapshot's own time does, so that their share of the time is bounded.
 _PROGRESS_INTERVAL_S = 0.2
 _PROGRESS_INTERVAL_PER_INSTANCE_S = 0.001
 _SUMS_INTERVAL_S = 1.0
